@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh machine with Python and git: `make demo` and `make test`.
+
+PYTHON ?= python3
+# The HuggingFace reference. Elsewhere than on x86-64 Linux any torch of this version will do.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SAMPLE := tests/data/checkpoints/gqa_tied_bf16
+GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
+OUT := demo-output
+
+.PHONY: demo test lint test-reference test-cuda bench-convert bench-load clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/reference-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[test,reference]'
+	@touch $@
+
+# The main job: a HuggingFace folder becomes an .apr, comes back byte for byte, and runs in JAX with HuggingFace's logits.
+demo: $(VENV)/installed
+	@rm -rf $(OUT) && mkdir $(OUT)
+	$(BIN)/python tools/convert.py --to apr $(SAMPLE) -o $(OUT)/model.apr
+	$(BIN)/python tools/convert.py --to safetensors $(OUT)/model.apr -o $(OUT)/hf
+	diff -r $(SAMPLE) $(OUT)/hf && echo "identical: $(SAMPLE) and $(OUT)/hf, every file"
+	$(BIN)/python tools/golden.py $(OUT)/model.apr --check $(GOLDEN)
+
+test: lint
+	$(BIN)/python -m pytest tests --ignore=tests/reference --ignore=tests/cuda
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`.
+test-reference: $(VENV)/reference-installed
+	$(BIN)/python -m pytest tests/reference
+
+# On a machine with an NVIDIA GPU; skips with a reason elsewhere. Uses the Python that is active, not the one in .venv.
+test-cuda:
+	$(PYTHON) -m pytest tests/cuda
+
+# 1 GB between files on tmpfs beside a plain copy: speed, memory, bytes read and written.
+bench-convert: $(VENV)/installed
+	$(BIN)/python tests/bench/convert_bench.py
+
+# Peak memory of loading a 0.5B-shaped checkpoint on CPU.
+bench-load: $(VENV)/installed
+	$(BIN)/python tests/bench/load_bench.py
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info

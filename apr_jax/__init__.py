@@ -1,0 +1,44 @@
+"""A trusted reference for Qwen2 models in `.apr` files, in JAX.
+
+from apr_jax import load_model
+model = load_model("model.apr")
+logits = model([[9707, 11, 1879]])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apr_jax.inputs import Inputs as Inputs
+    from apr_jax.model import LanguageModel as LanguageModel
+    from apr_jax.model import load_model as load_model
+    from apr_jax.modeling import OPS as OPS
+    from apr_jax.modeling import Ops as Ops
+    from apr_jax.modeling import Qwen2ForCausalLM as Qwen2ForCausalLM
+    from converters.checkpoint import open_checkpoint as open_checkpoint
+    from converters.qwen2 import Qwen2Config as Qwen2Config
+
+# PEP 562: `import apr_jax` costs nothing, jax is imported when something that needs it is asked for.
+_HOMES = {
+    "Inputs": "apr_jax.inputs",
+    "LanguageModel": "apr_jax.model",
+    "load_model": "apr_jax.model",
+    "OPS": "apr_jax.modeling",
+    "Ops": "apr_jax.modeling",
+    "Qwen2ForCausalLM": "apr_jax.modeling",
+    "open_checkpoint": "converters.checkpoint",
+    "Qwen2Config": "converters.qwen2",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'apr_jax' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

@@ -1,0 +1,210 @@
+"""APRT stage dumps: the files in which `apr trace --save-tensor` and other engines exchange intermediate values.
+
+One file a stage: magic `APRT`, u32 layer (0xFFFFFFFF: the whole model), u32 element count, then float32, little-endian,
+in C order. The file says neither shape nor token ids: the shape follows from the stage and the configuration, and the
+ids lie beside the dump as `token_ids.json` (a JSON list). Paths: `layer-N/STAGE.bin`, `layer-0/embedding.bin`,
+`final_norm.bin` and `lm_head.bin`. One dump is one sequence without padding. `lm_head.bin` holds the last position
+only, as `apr` writes it; a dump with all positions is read as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from apr_jax import stages
+from apr_jax.inputs import Inputs
+from converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
+from converters.output import FolderKind, atomic_folder
+from converters.qwen2 import Qwen2Config
+
+MAGIC = b"APRT"
+WHOLE_MODEL = 0xFFFFFFFF
+TOKEN_IDS = "token_ids.json"
+_HEADER_BYTES = 12
+_OUTER_PATHS = {
+    stages.EMBEDDING: "layer-0/embedding.bin",
+    stages.FINAL_NORM: "final_norm.bin",
+    stages.LOGITS: "lm_head.bin",
+}
+_OUTER_PATHS = {
+    stages.EMBEDDING: "layer-0/embedding.bin",
+    stages.FINAL_NORM: "final_norm.bin",
+    stages.LOGITS: "lm_head.bin",
+}
+_DUMP = FolderKind(
+    "dump",
+    holds=lambda name: name == TOKEN_IDS or re.fullmatch(r"(layer-\d+/)?\w+\.bin", name) is not None,
+    shows=lambda name: name.endswith(".bin"),
+)
+_ALIASES = {"layer_output": "post_ffn_residual"}
+
+
+def path_of(key: str) -> str:
+    """Returns where a trace key lies in a dump: `stage.1.ffn_up` -> `layer-1/ffn_up.bin`."""
+    if key in _OUTER_PATHS:
+        return _OUTER_PATHS[key]
+    _, layer, stage = key.split(".")
+    return f"layer-{layer}/{stage}.bin"
+
+
+def encode(layer: int, values: np.ndarray) -> bytes:
+    """Returns one APRT file: header and `values` as float32."""
+    body = np.ascontiguousarray(values, dtype="<f4")
+    return MAGIC + layer.to_bytes(4, "little") + body.size.to_bytes(4, "little") + body.tobytes()
+
+
+def decode(data: bytes, file: str) -> tuple[int, np.ndarray]:
+    """Reads one APRT file.
+
+    Returns:
+      The layer (WHOLE_MODEL outside the layers) and the values, float32 [count].
+
+    Raises:
+      BrokenContainerError: Wrong magic, or a length that is not what the header says.
+    """
+    if data[:4] != MAGIC:
+        raise BrokenContainerError(
+            "not an APRT dump", code="aprt-magic", file=file, offset=0, found=data[:4], expected=MAGIC
+        )
+    layer, count = (int.from_bytes(data[at : at + 4], "little") for at in (4, 8))
+    if len(data) != _HEADER_BYTES + 4 * count:
+        raise BrokenContainerError(
+            "the length is not what the header says",
+            code="aprt-length",
+            file=file,
+            offset=8,
+            found=f"{len(data)} bytes",
+            expected=f"{_HEADER_BYTES + 4 * count} bytes for {count} elements",
+        )
+    return layer, np.frombuffer(data, "<f4", offset=_HEADER_BYTES)
+
+
+def write(folder: str | os.PathLike[str], inputs: Inputs, trace: Mapping[str, np.ndarray], force: bool = False) -> None:
+    """Writes a trace of one sequence as a folder of APRT files, atomically.
+
+    Args:
+      folder: Where to; made, or replaced with `force`.
+      inputs: The sequence, one row without padding.
+      trace: Keys and arrays as `LanguageModel.trace` returns them.
+      force: Whether an existing dump may be replaced.
+
+    Raises:
+      UsageError: More than one row, or padding: the format cannot hold them. Or the folder exists.
+    """
+    if inputs.input_ids.shape[0] != 1 or inputs.tokens != inputs.input_ids.size:
+        raise UsageError(
+            "an APRT dump holds one sequence without padding",
+            code="aprt-batch",
+            found=f"{inputs.input_ids.shape[0]} rows, {inputs.input_ids.size - inputs.tokens} padded positions",
+            hint="Give one row, or write a golden file (-o NAME.safetensors).",
+        )
+    files = {TOKEN_IDS: json.dumps(inputs.input_ids[0].tolist()).encode()}
+    for key, values in trace.items():
+        row = values[0, -1] if key == stages.LOGITS else values[0]
+        files[path_of(key)] = encode(_layer_of(key), row)
+    size = sum(map(len, files.values()))
+    with atomic_folder(os.fspath(folder), size, kind=_DUMP, force=force) as output:
+        for name, data in files.items():
+            with output.create(name, len(data)) as file:
+                file.write_at(data, 0)
+
+
+def read(
+    folder: str | os.PathLike[str], config: Qwen2Config, inputs: Inputs | None = None
+) -> tuple[Inputs, dict[str, np.ndarray]]:
+    """Reads a folder of APRT files.
+
+    Args:
+      folder: The dump.
+      config: The model's configuration, which gives the shapes.
+      inputs: The sequence that was run; None reads `token_ids.json` beside the dump.
+
+    Returns:
+      The sequence and key -> float32 array with a leading batch axis of 1; logits [1, positions, V] hold the last
+      position only, or all.
+
+    Raises:
+      MissingFileError: No such folder, or no token ids.
+      BrokenContainerError: A file that is no APRT dump.
+      RefusedError: A size or a layer that does not fit the model and the sequence; or nothing that could be compared.
+    """
+    root = pathlib.Path(folder)
+    if not root.is_dir():
+        raise MissingFileError("no such folder", code="file-missing", file=root)
+    if inputs is None:
+        inputs = _token_ids(root)
+    length = inputs.input_ids.shape[1]
+    trace: dict[str, np.ndarray] = {}
+    for key in stages.trace_keys(config.num_layers):
+        path = root / path_of(key)
+        aliases = [path.with_name(f"{alias}.bin") for alias, stage in _ALIASES.items() if stage == path.stem]
+        for candidate in (path, *aliases):
+            if candidate.is_file():
+                trace[key] = _load(candidate, config, key, length)
+                break
+    if not trace:
+        raise RefusedError(
+            "no stage of this model was found",
+            code="aprt-empty",
+            file=root,
+            expected="files such as layer-0/attn_norm.bin",
+        )
+    return inputs, trace
+
+
+def _layer_of(key: str) -> int:
+    """Returns the layer in the header of a key's file; the embedding counts to layer 0."""
+    if key == stages.EMBEDDING:
+        return 0
+    return WHOLE_MODEL if key in _OUTER_PATHS else int(key.split(".")[1])
+
+
+def _load(path: pathlib.Path, config: Qwen2Config, key: str, length: int) -> np.ndarray:
+    layer, values = decode(path.read_bytes(), str(path))
+    if layer != _layer_of(key):
+        raise RefusedError(
+            "the header names another layer",
+            code="aprt-layer",
+            file=path,
+            offset=4,
+            found=layer,
+            expected=_layer_of(key),
+        )
+    shape = stages.shape(config, stages.stage_of(key), length)
+    if key == stages.LOGITS and values.size == config.vocab_size:
+        shape = (1, config.vocab_size)
+    if values.size != math.prod(shape):
+        raise RefusedError(
+            "the number of elements does not fit this model and these token ids",
+            code="aprt-size",
+            file=path,
+            offset=8,
+            found=values.size,
+            expected=f"{math.prod(shape)}, that is {list(shape)}",
+        )
+    return values.reshape(1, *shape)
+
+
+def _token_ids(root: pathlib.Path) -> Inputs:
+    path = root / TOKEN_IDS
+    if not path.is_file():
+        raise MissingFileError(
+            f"the dump has no {TOKEN_IDS}",
+            code="token-ids-missing",
+            file=path,
+            hint="Say which tokens were run with --input-ids FILE.",
+        )
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BrokenContainerError(f"not JSON: {error}", code="token-ids", file=path) from None
+    if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+        raise BrokenContainerError("not a list of token ids", code="token-ids", file=path)
+    return Inputs.of([ids])

@@ -1,0 +1,1 @@
+"""The commands that run models, and `entry`, the console script `apr-jax`."""

@@ -1,0 +1,31 @@
+"""The console script `apr-jax COMMAND ...`: the same code as `python tools/COMMAND.py ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from converters.commands import cli
+
+COMMANDS = {
+    "convert": ("converters.commands.convert", "convert between .apr and safetensors, bit for bit"),
+    "show": ("converters.commands.show", "print header, metadata, side files and tensors of a checkpoint"),
+    "golden": ("apr_jax.commands.golden", "write reference logits and stages, or check a model against them"),
+    "make-sample": ("apr_jax.commands.make_sample", "write a seeded Qwen2 checkpoint"),
+}
+
+
+def run() -> None:
+    """Runs the command that sys.argv names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help", "--helpfull"):
+        print("usage: apr-jax COMMAND [ARGUMENT ...]\n\ncommands:")
+        for command, (_, summary) in COMMANDS.items():
+            print(f"  {command:12} {summary}")
+        print("\n`apr-jax COMMAND --help` describes a command.")
+        return
+    if name not in COMMANDS:
+        print(f"error: no command '{name}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(COMMANDS[name][0])
+    cli.start(module.parse, module.main, [f"apr-jax {name}", *sys.argv[2:]])

@@ -1,0 +1,325 @@
+"""golden: write reference logits and stages of a model, or hold a model against such a file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from converters.commands import cli, tables
+from converters.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from apr_jax.compare import Comparison
+    from apr_jax.golden import Golden
+    from apr_jax.inputs import Inputs
+    from converters.checkpoint import Checkpoint
+
+DEFAULT_BATCH, DEFAULT_LENGTH = 2, 64
+_WORST_SHOWN = 24
+_DTYPES = ("bfloat16", "float32", "float64")  # the coarsest first
+
+_EPILOG = """\
+examples:
+  golden.py model.apr -o golden.safetensors --hidden-states      reference values, 2 x 64 seeded tokens
+  golden.py hf_folder -o golden.safetensors --reference hf       the same from HuggingFace (extra: reference)
+  golden.py model.apr -o dump/ --trace --prompt "What is 2+2?"   every stage as APRT files, as `apr trace` writes them
+  golden.py model.apr --check golden.safetensors                 recompute with the file's inputs and compare
+  golden.py model.apr --check dump/                              the same against a dump of another engine
+
+exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="an .apr file, a HuggingFace folder or a .safetensors file")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
+        "-o", "--output", metavar="OUT", help="golden file to write, or with --trace a folder of APRT files (OUT/)"
+    )
+    mode.add_argument("--check", metavar="GOLDEN", help="golden file or APRT folder to compare with")
+    parser.add_argument("--reference", choices=("jax", "hf"), default="jax", help="who computes (default: jax)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of weights and computation"
+    )
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument("--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file")
+    tokens.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="text for the checkpoint's tokenizer (repeatable)"
+    )
+    parser.add_argument("--hidden-states", action="store_true", help="store the input of every layer as well")
+    parser.add_argument("--trace", action="store_true", help="store every stage as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    args = parser.parse_args(argv[1:])
+    if args.check and (args.hidden_states or args.trace or args.prompt or args.force):
+        parser.error("--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace and --force out")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    return _check(args) if args.check else _make(args)
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _make(args: argparse.Namespace) -> int:
+    from apr_jax import aprt, golden, stages
+    from converters.checkpoint import open_checkpoint
+
+    as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
+    if as_dump and not args.trace:
+        raise UsageError("a folder of APRT files holds stages", code="aprt-trace", hint="Add --trace.")
+    with open_checkpoint(args.model) as checkpoint:
+        config = checkpoint.model_config()
+        inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
+        inputs.check_vocabulary(config.vocab_size)
+        made = _compute(args, checkpoint, inputs)
+    summary = golden.summary(made.values[stages.LOGITS], inputs, config)
+    if as_dump:
+        stages_only = {key: value for key, value in made.values.items() if not key.startswith("hidden.")}
+        aprt.write(args.output, inputs, stages_only, force=args.force)
+    else:
+        golden.write(args.output, made, force=args.force)
+    if args.json:
+        cli.print_json(
+            {"output": args.output, "tensors": len(made.values), "loss": summary, "metadata": dict(made.metadata)}
+        )
+    else:
+        rows, length = inputs.input_ids.shape
+        print(
+            f"{args.output}: {len(made.values)} tensors of {rows} x {length} positions, {inputs.tokens} of them tokens"
+        )
+        if summary:
+            print(_loss_line(summary))
+    return 0
+
+
+def _compute(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> Golden:
+    from apr_jax import golden
+
+    values, device, precision = (_run_hf if args.reference == "hf" else _run_jax)(args, checkpoint, inputs)
+    witness = {"hf": "huggingface", "jax": "jax"}[args.reference]
+    config = checkpoint.model_config()
+    metadata = golden.provenance(checkpoint, config, witness, args.dtype, device, precision)
+    return golden.Golden(inputs, golden.stored(values), metadata)
+
+
+def _run_jax(
+    args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs
+) -> tuple[dict[str, np.ndarray], str, str]:
+    from apr_jax import golden, stages
+    from apr_jax.model import load_model
+
+    model = load_model(checkpoint.path, args.dtype, args.device)
+    layers = model.config.num_layers
+    keys = set(stages.trace_keys(layers)) if args.trace else {stages.LOGITS}
+    if args.hidden_states:
+        keys |= set(stages.hidden_sources(layers).values())
+    trace = model.trace(inputs, keys)
+    values = {key: trace[key] for key in trace if args.trace or key == stages.LOGITS}
+    if args.hidden_states:
+        hidden = golden.with_hidden_states(trace, layers)
+        values |= {key: hidden[key] for key in hidden if key.startswith("hidden.")}
+    return values, f"{model.device.platform} ({model.device.device_kind})", "dots HIGHEST, no excess precision"
+
+
+def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
+    from apr_jax import hf_reference
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint.path
+        if checkpoint.kind != "safetensors" or not os.path.isdir(folder):
+            from converters.conversion import convert
+
+            folder = os.path.join(scratch, "hf")
+            convert(checkpoint.path, folder, to="safetensors")
+        # Its three casts to float32 would leave float64 a name (and give NaN behind padding on the left).
+        whole = hf_reference.float64_patched() if args.dtype == "float64" else contextlib.nullcontext()
+        with whole:
+            values = hf_reference.run(
+                folder,
+                inputs.input_ids,
+                inputs.attention_mask,
+                inputs.position_ids,
+                dtype=args.dtype,
+                hidden_states=args.hidden_states,
+                trace=args.trace,
+                device=args.device,
+            )
+    precision = "eager attention" + (", casts to float32 removed" if args.dtype == "float64" else "")
+    return values, args.device, precision
+
+
+def _inputs(args: argparse.Namespace, checkpoint: Checkpoint, batch: int) -> Inputs:
+    from apr_jax import golden, inputs
+
+    if args.input_ids:
+        if args.input_ids.endswith(".safetensors"):
+            return golden.read(args.input_ids).inputs
+        return inputs.from_json(args.input_ids)
+    if args.prompt:
+        return inputs.Inputs.of([_encode(checkpoint, prompt) for prompt in args.prompt])
+    return inputs.seeded(checkpoint.model_config().vocab_size, batch, DEFAULT_LENGTH)
+
+
+def _encode(checkpoint: Checkpoint, prompt: str) -> list[int]:
+    import tokenizers
+
+    source = checkpoint.files.get("tokenizer.json")
+    if source is None:
+        raise RefusedError(
+            "the checkpoint has no tokenizer.json",
+            code="tokenizer-missing",
+            file=checkpoint.path,
+            hint="Give token ids with --input-ids FILE.",
+        )
+    ids: list[int] = tokenizers.Tokenizer.from_str(source.decode()).encode(prompt).ids
+    return ids
+
+
+# --- Checking --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    comparisons: Sequence[Comparison]
+    ours: dict[str, Any] | None
+    theirs: dict[str, Any] | None
+    warnings: Sequence[str]
+
+    @property
+    def within(self) -> bool:
+        return all(comparison.within for comparison in self.comparisons)
+
+
+def _check(args: argparse.Namespace) -> int:
+    report = _compare(args)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if args.json:
+        cli.print_json(
+            {
+                "within": report.within,
+                "compared": len(report.comparisons),
+                "elements": sum(comparison.elements for comparison in report.comparisons),
+                "tensors": [comparison.to_json() for comparison in report.comparisons],
+                "ours": report.ours,
+                "theirs": report.theirs,
+                "warnings": list(report.warnings),
+            }
+        )
+    else:
+        _print_report(report)
+    return 0 if report.within else cli.EXIT_DIFFERS
+
+
+def _compare(args: argparse.Namespace) -> _Report:
+    from apr_jax import compare, golden, stages
+    from converters.checkpoint import open_checkpoint
+
+    with open_checkpoint(args.model) as checkpoint:
+        config = checkpoint.model_config()
+        reference = _reference(args, checkpoint)
+        inputs = reference.inputs
+        inputs.check_vocabulary(config.vocab_size)
+        warnings = _warnings(reference, checkpoint)
+        ours = _recompute(args, args.dtype, reference)
+        bar = _bar(args, reference)
+        comparisons = compare.compare(ours, reference.values, inputs, bar)
+    ours_summary, theirs_summary = (
+        golden.summary(values.get(stages.LOGITS), inputs, config) for values in (ours, reference.values)
+    )
+    return _Report(comparisons, ours_summary, theirs_summary, warnings)
+
+
+def _bar(args: argparse.Namespace, reference: Golden) -> Callable[[str], float]:
+    """Returns what each tensor's relative L2 may be, by the coarser of the two sides' dtypes."""
+    from apr_jax import bars, compare
+
+    coarser = min(args.dtype, reference.metadata.get("dtype", "float32"), key=_DTYPES.index)
+    if coarser != "bfloat16":
+        fixed = bars.relative_l2(coarser, reference.inputs.input_ids.shape[1])
+        return lambda key: fixed
+    coarse, fine = (_recompute(args, dtype, reference) for dtype in ("bfloat16", "float32"))
+    own = {c.key: c.relative_l2 for c in compare.compare(coarse, fine, reference.inputs, bar=lambda key: 0.0)}
+    return lambda key: bars.bfloat16(own[key])
+
+
+def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
+    from apr_jax import aprt, golden
+
+    given = _inputs(args, checkpoint, batch=1) if args.input_ids else None
+    if os.path.isdir(args.check):
+        inputs, values = aprt.read(args.check, checkpoint.model_config(), given)
+        return golden.Golden(inputs, values, {})
+    if given is not None:
+        raise UsageError("a golden file brings its own inputs", code="input-ids", hint="Leave --input-ids out.")
+    return golden.read(args.check)
+
+
+def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[str, np.ndarray]:
+    from converters.checkpoint import open_checkpoint
+
+    settings = argparse.Namespace(**vars(args) | {"dtype": dtype})
+    settings.trace = any(key.startswith("stage.") for key in reference.values)
+    settings.hidden_states = any(key.startswith("hidden.") for key in reference.values)
+    with open_checkpoint(args.model) as checkpoint:
+        values, _, _ = (_run_hf if args.reference == "hf" else _run_jax)(settings, checkpoint, reference.inputs)
+    return values
+
+
+def _warnings(reference: Golden, checkpoint: Checkpoint) -> list[str]:
+    from apr_jax import golden
+
+    recorded = reference.metadata.get("weights_sha256")
+    if recorded is not None and recorded != golden.weights_sha256(checkpoint):
+        return ["the golden file was made from other weights than this model's (dtype, shape or bytes)"]
+    return []
+
+
+def _print_report(report: _Report) -> None:
+    worst = sorted(report.comparisons, key=lambda c: (c.within, -_share(c)))[:_WORST_SHOWN]
+    shown = [comparison for comparison in report.comparisons if comparison in worst]
+    headers = ["tensor", "max abs", "rel L2", "bar", "cosine", "KL", "top-1", "top-5", ""]
+    tables.print_table(headers, [_row(comparison) for comparison in shown], right=range(1, 8))
+    if hidden := len(report.comparisons) - len(shown):
+        print(f"... and {hidden} more, within their bars and farther from them than those above")
+    for name, summary in (("ours", report.ours), ("theirs", report.theirs)):
+        if summary:
+            print(f"{name + ':':8}{_loss_line(summary)}")
+    outside = sum(not comparison.within for comparison in report.comparisons)
+    total = sum(comparison.elements for comparison in report.comparisons)
+    verdict = "agree: every tensor is within its bar" if report.within else f"differ: {outside} outside the bar"
+    print(f"{len(report.comparisons)} tensors, {total} elements compared; {verdict}")
+
+
+def _row(c: Comparison) -> list[str]:
+    of_logits = [] if c.kl is None else [f"{c.kl:.1e}", f"{c.top1:.3f}", f"{c.top5:.3f}"]
+    verdict = ("ok" if c.within else "OUTSIDE") + (f" ({c.note})" if c.note else "")
+    numbers = [f"{c.max_abs:.2e}", f"{c.relative_l2:.2e}", f"{c.bar:.0e}", f"{c.cosine:.9f}"]
+    return [c.key, *numbers, *(of_logits or ["", "", ""]), verdict]
+
+
+def _share(comparison: Comparison) -> float:
+    share = comparison.relative_l2 / comparison.bar if comparison.bar else float("inf")
+    return share if share == share else float("inf")
+
+
+def _loss_line(summary: dict[str, Any]) -> str:
+    return (
+        f"loss {summary['loss_nats']:.6f} nats = {summary['loss_bits']:.6f} bits a token"
+        f" (uniform: {summary['uniform_nats']:.6f} nats = {summary['uniform_bits']:.6f} bits)"
+    )

@@ -1,0 +1,194 @@
+"""Two traces side by side: how far apart, stage by stage, and whether that is within the bar."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from apr_jax import stages
+from apr_jax.inputs import Inputs
+from converters.errors import RefusedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How one tensor compares with its reference, over positions that are not padding.
+
+    Attributes:
+      key: Its key in the trace.
+      elements: Number of elements compared.
+      max_abs: Largest absolute difference.
+      relative_l2: |left - right| / |right|.
+      cosine: Cosine of the angle between the two.
+      bar: What relative_l2 may be.
+      kl: For logits, the largest KL divergence KL(right || left) of a position, in nats.
+      top1: For logits, the share of positions with the same most likely token.
+      top5: For logits, the mean share of the five most likely tokens in common.
+      note: What else stands out ("all zero", "not finite").
+    """
+
+    key: str
+    elements: int
+    max_abs: float
+    relative_l2: float
+    cosine: float
+    bar: float
+    kl: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    note: str = ""
+
+    @property
+    def within(self) -> bool:
+        """Whether the bar holds; what is not finite never does."""
+        return math.isfinite(self.relative_l2) and self.relative_l2 <= self.bar
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON values; a number that is not finite becomes a string."""
+        values = dataclasses.asdict(self) | {"within": self.within}
+        return {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+
+
+def relative_l2(left: np.ndarray, right: np.ndarray) -> float:
+    """Returns |left - right| / |right| in float64; 0 where both are 0, infinite where only the right side is."""
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    difference, norm = float(np.linalg.norm(left - right)), float(np.linalg.norm(right))
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / norm
+
+
+def compare(
+    left: Mapping[str, np.ndarray],
+    right: Mapping[str, np.ndarray],
+    inputs: Inputs,
+    bar: Callable[[str], float],
+) -> list[Comparison]:
+    """Compares every tensor that both traces hold.
+
+    Args:
+      left: key -> array with leading axes [B, T] (attention stages [B, N, T, T]).
+      right: The reference. Its logits may hold the last position of each row only: [B, 1, V].
+      inputs: The batch that both were computed from; positions with mask 1 are compared.
+      bar: Gives the largest relative L2 that is let through for a key.
+
+    Raises:
+      RefusedError: The traces have no tensor in common, or shapes that differ: nothing compared is no success.
+    """
+    keys = [key for key in left if key in right]
+    if not keys:
+        raise RefusedError(
+            "nothing to compare: the two sides have no tensor in common",
+            code="nothing-compared",
+            found=f"{sorted(left)[:5]} and {sorted(right)[:5]}",
+        )
+    results = []
+    for key in keys:
+        ours, theirs = left[key], right[key]
+        if key == stages.LOGITS and theirs.shape[1] == 1 and ours.shape[1] > 1:
+            ours, theirs = _at_last_token(ours, inputs), theirs[:, 0]
+        elif ours.shape != theirs.shape:
+            raise RefusedError(
+                "shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape
+            )
+        else:
+            chosen = _compared(key, inputs, theirs.shape)
+            ours, theirs = ours[chosen], theirs[chosen]
+        results.append(_compare_one(key, ours, theirs, bar(key)))
+    return results
+
+
+def _compare_one(key: str, left: np.ndarray, right: np.ndarray, bar: float) -> Comparison:
+    if left.size == 0:
+        raise RefusedError("nothing to compare", code="nothing-compared", tensor=key)
+    ours, theirs = left.astype(np.float64), right.astype(np.float64)
+    norms = float(np.linalg.norm(ours)), float(np.linalg.norm(theirs))
+    cosine = float(np.vdot(ours, theirs)) / (norms[0] * norms[1]) if all(norms) else float(norms[0] == norms[1])
+    notes = [
+        f"{side}: {what}"
+        for side, values in (("left", ours), ("right", theirs))
+        for what, holds in (("not finite", not np.isfinite(values).all()), ("all zero", not values.any()))
+        if holds
+    ]
+    logits = _compare_logits(ours, theirs) if key == stages.LOGITS else {}
+    return Comparison(
+        key,
+        left.size,
+        max_abs=float(np.abs(ours - theirs).max()),
+        relative_l2=relative_l2(ours, theirs),
+        cosine=cosine,
+        bar=bar,
+        note=", ".join(notes),
+        **logits,
+    )
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the last axis, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def loss_nats(logits: np.ndarray, inputs: Inputs) -> float:
+    """Returns the mean next-token cross-entropy in nats, over pairs of neighbouring positions that are both tokens.
+
+    Args:
+      logits: [B, T, V].
+      inputs: The batch.
+
+    Raises:
+      RefusedError: No such pair.
+    """
+    pairs = inputs.next_token_pairs()
+    if not pairs.any():
+        raise RefusedError("no next token to predict", code="nothing-compared", expected="two tokens in a row at least")
+    predicting, targets = logits[:, :-1][pairs], inputs.input_ids[:, 1:][pairs]
+    total = 0.0
+    for part in _parts(len(targets)):
+        total -= np.take_along_axis(log_softmax(predicting[part]), targets[part][:, None], axis=-1).sum()
+    return float(total / len(targets))
+
+
+def _compare_logits(left: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """KL divergence and agreement of the most likely tokens, of logits [positions, V]."""
+    count = min(5, left.shape[-1])
+    kl, top1, top5 = [], [], []
+    for part in _parts(len(left)):
+        log_left, log_right = log_softmax(left[part]), log_softmax(right[part])
+        kl.append((np.exp(log_right) * (log_right - log_left)).sum(axis=-1))
+        ours, theirs = (np.argsort(-side, axis=-1, kind="stable")[:, :count] for side in (log_left, log_right))
+        top1.append(ours[:, 0] == theirs[:, 0])
+        top5.append((ours[:, :, None] == theirs[:, None, :]).any(axis=-1).mean(axis=-1))
+    return {
+        "kl": float(np.concatenate(kl).max()),
+        "top1": float(np.concatenate(top1).mean()),
+        "top5": float(np.concatenate(top5).mean()),
+    }
+
+
+def _parts(count: int, size: int = 64) -> Iterator[slice]:
+    """Slices of `size` positions: a vocabulary in float64 is more than a megabyte a position."""
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _at_last_token(logits: np.ndarray, inputs: Inputs) -> np.ndarray:
+    positions = np.arange(inputs.input_ids.shape[1])
+    last = np.where(inputs.attention_mask == 1, positions, -1).max(axis=1)
+    return logits[np.arange(len(last)), last]
+
+
+def _compared(key: str, inputs: Inputs, shape: tuple[int, ...]) -> np.ndarray:
+    """Which entries count, bool [B, T], or [B, N, T, T] for attention stages, where hidden keys are not compared."""
+    tokens = inputs.attention_mask == 1
+    if stages.stage_of(key) not in ("attn_scores", "attn_softmax"):
+        return tokens
+    positions = inputs.positions()
+    seen = (positions[:, None, :] >= 0) & (positions[:, None, :] <= positions[:, :, None])
+    return np.broadcast_to((seen & tokens[:, :, None])[:, None], shape)

@@ -1,0 +1,166 @@
+"""Golden files: reference logits and intermediate values of one batch, with their provenance, as safetensors.
+
+Content (B rows, T positions): `input_ids`, `attention_mask`, `position_ids` int32 [B, T]; `logits` float32 [B, T, V]
+(float64 where computed so); `loss_nats` float64 [1]; `hidden.{layer}` and `hidden.final_norm` [B, T, D] on request;
+`stage.*` on request, in the shapes of `stages.shape` behind a batch axis. Values computed in bfloat16 are stored as
+float32, which holds them exactly. At padding the values mean nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from apr_jax import stages
+from apr_jax.compare import loss_nats
+from apr_jax.inputs import Inputs
+from converters import dtypes, safetensors_format
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.errors import RefusedError
+from converters.output import atomic_file
+from converters.qwen2 import Qwen2Config
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_LOSS = "loss_nats"
+FORMAT = "apr_jax golden 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A batch and what a witness computed from it.
+
+    Attributes:
+      inputs: The batch.
+      values: Trace key -> float32 or float64 array.
+      metadata: Provenance: witness, dtype, versions, device, precision, weights' hash, configuration.
+    """
+
+    inputs: Inputs
+    values: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str]
+
+
+def with_hidden_states(trace: Mapping[str, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
+    """Returns the trace with its hidden states under their own keys as well, where their stages are there."""
+    hidden = {key: trace[source] for key, source in stages.hidden_sources(num_layers).items() if source in trace}
+    return {**trace, **hidden}
+
+
+def stored(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the values in the dtypes of a golden file: float64 stays, all else becomes float32."""
+    return {
+        key: np.ascontiguousarray(value, np.float64 if value.dtype == np.float64 else np.float32)
+        for key, value in values.items()
+    }
+
+
+def provenance(
+    checkpoint: Checkpoint, config: Qwen2Config, witness: str, dtype: str, device: str, precision: str
+) -> dict[str, str]:
+    """Returns the metadata of a golden file.
+
+    Args:
+      checkpoint: Where the weights come from; its payload is read once for the hash.
+      config: The model's configuration.
+      witness: "jax" or "huggingface".
+      dtype: Dtype of the computation.
+      device: What it ran on.
+      precision: How dot products were computed, and other settings that move the last digits.
+    """
+    packages = ("jax", "jaxlib", "flax", "numpy") if witness == "jax" else ("torch", "transformers", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    return {
+        "format": FORMAT,
+        "witness": witness,
+        "dtype": dtype,
+        "device": device,
+        "precision": precision,
+        "versions": json.dumps(versions),
+        "config": json.dumps(dataclasses.asdict(config)),
+        "weights_sha256": weights_sha256(checkpoint),
+    }
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """Returns the SHA-256 over name, dtype, shape and bytes of every tensor in name order, whatever the container."""
+    digest = hashlib.sha256()
+    for name, tensor in checkpoint.tensors.items():
+        digest.update(json.dumps([name, tensor.dtype.name, list(tensor.shape)]).encode())
+        for chunk in tensor.stream():
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write(path: str | os.PathLike[str], golden: Golden, force: bool = False) -> None:
+    """Writes a golden file, atomically; `loss_nats` is computed from the logits where a token has a next one.
+
+    Raises:
+      UsageError: The file exists and `force` is not given.
+      StorageError: The disk.
+    """
+    arrays = {name: getattr(golden.inputs, name) for name in _INPUTS} | dict(golden.values)
+    if golden.inputs.next_token_pairs().any():
+        arrays[_LOSS] = np.array([loss_nats(golden.values[stages.LOGITS], golden.inputs)], np.float64)
+    names = sorted(arrays)
+    types = {name: _type_of(arrays[name]) for name in names}
+    order = safetensors_format.data_order((name, types[name]) for name in names)
+    header = safetensors_format.serialise_header(
+        ((name, types[name], arrays[name].shape) for name in order), dict(golden.metadata)
+    )
+    size = len(header) + sum(arrays[name].nbytes for name in order)
+    with atomic_file(os.fspath(path), size, force=force) as output:
+        output.write_at(header, 0)
+        position = len(header)
+        for name in order:
+            output.write_at(np.ascontiguousarray(arrays[name]).tobytes(), position)
+            position += arrays[name].nbytes
+
+
+def read(path: str | os.PathLike[str]) -> Golden:
+    """Reads a golden file.
+
+    Raises:
+      AprJaxError: As `open_checkpoint`.
+      RefusedError: The file holds no input ids, or nothing to compare.
+    """
+    with open_checkpoint(path) as checkpoint:
+        arrays = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+        metadata = {key: str(value) for key, value in checkpoint.metadata.items()}
+    if "input_ids" not in arrays:
+        raise RefusedError(
+            "this is no golden file: it holds no input_ids", code="golden-inputs", file=path, found=sorted(arrays)[:5]
+        )
+    inputs = Inputs.of(*(arrays.get(name) for name in _INPUTS))
+    values = {name: array for name, array in arrays.items() if name not in (*_INPUTS, _LOSS)}
+    if not values:
+        raise RefusedError("the golden file holds no values", code="nothing-compared", file=path)
+    return Golden(inputs, values, metadata)
+
+
+def summary(logits: np.ndarray | None, inputs: Inputs, config: Qwen2Config) -> dict[str, Any] | None:
+    """Returns the loss in nats and bits beside that of the uniform distribution.
+
+    None where logits are not there for all positions, or where no token has a next one.
+    """
+    if logits is None or logits.shape[1] != inputs.input_ids.shape[1] or not inputs.next_token_pairs().any():
+        return None
+    loss, uniform = loss_nats(logits, inputs), float(np.log(config.vocab_size))
+    return {
+        "loss_nats": loss,
+        "loss_bits": loss / np.log(2),
+        "uniform_nats": uniform,
+        "uniform_bits": uniform / np.log(2),
+        "tokens": inputs.tokens,
+    }
+
+
+def _type_of(array: np.ndarray) -> dtypes.DType:
+    return dtypes.by_name({"float32": "f32", "float64": "f64", "int32": "i32"}[str(array.dtype)])

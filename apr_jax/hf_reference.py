@@ -1,0 +1,310 @@
+"""The HuggingFace witness: logits and intermediate values of transformers' own Qwen2, in eager attention.
+
+Nothing of the forward pass is written again here. Values are taken from the genuine modules by hooks, and, where a
+stage is no module's output, by wrapping the functions that `modeling_qwen2` itself calls for the time of one run.
+
+torch and transformers are an optional extra (`pip install 'apr-jax[reference]'`); nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+
+from converters.errors import MissingFileError, RefusedError, UsageError
+
+DType = Literal["float32", "bfloat16", "float64"]
+
+
+def available() -> bool:
+    """Returns whether torch and transformers are installed."""
+    import importlib.util
+
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+def run(
+    folder: str | os.PathLike[str],
+    input_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    dtype: DType = "float32",
+    hidden_states: bool = False,
+    trace: bool = False,
+    device: str = "cpu",
+) -> dict[str, np.ndarray]:
+    """Runs HuggingFace's Qwen2ForCausalLM on one batch.
+
+    Args:
+      folder: A HuggingFace folder on this machine.
+      input_ids: Token ids [B, T].
+      attention_mask: [B, T], 0 at padding; None means no padding. Values at padded positions hold no meaning.
+      position_ids: [B, T]; None counts the positions that are no padding, as `generate` does.
+      dtype: In which to compute. float64 belongs inside `float64_patched`; see there.
+      hidden_states: Also return the input of every layer and of the head.
+      trace: Also return every stage.
+      device: A torch device.
+
+    Returns:
+      `logits` [B, T, vocab]; with hidden_states `hidden.{layer}` and `hidden.final_norm`, [B, T, hidden]; with trace
+      `stage.embedding`, `stage.{layer}.{name}` and `stage.final_norm` in the shapes of an APRT dump behind the batch
+      axis, `attn_scores` being 0 where the key is not visible. All float64 if dtype is, float32 otherwise (bfloat16
+      values are widened).
+
+    Raises:
+      UsageError: torch or transformers is missing, or the dtype is unknown.
+      MissingFileError: There is no such folder.
+      RefusedError: The folder's tensors are not exactly those of the model.
+    """
+    torch = _torch()
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise UsageError(f"unknown dtype {dtype!r}", code="dtype-unknown", expected="float32, bfloat16 or float64")
+    ids = np.asarray(input_ids)
+    mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0) if position_ids is None else np.asarray(position_ids)
+    model = load(folder, dtype, device)
+    taken: dict[str, np.ndarray] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if hidden_states or trace:
+            stack.enter_context(_hidden_states(model, taken))
+        if trace:
+            stack.enter_context(_trace(model, taken))
+        # The mask goes in even where nothing is padded: without it transformers may guess packed sequences.
+        logits = model(
+            input_ids=torch.tensor(ids.astype(np.int64), device=device),
+            attention_mask=torch.tensor(mask.astype(np.int64), device=device),
+            position_ids=torch.tensor(positions.astype(np.int64), device=device),
+            use_cache=False,
+        ).logits
+    if not hidden_states:
+        taken = {name: value for name, value in taken.items() if not name.startswith("hidden.")}
+    return {"logits": _numpy(logits)} | taken
+
+
+def load(folder: str | os.PathLike[str], dtype: DType = "float32", device: str = "cpu") -> Any:
+    """Returns transformers' Qwen2ForCausalLM of a folder, in eager attention and evaluation mode.
+
+    transformers fills tensors that a checkpoint lacks with random values and goes on; that is refused here.
+
+    Raises:
+      UsageError, MissingFileError, RefusedError: As `run` does.
+    """
+    torch = _torch()
+    path = os.fspath(folder)
+    if not os.path.isdir(path):
+        # transformers would take the name for a repository on its hub.
+        raise MissingFileError("no such folder", code="file-missing", file=path)
+    import transformers
+
+    with _quiet(transformers):
+        model, report = transformers.Qwen2ForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and "error_msgs" not in kind}
+    if wrong:
+        raise RefusedError(
+            "transformers did not find exactly the model's tensors", code="tensors-mismatch", file=path, found=wrong
+        )
+    return model.to(device).eval()
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of torch and transformers, for a golden file's metadata."""
+    torch = _torch()
+    import transformers
+
+    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
+@contextlib.contextmanager
+def float64_patched() -> Iterator[None]:
+    """Removes transformers' three casts to float32 for the time of the context: float64 is then float64 throughout.
+
+    They are in RMSNorm, in the softmax and in RoPE. RoPE's angles stay float32, as they are in every dtype; their
+    cosine and sine become the correctly rounded float32 values, widened. A run in float64 then equals the float64
+    oracle to 1e-12. Without this, float64 is of no use with padding on the left: the softmax's cast turns the mask's
+    value into -inf, and the NaN of a padded row reaches every other row of its sequence.
+    """
+    torch = _torch()
+    from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+    softmax = torch.nn.functional.softmax
+
+    def norm(self: Any, hidden_states: Any) -> Any:
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
+
+    def rotary(self: Any, x: Any, position_ids: Any) -> Any:
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
+        angles = torch.cat((angles, angles), dim=-1).double()
+        return tuple(f(angles).float().to(x.dtype) for f in (torch.cos, torch.sin))
+
+    def wide_softmax(values: Any, dim: int | None = None, dtype: Any = None, **rest: Any) -> Any:
+        return softmax(values, dim=dim, dtype=None if values.dtype == torch.float64 else dtype, **rest)
+
+    with (
+        mock.patch.object(qwen2.Qwen2RMSNorm, "forward", norm),
+        mock.patch.object(qwen2.Qwen2RotaryEmbedding, "forward", rotary),
+        mock.patch.object(torch.nn.functional, "softmax", wide_softmax),
+    ):
+        yield
+
+
+def _torch() -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "the HuggingFace reference needs torch and transformers",
+            code="reference-missing",
+            found=str(error),
+            hint="pip install 'apr-jax[reference]'",
+        ) from None
+    return torch
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype.itemsize == 8 else tensor.float()).cpu().numpy().copy()
+
+
+@contextlib.contextmanager
+def _hooks(*hooks: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _output(taken: dict[str, np.ndarray], key: str, module: Any) -> Any:
+    def take(_module: Any, _args: Any, output: Any) -> None:
+        taken[key] = _numpy(output[0] if isinstance(output, tuple) else output)
+
+    return module.register_forward_hook(take)
+
+
+def _input(taken: dict[str, np.ndarray], key: str, module: Any) -> Any:
+    def take(_module: Any, args: Any, kwargs: Any) -> None:
+        taken[key] = _numpy(args[0] if args else kwargs["hidden_states"])
+
+    return module.register_forward_pre_hook(take, with_kwargs=True)
+
+
+def _hidden_states(model: Any, taken: dict[str, np.ndarray]) -> contextlib.AbstractContextManager[None]:
+    inputs = [_input(taken, f"hidden.{index}", layer) for index, layer in enumerate(model.model.layers)]
+    return _hooks(*inputs, _output(taken, "hidden.final_norm", model.model.norm))
+
+
+@contextlib.contextmanager
+def _trace(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
+    hooks = [_output(taken, "stage.embedding", model.model.embed_tokens)]
+    parts: dict[str, np.ndarray] = {}
+    for index, layer in enumerate(model.model.layers):
+        stage = f"stage.{index}."
+        for key, module in (
+            ("attn_norm", layer.input_layernorm),
+            ("attn_out", layer.self_attn.o_proj),
+            ("ffn_norm", layer.post_attention_layernorm),
+            ("ffn_gate", layer.mlp.gate_proj),
+            ("ffn_up", layer.mlp.up_proj),
+            ("ffn_silu", layer.mlp.act_fn),
+            ("ffn_out", layer.mlp.down_proj),
+            ("post_ffn_residual", layer),
+        ):
+            hooks.append(_output(taken, stage + key, module))
+        for key, module in (
+            ("attention", layer.self_attn.o_proj),
+            ("post_attn_residual", layer.post_attention_layernorm),
+            ("ffn_swigl", layer.mlp.down_proj),
+        ):
+            hooks.append(_input(taken, stage + key, module))
+        hooks.extend(_projection(parts, taken, stage, name, layer.self_attn) for name in "qkv")
+    hooks.append(_output(taken, "stage.final_norm", model.model.norm))
+    with _hooks(*hooks), _attention_internals(model, taken):
+        yield
+
+
+def _projection(
+    parts: dict[str, np.ndarray], taken: dict[str, np.ndarray], stage: str, name: str, attention: Any
+) -> Any:
+    """Hooks one of q_proj, k_proj, v_proj; the last of them joins the three. The product without bias is no output of
+    the module: it is the same product of the module's own input and weight, taken again."""
+    import torch
+
+    def take(module: Any, args: Any, output: Any) -> None:
+        parts[f"qkv_bias.{name}"] = _numpy(output)
+        parts[f"qkv_matmul.{name}"] = _numpy(torch.nn.functional.linear(args[0], module.weight))
+        if name == "v":
+            for key in ("qkv_matmul", "qkv_bias"):
+                taken[stage + key] = np.concatenate([parts.pop(f"{key}.{part}") for part in "qkv"], -1)
+
+    return getattr(attention, f"{name}_proj").register_forward_hook(take)
+
+
+@contextlib.contextmanager
+def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
+    """Wraps RoPE, the eager attention and its softmax, which `modeling_qwen2` looks up by name at each call."""
+    import torch
+    from transformers.models.qwen2 import modeling_qwen2 as qwen2
+
+    rotations = iter(range(len(model.model.layers)))
+    softmax_inputs: list[Any] = []
+
+    def after(function: Callable[..., Any], record: Callable[..., None]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            record(args, result)
+            return result
+
+        return wrapped
+
+    def rotated(_args: Any, result: Any) -> None:
+        index = next(rotations)
+        for name, value in zip("qk", result, strict=True):
+            taken[f"stage.{index}.{name}_post_rope"] = _numpy(value.transpose(1, 2).flatten(2))
+
+    def attended(args: Any, result: Any) -> None:
+        module, _query, _key, _value, mask = args[:5]
+        scores = softmax_inputs.pop()
+        # The mask has been added to the scores: plus 0 where the key is visible, a huge negative value elsewhere.
+        taken[f"stage.{module.layer_idx}.attn_scores"] = _numpy(torch.where(mask == 0, scores, 0))
+        taken[f"stage.{module.layer_idx}.attn_softmax"] = _numpy(result[1])
+
+    functional = torch.nn.functional
+    with (
+        mock.patch.object(qwen2, "apply_rotary_pos_emb", after(qwen2.apply_rotary_pos_emb, rotated)),
+        mock.patch.object(qwen2, "eager_attention_forward", after(qwen2.eager_attention_forward, attended)),
+        mock.patch.object(
+            functional, "softmax", after(functional.softmax, lambda args, _result: softmax_inputs.append(args[0]))
+        ),
+    ):
+        yield

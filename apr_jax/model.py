@@ -1,0 +1,292 @@
+"""Qwen2 from a checkpoint, jit-compiled: logits, cached steps, and traces of every stage."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from apr_jax import rotary, stages
+from apr_jax.inputs import Inputs
+from apr_jax.modeling import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
+from apr_jax.parameters import DTYPES, Parameters, load_parameters
+from converters.checkpoint import open_checkpoint
+from converters.errors import UsageError
+from converters.qwen2 import Qwen2Config
+
+# Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32.
+_COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+
+
+def load_model(
+    path: str | os.PathLike[str], dtype: str = "float32", device: str | jax.Device | None = None, ops: Ops = OPS
+) -> LanguageModel:
+    """Loads a Qwen2 model from anything that `converters.open_checkpoint` opens.
+
+    Args:
+      path: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index.
+      dtype: "float32", "bfloat16" or "float64": of the parameters and of the computation.
+      device: "cpu", "cuda", a jax.Device, or None for JAX's default device.
+      ops: The table of operations.
+
+    Returns:
+      The model, its parameters on the device.
+
+    Raises:
+      RefusedError: Missing, unexpected or mis-shaped tensors, all named; or an unsupported configuration.
+      UsageError: Unknown dtype, or no such device.
+    """
+    if dtype not in DTYPES:
+        raise UsageError("unknown dtype", code="dtype", found=dtype, expected=" or ".join(DTYPES))
+    target = find_device(device)
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.model_config()
+        parameters = load_parameters(checkpoint, config, dtype, target)
+    return LanguageModel(config, parameters, target, ops)
+
+
+def find_device(device: str | jax.Device | None) -> jax.Device:
+    """Returns the device that `device` names; raises UsageError if this machine or this JAX has none."""
+    if device is None:
+        return jax.devices()[0]
+    if not isinstance(device, str):
+        return device
+    try:
+        return jax.devices(device)[0]
+    except RuntimeError as error:
+        raise UsageError(
+            f"no device '{device}'",
+            code="device",
+            hint="For CUDA, install the extra: pip install 'apr-jax[cuda]'" if device == "cuda" else str(error),
+        ) from None
+
+
+class LanguageModel:
+    """A Qwen2 model that is ready to run.
+
+    Attributes:
+      config: Its configuration.
+      parameters: Its weights, nested as the modules of `Qwen2ForCausalLM` are, on one device.
+      device: That device.
+      ops: The table of operations.
+      layer_ops: Tables for single layers, by index.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        parameters: Parameters,
+        device: jax.Device,
+        ops: Ops = OPS,
+        layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
+    ):
+        self.config = config
+        self.parameters = parameters
+        self.device = device
+        self.ops = ops
+        self.layer_ops = layer_ops
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of parameters and computation."""
+        return str(self.parameters["model"]["norm"]["weight"].dtype)
+
+    def with_ops(self, ops: Ops, layer_ops: Mapping[int, Ops] = NO_OVERRIDES) -> LanguageModel:
+        """Returns the model with other tables of operations and the same parameters."""
+        return LanguageModel(self.config, self.parameters, self.device, ops, layer_ops)
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Array:
+        """Computes logits; arguments as `Inputs.of`. Returns [B, T, V] in the model's dtype."""
+        return self.logits(Inputs.of(input_ids, attention_mask, position_ids))
+
+    def logits(self, inputs: Inputs) -> Array:
+        """Computes logits [B, T, V]; those at padding mean nothing."""
+        inputs.check_vocabulary(self.config.vocab_size)
+        with self._scope():
+            program = _forward_program(self.config, self.dtype, self.ops, tuple(self.layer_ops.items()))
+            return program(self.parameters, inputs.input_ids, inputs.positions(), *self._rotary(inputs))
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """Returns a KV cache for `batch` rows of up to `capacity` tokens, padding included."""
+        with self._scope():
+            return Cache.empty(self.config, batch, capacity, jnp.dtype(self.dtype))
+
+    def step(self, inputs: Inputs, cache: Cache) -> tuple[Array, Cache]:
+        """Runs some tokens behind those in the cache: a whole prompt, a part of one, or one token a row.
+
+        Args:
+          inputs: The tokens [B, T]; their `position_ids` go on where the row's earlier tokens ended.
+          cache: What `empty_cache` or the step before returned. It is donated: use the returned one from now on.
+
+        Returns:
+          Logits [B, T, V] and the cache with the tokens in it.
+
+        Raises:
+          ValueError: The cache has no room for T more tokens.
+        """
+        inputs.check_vocabulary(self.config.vocab_size)
+        capacity, filled = cache.positions.shape[1], int(cache.length)
+        if filled + inputs.input_ids.shape[1] > capacity:
+            raise ValueError(
+                f"the cache holds {filled} of {capacity} tokens: no room for {inputs.input_ids.shape[1]} more"
+            )
+        with self._scope():
+            program = _step_program(self.config, self.dtype, self.ops, tuple(self.layer_ops.items()))
+            tables = self._rotary(inputs, at_least=capacity)
+            return program(self.parameters, inputs.input_ids, inputs.positions(), *tables, cache)
+
+    def trace(
+        self, inputs: Inputs, keys: Collection[str] | None = None, force: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Runs layer by layer and records stages.
+
+        Args:
+          inputs: The batch.
+          keys: Which to return, named as in `stages`; None means all. Traces of long sequences are large, the attention
+            scores above all.
+          force: Values that the computation goes on with in place of its own, under the same keys: each stage is then
+            computed from the other side's inputs. What is recorded are this model's own values.
+
+        Returns:
+          key -> array in the model's dtype, with a leading batch axis; `attn_scores` is 0 where the mask hides the key.
+
+        Raises:
+          ValueError: `force` names an unknown stage.
+        """
+        inputs.check_vocabulary(self.config.vocab_size)
+        known = list(stages.trace_keys(self.config.num_layers))
+        if unknown := set(force or ()) - set(known):
+            raise ValueError(f"unknown stages to force: {sorted(unknown)}")
+        wanted = set(known if keys is None else keys)
+        with self._scope():
+            recorded = self._run_traced(inputs, wanted, force or {})
+        return {key: recorded[key] for key in known if key in recorded}
+
+    def _run_traced(self, inputs: Inputs, wanted: set[str], force: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        config, recorded = self.config, {}
+
+        def keep(key: str, value: Array) -> Array:
+            if key in wanted:
+                recorded[key] = np.asarray(value)
+            return jnp.asarray(force[key], value.dtype) if key in force else value
+
+        outer = _outer_programs(config, self.dtype, self.ops)
+        step = outer["step"](inputs.positions(), *self._rotary(inputs))
+        x = keep(stages.EMBEDDING, outer["embed"](self.parameters, inputs.input_ids))
+        for layer in range(config.num_layers):
+            names = {stage: stages.layer_key(layer, stage) for stage in stages.LAYER_STAGES}
+            forced = {stage: jnp.asarray(force[key], self.dtype) for stage, key in names.items() if key in force}
+            record = frozenset(stage for stage, key in names.items() if key in wanted)
+            program = _layer_program(config, self.dtype, self.layer_ops.get(layer, self.ops), record)
+            x, values = program(self.parameters["model"]["layers"][layer], x, step, forced)
+            recorded |= {names[stage]: np.asarray(value) for stage, value in values.items()}
+        x = keep(stages.FINAL_NORM, outer["norm"](self.parameters, x))
+        if stages.LOGITS in wanted:
+            keep(stages.LOGITS, outer["project"](self.parameters, x))
+        return recorded
+
+    @contextlib.contextmanager
+    def _scope(self) -> Iterator[None]:
+        with jax.default_device(self.device), jax.enable_x64(self.dtype == "float64"):
+            yield
+
+    def _rotary(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
+        length = max(at_least, int(inputs.positions().max()) + 1)
+        return _rotary_tables(self.config.rope_theta, self.config.head_dim, _round_up(length), self.device)
+
+
+@functools.lru_cache(maxsize=8)
+def _rotary_tables(theta: float, head_dim: int, length: int, device: jax.Device) -> tuple[Array, Array]:
+    cos, sin = rotary.tables(theta, head_dim, length)
+    return jax.device_put(cos, device), jax.device_put(sin, device)
+
+
+def _round_up(length: int) -> int:
+    """Rounds a table's length up to a power of two, so that few programs are compiled."""
+    return max(64, 1 << (length - 1).bit_length())
+
+
+@functools.cache
+def _graph(config: Qwen2Config, dtype: str) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype))))
+
+
+@functools.cache
+def _layer_graph(config: Qwen2Config, dtype: str) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype))).model.layers[0])
+
+
+LayerOps = tuple[tuple[int, Ops], ...]
+
+
+@functools.cache
+def _forward_program(config: Qwen2Config, dtype: str, ops: Ops, layer_ops: LayerOps) -> Any:
+    graph = _graph(config, dtype)
+
+    def forward(parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array) -> Array:
+        model = nnx.merge(graph, parameters)
+        return model(ids, positions, cos, sin, ops=ops, layer_ops=dict(layer_ops))[0]
+
+    return jax.jit(forward, compiler_options=_COMPILER_OPTIONS)
+
+
+@functools.cache
+def _step_program(config: Qwen2Config, dtype: str, ops: Ops, layer_ops: LayerOps) -> Any:
+    graph = _graph(config, dtype)
+
+    def step(
+        parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        model = nnx.merge(graph, parameters)
+        return model(ids, positions, cos, sin, cache, ops, dict(layer_ops))
+
+    return jax.jit(step, compiler_options=_COMPILER_OPTIONS, donate_argnames="cache")
+
+
+@functools.cache
+def _outer_programs(config: Qwen2Config, dtype: str, ops: Ops) -> dict[str, Any]:
+    """What stands around the layers of a traced run: rotary gather, embedding, final norm and head."""
+    graph = _graph(config, dtype)
+    programs: dict[str, Callable[..., Any]] = {
+        "step": lambda positions, cos, sin: make_step(positions, cos, sin)[0],
+        "embed": lambda parameters, ids: nnx.merge(graph, parameters).embed(ids, ops),
+        "norm": lambda parameters, x: nnx.merge(graph, parameters).norm(x, ops),
+        "project": lambda parameters, x: nnx.merge(graph, parameters).project(x, ops),
+    }
+    return {name: jax.jit(function, compiler_options=_COMPILER_OPTIONS) for name, function in programs.items()}
+
+
+@functools.cache
+def _layer_program(config: Qwen2Config, dtype: str, ops: Ops, record: frozenset[str]) -> Any:
+    """One layer that records and forces: compiled once, called for every layer.
+
+    Each stage is fenced off from the next, so that its rounding depends neither on what is recorded nor on what is
+    forced: without the fence XLA fuses across stages and contracts products into sums.
+    """
+    graph = _layer_graph(config, dtype)
+
+    def layer(
+        parameters: Parameters, x: Array, step: Step, forced: Mapping[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
+        recorded: dict[str, Array] = {}
+
+        def tap(stage: str, value: Array) -> Array:
+            value = jax.lax.optimization_barrier(value)
+            recorded[stage] = value
+            return jax.lax.optimization_barrier(forced[stage].reshape(value.shape)) if stage in forced else value
+
+        x, _ = nnx.merge(graph, parameters)(x, step, ops=ops, tap=tap)
+        if "attn_scores" in recorded:
+            seen = visible(step.q_positions, step.kv_positions)[:, None]
+            recorded["attn_scores"] = jnp.where(seen, recorded["attn_scores"], jnp.zeros((), x.dtype))
+        return x, {stage: value for stage, value in recorded.items() if stage in record}
+
+    return jax.jit(layer, compiler_options=_COMPILER_OPTIONS)

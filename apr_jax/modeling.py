@@ -1,0 +1,434 @@
+"""Qwen2 and Qwen2.5 (dense, full attention) in Flax NNX.
+
+Covers the family of "Qwen2 Technical Report" (arXiv:2407.10671): pre-norm decoder, RMSNorm, rotary positions on split
+halves, grouped-query attention with biases on q, k and v only, SwiGLU, head tied to the embedding or not. The order of
+operations, casts included, is that of `modeling_qwen2.py` in HuggingFace transformers with eager attention, so that
+bfloat16 agrees as well as bfloat16 can.
+
+Modules hold weights under HuggingFace's names and in its `[out, in]` layout; every operation is a pure function in a
+frozen table, `Ops`. A backend variant is another table, and so is a planted fault.
+
+Letters in shapes: B batch, T query positions, S key positions, D hidden, N query heads, K key/value heads, G = N / K,
+H head dimension, F intermediate, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from converters.qwen2 import Qwen2Config
+
+Tap = Callable[[str, Array], Array]
+"""`value = tap(stage, value)`: sees a stage's value and returns the one that the computation goes on with."""
+
+NO_POSITION = -1
+"""The position of padding and of unfilled cache slots; such keys are never seen."""
+
+
+def pass_on(stage: str, value: Array) -> Array:
+    """The tap of an ordinary run: looks at nothing and changes nothing."""
+    del stage
+    return value
+
+
+def at_least_float32(x: Array) -> Array:
+    """Widens bf16 and f16 to f32; f32 and f64 stay as they are."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# --- Operations ------------------------------------------------------------------------------------------------------
+
+
+def dot(spec: str, a: Array, b: Array, precision: lax.PrecisionLike = lax.Precision.HIGHEST) -> Array:
+    """Contracts `a` and `b` as the einsum `spec` says; the result has their dtype.
+
+    The precision is part of the program, never a process-wide flag: HIGHEST keeps float32 from becoming TF32 on CUDA.
+    """
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=a.dtype)
+
+
+def embed(ids: Array, table: Array) -> Array:
+    """Looks up rows: ids [B, T] in table [V, D] -> [B, T, D]."""
+    return jnp.take(table, ids, axis=0)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """RMSNorm (arXiv:1910.07467) over the last axis, as `Qwen2RMSNorm`: in f32, cast back, then the weight."""
+    wide = at_least_float32(x)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return weight * (wide * lax.rsqrt(mean_square + eps)).astype(x.dtype)
+
+
+def linear(ops: Ops, x: Array, weight: Array) -> Array:
+    """x [B, T, in] times weight [out, in], no bias -> [B, T, out]."""
+    return ops.dot("bti,oi->bto", x, weight)
+
+
+def add_bias(x: Array, bias: Array) -> Array:
+    """x [B, T, out] + bias [out]."""
+    return x + bias
+
+
+def qkv(ops: Ops, x: Array, weights: Attention, tap: Tap) -> tuple[Array, Array, Array]:
+    """Projects x [B, T, D] to q [B, T, N, H], k and v [B, T, K, H], biases added."""
+    projections = (weights.q_proj, weights.k_proj, weights.v_proj)
+    product = jnp.concatenate([ops.linear(ops, x, p.weight[...]) for p in projections], axis=-1)
+    product = tap("qkv_matmul", product)
+    biased = ops.add_bias(product, jnp.concatenate([p.bias[...] for p in projections]))
+    biased = tap("qkv_bias", biased)
+    config, (batch, length) = weights.config, x.shape[:2]
+    q_end, k_end = config.num_heads, config.num_heads + config.num_kv_heads
+    heads = biased.reshape(batch, length, -1, config.head_dim)
+    return heads[:, :, :q_end], heads[:, :, q_end:k_end], heads[:, :, k_end:]
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the pairs (i, i + H/2) of x [B, T, heads, H] by the angles of cos, sin [B, T, H/2] (arXiv:2104.09864).
+
+    The tables are float32 and are cast to x's dtype first, as `apply_rotary_pos_emb` gets them.
+    """
+    cos, sin = (table.astype(x.dtype)[:, :, None, :] for table in (cos, sin))
+    low, high = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def attention_scores(ops: Ops, q: Array, k: Array) -> Array:
+    """q [B, T, N, H] with k [B, S, K, H] -> q k^T / sqrt(H), [B, N, T, S]; query head h reads KV head h // G."""
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    scores = ops.dot("btkgh,bskh->bkgts", grouped, k) * jnp.asarray(head_dim**-0.5, q.dtype)
+    return scores.reshape(batch, heads, length, k.shape[1])
+
+
+def visible(q_positions: Array, kv_positions: Array) -> Array:
+    """Which keys each query sees: q_positions [B, T], kv_positions [B, S] -> bool [B, T, S].
+
+    A key is seen at the query's own position and before it; position -1 (padding, unfilled cache) is never seen.
+    """
+    keys, queries = kv_positions[:, None, :], q_positions[:, :, None]
+    return (keys >= 0) & (keys <= queries)
+
+
+def attention_softmax(scores: Array, q_positions: Array, kv_positions: Array) -> Array:
+    """Masked softmax of scores [B, N, T, S] over the last axis, in f32, cast back.
+
+    The mask value is finite, so that a row which sees nothing (padding) gives a uniform row and not NaN.
+    """
+    wide = at_least_float32(scores)
+    seen = visible(q_positions, kv_positions)[:, None, :, :]
+    return jax.nn.softmax(jnp.where(seen, wide, jnp.finfo(wide.dtype).min), axis=-1).astype(scores.dtype)
+
+
+def attention_values(ops: Ops, weights: Array, v: Array) -> Array:
+    """weights [B, N, T, S] with v [B, S, K, H] -> [B, T, N, H]."""
+    batch, heads, length, slots = weights.shape
+    kv_heads, head_dim = v.shape[2:]
+    grouped = weights.reshape(batch, kv_heads, heads // kv_heads, length, slots)
+    return ops.dot("bkgts,bskh->btkgh", grouped, v).reshape(batch, length, heads, head_dim)
+
+
+def attention(ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array, tap: Tap) -> Array:
+    """Grouped-query attention (arXiv:2305.13245) of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N * H]."""
+    scores = tap("attn_scores", ops.attention_scores(ops, q, k))
+    weights = tap("attn_softmax", ops.attention_softmax(scores, q_positions, kv_positions))
+    values = ops.attention_values(ops, weights, v)
+    return tap("attention", values.reshape(*values.shape[:2], -1))
+
+
+def residual(x: Array, update: Array) -> Array:
+    """x + update, both [B, T, D]."""
+    return x + update
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x), rounded once: in f32 for 16-bit inputs, as torch does."""
+    wide = at_least_float32(x)
+    return (wide * jax.nn.sigmoid(wide)).astype(x.dtype)
+
+
+def multiply(a: Array, b: Array) -> Array:
+    """a * b, both [B, T, F]."""
+    return a * b
+
+
+def glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
+    """SwiGLU before the down projection (arXiv:2002.05202): x [B, T, D] -> silu(gate) * up, [B, T, F]."""
+    gate = tap("ffn_gate", ops.linear(ops, x, weights.gate_proj.weight[...]))
+    up = tap("ffn_up", ops.linear(ops, x, weights.up_proj.weight[...]))
+    activated = tap("ffn_silu", ops.activation(gate))
+    return tap("ffn_swigl", ops.multiply(activated, up))
+
+
+def head(ops: Ops, x: Array, weight: Array) -> Array:
+    """Final hidden states [B, T, D] with the head or the embedding [V, D] -> logits [B, T, V]."""
+    return ops.linear(ops, x, weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """The operations of a layer and of the model around the layers; each field is a function of this module's name.
+
+    Composite operations (`qkv`, `attention`, `glu`) take the table itself and call its elementary ones, so a variant
+    replaces as much or as little as it means to. A composite that is fused need not report its inner stages.
+    """
+
+    dot: Callable[[str, Array, Array], Array] = dot
+    embed: Callable[[Array, Array], Array] = embed
+    rms_norm: Callable[[Array, Array, float], Array] = rms_norm
+    linear: Callable[[Ops, Array, Array], Array] = linear
+    add_bias: Callable[[Array, Array], Array] = add_bias
+    qkv: Callable[[Ops, Array, Attention, Tap], tuple[Array, Array, Array]] = qkv
+    rope: Callable[[Array, Array, Array], Array] = rope
+    attention_scores: Callable[[Ops, Array, Array], Array] = attention_scores
+    attention_softmax: Callable[[Array, Array, Array], Array] = attention_softmax
+    attention_values: Callable[[Ops, Array, Array], Array] = attention_values
+    attention: Callable[[Ops, Array, Array, Array, Array, Array, Tap], Array] = attention
+    residual: Callable[[Array, Array], Array] = residual
+    activation: Callable[[Array], Array] = silu
+    multiply: Callable[[Array, Array], Array] = multiply
+    glu: Callable[[Ops, Array, MLP, Tap], Array] = glu
+    head: Callable[[Ops, Array, Array], Array] = head
+
+
+OPS = Ops()
+"""The right operations, in the dtype of the parameters; float32 stays float32 on every backend."""
+
+TF32_OPS = dataclasses.replace(OPS, dot=functools.partial(dot, precision=lax.DotAlgorithmPreset.TF32_TF32_F32))
+"""Float32 with dot inputs rounded to TF32 (CUDA only)."""
+
+NO_OVERRIDES: Mapping[int, Ops] = MappingProxyType({})
+
+
+# --- Modules ---------------------------------------------------------------------------------------------------------
+
+
+class Linear(nnx.Module):
+    """A projection: weight [out, in] and, where asked for, bias [out]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: Any):
+        self.weight = nnx.Param(jnp.zeros((out_features, in_features), dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((out_features,), dtype))
+
+
+class Embedding(nnx.Module):
+    """A table of rows: weight [V, D]."""
+
+    def __init__(self, rows: int, width: int, dtype: Any):
+        self.weight = nnx.Param(jnp.zeros((rows, width), dtype))
+
+
+class RMSNorm(nnx.Module):
+    """The weight [D] of an RMSNorm, and its eps."""
+
+    def __init__(self, width: int, eps: float, dtype: Any):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((width,), dtype))
+
+    def __call__(self, x: Array, ops: Ops) -> Array:
+        return ops.rms_norm(x, self.weight[...], self.eps)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [B, S, K, H] each."""
+
+    keys: Array
+    values: Array
+
+
+class Step(NamedTuple):
+    """Where the tokens of one call stand; shared by all layers.
+
+    Attributes:
+      cos: cos of the rotary angles, float32 [B, T, H/2].
+      sin: sin of the rotary angles, float32 [B, T, H/2].
+      q_positions: Positions of the tokens, int32 [B, T]; -1 is padding.
+      kv_positions: Positions of the keys, int32 [B, S]: the tokens themselves, or every slot of the cache.
+      slot: First cache slot that the tokens are written to, int32 scalar; None without a cache.
+    """
+
+    cos: Array
+    sin: Array
+    q_positions: Array
+    kv_positions: Array
+    slot: Array | None
+
+
+class Attention(nnx.Module):
+    """Self-attention: q, k and v with bias, o without."""
+
+    def __init__(self, config: Qwen2Config, dtype: Any):
+        self.config = config
+        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q_width, bias=True, dtype=dtype)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=True, dtype=dtype)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=True, dtype=dtype)
+        self.o_proj = Linear(q_width, config.hidden_size, bias=False, dtype=dtype)
+
+    def __call__(
+        self, x: Array, step: Step, cache: LayerCache | None, ops: Ops, tap: Tap
+    ) -> tuple[Array, LayerCache | None]:
+        q, k, v = ops.qkv(ops, x, self, tap)
+        q = _tap_heads(tap, "q_post_rope", ops.rope(q, step.cos, step.sin))
+        k = _tap_heads(tap, "k_post_rope", ops.rope(k, step.cos, step.sin))
+        if cache is not None and step.slot is not None:
+            k = lax.dynamic_update_slice_in_dim(cache.keys, k, step.slot, axis=1)
+            v = lax.dynamic_update_slice_in_dim(cache.values, v, step.slot, axis=1)
+            cache = LayerCache(k, v)
+        values = ops.attention(ops, q, k, v, step.q_positions, step.kv_positions, tap)
+        return tap("attn_out", ops.linear(ops, values, self.o_proj.weight[...])), cache
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward block."""
+
+    def __init__(self, config: Qwen2Config, dtype: Any):
+        hidden, ffn = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(hidden, ffn, bias=False, dtype=dtype)
+        self.up_proj = Linear(hidden, ffn, bias=False, dtype=dtype)
+        self.down_proj = Linear(ffn, hidden, bias=False, dtype=dtype)
+
+    def __call__(self, x: Array, ops: Ops, tap: Tap) -> Array:
+        return tap("ffn_out", ops.linear(ops, ops.glu(ops, x, self, tap), self.down_proj.weight[...]))
+
+
+class DecoderLayer(nnx.Module):
+    """One layer: attention and MLP, each behind a norm and beside the residual stream."""
+
+    def __init__(self, config: Qwen2Config, dtype: Any):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = MLP(config, dtype)
+
+    def __call__(
+        self, x: Array, step: Step, cache: LayerCache | None = None, ops: Ops = OPS, tap: Tap = pass_on
+    ) -> tuple[Array, LayerCache | None]:
+        """Takes the residual stream [B, T, D] through the layer; returns it with the cache that holds the new keys."""
+        normed = tap("attn_norm", self.input_layernorm(x, ops))
+        attended, cache = self.self_attn(normed, step, cache, ops, tap)
+        x = tap("post_attn_residual", ops.residual(x, attended))
+        normed = tap("ffn_norm", self.post_attention_layernorm(x, ops))
+        x = tap("post_ffn_residual", ops.residual(x, self.mlp(normed, ops, tap)))
+        return x, cache
+
+
+class Cache(NamedTuple):
+    """The keys and values of a sequence in the making. A value: every step returns the next one.
+
+    Attributes:
+      layers: One pair of arrays a layer.
+      positions: Position of the token in each slot, int32 [B, S]; -1 is padding or not filled yet.
+      length: Number of slots filled, int32 scalar, the same for all rows.
+    """
+
+    layers: tuple[LayerCache, ...]
+    positions: Array
+    length: Array
+
+    @classmethod
+    def empty(cls, config: Qwen2Config, batch: int, capacity: int, dtype: Any) -> Cache:
+        """Returns a cache of `capacity` slots with nothing in it."""
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        return cls(layers, jnp.full((batch, capacity), NO_POSITION, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers and final norm: what HuggingFace's checkpoints call `model`."""
+
+    def __init__(self, config: Qwen2Config, dtype: Any):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+
+class Qwen2ForCausalLM(nnx.Module):
+    """Qwen2 with its language-model head; `lm_head` is absent where the head is tied to the embedding.
+
+    Freshly made it has zero weights: parameters come from a checkpoint (`apr_jax.load_model`).
+    """
+
+    def __init__(self, config: Qwen2Config, dtype: Any = jnp.float32):
+        self.config = config
+        self.model = Decoder(config, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        positions: Array,
+        cos: Array,
+        sin: Array,
+        cache: Cache | None = None,
+        ops: Ops = OPS,
+        layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
+    ) -> tuple[Array, Cache | None]:
+        """Computes next-token logits.
+
+        Args:
+          input_ids: Token ids, int32 [B, T].
+          positions: Position of each token in its sequence, int32 [B, T], rising along a row; -1 is padding.
+          cos: cos of the rotary angles of positions 0 .. P-1, float32 [P, H/2] (`rotary.tables`).
+          sin: sin of the same.
+          cache: Keys and values of earlier tokens; the new ones are added.
+          ops: The table of operations.
+          layer_ops: Tables for single layers, by index.
+
+        Returns:
+          Logits [B, T, V] in the parameters' dtype, and the cache after this step (None without one).
+        """
+        step, filled = make_step(positions, cos, sin, cache)
+        x = self.embed(input_ids, ops)
+        layers = []
+        for index, layer in enumerate(self.model.layers):
+            layer_cache = None if cache is None else cache.layers[index]
+            x, layer_cache = layer(x, step, layer_cache, layer_ops.get(index, ops))
+            layers.append(layer_cache)
+        logits = self.project(self.norm(x, ops), ops)
+        if cache is None:
+            return logits, None
+        return logits, Cache(tuple(layers), filled, cache.length + jnp.int32(input_ids.shape[1]))
+
+    def embed(self, input_ids: Array, ops: Ops = OPS) -> Array:
+        """Token ids [B, T] -> residual stream [B, T, D]."""
+        return ops.embed(input_ids, self.model.embed_tokens.weight[...])
+
+    def norm(self, x: Array, ops: Ops = OPS) -> Array:
+        """The final norm, [B, T, D]."""
+        return self.model.norm(x, ops)
+
+    def project(self, x: Array, ops: Ops = OPS) -> Array:
+        """Normed hidden states [B, T, D] -> logits [B, T, V], through the head or the tied embedding."""
+        source = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return ops.head(ops, x, source.weight[...])
+
+
+def make_step(positions: Array, cos: Array, sin: Array, cache: Cache | None = None) -> tuple[Step, Array]:
+    """Gathers the rotary tables [P, H/2] at `positions` [B, T] and places the tokens in the cache.
+
+    Returns:
+      The step, and the positions of all keys after it, int32 [B, S].
+    """
+    rows = jnp.maximum(positions, 0)
+    slot, keys = None, positions
+    if cache is not None:
+        slot = cache.length
+        keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+    return Step(jnp.take(cos, rows, axis=0), jnp.take(sin, rows, axis=0), positions, keys, slot), keys
+
+
+def _tap_heads(tap: Tap, stage: str, x: Array) -> Array:
+    """Shows x [B, T, heads, H] to the tap as [B, T, heads * H]."""
+    return tap(stage, x.reshape(*x.shape[:2], -1)).reshape(x.shape)

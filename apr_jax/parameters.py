@@ -1,0 +1,95 @@
+"""Parameters from a checkpoint: strict, every tensor accounted for, with little more memory than they need."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.checkpoint import Checkpoint, Tensor
+from converters.errors import RefusedError
+from converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+Parameters = dict[Any, Any]
+"""Arrays in nested dicts, keyed as the attributes of `Qwen2ForCausalLM`: HuggingFace's names, split at the dots."""
+
+_CHUNK_BYTES = 16 << 20
+# XLA:CPU takes over a host array without copying it if it is aligned so.
+_ALIGNMENT = 64
+
+
+def load_parameters(checkpoint: Checkpoint, config: Qwen2Config, dtype: str, device: jax.Device) -> Parameters:
+    """Reads every tensor of a checkpoint, casts it to `dtype` and puts it on `device`.
+
+    Args:
+      checkpoint: Holds exactly the tensors of `config`; a head beside a tied configuration must equal the embedding.
+      config: The model's configuration.
+      dtype: "float32", "bfloat16" or "float64".
+      device: Where the arrays go.
+
+    Returns:
+      The nested parameters. Peak host memory is that of the parameters (none for another device than the CPU), the
+      largest one and some chunks.
+
+    Raises:
+      RefusedError: Tensors that are missing, unexpected or mis-shaped, all named; a tied head that is another matrix;
+        a dtype that cannot be decoded.
+    """
+    check_tensors(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, checkpoint.path)
+    if config.tie_word_embeddings and HEAD in checkpoint.tensors:
+        _check_tied_head(checkpoint)
+    parameters: Parameters = {}
+    x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
+    with x64:
+        for name in config.tensor_shapes():
+            *parents, leaf = (int(part) if part.isdigit() else part for part in name.split("."))
+            node = parameters
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = _put(read_as(checkpoint.tensors[name], dtype), device)
+    return parameters
+
+
+def read_as(tensor: Tensor, dtype: str) -> np.ndarray:
+    """Reads a tensor as `dtype`, by chunks of rows; a narrowing cast rounds to nearest even."""
+    target = jnp.dtype(dtype)
+    out = _aligned_empty(tensor.shape, target)
+    rows = max(1, _CHUNK_BYTES // max(1, tensor.nbytes // max(1, tensor.shape[0]))) if tensor.shape else 1
+    for start in range(0, tensor.shape[0], rows):
+        out[start : start + rows] = tensor.read((slice(start, start + rows),))
+    return out
+
+
+def _put(array: np.ndarray, device: jax.Device) -> jax.Array:
+    # Nobody else holds `array`, so that the CPU backend may keep it as it is.
+    return jax.device_put(array, device, may_alias=True)
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _check_tied_head(checkpoint: Checkpoint) -> None:
+    """A tied checkpoint may carry its head as a copy of the embedding, in any dtype that holds the same values."""
+    head, embedding = checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]
+    rows = max(1, _CHUNK_BYTES // max(1, 4 * head.shape[1]))
+    for start in range(0, head.shape[0], rows):
+        chunk = (slice(start, start + rows),)
+        if not np.array_equal(
+            head.read(chunk).astype(np.float64), embedding.read(chunk).astype(np.float64), equal_nan=True
+        ):
+            raise RefusedError(
+                "the configuration ties the head to the embedding, but the checkpoint holds another head",
+                code="tied-head-differs",
+                file=checkpoint.path,
+                tensor=HEAD,
+                hint="Set tie_word_embeddings to false in config.json if this head is meant.",
+            )

@@ -1,0 +1,1 @@
+"""Bytes in, bytes out: containers, dtype registry, checkpoints and conversion. Never imports jax or flax."""

@@ -1,0 +1,229 @@
+"""What an `.apr` says about its model, made from a HuggingFace checkpoint's config, tokenizer and side files, and back.
+
+Key order and spelling are those of `apr` (apr-v2-format sections 3.1 to 3.3). HuggingFace's spellings never stand at
+top level: the engine reads some of them as aliases and drops all metadata when it meets two names of one thing (3.4).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from converters import strict_json
+from converters.checkpoint import SOURCE_FILES_KEY
+from converters.errors import AprJaxError, BrokenContainerError
+from converters.qwen2 import Qwen2Config
+
+SOURCE_METADATA = "source_metadata"
+# Under this key of safetensors' `__metadata__` travels the metadata of an `.apr` that another writer made.
+FOREIGN_METADATA = "apr_metadata"
+
+_MAX_SIDE_FILE_BYTES = 64 << 20
+_ROPE_SPLIT_HALVES = 2
+_HOLE = "<unk>"
+# Ids beyond this are a mistake, not a vocabulary; Qwen2.5 has 151,936.
+_MAX_VOCABULARY = 1 << 22
+
+
+def from_huggingface(
+    config: Mapping[str, Any] | None,
+    model: Qwen2Config | None,
+    files: Mapping[str, bytes],
+    source_metadata: Mapping[str, str],
+    *,
+    name: str,
+    param_count: int,
+    total_size: int,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """Returns the metadata of an `.apr` file for a HuggingFace checkpoint.
+
+    Args:
+      config: The content of config.json, or None if there is none (the file then holds no architecture).
+      model: The same, checked.
+      files: Side files, name -> content.
+      source_metadata: The strings of safetensors' `__metadata__`.
+      name: The model's name.
+      param_count: Elements of all tensors written.
+      total_size: Bytes of all tensors written.
+      warnings: Added to.
+    """
+    typed: dict[str, Any] = {
+        "model_type": "" if model is None else "Qwen2",
+        "name": name,
+        "license": None,
+        "data_source": None,
+        "data_license": None,
+        "original_format": "safetensors",
+        "total_size": total_size,
+        "param_count": param_count,
+    }
+    if config is not None and model is not None:
+        typed |= _architecture(config, model)
+    custom: dict[str, Any] = {}
+    if source_metadata:
+        custom[SOURCE_METADATA] = dict(source_metadata)
+    if config is not None and model is not None:
+        if model.tie_word_embeddings:
+            custom["tied_embeddings"] = True
+        custom |= _tokenizer(files, config, model.vocab_size, warnings)
+    # Always there, empty or not: it marks the file as one that can be taken back exactly.
+    custom[SOURCE_FILES_KEY] = encode_files(files)
+    return typed | custom
+
+
+def _architecture(config: Mapping[str, Any], model: Qwen2Config) -> dict[str, Any]:
+    architectures = config.get("architectures")
+    named = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
+    return {
+        "architecture": "qwen2",
+        "hf_architecture": architectures[0] if named and architectures else "Qwen2ForCausalLM",
+        "hf_model_type": "qwen2",
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.num_kv_heads,
+        "vocab_size": model.vocab_size,
+        "intermediate_size": model.intermediate_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": strict_json.f32(model.rope_theta),
+        "rope_type": _ROPE_SPLIT_HALVES,
+        "rms_norm_eps": strict_json.f32(model.rms_norm_eps),
+    } | ({"head_dim": model.head_dim} if config.get("head_dim") is not None else {})
+
+
+def encode_files(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Returns name -> text, or {"base64": ...} where the content is not UTF-8, in name order."""
+    encoded: dict[str, Any] = {}
+    for name in sorted(files):
+        content = files[name]
+        try:
+            encoded[name] = str(content, "utf-8")
+        except UnicodeDecodeError:
+            encoded[name] = {"base64": base64.b64encode(content).decode("ascii")}
+    return encoded
+
+
+# --- the tokenizer, as `apr run` reads it
+
+
+def _tokenizer(
+    files: Mapping[str, bytes], config: Mapping[str, Any], vocab_size: int, warnings: list[str]
+) -> dict[str, Any]:
+    try:
+        found = _read_tokenizer(files)
+    except (AprJaxError, _NotUnderstood) as error:
+        message = error.message if isinstance(error, AprJaxError) else str(error)
+        warnings.append(f"the tokenizer is not understood, so `apr` cannot take text with this file: {message}")
+        return {}
+    if found is None:
+        warnings.append("there is no tokenizer, so `apr` cannot take text with this file")
+        return {}
+    ids, merges = found
+    length = max(vocab_size, max(ids.values(), default=-1) + 1)
+    vocabulary = [_HOLE] * length
+    for token, position in ids.items():
+        vocabulary[position] = token
+    keys: dict[str, Any] = {
+        "tokenizer.vocabulary": vocabulary,
+        "tokenizer.vocab_size": length,
+        "tokenizer.merges": merges,
+        "tokenizer.model_type": "BPE",
+    }
+    for key in ("bos_token_id", "eos_token_id"):
+        # An array (several ends of text) has no place in the format; its first is the one that chat turns end with.
+        given = config.get(key)
+        number = given[0] if isinstance(given, list) and given else given
+        if type(number) is int and 0 <= number < length:
+            keys[f"tokenizer.{key}"] = number
+    return keys
+
+
+class _NotUnderstood(Exception):
+    pass
+
+
+def _read_tokenizer(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[str]] | None:
+    """Returns token -> id with added tokens, and merges as "left right"; None if there is no tokenizer."""
+    if "tokenizer.json" in files:
+        parsed = _parse(files, "tokenizer.json")
+        model = parsed.get("model") if isinstance(parsed, dict) else None
+        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+            raise _NotUnderstood("tokenizer.json is no byte-level BPE tokenizer")
+        added = parsed.get("added_tokens") or []
+        tokens = _ids(model["vocab"].items()) | _ids(_added(added))
+        return tokens, [_merge(merge) for merge in model.get("merges") or []]
+    if "vocab.json" not in files or "merges.txt" not in files:
+        return None
+    vocabulary = _parse(files, "vocab.json")
+    if not isinstance(vocabulary, dict):
+        raise _NotUnderstood("vocab.json is no object")
+    tokens = _ids(vocabulary.items())
+    if "added_tokens.json" in files:
+        tokens |= _ids(_parse(files, "added_tokens.json").items())
+    lines = files["merges.txt"].decode("utf-8", "strict").split("\n")
+    return tokens, [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _parse(files: Mapping[str, bytes], name: str) -> Any:
+    return strict_json.loads(files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, file=name)
+
+
+def _added(added: Any) -> Iterable[tuple[Any, Any]]:
+    for token in added if isinstance(added, list) else ():
+        if not isinstance(token, dict):
+            raise _NotUnderstood("an added token is no object")
+        yield token.get("content"), token.get("id")
+
+
+def _ids(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    tokens = {}
+    for token, number in pairs:
+        if not isinstance(token, str) or type(number) is not int or not 0 <= number < _MAX_VOCABULARY:
+            raise _NotUnderstood(f"token {token!r} has the id {number!r}")
+        tokens[token] = number
+    return tokens
+
+
+def _merge(merge: Any) -> str:
+    if isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge):
+        return " ".join(merge)
+    if not isinstance(merge, str):
+        raise _NotUnderstood(f"a merge is {merge!r}")
+    return merge
+
+
+# --- back to HuggingFace
+
+
+def config_json(config: Mapping[str, Any]) -> bytes:
+    """Returns the text of a config.json, laid out as transformers lays it out."""
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def foreign_to_safetensors(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the `__metadata__` for the content of an `.apr` that another writer made.
+
+    What the `.apr` itself had kept of it, "format": "pt" where it had kept nothing (old transformers want it), and all
+    of the `.apr`'s metadata as one string that `foreign_from_safetensors` inverts.
+    """
+    kept = metadata.get(SOURCE_METADATA)
+    strings = {key: value for key, value in kept.items() if isinstance(value, str)} if isinstance(kept, Mapping) else {}
+    return (strings or {"format": "pt"}) | {FOREIGN_METADATA: strict_json.dumps(dict(metadata)).decode()}
+
+
+def foreign_from_safetensors(source_metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Inverts `foreign_to_safetensors`; None if there is nothing to invert.
+
+    Raises:
+      BrokenContainerError: The string is no JSON object.
+    """
+    text = source_metadata.get(FOREIGN_METADATA)
+    if text is None:
+        return None
+    parsed = strict_json.loads(text.encode(), what=FOREIGN_METADATA, max_bytes=_MAX_SIDE_FILE_BYTES)
+    if not isinstance(parsed, dict):
+        raise BrokenContainerError(f"{FOREIGN_METADATA} is no object", code="metadata-type")
+    return parsed

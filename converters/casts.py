@@ -1,0 +1,161 @@
+"""Casts between floating-point types, over chunks of bytes.
+
+Every cast rounds once, to nearest with ties to even, straight from the source type to the target (IEEE 754-2019,
+4.3.1): f64 -> bf16 by way of f32 would round twice. A NaN stays a NaN with its sign and the upper bits of its payload,
+made quiet as convertFormat does (6.2.1, 6.2.3); infinities and signed zeros stay what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from converters import dtypes
+from converters.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FLOATS = ("f16", "bf16", "f32", "f64")
+
+# What `apr` calls the quantised types.
+_ALIASES = {"q8": "apr_q8", "int8": "apr_q8", "q4": "apr_q4", "int4": "apr_q4", "q4k": "q4_k", "q6k": "q6_k"}
+
+# Bits of the significand that are stored, and bits of the whole.
+_FRACTION = {"f16": 10, "bf16": 7, "f32": 23, "f64": 52}
+_BITS = {"f16": 16, "bf16": 16, "f32": 32, "f64": 64}
+
+
+@dataclasses.dataclass
+class Damage:
+    """What a cast did to values, beyond rounding them.
+
+    Attributes:
+      overflowed: Finite values that became infinite.
+      vanished: Values that became zero.
+    """
+
+    overflowed: int = 0
+    vanished: int = 0
+
+    def __add__(self, other: Damage) -> Damage:
+        return Damage(self.overflowed + other.overflowed, self.vanished + other.vanished)
+
+
+def target_type(name: str) -> dtypes.DType:
+    """Returns the type that `--cast` names.
+
+    Raises:
+      UsageError: Code "cast-unknown": nothing has this name.
+      RefusedError: Code "cast-unsupported": it is a type, and casting into it is not available.
+    """
+    name = name.lower()
+    known = _ALIASES.get(name, name)
+    if known not in dtypes.TYPES:
+        raise UsageError(f"unknown type '{name}'", code="cast-unknown", expected=f"one of {', '.join(FLOATS)}")
+    if known not in FLOATS:
+        kind = "quantised types are" if dtypes.TYPES[known].is_block else f"'{name}' is"
+        raise RefusedError(
+            f"cannot cast to '{name}': {kind} not available as a target yet",
+            code="cast-unsupported",
+            found=name,
+            expected=f"one of {', '.join(FLOATS)}",
+        )
+    return dtypes.TYPES[known]
+
+
+def cast(data: bytes | memoryview, source: str, target: str) -> tuple[memoryview, Damage]:
+    """Casts little-endian values.
+
+    Args:
+      data: Whole elements of type `source`; no alignment needed.
+      source: The name of their type, one of `FLOATS`.
+      target: The name of the type to cast to, one of `FLOATS` and another than `source`.
+
+    Returns:
+      The bytes of the cast values, in the same order, and what it did to them.
+    """
+    import numpy as np
+
+    bits = np.frombuffer(data, f"<u{_BITS[source] // 8}")
+    with np.errstate(all="ignore"):
+        out = _round(bits, source, target)
+    nan = _magnitude(bits, source) > _infinity(source)
+    if nan.any():
+        out[nan] = _quiet_nans(bits[nan], source, target)
+    infinite = _magnitude(out, target) == _infinity(target)
+    damage = Damage()
+    if infinite.any():
+        damage.overflowed = int(np.count_nonzero(infinite & (_magnitude(bits, source) != _infinity(source))))
+    zeros = int(np.count_nonzero(_magnitude(out, target) == 0))
+    if zeros:
+        damage.vanished = zeros - int(np.count_nonzero(_magnitude(bits, source) == 0))
+    return out.data.cast("B"), damage
+
+
+def _round(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Returns the bits of the values in `target`; NaN come out as anything."""
+    if source == "bf16":
+        return _from_float(_bf16_to_f32(bits), target)
+    values = bits.view(f"<f{_BITS[source] // 8}")
+    if target != "bf16":
+        return _from_float(values, target)
+    if source == "f64":
+        return _f32_to_bf16(_f64_to_f32_odd(values))
+    return _f32_to_bf16(values.astype("<f4").view("<u4"))
+
+
+def _from_float(values: np.ndarray, target: str) -> np.ndarray:
+    # numpy rounds f32 -> f16 and f64 -> f16 directly and to even; so does the processor for f64 -> f32.
+    return values.astype(f"<f{_BITS[target] // 8}").view(f"<u{_BITS[target] // 8}")
+
+
+def _bf16_to_f32(bits: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return (bits.astype("<u4") << np.uint32(16)).view("<f4")
+
+
+def _f32_to_bf16(bits: np.ndarray) -> np.ndarray:
+    """Adds just under half a unit of the kept part, one more where that part is odd, and cuts."""
+    import numpy as np
+
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + odd + np.uint32(0x7FFF)) >> np.uint32(16)).astype("<u2")
+
+
+def _f64_to_f32_odd(values: np.ndarray) -> np.ndarray:
+    """Returns the f32 bits of f64 values rounded to odd: cut, and the last bit set where anything was cut off.
+
+    A later rounding to a type with at least two bits less is then the rounding of the exact value (Boldo and Melquiond,
+    "When double rounding is odd", 2005).
+    """
+    import numpy as np
+
+    nearest = values.astype("<f4")
+    bits = nearest.view("<u4").copy()
+    wide = nearest.astype("<f8")
+    inexact = wide != values
+    away = np.abs(wide) > np.abs(values)
+    bits[away] -= np.uint32(1)
+    bits[inexact] |= np.uint32(1)
+    return bits
+
+
+def _quiet_nans(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    kept = bits.astype("<u8")
+    sign = kept >> (_BITS[source] - 1)
+    payload = kept & ((1 << _FRACTION[source]) - 1)
+    shift = _FRACTION[target] - _FRACTION[source]
+    payload = payload << shift if shift >= 0 else payload >> -shift
+    quiet = _infinity(target) | 1 << (_FRACTION[target] - 1)
+    return (sign << (_BITS[target] - 1) | payload | quiet).astype(f"<u{_BITS[target] // 8}")
+
+
+def _magnitude(bits: np.ndarray, dtype: str) -> np.ndarray:
+    return bits & bits.dtype.type((1 << (_BITS[dtype] - 1)) - 1)
+
+
+def _infinity(dtype: str) -> int:
+    """Returns the bits of positive infinity."""
+    return ((1 << (_BITS[dtype] - 1 - _FRACTION[dtype])) - 1) << _FRACTION[dtype]

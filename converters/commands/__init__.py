@@ -1,0 +1,1 @@
+"""The commands that need no jax. Each module has `parse(argv)` and `main(args)`; `cli.start` runs them."""

@@ -1,0 +1,710 @@
+"""Conversion between HuggingFace checkpoints and `.apr`: a plan that can be looked at, then one pass over the data.
+
+By default no payload byte changes. Tensors are laid out in name order in both containers, so that the data sections of
+a 16-bit Qwen2 model are the same bytes in both, and a conversion is a new prologue and one long copy. Everything that
+came beside the tensors goes along: config, tokenizer and other side files, `__metadata__`, the metadata of an `.apr`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from converters import apr_format, apr_metadata, casts, dtypes, safetensors_format, streaming, strict_json
+from converters.checkpoint import (
+    INDEX_NAME,
+    SAFETENSORS_SOURCE_FILES_KEY,
+    SINGLE_NAME,
+    SOURCE_FILES_KEY,
+    Checkpoint,
+    Tensor,
+    open_checkpoint,
+)
+from converters.dtypes import DType
+from converters.errors import RefusedError, UsageError
+from converters.output import (
+    CHECKPOINT,
+    Notice,
+    OutputFile,
+    atomic_file,
+    atomic_folder,
+    check_target,
+    termination_as_interrupt,
+)
+from converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+
+TARGETS = ("apr", "safetensors")
+HEADS = ("absent", "copy")
+_COMPARED_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class CastRule:
+    """A request to cast: `[GLOB=]TYPE`.
+
+    Attributes:
+      glob: Which tensors, by name, upper and lower case distinct.
+      target: The type to cast to.
+    """
+
+    glob: str
+    target: DType
+
+    @classmethod
+    def parse(cls, text: str) -> CastRule:
+        """Reads "GLOB=TYPE", or "TYPE" for all tensors.
+
+        Raises:
+          UsageError, RefusedError: As `casts.target_type`.
+        """
+        glob, _, name = text.rpartition("=")
+        return cls(glob or "*", casts.target_type(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+      name: Its name.
+      shape: Its dimensions, outermost first.
+      source: The tensor whose bytes it gets; the embedding, for a head that is written as a copy.
+      dtype: Its type in the output.
+      nbytes: Its bytes in the output.
+      file: The output file that holds it; "" if the output is a single file.
+      offset: Where in that file it begins.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: Tensor
+    dtype: DType
+    nbytes: int
+    file: str
+    offset: int
+
+    @property
+    def cast(self) -> tuple[str, str] | None:
+        """Names of the types to cast from and to, or None for a copy."""
+        return None if self.source.dtype is self.dtype else (self.source.dtype.name, self.dtype.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedFile:
+    """One output file that holds tensors.
+
+    Attributes:
+      name: Its name in the output folder; "" if the output is a single file.
+      prologue: The bytes before the data.
+      size: Its bytes.
+      tensors: What it holds, in the order of the data.
+      has_footer: Whether it ends with a CRC-32.
+    """
+
+    name: str
+    prologue: bytes
+    size: int
+    tensors: tuple[PlannedTensor, ...]
+    has_footer: bool
+
+
+@dataclasses.dataclass
+class Plan:
+    """Everything that a conversion is going to do, decided before any data is touched.
+
+    Attributes:
+      checkpoint: The source.
+      output: The path to write.
+      to: "apr" or "safetensors".
+      is_folder: Whether the output is a folder.
+      files: Files with tensors.
+      side_files: Other files of an output folder, name -> content.
+      carried: Names of the side files that travel inside the output file, or lie beside it.
+      dropped: Tensors of the source that the output leaves out, with the reason.
+      allow_overflow: Whether a cast may turn finite values into infinities.
+      warnings: What is worth saying.
+    """
+
+    checkpoint: Checkpoint
+    output: str
+    to: str
+    is_folder: bool
+    files: tuple[PlannedFile, ...]
+    side_files: dict[str, bytes]
+    carried: tuple[str, ...]
+    dropped: dict[str, str]
+    allow_overflow: bool
+    warnings: list[str]
+
+    @property
+    def tensors(self) -> list[PlannedTensor]:
+        """The tensors of all files."""
+        return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that are read."""
+        return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of all files that are written."""
+        return sum(file.size for file in self.files) + sum(map(len, self.side_files.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain JSON values."""
+        return {
+            "source": self.checkpoint.path,
+            "source_kind": self.checkpoint.kind,
+            "output": self.output,
+            "to": self.to,
+            "files": [
+                {"name": file.name or os.path.basename(self.output), "bytes": file.size, "tensors": len(file.tensors)}
+                for file in self.files
+            ],
+            "side_files": list(self.carried),
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "shape": list(tensor.shape),
+                    "source": tensor.source.name,
+                    "source_dtype": tensor.source.dtype.name,
+                    "dtype": tensor.dtype.name,
+                    "bytes": tensor.nbytes,
+                    "file": tensor.file or os.path.basename(self.output),
+                    "offset": tensor.offset,
+                }
+                for tensor in self.tensors
+            ],
+            "dropped": self.dropped,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "warnings": self.warnings,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a conversion did.
+
+    Attributes:
+      seconds: Time taken for the data, from opening the output until it had its name.
+      damage: Tensor name -> what its cast did, where it did more than round.
+      footer_checked: Whether the checksum of the source was checked on the way; safetensors has none.
+    """
+
+    seconds: float
+    damage: dict[str, casts.Damage]
+    footer_checked: bool
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    to: str,
+    cast: Sequence[CastRule] = (),
+    allow_overflow: bool = False,
+    tied_head: str | None = None,
+    max_shard_bytes: int | None = None,
+    force: bool = False,
+    lenient: bool = False,
+) -> Outcome:
+    """Converts a checkpoint.
+
+    Args:
+      source: Anything that `open_checkpoint` opens.
+      output: A folder (safetensors), a path ending in ".safetensors", or the path of an `.apr`.
+      to: "apr" or "safetensors".
+      cast, allow_overflow, tied_head, max_shard_bytes: As `plan`.
+      force: Whether to replace an output that exists.
+      lenient: As `open_checkpoint`.
+
+    Raises:
+      AprJaxError: Any of the family; then there is no output.
+    """
+    with open_checkpoint(source, lenient=lenient) as checkpoint:
+        planned = plan(
+            checkpoint,
+            os.fspath(output),
+            to=to,
+            cast=cast,
+            allow_overflow=allow_overflow,
+            tied_head=tied_head,
+            max_shard_bytes=max_shard_bytes,
+        )
+        return run(planned, force=force)
+
+
+def plan(
+    checkpoint: Checkpoint,
+    output: str,
+    *,
+    to: str,
+    cast: Sequence[CastRule] = (),
+    allow_overflow: bool = False,
+    tied_head: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> Plan:
+    """Decides what a conversion is going to write.
+
+    Args:
+      checkpoint: The source.
+      output: The path to write: for safetensors a folder, or a single file if it ends in ".safetensors".
+      to: "apr" or "safetensors".
+      cast: Casts asked for; of several that match a name the last one counts.
+      allow_overflow: Whether a cast may turn finite values into infinities.
+      tied_head: "absent": a head whose values are the embedding's is left out. "copy": a tied head is written as a copy
+        of the embedding, in its type. None: a head is written if the source has one, whatever its values, except that a
+        copy of the embedding which another writer put into an `.apr` is left out of safetensors. A head of other values
+        is always written, a head without data (a placeholder) never.
+      max_shard_bytes: Largest data section of one file of a folder, unless a single tensor is larger. None: one file.
+
+    Raises:
+      UsageError: Code "shards-need-folder", "cast-matches-nothing".
+      RefusedError: A tensor that cannot be cast or held by the target, a configuration or tensors that do not fit
+        (see `qwen2`).
+    """
+    is_folder = to == "safetensors" and not output.endswith(".safetensors")
+    if max_shard_bytes is not None and not is_folder:
+        raise UsageError("shards need a folder as output", code="shards-need-folder", file=output)
+    warnings = list(checkpoint.warnings)
+    dropped: dict[str, str] = {}
+    chosen = _choose_types(_choose_tensors(checkpoint, to, tied_head, dropped), cast, checkpoint.path)
+    if to == "apr":
+        files = [_plan_apr(checkpoint, chosen, warnings)]
+        side_files: dict[str, bytes] = {}
+        carried = tuple(checkpoint.files)
+    else:
+        metadata, side_files = _safetensors_metadata(checkpoint, chosen, warnings)
+        carried = tuple(sorted(side_files))
+        if not is_folder and side_files:
+            encoded = strict_json.dumps(apr_metadata.encode_files(side_files)).decode()
+            metadata = (metadata or {}) | {SAFETENSORS_SOURCE_FILES_KEY: encoded}
+            side_files = {}
+        files = list(_plan_safetensors(chosen, metadata, is_folder, max_shard_bytes))
+        if len(files) > 1:
+            side_files[INDEX_NAME] = _index_json(files)
+    if cast and "config.json" in checkpoint.files:
+        warnings.append("config.json is kept as it is, so the type that it names may differ from that of the tensors")
+    return Plan(
+        checkpoint=checkpoint,
+        output=output,
+        to=to,
+        is_folder=is_folder,
+        files=tuple(files),
+        side_files=side_files,
+        carried=carried,
+        dropped=dropped,
+        allow_overflow=allow_overflow,
+        warnings=warnings,
+    )
+
+
+def run(
+    plan: Plan, *, force: bool = False, notice: Notice | None = None, progress: streaming.Progress | None = None
+) -> Outcome:
+    """Carries a plan out. The output appears whole at the end, or not at all.
+
+    Args:
+      plan: What to do.
+      force: Whether to replace an output that exists.
+      notice: Told about leftovers of earlier runs that were removed.
+      progress: Called with numbers of bytes read, from any thread.
+
+    Raises:
+      UsageError, MissingFileError, StorageError: See `output`.
+      BrokenContainerError: Code "footer-crc": the checksum of an `.apr` source is wrong.
+      RefusedError: Code "cast-overflow".
+    """
+    begin = time.perf_counter()
+    apr = plan.checkpoint.apr
+    has_footer = apr is not None and apr.has_footer
+    blocks: list[streaming.Block] = []
+    with termination_as_interrupt(), contextlib.ExitStack() as stack:
+        arguments: dict[str, Any] = {"force": force, "sources": _source_paths(plan.checkpoint), "notice": notice}
+        if plan.is_folder:
+            folder = stack.enter_context(atomic_folder(plan.output, plan.bytes_written, **arguments))
+            for name, content in plan.side_files.items():
+                with folder.create(name, len(content)) as output:
+                    output.write_at(content, 0)
+            for file in plan.files:
+                with folder.create(file.name, file.size) as output:
+                    blocks += _write(file, output, has_footer, progress)
+        else:
+            (file,) = plan.files
+            output = stack.enter_context(atomic_file(plan.output, file.size, **arguments))
+            blocks += _write(file, output, has_footer, progress)
+        # The output gets its name at the end of this block: what is found wrong until then leaves nothing behind.
+        if apr is not None and has_footer:
+            streaming.check_footer(plan.checkpoint.sources[0], apr.data_end, blocks)
+        for source in plan.checkpoint.sources:
+            source.check_unchanged()
+        damage = _damage(blocks)
+        if not plan.allow_overflow:
+            _refuse_overflow(damage, plan.checkpoint.path)
+    return Outcome(time.perf_counter() - begin, damage, has_footer)
+
+
+def check_output(plan: Plan, *, force: bool) -> None:
+    """Raises what `run` would raise because of what is at the output's path already."""
+    kind = CHECKPOINT if plan.is_folder else None
+    check_target(plan.output, folder=kind, force=force, sources=_source_paths(plan.checkpoint))
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes that "5GB", "500MB", "1GiB" or "1048576" stand for.
+
+    Raises:
+      UsageError: Code "size".
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+    digits = text.strip().rstrip("BbGgIiKkMmTt ")
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"'{text}' is no size", code="size", expected="a number with a unit, as 5GB, 500MB or 2GiB")
+    return size
+
+
+# --- which tensors, and of which type
+
+
+_Chosen = list[tuple[str, Tensor, DType]]
+
+
+def _choose_tensors(
+    checkpoint: Checkpoint, to: str, tied_head: str | None, dropped: dict[str, str]
+) -> dict[str, Tensor]:
+    """Returns output name -> source tensor, by name; `plan` says how the head is treated."""
+    tensors = dict(checkpoint.tensors)
+    for name in checkpoint.placeholders:
+        dropped[name] = "a head without data stands for the embedding"
+    embedding, head = tensors.get(EMBEDDING), tensors.get(HEAD)
+    if embedding is None:
+        return tensors
+    if head is not None:
+        foreign = checkpoint.kind == "apr" and SOURCE_FILES_KEY not in checkpoint.metadata
+        wanted = tied_head or ("absent" if foreign and to == "safetensors" else None)
+        # Already a copy in the embedding's type, or a head of its own: nothing to do either way.
+        needless = wanted is None or (wanted == "copy" and head.dtype is embedding.dtype)
+        if not needless and _same_values(embedding, head):
+            if wanted == "absent":
+                dropped[HEAD] = "its values are the embedding's"
+                del tensors[HEAD]
+            else:
+                tensors[HEAD] = embedding
+    elif tied_head == "copy" and _is_tied(checkpoint):
+        dropped.pop(HEAD, None)
+        tensors[HEAD] = embedding
+    return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    try:
+        return checkpoint.model_config().tie_word_embeddings
+    except RefusedError:
+        return HEAD in checkpoint.placeholders
+
+
+def _same_values(embedding: Tensor, head: Tensor) -> bool:
+    """Compares chunk by chunk, and ends at the first difference: a head of its own costs one chunk."""
+    if embedding.shape != head.shape:
+        return False
+    narrow, wide = sorted((embedding, head), key=lambda tensor: tensor.dtype.bits or 0)
+    if narrow.dtype is not wide.dtype and (
+        wide.dtype.name not in narrow.dtype.exact_casts
+        or narrow.dtype.name not in casts.FLOATS
+        or wide.dtype.name not in casts.FLOATS
+    ):
+        return False
+    ratio = wide.nbytes // max(1, narrow.nbytes)
+    for ours, theirs in zip(narrow.stream(_COMPARED_BYTES), wide.stream(_COMPARED_BYTES * ratio), strict=True):
+        if narrow.dtype is not wide.dtype:
+            ours = casts.cast(ours, narrow.dtype.name, wide.dtype.name)[0]
+        if ours != theirs:
+            return False
+    return True
+
+
+def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path: str) -> _Chosen:
+    unmatched: list[str] = []
+    targets: dict[str, DType] = {}
+    for rule in rules:
+        matched = [name for name in tensors if fnmatch.fnmatchcase(name, rule.glob)]
+        if not matched:
+            unmatched.append(rule.glob)
+        targets |= dict.fromkeys(matched, rule.target)
+    if unmatched:
+        raise UsageError(
+            f"no tensor's name matches {', '.join(unmatched)}", code="cast-matches-nothing", file=path, found=unmatched
+        )
+    problems = [
+        f"{name} is {tensors[name].dtype.name}"
+        for name, target in targets.items()
+        if tensors[name].dtype is not target and tensors[name].dtype.name not in casts.FLOATS
+    ]
+    if problems:
+        raise RefusedError(
+            f"only plain floating-point tensors can be cast, {len(problems)} are not:\n  " + "\n  ".join(problems),
+            code="cast-source",
+            file=path,
+            expected=f"one of {', '.join(casts.FLOATS)}",
+        )
+    return [(name, tensor, targets.get(name, tensor.dtype)) for name, tensor in tensors.items()]
+
+
+def _nbytes(tensor: Tensor, dtype: DType) -> int:
+    # A type that stays keeps its size too: K-quants have two layouts of different size.
+    return tensor.nbytes if tensor.dtype is dtype else dtype.nbytes(tensor.shape)
+
+
+# --- the containers
+
+
+def _plan_apr(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) -> PlannedFile:
+    entries = apr_format.lay_out((name, dtype, tensor.shape, _nbytes(tensor, dtype)) for name, tensor, dtype in chosen)
+    metadata = _apr_metadata(checkpoint, chosen, warnings)
+    prologue = apr_format.serialise_prologue(metadata, entries)
+    end = len(prologue)
+    tensors = []
+    for (name, tensor, dtype), entry in zip(chosen, entries, strict=True):
+        offset = len(prologue) + entry.offset
+        tensors.append(PlannedTensor(name, tensor.shape, tensor, dtype, entry.size, "", offset))
+        end = max(end, offset + apr_format.pad(entry.size))
+    return PlannedFile("", prologue, end + apr_format.FOOTER_BYTES, tuple(tensors), has_footer=True)
+
+
+def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) -> Mapping[str, Any]:
+    if checkpoint.kind == "apr":
+        return _restated(checkpoint, chosen)
+    config: dict[str, Any] | None = None
+    model: Qwen2Config | None = None
+    if "config.json" in checkpoint.files:
+        config = checkpoint.config
+        model = checkpoint.model_config()
+        check_tensors(model, {name: tensor.shape for name, tensor, _ in chosen}, checkpoint.path)
+    strings = _strings(checkpoint)
+    foreign = apr_metadata.foreign_from_safetensors(strings)
+    if foreign is not None:
+        if _says_the_same(foreign, model, checkpoint):
+            return foreign
+        warnings.append(
+            f"config or side files were changed since they were an .apr: '{apr_metadata.FOREIGN_METADATA}' is not used"
+        )
+    if model is None:
+        warnings.append("there is no config.json: `apr` cannot run the file without an architecture")
+    return apr_metadata.from_huggingface(
+        config,
+        model,
+        checkpoint.files,
+        strings,
+        name=_model_name(checkpoint.path),
+        **_counts(chosen),
+        warnings=warnings,
+    )
+
+
+def _counts(chosen: _Chosen) -> dict[str, int]:
+    return {
+        "total_size": sum(_nbytes(tensor, dtype) for _, tensor, dtype in chosen),
+        "param_count": sum(dtypes.element_count(tensor.shape) for _, tensor, _ in chosen),
+    }
+
+
+def _restated(checkpoint: Checkpoint, chosen: _Chosen) -> dict[str, Any]:
+    """Returns an `.apr`'s metadata as they are, with counts that were right before a cast made right again."""
+    before = _counts([(tensor.name, tensor, tensor.dtype) for tensor in checkpoint.tensors.values()])
+    after = _counts(chosen)
+    metadata = dict(checkpoint.metadata)
+    return metadata | {
+        key: after[key] for key in after if type(metadata.get(key)) is int and metadata[key] == before[key]
+    }
+
+
+def _says_the_same(metadata: Mapping[str, Any], model: Qwen2Config | None, checkpoint: Checkpoint) -> bool:
+    """Whether an `.apr`'s own metadata still describe the checkpoint that was made from it."""
+    if model is None:
+        return not checkpoint.files
+    try:
+        before = Qwen2Config.from_apr(metadata, tied=model.tie_word_embeddings)
+    except RefusedError:
+        return False
+    return before == model and set(checkpoint.files) == {"config.json"}
+
+
+def _model_name(path: str) -> str:
+    """Returns a name made from the source's path: the same source gives the same bytes wherever they are written."""
+    real = os.path.realpath(path)
+    folder, name = (real, "") if os.path.isdir(real) else os.path.split(real)
+    if name and name not in (SINGLE_NAME, INDEX_NAME):
+        return os.path.splitext(name)[0]
+    parent, here = os.path.split(folder)
+    # HuggingFace's cache: models--Qwen--Qwen2.5-0.5B/snapshots/<commit>.
+    owner = os.path.basename(os.path.dirname(parent))
+    if os.path.basename(parent) == "snapshots" and owner.startswith("models--"):
+        return owner.rpartition("--")[2]
+    return here
+
+
+def _strings(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns the `__metadata__` of a safetensors source, without the side files that may travel there."""
+    return {key: text for key, text in checkpoint.metadata.items() if key != SAFETENSORS_SOURCE_FILES_KEY}
+
+
+def _safetensors_metadata(
+    checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]
+) -> tuple[dict[str, str] | None, dict[str, bytes]]:
+    """Returns the strings for `__metadata__`, and the side files."""
+    if checkpoint.kind == "safetensors":
+        return _strings(checkpoint) or None, dict(checkpoint.files)
+    if SOURCE_FILES_KEY in checkpoint.metadata:
+        kept = checkpoint.metadata.get(apr_metadata.SOURCE_METADATA)
+        return kept or None, dict(checkpoint.files)
+    files = {}
+    try:
+        files["config.json"] = _rebuilt_config(checkpoint, chosen)
+    except RefusedError as error:
+        warnings.append(f"no config.json is written: {error.message}")
+    return apr_metadata.foreign_to_safetensors(checkpoint.metadata), files
+
+
+def _rebuilt_config(checkpoint: Checkpoint, chosen: _Chosen) -> bytes:
+    config = checkpoint.config
+    if config is not checkpoint.metadata.get("hf_config"):
+        config["tie_word_embeddings"] = HEAD not in {name for name, _, _ in chosen}
+        largest = max(chosen, key=lambda item: _nbytes(item[1], item[2]), default=None)
+        spelt = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
+        if largest is not None and largest[2].name in spelt:
+            config["torch_dtype"] = spelt[largest[2].name]
+    return apr_metadata.config_json(config)
+
+
+def _plan_safetensors(
+    chosen: _Chosen, metadata: dict[str, str] | None, is_folder: bool, max_shard_bytes: int | None
+) -> Iterator[PlannedFile]:
+    unfit = [f"{name} is {dtype.name}" for name, _, dtype in chosen if dtype.safetensors is None]
+    if unfit:
+        raise RefusedError(
+            f"safetensors cannot hold these tensors, {len(unfit)} of them:\n  " + "\n  ".join(unfit),
+            code="safetensors-unsupported",
+        )
+    shards = list(_cut_shards(chosen, max_shard_bytes))
+    for number, shard in enumerate(shards, 1):
+        name = "" if not is_folder else SINGLE_NAME
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        ordered = _aligned(shard)
+        prologue = safetensors_format.serialise_header(
+            ((name, dtype, tensor.shape) for name, tensor, dtype in ordered), metadata
+        )
+        position = len(prologue)
+        tensors = []
+        for tensor_name, tensor, dtype in ordered:
+            nbytes = _nbytes(tensor, dtype)
+            tensors.append(PlannedTensor(tensor_name, tensor.shape, tensor, dtype, nbytes, name, position))
+            position += nbytes
+        yield PlannedFile(name, prologue, position, tuple(tensors), has_footer=False)
+
+
+def _cut_shards(chosen: _Chosen, max_bytes: int | None) -> Iterator[_Chosen]:
+    shard: _Chosen = []
+    held = 0
+    for item in chosen:
+        nbytes = _nbytes(item[1], item[2])
+        if shard and max_bytes is not None and held + nbytes > max_bytes:
+            yield shard
+            shard, held = [], 0
+        shard.append(item)
+        held += nbytes
+    yield shard
+
+
+def _aligned(shard: _Chosen) -> _Chosen:
+    """Returns the tensors in name order, or with wide types first where that order would leave one unaligned.
+
+    Unaligned data are legal, but cannot be viewed in place: torch refuses to.
+    """
+    position = 0
+    for _, tensor, dtype in shard:
+        if position % dtype.block_bytes:
+            order = safetensors_format.data_order((name, dtype) for name, _, dtype in shard)
+            by_name = {item[0]: item for item in shard}
+            return [by_name[name] for name in order]
+        position += _nbytes(tensor, dtype)
+    return shard
+
+
+def _index_json(files: Iterable[PlannedFile]) -> bytes:
+    import json
+
+    placed = {tensor.name: tensor for file in files for tensor in file.tensors}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in placed.values())},
+        "weight_map": {name: placed[name].file for name in sorted(placed)},
+    }
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# --- the data
+
+
+def _write(
+    file: PlannedFile, output: OutputFile, source_summed: bool, progress: streaming.Progress | None
+) -> list[streaming.Block]:
+    output.write_at(file.prologue, 0)
+    parts = []
+    for tensor in file.tensors:
+        again = tensor.name == HEAD and tensor.source.name != HEAD
+        parts.append(
+            streaming.Part(
+                tensor.source.source,
+                tensor.source.offset,
+                tensor.source.nbytes,
+                tensor.offset,
+                tensor.name,
+                tensor.cast,
+                again,
+            )
+        )
+    blocks = streaming.move(
+        streaming.coalesce(parts), output, summed=source_summed or file.has_footer, progress=progress
+    )
+    if file.has_footer:
+        end = file.size - apr_format.FOOTER_BYTES
+        output.write_at(apr_format.footer(streaming.output_crc(file.prologue, blocks, end)), end)
+    return blocks
+
+
+def _damage(blocks: Iterable[streaming.Block]) -> dict[str, casts.Damage]:
+    damage: dict[str, casts.Damage] = {}
+    for block in blocks:
+        if block.damage != casts.Damage():
+            damage[block.part.tensor] = damage.get(block.part.tensor, casts.Damage()) + block.damage
+    return damage
+
+
+def _refuse_overflow(damage: Mapping[str, casts.Damage], path: str) -> None:
+    problems = [f"{name}: {found.overflowed} values" for name, found in damage.items() if found.overflowed]
+    if problems:
+        raise RefusedError(
+            f"the cast would turn finite values into infinities, in {len(problems)} tensors:\n  "
+            + "\n  ".join(problems),
+            code="cast-overflow",
+            file=path,
+            hint="--allow-overflow lets them become infinite; bf16 has the range of f32",
+        )
+
+
+def _source_paths(checkpoint: Checkpoint) -> list[str]:
+    paths = [source.path for source in checkpoint.sources]
+    return [*paths, checkpoint.path] if checkpoint.path not in paths else paths

@@ -1,0 +1,112 @@
+"""The one exception family of the project, and the exit code that each member ends a command with.
+
+Every error says what was found, what was expected, where (file, byte, tensor) and what to do about it. The fields are
+machine-readable (`to_json`), the text is for people; names that come from a file are escaped in both messages.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+
+def printable(text: str) -> str:
+    """Returns `text` with control, bidirectional and unpaired surrogate characters escaped, safe to print."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class AprJaxError(Exception):
+    """Base of all errors that a user can cause or meet.
+
+    Attributes:
+      message: One sentence, without the location.
+      code: A stable, kebab-case identifier of the kind of error ("header-crc", "tensor-missing", ...).
+      file: The file concerned, as the user named it.
+      offset: Byte offset in that file.
+      tensor: The tensor's name as it stands in the file.
+      expected: What should have been there.
+      found: What was there.
+      hint: What the user can do.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        file: str | os.PathLike[str] | None = None,
+        offset: int | None = None,
+        tensor: str | None = None,
+        expected: Any = None,
+        found: Any = None,
+        hint: str | None = None,
+    ):
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.file = None if file is None else os.fspath(file)
+        self.offset = offset
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = [] if self.file is None else [self.file]
+        if self.offset is not None:
+            where.append(f"byte {self.offset}")
+        if self.tensor is not None:
+            where.append(f"tensor '{self.tensor}'")
+        text = (", ".join(where) + ": " if where else "") + self.message
+        details = [
+            f"{label} {value}"
+            for label, value in (("found", self.found), ("expected", self.expected))
+            if value is not None
+        ]
+        if details:
+            text += f" ({', '.join(details)})"
+        if self.hint:
+            text += f". {self.hint}"
+        return "\n".join(printable(line) for line in text.split("\n"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values."""
+        fields = ("code", "message", "file", "offset", "tensor", "expected", "found", "hint")
+        values = {name: getattr(self, name) for name in fields}
+        return {
+            name: value if isinstance(value, int | float | str | list | dict) else str(value)
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+class UsageError(AprJaxError):
+    """The request itself is wrong: bad arguments, or an output that exists."""
+
+    exit_code = 2
+
+
+class MissingFileError(AprJaxError):
+    """A file or folder that was named does not exist."""
+
+    exit_code = 3
+
+
+class BrokenContainerError(AprJaxError):
+    """The bytes are not a valid container."""
+
+    exit_code = 4
+
+
+class RefusedError(AprJaxError):
+    """Well-formed, but not something that can be handled rightly: missing tensors, unsupported config, overflow."""
+
+    exit_code = 5
+
+
+class StorageError(AprJaxError):
+    """The operating system refused to read or write."""
+
+    exit_code = 7

@@ -1,0 +1,520 @@
+"""Files and folders that appear whole or not at all.
+
+Everything is written into a temporary sibling, flushed to the disk and renamed, so that the final name holds either
+what was there before or the complete new content, whatever happens in between. A writer keeps a lock on its temporary
+for as long as it lives: one without a lock was left by a process that was killed, and the next run to the same output
+removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+
+from converters.errors import MissingFileError, StorageError, UsageError
+
+_TEMPORARY = "apr-jax-tmp"
+_ASIDE = "apr-jax-old"
+_CODES = {
+    errno.ENOSPC: "no-space",
+    errno.EDQUOT: "quota",
+    errno.EFBIG: "file-too-large",
+    errno.EROFS: "read-only",
+    errno.EACCES: "permission",
+    errno.EPERM: "permission",
+}
+
+Notice = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderKind:
+    """What a folder of one kind holds. A folder with anything else in it is never replaced.
+
+    Attributes:
+      name: What to call it.
+      holds: Whether a file of this name, relative to the folder, belongs into such a folder.
+      shows: Whether a file of this name shows that the folder is one.
+    """
+
+    name: str
+    holds: Callable[[str], bool]
+    shows: Callable[[str], bool]
+
+
+_CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".txt", ".md", ".jinja", ".model")
+_CHECKPOINT_STEMS = ("tokenizer", "vocab.", "chat_template.", "LICENSE", "NOTICE", "README", ".gitattributes")
+CHECKPOINT = FolderKind(
+    "checkpoint",
+    holds=lambda name: "/" not in name and (name.endswith(_CHECKPOINT_SUFFIXES) or name.startswith(_CHECKPOINT_STEMS)),
+    shows=lambda name: name == "config.json" or name.endswith(".safetensors"),
+)
+
+
+class OutputFile:
+    """A file being written. Writes name their place, so that several threads can fill it.
+
+    Attributes:
+      path: The final path, for messages.
+      size: Bytes that the finished file will have.
+    """
+
+    def __init__(self, fd: int, path: str, size: int):
+        self.path = path
+        self.size = size
+        self._fd = fd
+        with _as_storage_error(path):
+            # The size is set first: what is never written (padding) is zero then.
+            os.ftruncate(fd, size)
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """Writes `data` at byte `offset`, however many system calls that takes.
+
+        Raises:
+          StorageError: The operating system refused; for a full disk it says how many bytes are missing.
+        """
+        rest = memoryview(data)
+        while rest:
+            try:
+                written = os.pwrite(self._fd, rest, offset)
+            except OSError as error:
+                raise _storage_error(error, self.path, self._missing()) from error
+            rest = rest[written:]
+            offset += written
+
+    def sync(self) -> None:
+        """Flushes the content to the disk."""
+        with _as_storage_error(self.path):
+            os.fsync(self._fd)
+
+    def _missing(self) -> int:
+        held = os.fstat(self._fd).st_blocks * 512
+        return max(1, self.size - held - _free_bytes(os.fstatvfs(self._fd)))
+
+
+class OutputFolder:
+    """A folder being written."""
+
+    def __init__(self, temporary: str, path: str):
+        self.path = path
+        self._temporary = temporary
+
+    @contextlib.contextmanager
+    def create(self, name: str, size: int) -> Iterator[OutputFile]:
+        """Opens a new file of `size` bytes in the folder; it is flushed to the disk at the end of the block.
+
+        Args:
+          name: Relative to the folder; may stand in subfolders ("layer-0/x.bin"), which are made.
+          size: Bytes of the finished file.
+
+        Raises:
+          UsageError: Code "file-name": the name leads elsewhere.
+          StorageError: The operating system refused.
+        """
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise UsageError("this is no name of a file in the folder", code="file-name", file=self.path, found=name)
+        shown, place = os.path.join(self.path, name), os.path.join(self._temporary, name)
+        with _as_storage_error(shown):
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            output = OutputFile(fd, shown, size)
+            yield output
+            output.sync()
+        finally:
+            os.close(fd)
+        if "/" in name:
+            _sync_folder(os.path.dirname(place))
+
+
+@contextlib.contextmanager
+def atomic_file(
+    path: str, size: int, *, force: bool = False, sources: Iterable[str] = (), notice: Notice | None = None
+) -> Iterator[OutputFile]:
+    """Opens the temporary sibling of `path`; the end of the block gives it its name, an exception removes it.
+
+    Permissions are the umask's, or those of the file that is replaced. A symbolic link is written through.
+
+    Args:
+      path: The final path.
+      size: Bytes of the finished file.
+      force: Whether an existing file may be replaced.
+      sources: Paths that the content comes from; writing over one of them is refused.
+      notice: Told about what earlier, killed runs left and this one removed.
+
+    Raises:
+      UsageError, MissingFileError: As `check_target`.
+      StorageError: No space, or the operating system refused.
+    """
+    _remove_leftovers(os.path.realpath(path), notice)
+    final = check_target(path, force=force, sources=sources)
+    _check_space(final, size)
+    temporary = _temporary_name(final)
+    fd = -1
+    try:
+        fd = _create_locked(temporary, path, folder=False)
+        if os.path.exists(final):
+            os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
+        output = OutputFile(fd, path, size)
+        yield output
+        output.sync()
+        with _as_storage_error(path):
+            if force:
+                os.rename(temporary, final)
+            else:
+                _rename_new(temporary, final, path)
+            _sync_folder(os.path.dirname(final))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: str,
+    size: int,
+    *,
+    kind: FolderKind = CHECKPOINT,
+    force: bool = False,
+    sources: Iterable[str] = (),
+    notice: Notice | None = None,
+) -> Iterator[OutputFolder]:
+    """Makes a temporary sibling folder of `path`; the end of the block gives it its name, an exception removes it.
+
+    With `force` an existing folder is exchanged for the new one in one step, and only then removed; a folder that holds
+    anything but the files of its kind is refused.
+
+    Args, Raises: As `atomic_file`; `size` is the sum over all files.
+    """
+    _remove_leftovers(os.path.realpath(path), notice)
+    final = check_target(path, folder=kind, force=force, sources=sources)
+    _check_space(final, size)
+    temporary = _temporary_name(final)
+    fd = -1
+    try:
+        fd = _create_locked(temporary, path, folder=True)
+        if os.path.exists(final):
+            os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
+        yield OutputFolder(temporary, path)
+        with _as_storage_error(path):
+            os.fsync(fd)
+            if os.path.exists(final) and force:
+                _replace_folder(temporary, final)
+            else:
+                _rename_new(temporary, final, path)
+            _sync_folder(os.path.dirname(final))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
+        raise
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def check_target(
+    path: str, *, folder: FolderKind | None = None, force: bool = False, sources: Iterable[str] = ()
+) -> str:
+    """Checks that an output may be written at `path`.
+
+    Args:
+      path: The final path as the user named it.
+      folder: The kind of folder to be written; None for a file.
+      force: Whether something that exists may be replaced.
+      sources: Paths of the input.
+
+    Returns:
+      The absolute path that is going to be written; the target, where `path` is a symbolic link.
+
+    Raises:
+      UsageError: Code "output-exists", "output-is-folder", "output-not-folder", "output-not-file", "same-file",
+        "output-holds-source" or "output-not-replaceable".
+      MissingFileError: The folder that is to hold the output does not exist.
+      StorageError: The operating system refused to look.
+    """
+    with _as_storage_error(path):
+        final = os.path.realpath(path)
+        if not os.path.isdir(os.path.dirname(final)):
+            raise MissingFileError("the folder of the output does not exist", code="output-folder-missing", file=path)
+        if not os.path.lexists(final):
+            if os.path.islink(path) and not force:
+                raise _exists(path)
+            return final
+        found = os.stat(final)
+        _check_not_source(path, found, sources)
+        if not force:
+            raise _exists(path)
+        if folder:
+            _check_replaceable(path, final, folder)
+        elif stat.S_ISDIR(found.st_mode):
+            raise UsageError("the output is a folder, a file is to be written", code="output-is-folder", file=path)
+        elif not stat.S_ISREG(found.st_mode):
+            raise UsageError("the output is not a regular file", code="output-not-file", file=path)
+        return final
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end the block as Ctrl-C does (KeyboardInterrupt), so that temporaries are removed."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    # A signal that was ignored (nohup) stays ignored.
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exists(path: str) -> UsageError:
+    return UsageError("the output exists", code="output-exists", file=path, hint="--force replaces it")
+
+
+def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) -> None:
+    """Compares device and inode, so that links, bind mounts and other spellings of one path do not matter."""
+    for source in sources:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.stat(source)):
+                raise UsageError("input and output are the same", code="same-file", file=path, found=source)
+        parent = os.path.dirname(os.path.realpath(source))
+        while True:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(found, os.stat(parent)):
+                    raise UsageError(
+                        "the output is a folder that holds the input", code="output-holds-source", file=path
+                    )
+            if parent == os.path.dirname(parent):
+                break
+            parent = os.path.dirname(parent)
+
+
+def _check_replaceable(path: str, final: str, kind: FolderKind) -> None:
+    if not os.path.isdir(final):
+        raise UsageError("the output exists and is no folder", code="output-not-folder", file=path)
+    names = list(_files(final))
+    foreign = sorted(name for name in names if not kind.holds(name))
+    if foreign or (names and not any(map(kind.shows, names))):
+        raise UsageError(
+            f"the folder does not look like a {kind.name}, so it is not replaced",
+            code="output-not-replaceable",
+            file=path,
+            found=", ".join(foreign[:8]) or f"nothing that shows a {kind.name}",
+            hint="Remove it yourself, or name another output",
+        )
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Yields the names of all files below a folder, relative to it; "NAME/" for subfolders that hold none."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                yield entry.name
+                continue
+            inner = [f"{entry.name}/{name}" for name in _files(entry.path)]
+            yield from inner or [f"{entry.name}/"]
+
+
+def _check_space(final: str, size: int) -> None:
+    with _as_storage_error(final):
+        found = os.statvfs(os.path.dirname(final))
+    free = _free_bytes(found)
+    # Some network file systems report no sizes at all.
+    if found.f_blocks and free < size:
+        raise StorageError(
+            f"not enough space: {size} bytes are needed, {free} are free, {size - free} are missing",
+            code="no-space",
+            file=final,
+        )
+
+
+def _free_bytes(found: os.statvfs_result) -> int:
+    return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
+
+
+def _prefix(final: str, kind: str) -> str:
+    name = os.path.basename(final)
+    if len(os.fsencode(name)) > 200:
+        # File names end at 255 bytes.
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}.{kind}."
+
+
+def _temporary_name(final: str, kind: str = _TEMPORARY) -> str:
+    return os.path.join(os.path.dirname(final), f"{_prefix(final, kind)}{os.getpid()}.{os.urandom(4).hex()}")
+
+
+def _create_locked(temporary: str, path: str, folder: bool) -> int:
+    with _as_storage_error(path):
+        while True:
+            if folder:
+                os.mkdir(temporary, 0o777)
+                fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            else:
+                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            # Some network file systems have no locks; the process id in the name stands in there.
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            # Another run may have taken it for a leftover in the moment before the lock.
+            if os.path.exists(temporary) and os.path.samestat(os.stat(temporary), os.fstat(fd)):
+                return fd
+            os.close(fd)
+
+
+def _remove_leftovers(final: str, notice: Notice | None) -> None:
+    """Removes what killed runs to the same output left, and puts back a folder that one of them had set aside."""
+    say = notice or (lambda message: None)
+    folder = os.path.dirname(final)
+    with _as_storage_error(folder):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if not name.startswith((_prefix(final, _TEMPORARY), _prefix(final, _ASIDE))) or _is_held(path):
+            continue
+        try:
+            if name.startswith(_prefix(final, _ASIDE)) and not os.path.lexists(final):
+                os.rename(path, final)
+                say(f"put '{name}' back, which an earlier run had set aside before it was killed")
+            else:
+                _remove(path)
+                say(f"removed '{name}', which an earlier run had left")
+        except OSError as error:
+            say(f"could not remove '{name}', which an earlier run had left: {error.strerror}")
+
+
+def _is_held(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return _is_alive(path)
+    finally:
+        os.close(fd)
+
+
+def _is_alive(path: str) -> bool:
+    process = path.rsplit(".", 2)[-2]
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
+
+
+def _remove(path: str) -> None:
+    """Removes a file or a folder; links are removed, not followed."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        os.unlink(path)
+        return
+    for name in os.listdir(path):
+        _remove(os.path.join(path, name))
+    os.rmdir(path)
+
+
+def _rename_new(temporary: str, final: str, path: str) -> None:
+    """Renames without replacing anything that has appeared in the meantime."""
+    try:
+        if not _renameat2(temporary, final, 1):  # RENAME_NOREPLACE
+            if os.path.lexists(final):
+                raise _exists(path)
+            os.rename(temporary, final)
+    except FileExistsError:
+        raise _exists(path) from None
+
+
+def _replace_folder(temporary: str, final: str) -> None:
+    if _renameat2(temporary, final, 2):  # RENAME_EXCHANGE
+        _sync_folder(os.path.dirname(final))
+        _remove(temporary)
+        return
+    aside = _temporary_name(final, _ASIDE)
+    fd = os.open(final, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Locked, so that no other run takes it for a leftover while the name is free.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        os.rename(final, aside)
+        try:
+            os.rename(temporary, final)
+        except BaseException:
+            os.rename(aside, final)
+            raise
+        _sync_folder(os.path.dirname(final))
+        _remove(aside)
+    finally:
+        os.close(fd)
+
+
+def _renameat2(source: str, target: str, flags: int) -> bool:
+    """Calls Linux's renameat2. Returns False where the system or the file system has no such operation."""
+    import ctypes
+
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here = -100  # AT_FDCWD
+    if function(here, os.fsencode(source), here, os.fsencode(target), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), target)
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network file systems cannot flush a folder, and need not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _as_storage_error(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(error, path) from error
+
+
+def _storage_error(error: OSError, path: str, missing: int | None = None) -> StorageError:
+    code = _CODES.get(error.errno or 0, "write-failed")
+    lacking = f": {missing} bytes are missing" if code == "no-space" and missing else ""
+    return StorageError(
+        f"cannot write the output: {(error.strerror or str(error)).lower()}{lacking}", code=code, file=path
+    )

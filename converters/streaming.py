@@ -1,0 +1,243 @@
+"""Moves tensor data from source files into an output file: each byte read once, written once, summed on the way.
+
+The data is cut into blocks that a few threads copy independently, each through one small buffer, so that memory is
+constant and a second core pays off (reading, writing and the CRC all release the interpreter lock). Each block has its
+own CRC-32; they are combined in the order of the output for its footer, and in the order of the source to check that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from converters import casts, dtypes
+from converters.crc import crc32, crc32_combine
+from converters.errors import BrokenContainerError
+from converters.output import OutputFile
+from converters.source import SourceFile
+
+# Fits the second-level cache, and is long enough that the interpreter does not show.
+_CHUNK_BYTES = 1 << 20
+_BLOCK_BYTES = 16 << 20
+# More threads than this do not copy faster: memory is the limit.
+_MAX_THREADS = 4
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A run of bytes that goes from a source to an output, as it is or cast.
+
+    Attributes:
+      source: Where it is read.
+      source_offset: From which byte on.
+      nbytes: Bytes in the source.
+      output_offset: Where it goes in the output.
+      tensor: The tensor it belongs to, the first one if there are several.
+      cast: Names of the types to cast from and to; None copies.
+      again: Whether another part reads the same bytes for their first use.
+    """
+
+    source: SourceFile
+    source_offset: int
+    nbytes: int
+    output_offset: int
+    tensor: str
+    cast: tuple[str, str] | None = None
+    again: bool = False
+
+
+@dataclasses.dataclass
+class Block:
+    """A piece of a part, small enough for one thread, and what was found while it was moved.
+
+    Attributes:
+      part: What it is a piece of.
+      source_offset, nbytes: Its bytes in the source.
+      output_offset, written: Its bytes in the output.
+      read_crc, written_crc: CRC-32 of both, where asked for.
+      damage: What a cast did.
+    """
+
+    part: Part
+    source_offset: int
+    nbytes: int
+    output_offset: int
+    written: int
+    read_crc: int = 0
+    written_crc: int = 0
+    damage: casts.Damage = dataclasses.field(default_factory=casts.Damage)
+
+
+def coalesce(parts: Iterable[Part]) -> list[Part]:
+    """Joins copies that follow each other both in the source and in the output."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.source is part.source
+            and last.cast is None
+            and part.cast is None
+            and last.again == part.again
+            and last.source_offset + last.nbytes == part.source_offset
+            and last.output_offset + last.nbytes == part.output_offset
+        ):
+            joined[-1] = dataclasses.replace(last, nbytes=last.nbytes + part.nbytes)
+        elif part.nbytes:
+            joined.append(part)
+    return joined
+
+
+def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: Progress | None = None) -> list[Block]:
+    """Moves all parts into `output`.
+
+    Args:
+      parts: What to move; their output ranges do not overlap.
+      output: Where to.
+      summed: Whether to compute CRCs.
+      progress: Called with the number of bytes read, from any thread.
+
+    Returns:
+      The blocks moved, in the order of the parts.
+
+    Raises:
+      StorageError: Reading or writing failed.
+    """
+    blocks = [block for part in parts for block in _cut(part)]
+    mover = _Mover(blocks, output, summed, progress)
+    mover.run(min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks)))
+    return blocks
+
+
+def output_crc(prologue: bytes, blocks: Sequence[Block], end: int) -> int:
+    """Returns the CRC-32 of an output's first `end` bytes: prologue, blocks by their place, zeros in between."""
+    crc, position = crc32(prologue), len(prologue)
+    for block in sorted(blocks, key=lambda block: block.output_offset):
+        crc = crc32(bytes(block.output_offset - position), crc)
+        crc = crc32_combine(crc, block.written_crc, block.written)
+        position = block.output_offset + block.written
+    return crc32(bytes(end - position), crc)
+
+
+def check_footer(source: SourceFile, end: int, blocks: Iterable[Block]) -> None:
+    """Compares the CRC-32 of a source's first `end` bytes with the footer that follows them.
+
+    Args:
+      source: An `.apr` file.
+      end: Where its footer is.
+      blocks: What has been read of it, with CRCs; the rest is read here.
+
+    Raises:
+      BrokenContainerError: Code "footer-crc".
+    """
+    crc, position = 0, 0
+    read = (block for block in blocks if block.part.source is source and not block.part.again)
+    for block in sorted(read, key=lambda block: block.source_offset):
+        crc = _read_crc(source, position, block.source_offset, crc)
+        crc = crc32_combine(crc, block.read_crc, block.nbytes)
+        position = block.source_offset + block.nbytes
+    crc = _read_crc(source, position, end, crc)
+    stored = int.from_bytes(source.read_at(end, 4), "little")
+    if stored != crc:
+        raise BrokenContainerError(
+            "the file's checksum is wrong: its content has changed since it was written",
+            code="footer-crc",
+            file=source.path,
+            offset=end,
+            found=f"{stored:#010x}",
+            expected=f"{crc:#010x}",
+        )
+
+
+def _read_crc(source: SourceFile, begin: int, end: int, crc: int) -> int:
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, end - begin)))
+    while begin < end:
+        chunk = buffer[: end - begin]
+        source.readinto_at(begin, chunk)
+        crc = crc32(chunk, crc)
+        begin += len(chunk)
+    return crc
+
+
+def _cut(part: Part) -> Iterable[Block]:
+    read, written = (1, 1) if part.cast is None else [dtypes.by_name(name).block_bytes for name in part.cast]
+    for begin in range(0, part.nbytes, _BLOCK_BYTES):
+        nbytes = min(_BLOCK_BYTES, part.nbytes - begin)
+        yield Block(
+            part,
+            part.source_offset + begin,
+            nbytes,
+            part.output_offset + begin // read * written,
+            nbytes // read * written,
+        )
+
+
+class _Mover:
+    def __init__(self, blocks: Sequence[Block], output: OutputFile, summed: bool, progress: Progress | None):
+        self._queue = iter(blocks)
+        self._output = output
+        self._summed = summed
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._error: BaseException | None = None
+
+    def run(self, threads: int) -> None:
+        helpers = [threading.Thread(target=self._help) for _ in range(threads - 1)]
+        try:
+            for helper in helpers:
+                helper.start()
+            self._work()
+            for helper in helpers:
+                helper.join()
+        except BaseException:
+            # Also on Ctrl-C, which only this thread sees: the output must not be written to after it is closed.
+            self._stopped = True
+            for helper in helpers:
+                if helper.ident is not None:
+                    helper.join()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def _help(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = self._error or error
+            self._stopped = True
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while not self._stopped:
+            with self._lock:
+                block = next(self._queue, None)
+            if block is None:
+                break
+            self._move(block, buffer)
+
+    def _move(self, block: Block, buffer: memoryview) -> None:
+        done = 0
+        to = block.output_offset
+        while done < block.nbytes and not self._stopped:
+            chunk = buffer[: block.nbytes - done]
+            block.part.source.readinto_at(block.source_offset + done, chunk)
+            if self._summed:
+                block.read_crc = crc32(chunk, block.read_crc)
+            written = chunk
+            if block.part.cast is not None:
+                written, damage = casts.cast(chunk, *block.part.cast)
+                block.damage += damage
+                if self._summed:
+                    block.written_crc = crc32(written, block.written_crc)
+            self._output.write_at(written, to)
+            done += len(chunk)
+            to += len(written)
+            if self._progress is not None:
+                self._progress(len(chunk))
+        if block.part.cast is None:
+            block.written_crc = block.read_crc

@@ -1,0 +1,306 @@
+"""JSON as container headers need it: nothing is guessed, nothing is lost, and a hostile text costs little.
+
+Reading refuses what `json` lets through: duplicate keys, NaN and Infinity, byte-order marks, unpaired surrogates,
+numbers of absurd length, nesting and counts beyond a limit. It is the C scanner of the standard library that reads,
+between two cheap passes over the bytes, so 20 MB of tokenizer take a fraction of a second.
+
+Numbers keep their spelling (`SpeltFloat`): an object that `apr` wrote is written back byte for byte, `0.000001`
+included, where Python alone would print `1e-06`. Format: apr-v2-format section 3.2.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from converters.crc import Bytes
+from converters.errors import BrokenContainerError, RefusedError
+
+# Longest spelling of a number that is believed; a float64 needs 24 characters, an unsigned 64-bit integer 20.
+_MAX_NUMBER_CHARACTERS = 100
+# The C scanner recurses; below this many levels it is far from the interpreter's own limit.
+_SAFE_DEPTH = 200
+
+_NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"[]{}'))
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]"))
+_BRACES_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_encode_string = json.JSONEncoder(ensure_ascii=False).encode
+_encode_plain = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class SpeltFloat(float):
+    """A float that remembers how it was written, so that it can be written back the same way."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, value: float, text: str | None = None) -> SpeltFloat:
+        number = super().__new__(cls, value)
+        number.text = _decimal_text(float.__repr__(number), 16, -5) if text is None else text
+        return number
+
+
+def f32(value: float) -> SpeltFloat:
+    """Returns the float32 nearest to `value`, spelt as `apr` spells its f32 fields.
+
+    Shortest digits that give the same float32 back; plain decimals for 1e-6 <= |value| < 1e13.
+
+    Raises:
+      RefusedError: Code "json-number", if it is not finite as a float32.
+    """
+    nearest = _as_f32(value)
+    if not math.isfinite(nearest):
+        raise RefusedError("not a finite float32", code="json-number", found=value)
+    return SpeltFloat(nearest, _decimal_text(_f32_digits(nearest), 13, -6))
+
+
+def loads(
+    data: Bytes,
+    *,
+    what: str,
+    max_bytes: int,
+    max_depth: int = 64,
+    max_containers: int = 1_000_000,
+    max_strings: int = 4_000_000,
+    file: str | None = None,
+    offset: int = 0,
+) -> Any:
+    """Parses one JSON document.
+
+    Args:
+      data: UTF-8 text; JSON whitespace may surround the document.
+      what: What the text is, for error messages ("the metadata").
+      max_bytes: Longest text accepted.
+      max_depth: Deepest nesting accepted; `[]` has depth 1.
+      max_containers: Most objects and arrays accepted.
+      max_strings: Most strings accepted, keys included.
+      file: The file it comes from, for error messages.
+      offset: Where it begins in that file, for error messages.
+
+    Returns:
+      The value. Floats are `SpeltFloat`.
+
+    Raises:
+      BrokenContainerError: Codes "json-size", "json-utf8", "json-depth", "json-count", "json-duplicate", "json-number",
+        "json-surrogate", "json-syntax".
+    """
+    reader = _Reader(what, file, offset)
+    if len(data) > max_bytes:
+        raise reader.error("is too large", "json-size", found=f"{len(data)} bytes", expected=f"at most {max_bytes}")
+    if bytes(data[:3]) == b"\xef\xbb\xbf":
+        raise reader.error("begins with a byte-order mark", "json-utf8")
+    too_deep = _check_structure(data, reader, max_depth, max_containers, max_strings)
+    try:
+        text = str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise reader.error(
+            "is not UTF-8", "json-utf8", at=error.start, found=f"byte {data[error.start]:#04x}"
+        ) from None
+    value = reader.parse(text)
+    if too_deep:
+        raise reader.error("is nested too deeply", "json-depth", expected=f"at most {max_depth} levels")
+    if _SURROGATE_ESCAPE.search(data):
+        _refuse_surrogates(value, reader)
+    return value
+
+
+def dumps(value: Any) -> bytes:
+    """Serialises compactly, as `apr` does: no spaces, keys in their order, raw UTF-8, floats by their spelling.
+
+    Raises:
+      RefusedError: Code "json-number" for NaN and infinities, "json-surrogate" for text that is not Unicode,
+        "json-type" for what JSON cannot express.
+    """
+    try:
+        return b"".join(piece.encode() for piece in _pieces(value))
+    except UnicodeEncodeError as error:
+        raise RefusedError("text with an unpaired surrogate cannot be written", code="json-surrogate") from error
+
+
+class _Reader:
+    """Parses one text, with errors that say where."""
+
+    def __init__(self, what: str, file: str | None, offset: int):
+        self._what = what
+        self._file = file
+        self._offset = offset
+
+    def error(
+        self, message: str, code: str, *, at: int = 0, found: Any = None, expected: Any = None
+    ) -> BrokenContainerError:
+        return BrokenContainerError(
+            f"{self._what} {message}",
+            code=code,
+            file=self._file,
+            offset=self._offset + at,
+            found=found,
+            expected=expected,
+        )
+
+    def parse(self, text: str) -> Any:
+        decoder = json.JSONDecoder(
+            object_pairs_hook=self._object,
+            parse_float=self._float,
+            parse_int=self._int,
+            parse_constant=self._constant,
+        )
+        try:
+            return decoder.decode(text)
+        except json.JSONDecodeError as error:
+            at = len(text[: error.pos].encode("utf-8", "surrogatepass"))
+            raise self.error(f"is not valid JSON: {error.msg}", "json-syntax", at=at) from None
+        except RecursionError:
+            raise self.error("is nested too deeply", "json-depth") from None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise self.error("has the same key twice in one object", "json-duplicate", found=repr(twice)[:300])
+        return value
+
+    def _float(self, text: str) -> SpeltFloat:
+        value = float(text) if len(text) <= _MAX_NUMBER_CHARACTERS else math.inf
+        if math.isinf(value):
+            raise self.error("has a number out of range", "json-number", found=text[:40])
+        return SpeltFloat(value, text)
+
+    def _int(self, text: str) -> int | SpeltFloat:
+        if len(text) > _MAX_NUMBER_CHARACTERS:
+            raise self.error("has a number out of range", "json-number", found=text[:40] + "...")
+        return SpeltFloat(-0.0, text) if text == "-0" else int(text)
+
+    def _constant(self, text: str) -> Any:
+        raise self.error("has a number that JSON does not know", "json-number", found=text)
+
+
+def _check_structure(data: Bytes, reader: _Reader, max_depth: int, max_containers: int, max_strings: int) -> bool:
+    """Counts what stands outside strings before anything is built; returns whether the nesting exceeds `max_depth`.
+
+    Exact for valid JSON, where backslashes stand in strings only; any other text fails in the parser at its first
+    fault, and has been counted rightly up to there.
+    """
+    text = bytes(data)
+    if b"\\" in text:
+        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    pieces = text.translate(None, _NOT_STRUCTURAL).split(b'"')
+    del text
+    if len(pieces) // 2 > max_strings:
+        raise reader.error(
+            "has too many strings", "json-count", found=len(pieces) // 2, expected=f"at most {max_strings}"
+        )
+    brackets = b"".join(pieces[::2]).translate(_BRACES_AS_BRACKETS)
+    del pieces
+    containers = brackets.count(b"[")
+    if containers > max_containers:
+        raise reader.error(
+            "has too many objects and arrays", "json-count", found=containers, expected=f"at most {max_containers}"
+        )
+    for _ in range(max_depth):
+        if not brackets:
+            break
+        brackets = brackets.replace(b"[]", b"")
+    if brackets.count(b"[") > _SAFE_DEPTH:
+        raise reader.error("is nested too deeply", "json-depth", expected=f"at most {max_depth} levels")
+    return bool(brackets)
+
+
+def _refuse_surrogates(value: Any, reader: _Reader) -> None:
+    """Refuses strings that no UTF-8 can hold; called only for texts that spell a surrogate at all."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise reader.error("has an unpaired surrogate", "json-surrogate", found=ascii(value)[:300]) from None
+    elif isinstance(value, dict):
+        for key, member in value.items():
+            _refuse_surrogates(key, reader)
+            _refuse_surrogates(member, reader)
+    elif isinstance(value, list):
+        for member in value:
+            _refuse_surrogates(member, reader)
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, float):
+        yield _spelling(value)
+    elif isinstance(value, Mapping):
+        separator = "{"
+        for key, member in value.items():
+            if not isinstance(key, str):
+                raise RefusedError("a key of a JSON object has to be text", code="json-type", found=repr(key))
+            yield f"{separator}{_encode_string(key)}:"
+            yield from _pieces(member)
+            separator = ","
+        yield "}" if separator == "," else "{}"
+    elif isinstance(value, list | tuple):
+        # Long lists of one kind (vocabulary, merges) go through the C encoder whole.
+        if all(type(member) in (str, int, bool) for member in value):
+            yield _encode_plain(value)
+            return
+        separator = "["
+        for member in value:
+            yield separator
+            yield from _pieces(member)
+            separator = ","
+        yield "]"
+    elif value is None or isinstance(value, str | int):
+        yield _encode_plain(value)
+    else:
+        raise RefusedError("JSON cannot express this", code="json-type", found=type(value).__name__)
+
+
+def _spelling(value: float) -> str:
+    if not math.isfinite(value):
+        raise RefusedError("JSON has no such number", code="json-number", found=value)
+    return value.text if isinstance(value, SpeltFloat) else SpeltFloat(value).text
+
+
+def _as_f32(value: float) -> float:
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def _f32_digits(value: float) -> str:
+    """Returns the shortest decimal digits that give the float32 `value` back."""
+    if value == 0:
+        return repr(value)
+    for digits in range(1, 10):
+        mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        integer = int(mantissa.replace(".", ""))
+        # At powers of two the float32 below is closer than the one above: the nearest decimal of this length may miss
+        # the narrow side while its neighbour hits the wide one.
+        for step in (0, 1, -1):
+            candidate = f"{integer + step}e{int(exponent) - digits + 1}"
+            if _as_f32(float(candidate)) == value:
+                return candidate
+    return f"{value:.8e}"
+
+
+def _decimal_text(digits: str, above: int, below: int) -> str:
+    """Lays digits out as serde_json does: plain for 10**below <= |value| < 10**above, else d.ddde+x."""
+    mantissa, _, exponent_text = digits.lower().partition("e")
+    sign, mantissa = ("-", mantissa[1:]) if mantissa.startswith("-") else ("", mantissa)
+    whole, _, fraction = mantissa.partition(".")
+    significant = (whole + fraction).lstrip("0")
+    point = len(whole) + int(exponent_text or 0) - (len(whole + fraction) - len(significant))
+    significant = significant.rstrip("0")
+    if not significant:
+        return sign + "0.0"
+    exponent = point - 1
+    if below <= exponent < above:
+        if point <= 0:
+            return f"{sign}0.{'0' * -point}{significant}"
+        if point >= len(significant):
+            return f"{sign}{significant.ljust(point, '0')}.0"
+        return f"{sign}{significant[:point]}.{significant[point:]}"
+    tail = f".{significant[1:]}" if len(significant) > 1 else ""
+    return f"{sign}{significant[0]}{tail}e{'+' if exponent > 0 else ''}{exponent}"

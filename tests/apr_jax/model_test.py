@@ -1,0 +1,225 @@
+"""The model against its witnesses: HuggingFace's recorded float32 values and the NumPy float64 oracle."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from apr_jax import bars, golden, stages
+from apr_jax.compare import compare, relative_l2
+from apr_jax.inputs import Inputs, seeded
+from apr_jax.model import LanguageModel, load_model
+from converters.errors import UsageError
+from tests import faults, oracle, paths
+
+
+def padded(vocab_size: int) -> Inputs:
+    """Three rows of 20 positions: padded on the left, padded on the right, full."""
+    mask = np.ones((3, 20), np.int32)
+    mask[0, :7], mask[1, 15:] = 0, 0
+    return Inputs.of(seeded(vocab_size, 3, 20).input_ids, mask)
+
+
+def tokens(inputs: Inputs, values: np.ndarray) -> np.ndarray:
+    return np.asarray(values)[inputs.attention_mask == 1]
+
+
+def within_golden(model: LanguageModel, name: str) -> bool:
+    """Whether logits and hidden states are within the float32 bar of HuggingFace's, top-1 included."""
+    reference = golden.read(paths.golden(name))
+    sources = stages.hidden_sources(model.config.num_layers)
+    trace = model.trace(reference.inputs, {*sources.values(), stages.LOGITS})
+    ours = golden.with_hidden_states(trace, model.config.num_layers)
+    results = compare(ours, reference.values, reference.inputs, lambda key: bars.FLOAT32)
+    compared = {result.key for result in results}
+    assert compared == {*sources, stages.LOGITS}, compared
+    return all(result.within and result.top1 in (None, 1.0) for result in results)
+
+
+class AgainstHuggingFaceTest(parameterized.TestCase):
+    @parameterized.parameters(paths.NAMES)
+    def test_float32_logits_and_hidden_states_are_within_the_bar_with_equal_top1(self, name):
+        self.assertTrue(within_golden(load_model(paths.checkpoint(name)), name))
+
+    @parameterized.parameters(paths.NAMES)
+    def test_float32_error_is_at_most_three_times_huggingfaces(self, name):
+        reference = golden.read(paths.golden(name))
+        inputs = reference.inputs
+        exact = tokens(inputs, load_model(paths.checkpoint(name), "float64").logits(inputs))
+        ours = relative_l2(tokens(inputs, load_model(paths.checkpoint(name)).logits(inputs)), exact)
+        theirs = relative_l2(tokens(inputs, reference.values[stages.LOGITS]), exact)
+        print(f"{name}: relative L2 against float64: ours {ours:.2e}, HuggingFace {theirs:.2e}")
+        self.assertLessEqual(ours, 3 * theirs)
+        self.assertGreater(ours, 0)
+
+    @parameterized.product(name=paths.NAMES, fault=faults.FAULTS)
+    def test_every_planted_fault_leaves_the_bar(self, name, fault):
+        model = load_model(paths.checkpoint(name))
+        if fault.visible(model.config):
+            self.assertFalse(within_golden(fault.plant(model), name), fault.name)
+        else:
+            self.assertTrue(within_golden(fault.plant(model), name), f"{fault.name} should be invisible here")
+
+
+class AgainstOracleTest(parameterized.TestCase):
+    @parameterized.parameters(paths.NAMES)
+    def test_float64_equals_the_oracle_at_every_stage_to_1e_12(self, name):
+        model = load_model(paths.checkpoint(name), "float64")
+        inputs = padded(model.config.vocab_size)
+        logits, expected = oracle.forward(
+            *oracle.load(paths.checkpoint(name)), inputs.input_ids, inputs.attention_mask, inputs.position_ids
+        )
+        reference = {f"stage.{key}": value for key, value in expected.items()} | {stages.LOGITS: logits}
+        trace = model.trace(inputs)
+        self.assertEqual(set(trace), set(reference))
+        for result in compare(trace, reference, inputs, lambda key: 1e-12):
+            self.assertTrue(result.within, result)
+        whole = relative_l2(tokens(inputs, model.logits(inputs)), tokens(inputs, logits))
+        self.assertLessEqual(whole, 1e-12)
+        self.assertEqual(trace[stages.LOGITS].dtype, np.float64)
+
+    def test_an_oracle_that_is_wrong_by_one_part_in_a_billion_is_seen(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"), "float64")
+        inputs = padded(model.config.vocab_size)
+        weights, config = oracle.load(paths.checkpoint("gqa_tied_bf16"))
+        weights["model.layers.1.mlp.down_proj.weight"] *= 1 + 1e-9
+        logits, _ = oracle.forward(weights, config, inputs.input_ids, inputs.attention_mask, inputs.position_ids)
+        self.assertGreater(relative_l2(tokens(inputs, model.logits(inputs)), tokens(inputs, logits)), 1e-12)
+
+
+class CacheTest(parameterized.TestCase):
+    @parameterized.parameters(paths.NAMES)
+    def test_prompt_then_single_steps_equal_the_full_forward(self, name):
+        model = load_model(paths.checkpoint(name))
+        inputs = seeded(model.config.vocab_size, 2, 40)
+        cache, parts = model.empty_cache(2, 48), []
+        for start, end in [(0, 25), (25, 30), *((at, at + 1) for at in range(30, 40))]:
+            part = Inputs.of(inputs.input_ids[:, start:end], None, inputs.position_ids[:, start:end])
+            logits, cache = model.step(part, cache)
+            parts.append(np.asarray(logits))
+        self.assertLessEqual(relative_l2(np.concatenate(parts, 1), np.asarray(model.logits(inputs))), 1e-5)
+
+    def test_unequal_prompts_continue_each_from_its_own_end(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        prompts = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22]]
+        inputs, cache = Inputs.of(prompts), model.empty_cache(2, 16)
+        _, cache = model.step(inputs, cache)
+        lengths = inputs.attention_mask.sum(axis=1, keepdims=True)
+        logits, cache = model.step(Inputs.of([[33], [44]], None, lengths), cache)
+        for row, prompt in enumerate(prompts):
+            alone = np.asarray(model([[*prompt, (33, 44)[row]]]))[0, -1]
+            self.assertLessEqual(relative_l2(np.asarray(logits)[row, 0], alone), 1e-5)
+        self.assertEqual(int(cache.length), 8)
+
+    def test_a_full_cache_is_refused(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        with self.assertRaisesRegex(ValueError, "no room for 5 more"):
+            model.step(Inputs.of([[1, 2, 3, 4, 5]]), model.empty_cache(1, 4))
+
+
+class PaddingTest(parameterized.TestCase):
+    @parameterized.parameters("left", "right")
+    def test_padded_rows_give_the_logits_of_rows_alone(self, side):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        rows = [list(range(3, 3 + length)) for length in (30, 11, 1)]
+        ids, mask = np.full((3, 30), 7), np.zeros((3, 30), int)
+        for index, row in enumerate(rows):
+            place = slice(30 - len(row), 30) if side == "left" else slice(0, len(row))
+            ids[index, place], mask[index, place] = row, 1
+        logits = np.asarray(model(ids, mask))
+        for index, row in enumerate(rows):
+            alone = np.asarray(model([row]))[0]
+            self.assertLessEqual(relative_l2(logits[index][mask[index] == 1], alone), 1e-5)
+        self.assertTrue(np.isfinite(logits).all(), "padding must not turn into NaN, which would spread through values")
+
+
+class TraceTest(parameterized.TestCase):
+    @parameterized.product(name=["gqa_tied_bf16", "mha_untied_f32_sharded"], dtype=["float32", "bfloat16"])
+    def test_forcing_with_ones_own_trace_changes_nothing_at_all(self, name, dtype):
+        model = load_model(paths.checkpoint(name), dtype)
+        inputs = padded(model.config.vocab_size)
+        trace = model.trace(inputs)
+        forced = model.trace(inputs, force=trace)
+        self.assertLen(trace, 2 * len(stages.LAYER_STAGES) + 3)
+        for key, value in trace.items():
+            np.testing.assert_array_equal(forced[key], value, key)
+
+    @parameterized.named_parameters(
+        ("rope", faults.ADJACENT_PAIRS, {"q_post_rope", "k_post_rope"}),
+        ("mask", faults.NOT_CAUSAL, {"attn_softmax"}),
+        ("kv_heads", faults.INTERLEAVED, {"attn_scores", "attention"}),
+    )
+    def test_a_fault_in_one_layer_shows_at_its_stages_only_when_forced(self, ops, wrong):
+        right = load_model(paths.checkpoint("gqa_tied_bf16"))
+        inputs = padded(right.config.vocab_size)
+        theirs = right.with_ops(right.ops, {1: ops}).trace(inputs)
+        ours = right.trace(inputs, force=theirs)
+        differing = {r.key for r in compare(ours, theirs, inputs, lambda key: 1e-6) if not r.within}
+        self.assertEqual(differing, {stages.layer_key(1, stage) for stage in wrong})
+        unforced = {r.key for r in compare(right.trace(inputs), theirs, inputs, lambda key: 1e-6) if not r.within}
+        self.assertIn(stages.LOGITS, unforced)
+
+    def test_a_stage_missing_from_the_forced_values_is_composed_over(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        inputs = padded(model.config.vocab_size)
+        trace = model.trace(inputs)
+        partial = {key: trace[key] for key in trace if stages.stage_of(key) in ("attn_norm", "ffn_up")}
+        for key, value in model.trace(inputs, force=partial).items():
+            np.testing.assert_array_equal(value, trace[key], key)
+
+    def test_a_trace_gives_the_logits_of_the_plain_forward(self):
+        model = load_model(paths.checkpoint("mqa_f16"))
+        inputs = seeded(model.config.vocab_size)
+        self.assertLessEqual(relative_l2(model.trace(inputs)[stages.LOGITS], np.asarray(model.logits(inputs))), 1e-6)
+
+    def test_shapes_are_those_of_the_stage_table(self):
+        model = load_model(paths.checkpoint("head_dim_given"))
+        inputs = padded(model.config.vocab_size)
+        for key, value in model.trace(inputs).items():
+            self.assertEqual(value.shape, (3, *stages.shape(model.config, stages.stage_of(key), 20)), key)
+
+    def test_only_what_is_asked_for_is_returned_and_unknown_stages_are_errors(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        inputs = padded(model.config.vocab_size)
+        self.assertEqual(list(model.trace(inputs, ["stage.1.ffn_up"])), ["stage.1.ffn_up"])
+        with self.assertRaisesRegex(ValueError, r"stage\.9\.ffn_up"):
+            model.trace(inputs, force={"stage.9.ffn_up": np.zeros(1)})
+
+
+class ModelTest(parameterized.TestCase):
+    @parameterized.parameters("float32", "bfloat16", "float64")
+    def test_parameters_and_logits_have_the_dtype_asked_for(self, dtype):
+        model = load_model(paths.checkpoint("mixed_dtypes"), dtype)
+        self.assertEqual({str(x.dtype) for x in jax.tree.leaves(model.parameters)}, {dtype})
+        self.assertEqual(str(model([[1, 2, 3]]).dtype), dtype)
+
+    def test_float64_leaves_no_trace_in_the_process(self):
+        load_model(paths.checkpoint("gqa_tied_bf16"), "float64")([[1, 2]])
+        self.assertEqual(str(jax.numpy.asarray(1.5).dtype), "float32")
+
+    def test_calls_of_one_shape_compile_once(self):
+        model = load_model(paths.checkpoint("odd_sizes"))
+        model(seeded(model.config.vocab_size, 2, 9).input_ids)
+        with jax.log_compiles(), self.assertNoLogs("jax", "WARNING"):
+            model(seeded(model.config.vocab_size, 2, 9, seed=1).input_ids)
+            load_model(paths.checkpoint("odd_sizes"))(seeded(model.config.vocab_size, 2, 9, seed=2).input_ids)
+
+    def test_bad_requests_are_usage_errors(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        for ids in ([[model.config.vocab_size]], [[-1]], [], [[]], [[1.5]]):
+            with self.assertRaises(UsageError, msg=str(ids)):
+                model(ids)
+        with self.assertRaises(UsageError):
+            load_model(paths.checkpoint("gqa_tied_bf16"), "float16")
+        with self.assertRaises(UsageError):
+            load_model(paths.checkpoint("gqa_tied_bf16"), device="no-such-device")
+        with self.assertRaises(UsageError):
+            model([[1, 2]], None, [[1, 0]])
+
+
+if __name__ == "__main__":
+    absltest.main()

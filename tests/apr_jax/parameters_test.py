@@ -1,0 +1,120 @@
+"""Loading is strict: what a checkpoint lacks, has too much, or has in another shape is all named in one error."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from absl.testing import absltest, parameterized
+
+from apr_jax.model import load_model
+from apr_jax.parameters import read_as
+from converters.checkpoint import open_checkpoint
+from converters.errors import RefusedError
+from tests import oracle, paths
+
+SAMPLE = paths.checkpoint("mha_untied_f32_sharded")
+
+
+def leaves(model):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameters):
+        yield ".".join(str(part.key) for part in path), np.asarray(leaf)
+
+
+class LoadingTest(parameterized.TestCase):
+    def copy(self, config=None, **tensors) -> pathlib.Path:
+        """Writes the sample as one file, with tensors replaced (array), dropped (None) or added."""
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        weights = {}
+        for shard in SAMPLE.glob("*.safetensors"):
+            weights |= safetensors.numpy.load_file(shard)
+        weights |= {name.replace("__", "."): value for name, value in tensors.items()}
+        weights = {name: value for name, value in weights.items() if value is not None}
+        safetensors.numpy.save_file(weights, folder / "model.safetensors")
+        content = json.loads((SAMPLE / "config.json").read_text()) | (config or {})
+        (folder / "config.json").write_text(json.dumps(content))
+        return folder
+
+    @parameterized.parameters(paths.NAMES)
+    def test_every_tensor_arrives_with_its_values_under_its_name(self, name):
+        expected, _ = oracle.load(paths.checkpoint(name))
+        loaded = dict(leaves(load_model(paths.checkpoint(name))))
+        self.assertEqual(set(loaded), set(expected))
+        for key, value in loaded.items():
+            np.testing.assert_array_equal(value, expected[key].astype(np.float32), key)
+
+    def test_all_offenders_are_named_at_once(self):
+        shape = safetensors.numpy.load_file(next(SAMPLE.glob("*00001*")))["model.embed_tokens.weight"].shape
+        folder = self.copy(
+            model__norm__weight=None,
+            lm_head__weight=np.zeros((shape[1], shape[0]), np.float32),
+            model__layers__0__mlp__extra__weight=np.zeros(3, np.float32),
+        )
+        with self.assertRaises(RefusedError) as caught:
+            load_model(folder)
+        text = str(caught.exception)
+        self.assertEqual((caught.exception.code, caught.exception.exit_code), ("tensors-mismatch", 5))
+        for part in (
+            "missing: model.norm.weight",
+            "unexpected: model.layers.0.mlp.extra.weight [3]",
+            f"shape: lm_head.weight is [{shape[1]}, {shape[0]}], the configuration needs [{shape[0]}, {shape[1]}]",
+            "3 of them",
+        ):
+            self.assertIn(part, text)
+
+    def test_every_unsupported_attribute_is_named_at_once(self):
+        folder = self.copy(
+            {
+                "use_sliding_window": True,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+                "hidden_act": "gelu",
+                "model_type": "qwen3",
+                "attention_bias": False,
+            }
+        )
+        with self.assertRaises(RefusedError) as caught:
+            load_model(folder)
+        self.assertEqual(caught.exception.code, "config-unsupported")
+        for part in ("use_sliding_window", "yarn", "gelu", "qwen3", "attention_bias"):
+            self.assertIn(part, str(caught.exception))
+
+    def test_a_tied_head_may_be_a_copy_and_nothing_else(self):
+        tied = paths.checkpoint("gqa_tied_bf16")
+        folder = pathlib.Path(self.create_tempdir().full_path, "copy")
+        shutil.copytree(tied, folder)
+        weights = safetensors.numpy.load_file(folder / "model.safetensors")
+        embedding = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = embedding.astype(np.float32)
+        safetensors.numpy.save_file(weights, folder / "model.safetensors")
+        np.testing.assert_array_equal(load_model(folder)([[1, 2, 3]]), load_model(tied)([[1, 2, 3]]))
+        weights["lm_head.weight"][-1, -1] += 1
+        safetensors.numpy.save_file(weights, folder / "model.safetensors")
+        with self.assertRaises(RefusedError) as caught:
+            load_model(folder)
+        self.assertEqual(caught.exception.code, "tied-head-differs")
+
+    def test_narrowing_rounds_to_nearest_even_whatever_the_chunks(self):
+        values = np.random.default_rng(0).normal(size=(5000, 33)).astype(np.float32)
+        values[0, :3] = (1.00390625, 1.01171875, np.nan)
+        path = pathlib.Path(self.create_tempdir().full_path, "x.safetensors")
+        safetensors.numpy.save_file({"x": values}, path)
+        with open_checkpoint(path) as checkpoint, absltest.mock.patch("apr_jax.parameters._CHUNK_BYTES", 10_000):
+            read = read_as(checkpoint.tensors["x"], "bfloat16")
+        np.testing.assert_array_equal(read.view(np.uint16), values.astype(ml_dtypes.bfloat16).view(np.uint16))
+        self.assertEqual([float(x) for x in read[0, :2]], [1.0, 1.015625])
+
+    def test_the_cpu_backend_takes_host_arrays_over_without_a_copy(self):
+        with open_checkpoint(SAMPLE) as checkpoint:
+            array = read_as(checkpoint.tensors["model.embed_tokens.weight"], "float32")
+        kept = jax.device_put(array, jax.devices("cpu")[0], may_alias=True)
+        self.assertEqual(kept.unsafe_buffer_pointer(), array.ctypes.data)
+
+
+if __name__ == "__main__":
+    absltest.main()

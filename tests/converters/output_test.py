@@ -1,0 +1,328 @@
+"""Outputs appear whole or not at all, and nothing is replaced that should not be."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from absl.testing import absltest, parameterized
+
+from converters import output
+from converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
+from tests.paths import ROOT
+
+
+class OutputTestCase(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name).resolve()
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self.folder))
+
+    def raises(self, code: str, kind: type[AprJaxError] = UsageError):
+        return _Raises(self, code, kind)
+
+
+class _Raises:
+    """Asserts kind and code of an error, and that its text names a file."""
+
+    def __init__(self, test: absltest.TestCase, code: str, kind: type[AprJaxError]):
+        self._test, self._code, self._kind = test, code, kind
+
+    def __enter__(self) -> "_Raises":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        self._test.assertIsInstance(error, self._kind)
+        self._test.assertEqual(error.code, self._code)
+        self._test.assertIsNotNone(error.file)
+        self.error = error
+        return True
+
+
+def write(path: pathlib.Path, content: bytes, **arguments) -> None:
+    with output.atomic_file(os.fspath(path), len(content), **arguments) as file:
+        file.write_at(content, 0)
+
+
+def write_folder(path: pathlib.Path, files: dict[str, bytes], **arguments) -> None:
+    with output.atomic_folder(os.fspath(path), sum(map(len, files.values())), **arguments) as folder:
+        for name, content in files.items():
+            with folder.create(name, len(content)) as file:
+                file.write_at(content, 0)
+
+
+def _old_system():
+    """A system, or a file system, without renameat2."""
+    return mock.patch.object(output, "_renameat2", return_value=False)
+
+
+class AtomicFileTest(OutputTestCase):
+    def test_name_appears_at_the_end_with_the_content_and_the_umasks_permissions(self):
+        before = os.umask(0o027)
+        try:
+            with output.atomic_file(os.fspath(self.folder / "a"), 6) as file:
+                self.assertEqual([name.startswith(".a.apr-jax-tmp.") for name in self.names()], [True])
+                file.write_at(b"def", 3)
+                file.write_at(b"abc", 0)
+        finally:
+            os.umask(before)
+        self.assertEqual(self.names(), ["a"])
+        self.assertEqual((self.folder / "a").read_bytes(), b"abcdef")
+        self.assertEqual(stat.S_IMODE((self.folder / "a").stat().st_mode), 0o640)
+
+    def test_what_is_not_written_is_zero(self):
+        with output.atomic_file(os.fspath(self.folder / "a"), 5) as file:
+            file.write_at(b"x", 2)
+        self.assertEqual((self.folder / "a").read_bytes(), b"\0\0x\0\0")
+
+    @parameterized.parameters(ValueError, KeyboardInterrupt, SystemExit)
+    def test_an_exception_leaves_nothing_behind_and_the_old_file_as_it_was(self, kind):
+        (self.folder / "a").write_bytes(b"old")
+        with self.assertRaises(kind), output.atomic_file(os.fspath(self.folder / "a"), 3, force=True) as file:
+            file.write_at(b"new", 0)
+            raise kind
+        self.assertEqual(self.names(), ["a"])
+        self.assertEqual((self.folder / "a").read_bytes(), b"old")
+
+    def test_existing_output_is_refused_without_force_and_replaced_with_it_keeping_its_mode(self):
+        path = self.folder / "a"
+        path.write_bytes(b"old")
+        path.chmod(0o604)
+        with self.raises("output-exists") as caught:
+            write(path, b"new")
+        self.assertEqual(caught.error.exit_code, 2)
+        self.assertEqual(path.read_bytes(), b"old")
+        write(path, b"new", force=True)
+        self.assertEqual(path.read_bytes(), b"new")
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o604)
+
+    @parameterized.parameters(True, False)
+    def test_a_file_that_appears_meanwhile_is_not_overwritten(self, has_renameat2):
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with self.raises("output-exists"), without, output.atomic_file(os.fspath(self.folder / "a"), 3) as file:
+            file.write_at(b"new", 0)
+            (self.folder / "a").write_bytes(b"other")
+        self.assertEqual((self.folder / "a").read_bytes(), b"other")
+        self.assertEqual(self.names(), ["a"])
+
+    @parameterized.parameters("same", "hard link", "symbolic link")
+    def test_input_as_output_is_refused_whatever_its_name(self, how):
+        source, target = self.folder / "source", self.folder / "target"
+        source.write_bytes(b"data")
+        if how == "same":
+            target = source
+        elif how == "hard link":
+            target.hardlink_to(source)
+        else:
+            target.symlink_to(source)
+        with self.raises("same-file"):
+            write(target, b"new", force=True, sources=[os.fspath(source)])
+        self.assertEqual(source.read_bytes(), b"data")
+
+    def test_a_symbolic_link_is_written_through(self):
+        (self.folder / "real").write_bytes(b"old")
+        (self.folder / "link").symlink_to("real")
+        with self.raises("output-exists"):
+            write(self.folder / "link", b"new")
+        write(self.folder / "link", b"new", force=True)
+        self.assertTrue((self.folder / "link").is_symlink())
+        self.assertEqual((self.folder / "real").read_bytes(), b"new")
+
+    def test_a_folder_or_a_device_is_no_place_for_a_file(self):
+        (self.folder / "d").mkdir()
+        with self.raises("output-is-folder"):
+            write(self.folder / "d", b"new", force=True)
+        os.mkfifo(self.folder / "fifo")
+        with self.raises("output-not-file"):
+            write(self.folder / "fifo", b"new", force=True)
+
+    def test_a_missing_folder_is_named(self):
+        with self.raises("output-folder-missing", MissingFileError):
+            write(self.folder / "no" / "a", b"new")
+
+    def test_a_name_of_the_longest_possible_length_works(self):
+        path = self.folder / ("x" * 255)
+        write(path, b"new")
+        self.assertEqual(self.names(), [path.name])
+
+    def test_too_little_space_is_seen_before_anything_is_written(self):
+        path = os.fspath(self.folder / "a")
+        with self.raises("no-space", StorageError) as caught, output.atomic_file(path, 1 << 60):
+            self.fail("was opened")
+        self.assertIn("missing", str(caught.error))
+        self.assertEqual(self.names(), [])
+
+    def test_a_disk_that_fills_up_leaves_nothing_and_says_how_much_is_missing(self):
+        full = mock.patch.object(os, "pwrite", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        with full, self.raises("no-space", StorageError) as caught:
+            write(self.folder / "a", b"new")
+        self.assertRegex(str(caught.error), r"\d+ bytes are missing")
+        self.assertEqual(self.names(), [])
+
+    def test_short_writes_are_continued(self):
+        real = os.pwrite
+        with mock.patch.object(os, "pwrite", lambda fd, data, offset: real(fd, data[:7], offset)):
+            write(self.folder / "a", bytes(range(100)))
+        self.assertEqual((self.folder / "a").read_bytes(), bytes(range(100)))
+
+
+class LeftoversTest(OutputTestCase):
+    def test_a_killed_runs_temporaries_are_removed_and_named_others_kept(self):
+        (self.folder / ".a.apr-jax-tmp.999999.00000000").write_bytes(b"half")
+        (self.folder / ".a.apr-jax-tmp.999999.00000001").mkdir()
+        (self.folder / ".a.apr-jax-tmp.999999.00000001" / "x").write_bytes(b"half")
+        (self.folder / ".ab.apr-jax-tmp.999999.00000000").write_bytes(b"of another output")
+        said: list[str] = []
+        write(self.folder / "a", b"new", notice=said.append)
+        self.assertEqual(self.names(), [".ab.apr-jax-tmp.999999.00000000", "a"])
+        self.assertLen(said, 2)
+        self.assertIn(".a.apr-jax-tmp.999999.00000000", said[0])
+
+    def test_a_live_runs_temporary_is_kept_even_under_a_dead_process_id(self):
+        temporary = self.folder / ".a.apr-jax-tmp.999999.00000000"
+        with open(temporary, "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            write(self.folder / "a", b"new")
+        self.assertEqual(self.names(), [temporary.name, "a"])
+
+    def test_two_writers_of_one_output_do_not_disturb_each_other(self):
+        with output.atomic_file(os.fspath(self.folder / "a"), 3) as file:
+            write(self.folder / "a", b"one")
+            self.assertLen(self.names(), 2)
+            with self.raises("output-exists"):
+                write(self.folder / "a", b"two")
+            file.write_at(b"two", 0)
+            os.unlink(self.folder / "a")
+        self.assertEqual((self.folder / "a").read_bytes(), b"two")
+
+    def test_a_folder_set_aside_by_a_killed_run_comes_back(self):
+        aside = self.folder / ".a.apr-jax-old.999999.00000000"
+        aside.mkdir()
+        (aside / "config.json").write_bytes(b"old")
+        said: list[str] = []
+        with self.raises("output-exists"):
+            write_folder(self.folder / "a", {"config.json": b"new"}, notice=said.append)
+        self.assertEqual((self.folder / "a" / "config.json").read_bytes(), b"old")
+        self.assertIn("put", said[0])
+
+
+class AtomicFolderTest(OutputTestCase):
+    def test_folder_appears_whole(self):
+        with output.atomic_folder(os.fspath(self.folder / "d"), 3) as folder:
+            with folder.create("config.json", 3) as file:
+                file.write_at(b"new", 0)
+            self.assertFalse((self.folder / "d").exists())
+        self.assertEqual(self.names(), ["d"])
+        self.assertEqual((self.folder / "d" / "config.json").read_bytes(), b"new")
+
+    @parameterized.parameters(True, False)
+    def test_an_existing_checkpoint_is_exchanged_with_force_only(self, has_renameat2):
+        write_folder(self.folder / "d", {"config.json": b"old", "tokenizer.json": b"old"})
+        (self.folder / "d").chmod(0o705)
+        with self.raises("output-exists"):
+            write_folder(self.folder / "d", {"config.json": b"new"})
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with without:
+            write_folder(self.folder / "d", {"config.json": b"new"}, force=True)
+        self.assertEqual(self.names(), ["d"])
+        self.assertEqual(os.listdir(self.folder / "d"), ["config.json"])
+        self.assertEqual((self.folder / "d" / "config.json").read_bytes(), b"new")
+        self.assertEqual(stat.S_IMODE((self.folder / "d").stat().st_mode), 0o705)
+
+    @parameterized.parameters(ValueError, KeyboardInterrupt)
+    def test_an_exception_leaves_the_old_folder(self, kind):
+        write_folder(self.folder / "d", {"config.json": b"old"})
+        with self.assertRaises(kind), output.atomic_folder(os.fspath(self.folder / "d"), 3, force=True) as folder:
+            with folder.create("config.json", 3) as file:
+                file.write_at(b"new", 0)
+            raise kind
+        self.assertEqual(self.names(), ["d"])
+        self.assertEqual((self.folder / "d" / "config.json").read_bytes(), b"old")
+
+    @parameterized.parameters(
+        ({"config.json": b"", "photo.jpg": b""}, None),
+        ({"notes.txt": b""}, None),
+        ({"config.json": b""}, "subfolder"),
+    )
+    def test_a_folder_that_is_no_checkpoint_is_never_replaced(self, files, subfolder):
+        path = self.folder / "home"
+        path.mkdir()
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+        if subfolder:
+            (path / subfolder).mkdir()
+        with self.raises("output-not-replaceable"):
+            write_folder(path, {"config.json": b"new"}, force=True)
+        self.assertLen(os.listdir(path), len(files) + bool(subfolder))
+
+    def test_the_sources_folder_and_those_above_are_refused(self):
+        source = self.folder / "up" / "model"
+        source.mkdir(parents=True)
+        (source / "model.safetensors").write_bytes(b"data")
+        for path in (source, self.folder / "up", self.folder):
+            with self.raises("output-holds-source"):
+                write_folder(path, {"config.json": b""}, force=True, sources=[os.fspath(source / "model.safetensors")])
+        self.assertEqual((source / "model.safetensors").read_bytes(), b"data")
+
+    def test_a_file_in_the_folders_place_is_refused(self):
+        (self.folder / "d").write_bytes(b"")
+        with self.raises("output-not-folder"):
+            write_folder(self.folder / "d", {}, force=True)
+
+    @parameterized.parameters("../x", "/x", "", "..", "a/../b", "a//b", "a/")
+    def test_a_file_name_that_leads_out_is_refused(self, name):
+        with self.raises("file-name"):
+            write_folder(self.folder / "d", {name: b"x"})
+        self.assertEqual(self.names(), [])
+
+
+class LimitsTest(OutputTestCase):
+    def test_a_full_tmpfs_leaves_nothing_behind(self):
+        mount = self.folder / "small"
+        mount.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, text=True)
+        if done.returncode:
+            self.skipTest(f"no tmpfs can be mounted: {done.stderr.strip()}")
+        self.addCleanup(subprocess.run, ["umount", mount], check=True)
+        with self.raises("no-space", StorageError):
+            write(mount / "a", bytes(2 << 20))
+        # The space goes while the file is being written.
+        path = os.fspath(mount / "a")
+        with self.raises("no-space", StorageError) as caught, output.atomic_file(path, 800 << 10) as file:
+            (mount / "other").write_bytes(bytes(512 << 10))
+            for begin in range(0, 800 << 10, 4096):
+                file.write_at(b"x" * 4096, begin)
+        missing = int(str(caught.error).split(" bytes are missing")[0].split()[-1])
+        self.assertBetween(missing, 200 << 10, 400 << 10)
+        self.assertEqual(os.listdir(mount), ["other"])
+
+    def test_a_file_size_limit_leaves_nothing_behind(self):
+        code = (
+            "import os, resource, sys\n"
+            f"sys.path.insert(0, {os.fspath(ROOT)!r})\n"
+            "from converters import output\n"
+            "from converters.errors import StorageError\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+            "try:\n"
+            "    with output.atomic_file('a', 8192) as file: file.write_at(bytes(8192), 0)\n"
+            "except StorageError as error: print(error.code)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=self.folder, capture_output=True, text=True, check=True)
+        self.assertEqual(done.stdout, "file-too-large\n")
+        self.assertEqual(self.names(), [])
+
+
+if __name__ == "__main__":
+    absltest.main()

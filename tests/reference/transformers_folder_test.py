@@ -1,0 +1,88 @@
+"""transformers opens the folders that we write, and computes the same logits from them bit for bit."""
+
+import importlib.util
+import pathlib
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from absl.testing import absltest, parameterized
+
+from converters import conversion
+from converters.checkpoint import open_checkpoint
+from tests.paths import CHECKPOINTS, fixtures
+
+FIXTURES = fixtures()
+SOURCES = {path.name: path for path in CHECKPOINTS}
+if FIXTURES is not None:
+    SOURCES |= {path.name: path / "hf" for path in sorted((FIXTURES / "genuine").iterdir())}
+
+
+def limit_for_three(path: pathlib.Path) -> int:
+    """The size limit that cuts a checkpoint's tensors into three shards."""
+    with open_checkpoint(path) as checkpoint:
+        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        for limit in range(total // 3, total, max(1, total // 100)):
+            if len(conversion.plan(checkpoint, "unused", to="safetensors", max_shard_bytes=limit).files) == 3:
+                return limit
+    raise AssertionError(f"no limit cuts {path} into three")
+
+
+class TransformersFolderTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                self.skipTest(f"{package} is not installed")
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
+    def logits(self, path: pathlib.Path):
+        import torch
+        import transformers
+
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            self.assertEmpty(report[kind], kind)
+        ids = torch.arange(2 * 70).reshape(2, 70) * 7 % model.config.vocab_size
+        with torch.no_grad():
+            return model.eval()(ids).logits
+
+    @parameterized.parameters(*sorted(SOURCES))
+    def test_single_file_to_apr_to_three_shards_gives_the_same_logits(self, name):
+        import torch
+
+        conversion.convert(SOURCES[name], self.folder / "single", to="safetensors")
+        conversion.convert(self.folder / "single", self.folder / "m.apr", to="apr")
+        limit = limit_for_three(self.folder / "m.apr")
+        conversion.convert(self.folder / "m.apr", self.folder / "shards", to="safetensors", max_shard_bytes=limit)
+        self.assertLen(list((self.folder / "shards").glob("model-0000?-of-00003.safetensors")), 3)
+        expected = self.logits(SOURCES[name])
+        self.assertEqual(tuple(expected.shape[:2]), (2, 70))
+        self.assertGreater(float(expected.std()), 0)
+        self.assertTrue(torch.equal(self.logits(self.folder / "shards"), expected))
+        self.assertTrue(torch.equal(self.logits(self.folder / "single"), expected))
+
+    @parameterized.parameters("gqa_tied_bf16", "mha_untied_f32_sharded")
+    def test_the_tokenizer_of_the_folder_is_the_sources(self, name):
+        import transformers
+
+        conversion.convert(SOURCES[name], self.folder / "m.apr", to="apr")
+        conversion.convert(self.folder / "m.apr", self.folder / "hf", to="safetensors")
+        text = "the quick brown fox é"
+        ours = transformers.AutoTokenizer.from_pretrained(self.folder / "hf")
+        theirs = transformers.AutoTokenizer.from_pretrained(SOURCES[name])
+        self.assertEqual(ours(text)["input_ids"], theirs(text)["input_ids"])
+        self.assertNotEmpty(ours(text)["input_ids"])
+        chat = [{"role": "user", "content": text}]
+        self.assertEqual(
+            ours.apply_chat_template(chat, tokenize=False), theirs.apply_chat_template(chat, tokenize=False)
+        )
+
+
+if __name__ == "__main__":
+    absltest.main()

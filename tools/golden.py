@@ -1,0 +1,12 @@
+"""Writes reference logits of a Qwen2 model, or checks a model against them: `python tools/golden.py --help`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from apr_jax.commands import golden
+from converters.commands import cli
+
+if __name__ == "__main__":
+    cli.start(golden.parse, golden.main)

@@ -1,0 +1,12 @@
+"""Writes a seeded Qwen2 checkpoint: `python tools/make_sample.py --help`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from apr_jax.commands import make_sample
+from converters.commands import cli
+
+if __name__ == "__main__":
+    cli.start(make_sample.parse, make_sample.main)

@@ -1,0 +1,11 @@
+"""Runs the command `show` from a checkout; see converters/commands/show.py."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from converters.commands import cli, show
+
+if __name__ == "__main__":
+    cli.start(show.parse, show.main)
