@@ -99,7 +99,7 @@ def compare(
                 "shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape
             )
         else:
-            chosen = _compared(key, inputs, theirs.shape)
+            chosen = compared_positions(key, inputs, theirs.shape)
             ours, theirs = ours[chosen], theirs[chosen]
         results.append(_compare_one(key, ours, theirs, bar(key)))
     return results
@@ -184,7 +184,7 @@ def _at_last_token(logits: np.ndarray, inputs: Inputs) -> np.ndarray:
     return logits[np.arange(len(last)), last]
 
 
-def _compared(key: str, inputs: Inputs, shape: tuple[int, ...]) -> np.ndarray:
+def compared_positions(key: str, inputs: Inputs, shape: tuple[int, ...]) -> np.ndarray:
     """Which entries count, bool [B, T], or [B, N, T, T] for attention stages, where hidden keys are not compared."""
     tokens = inputs.attention_mask == 1
     if stages.stage_of(key) not in ("attn_scores", "attn_softmax"):

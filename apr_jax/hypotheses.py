@@ -1,0 +1,555 @@
+"""What may have gone wrong at a stage: for each stage the mistakes that touch it, alone and stacked, as formulas.
+
+A hypothesis says which formulas of the scene it replaces; whether it is true is for `explain` to find out, by computing
+the stage under it from the other side's own inputs. Parameters that are numbers (a base, an eps, a scale, a shift) are
+solved for from the other side's values and not guessed. Names and meanings: docs/faults.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from apr_jax import rotation
+from apr_jax.scene import (
+    QKV,
+    Formula,
+    Scene,
+    Value,
+    head_weight,
+    join_heads,
+    product,
+    scores,
+    split_heads,
+    unjoin,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A named mistake with its parameters.
+
+    Attributes:
+      name: Its name in the fault table.
+      parameters: Sorted (name, value) pairs.
+    """
+
+    name: str
+    parameters: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, **parameters: Any) -> Mistake:
+        """Builds one from keyword parameters."""
+        return cls(name, tuple(sorted(parameters.items())))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """A set of mistakes and the formulas that they amount to.
+
+    Attributes:
+      mistakes: What is supposed to be wrong.
+      overrides: Formulas by stage name.
+    """
+
+    mistakes: tuple[Mistake, ...]
+    overrides: Mapping[str, Formula]
+
+
+Generator = Callable[[Scene, int, str, Value], Iterator[Hypothesis]]
+"""(scene, layer, stage, their value) -> hypotheses, those with fewer mistakes first."""
+
+_NORM_WEIGHTS = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "final_norm": "model.norm.weight",
+}
+
+
+def norms(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Another eps, weights left out or plus one, a mean subtracted; a final norm that is missing; another weight."""
+    x = (
+        scene.get(layer, "post_attn_residual")
+        if stage == "ffn_norm"
+        else scene.residual(_position(scene, layer, stage))
+    )
+    name = _NORM_WEIGHTS[stage]
+    where = name.removesuffix(".weight").removeprefix("model.")
+    right = scene.weight(layer, name)
+    if stage == "final_norm":
+        yield Hypothesis((Mistake.of("final-norm-missing"),), {stage: lambda s, i: x})
+    eps = scene.config.rms_norm_eps
+    tokens = scene.inputs.attention_mask == 1
+    shapes = [("", right), ("norm-weight-missing", np.ones_like(right)), ("norm-weight-plus-one", 1 + right)]
+    shapes += [(mistake, weight) for mistake, weight in other_weights(scene, layer, name)]
+    found = []
+    for (label, weight), centred in itertools.product(shapes, (False, True)):
+        base = x - x.mean(axis=-1, keepdims=True) if centred else x
+        mistakes = [label if isinstance(label, Mistake) else Mistake.of(label)] if label else []
+        mistakes += [Mistake.of("norm-mean-subtracted")] if centred else []
+        for value in (eps, *_solve_eps(base[tokens], weight, theirs[tokens], eps)):
+            changed = [] if value == eps else [Mistake.of("rms-norm-eps", eps=value, norms=(where,))]
+            if mistakes or changed:
+                found.append(((*mistakes, *changed), _scaled(base, weight, value)))
+    for stack, value in sorted(found, key=lambda pair: len(pair[0])):
+        yield Hypothesis(stack, {stage: lambda s, i, value=value: value})
+
+
+def _scaled(x: Value, weight: Value, eps: float) -> Value:
+    return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
+
+
+def _solve_eps(x: Value, weight: Value, theirs: Value, right: float) -> list[float]:
+    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it."""
+    base = weight * x
+    power = (base * base).sum(axis=-1)
+    usable = power > 0
+    if not usable.any():
+        return []
+    r = (theirs * base).sum(axis=-1)[usable] / power[usable]
+    mean_square = (x * x).mean(axis=-1)[usable]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        eps = 1 / (r * r) - mean_square
+        # Rows of small activations feel eps most: its error there is that of 1 / r^2.
+        weights = (1 / (r * r)) ** -2.0
+    good = np.isfinite(eps) & np.isfinite(weights)
+    if not good.any():
+        return []
+    solved = float(np.average(eps[good], weights=weights[good]))
+    if not 0 < solved < 10 or abs(solved / right - 1) < 0.005:
+        return []
+    return list(dict.fromkeys([float(f"{solved:.0e}"), float(f"{solved:.2e}"), solved]))
+
+
+def _position(scene: Scene, layer: int, stage: str) -> int:
+    return scene.config.num_layers if stage == "final_norm" else layer
+
+
+def products(tensor: str, mistakes: Mapping[str, str]) -> Generator:
+    """Hypotheses about x W^T for one weight: transposed, swapped, relabelled, another layer's, rounded inputs."""
+    sources = {
+        "self_attn.o_proj.weight": "attention",
+        "mlp.gate_proj.weight": "ffn_norm",
+        "mlp.up_proj.weight": "ffn_norm",
+        "mlp.down_proj.weight": "ffn_swigl",
+    }
+
+    def generate(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+        x, right = scene.get(layer, sources[tensor]), scene.weight(layer, tensor)
+        weights: list[tuple[Mistake, Value]] = []
+        if "transposed" in mistakes:
+            name = mistakes["transposed"]
+            if right.shape[0] == right.shape[1]:
+                weights.append((Mistake.of(name), right.T))
+            else:
+                weights.append((Mistake.of(name), right.T.reshape(right.shape)))
+                weights.append((Mistake.of(name, buffer="file"), right.reshape(right.shape[::-1]).T))
+        if "swapped" in mistakes:
+            weights.append((Mistake.of("gate-up-swapped"), scene.weight(layer, mistakes["swapped"])))
+        weights += other_weights(scene, layer, tensor)
+        yield from _products(stage, x, right, weights)
+
+    return generate
+
+
+def _products(stage: str, x: Value, right: Value, weights: Iterable[tuple[Mistake, Value]]) -> Iterator[Hypothesis]:
+    """Each weight alone, then the dot products themselves, then both together."""
+    weights = list(weights)
+    for mistake, weight in weights:
+        yield Hypothesis((mistake,), {stage: lambda s, i, w=weight: product(x, w)})
+    for mistake, dot in DOTS:
+        yield Hypothesis((mistake,), {stage: lambda s, i, dot=dot: dot(x, right)})
+    for (mistake, weight), (precision, dot) in itertools.product(weights, DOTS[:2]):
+        yield Hypothesis((mistake, precision), {stage: lambda s, i, w=weight, dot=dot: dot(x, w)})
+
+
+def other_weights(scene: Scene, layer: int, tensor: str) -> list[tuple[Mistake, Value]]:
+    """What may stand in a tensor's place: the same one of another layer, its bytes under another label."""
+    right = scene.weight(layer, tensor)
+    found = []
+    for direction, (stored, read) in _LABELS.items():
+        misread = right.astype(stored).view(read).astype(np.float64)
+        if np.isfinite(misread).all():
+            found.append((Mistake.of("weights-relabelled", tensor=tensor, direction=direction), misread))
+    if layer >= 0:
+        for other in range(scene.config.num_layers):
+            if other != layer:
+                mistake = Mistake.of("weights-from-another-layer", tensor=tensor, layer=other)
+                found.append((mistake, scene.weight(other, tensor)))
+    return found
+
+
+_LABELS = {"bf16-as-f16": (ml_dtypes.bfloat16, np.float16), "f16-as-bf16": (np.float16, ml_dtypes.bfloat16)}
+
+
+def _tf32_round(x: Value) -> Value:
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
+
+def _tf32_truncate(x: Value) -> Value:
+    return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
+
+def _in_bf16(chunk: int) -> Callable[[Value, Value], Value]:
+    """x W^T whose running sum is rounded to bf16 after every `chunk` terms."""
+
+    def dot(x: Value, weight: Value) -> Value:
+        total = np.zeros((*x.shape[:-1], weight.shape[0]), np.float32)
+        for start in range(0, x.shape[-1], chunk):
+            part = x[..., start : start + chunk] @ weight[:, start : start + chunk].T
+            total = (total + part.astype(np.float32)).astype(ml_dtypes.bfloat16).astype(np.float32)
+        return total.astype(np.float64)
+
+    return dot
+
+
+DOTS: list[tuple[Mistake, Callable[[Value, Value], Value]]] = [
+    (Mistake.of("tf32-dots", mode="round"), lambda x, w: product(_tf32_round(x), _tf32_round(w))),
+    (Mistake.of("tf32-dots", mode="truncate"), lambda x, w: product(_tf32_truncate(x), _tf32_truncate(w))),
+    *((Mistake.of("bf16-accumulation", chunk=1 << power), _in_bf16(1 << power)) for power in range(9, 2, -1)),
+]
+
+
+def projections(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """q, k and v products: each of the three on its own, so that three mistakes are three answers."""
+    x = scene.get(layer, "attn_norm")
+    yield from _by_part(scene, layer, stage, theirs, lambda part, w, v: _products(stage, x, w, v), x)
+
+
+def _by_part(
+    scene: Scene, layer: int, stage: str, theirs: Value, hypotheses: Callable[..., Iterator[Hypothesis]], x: Value
+) -> Iterator[Hypothesis]:
+    ends = np.cumsum([scene.weight(layer, f"self_attn.{name}.weight").shape[0] for name in QKV])
+    parts = [slice(begin, end) for begin, end in zip((0, *ends[:-1]), ends, strict=True)]
+    answers: list[tuple[tuple[Mistake, ...], Value]] = []
+    for name, part in zip(QKV, parts, strict=True):
+        tensor = f"self_attn.{name}.weight"
+        right = scene.weight(layer, tensor)
+        options = [((), product(x, right))]
+        for hypothesis in hypotheses(name, right, other_weights(scene, layer, tensor)):
+            options.append((hypothesis.mistakes, hypothesis.overrides[stage](scene, layer)))
+        answers.append(_closest(options, theirs[..., part], scene))
+    yield _joined(stage, answers)
+
+
+def _closest(options: list[tuple[tuple[Mistake, ...], Value]], theirs: Value, scene: Scene) -> Any:
+    """The option nearest to their values; one with more mistakes has to be clearly nearer."""
+    tokens = scene.inputs.attention_mask == 1
+    best = None
+    for mistakes, value in options:
+        distance = float(np.linalg.norm((value - theirs)[tokens]))
+        if best is None or distance < 0.3 * best[0] or (distance < best[0] and len(mistakes) <= len(best[1])):
+            best = (distance, mistakes, value)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _joined(stage: str, answers: list[tuple[tuple[Mistake, ...], Value]]) -> Hypothesis:
+    value = np.concatenate([value for _, value in answers], axis=-1)
+    mistakes = tuple(dict.fromkeys(mistake for stack, _ in answers for mistake in stack))
+    return Hypothesis(mistakes, {stage: lambda s, i: value})
+
+
+def biases(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Biases of q, k and v: each there, missing, or another one."""
+    base = scene.get(layer, "qkv_matmul")
+    start, answers = 0, []
+    for name in QKV:
+        tensor = f"self_attn.{name}.bias"
+        right = scene.weight(layer, tensor)
+        part = slice(start, start + len(right))
+        start += len(right)
+        options = [((), base[..., part] + right), ((Mistake.of(f"{name[0]}-bias-missing"),), base[..., part])]
+        options += [((mistake,), base[..., part] + bias) for mistake, bias in other_weights(scene, layer, tensor)]
+        answers.append(_closest(options, theirs[..., part], scene))
+    yield _joined(stage, answers)
+
+
+def ropes(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Rotations that are not the right one, and biases added behind the rotation."""
+    which = 0 if stage == "q_post_rope" else 1
+    name = QKV[which]
+    before, after = scene.heads(layer)[which], unjoin(theirs, scene.config)
+    bias = scene.weight(layer, f"self_attn.{name}.bias").reshape(-1, scene.config.head_dim)
+    late = Mistake.of("bias-after-rope")
+    # The dump may show the input of the rotation with the bias or, rightly for this engine, without it.
+    variants = [((), before, 0.0), ((late,), before, bias), ((late,), before - bias, bias)]
+    found = []
+    for extra, x, added in variants:
+        for turn in rotation.candidates(x, after - added, scene.inputs.positions(), scene.config.rope_theta):
+            mistakes = (*extra, *name_rotation(turn, name[0]))
+            if mistakes:
+                found.append((mistakes, x, added, turn))
+    positions, theta = scene.inputs.positions(), scene.config.rope_theta
+    for mistakes, x, added, turn in sorted(found, key=lambda item: len(item[0])):
+        yield Hypothesis(
+            mistakes, {stage: lambda s, i, x=x, a=added, t=turn: join_heads(t.apply(x, positions, theta) + a)}
+        )
+
+
+def name_rotation(turn: rotation.Rotation, projection: str) -> list[Mistake]:
+    """Returns the mistakes that a rotation consists of."""
+    if turn.none:
+        return [Mistake.of(f"rope-not-on-{projection}")]
+    named = []
+    if turn.adjacent:
+        named.append(Mistake.of("rope-adjacent-pairs"))
+    if turn.half:
+        named.append(Mistake.of("rope-half-dims"))
+    if turn.negated:
+        named.append(Mistake.of("rope-sign"))
+    if turn.theta is not None:
+        named.append(Mistake.of("rope-theta", theta=turn.theta))
+    if turn.shift:
+        named.append(Mistake.of("rope-position", shift=turn.shift))
+    if turn.restart:
+        named.append(Mistake.of("rope-position", restart=turn.restart))
+    return named
+
+
+def all_scores(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Another scale, KV heads read in another order, or entries that the engine's own mask left at zero."""
+    seen = masks(scene)["right"][:, None]
+    maps = {(): scores(scene, layer), (Mistake.of("kv-heads-interleaved"),): _interleaved_scores(scene, layer)}
+    found = []
+    for mapped, raw in maps.items():
+        power = float((raw * raw * seen).sum())
+        ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
+        if mapped:
+            found.append((mapped, raw))
+        if abs(ratio - 1) > 1e-3:
+            for scale in _near(ratio * scene.config.head_dim**-0.5):
+                scaled = raw * (scale * scene.config.head_dim**0.5)
+                found.append(((*mapped, Mistake.of("softmax-scale", scale=scale)), scaled))
+    for mistake, dot in DOTS:
+        found.append(((mistake,), _scores_by(scene, layer, dot)))
+    for stack, value in sorted(found, key=lambda pair: len(pair[0])):
+        yield Hypothesis(stack, {stage: lambda s, i, value=value: value})
+    for mistake, visible in wrong_masks(scene, theirs):
+        for mapped, raw in maps.items():
+            hidden = np.where(visible[:, None], raw, 0.0)
+            yield Hypothesis((*mapped, mistake), {stage: lambda s, i, value=hidden: value})
+
+
+def _near(value: float) -> list[float]:
+    return list(dict.fromkeys([*(float(f"{value:.{digits}e}") for digits in (0, 1, 2, 4)), value]))
+
+
+def _scores_by(scene: Scene, layer: int, dot: Callable[[Value, Value], Value]) -> Value:
+    """Scores whose dot products are computed by `dot`."""
+    config = scene.config
+    q, k = (unjoin(scene.get(layer, name), config) for name in ("q_post_rope", "k_post_rope"))
+    group = config.num_heads // config.num_kv_heads
+    rows = [
+        [dot(q[b, :, h], k[b, :, h // group]) * config.head_dim**-0.5 for h in range(config.num_heads)]
+        for b in range(len(q))
+    ]
+    return np.array(rows)
+
+
+def _interleaved_scores(scene: Scene, layer: int) -> Value:
+    config = scene.config
+    q, k = (unjoin(scene.get(layer, name), config) for name in ("q_post_rope", "k_post_rope"))
+    return np.einsum("btnh,bsnh->bnts", q, _interleave(k, config.num_heads), optimize=True) * config.head_dim**-0.5
+
+
+def _interleave(x: Value, heads: int) -> Value:
+    return x[:, :, np.arange(heads) % x.shape[2]]
+
+
+def masks(scene: Scene) -> dict[str, Value]:
+    """The right mask and its parts, bool [B, T, S]: by column, as engines build them."""
+    tokens = scene.inputs.attention_mask == 1
+    length = tokens.shape[1]
+    query, key = np.arange(length)[:, None], np.arange(length)
+    own = key == query
+    return {
+        "right": (key <= query) & (tokens[:, None, :] | own),
+        "tokens": tokens[:, None, :] | own,
+        "causal": np.broadcast_to(key <= query, (len(tokens), length, length)),
+    }
+
+
+def wrong_masks(scene: Scene, theirs: Value) -> Iterator[tuple[Mistake, Value]]:
+    """Masks that are not the right one; a window's width is read off their values [B, N, T, S]."""
+    parts = masks(scene)
+    length = theirs.shape[-1]
+    query, key = np.arange(length)[:, None], np.arange(length)
+    yield Mistake.of("mask-not-causal"), np.broadcast_to(parts["tokens"], parts["causal"].shape)
+    for last in (-1, 1):
+        yield Mistake.of("mask-off-by-one", last=last), (key <= query + last) & parts["tokens"]
+    if (scene.inputs.attention_mask == 0).any():
+        yield Mistake.of("padding-attended"), parts["causal"]
+    tokens = scene.inputs.attention_mask == 1
+    widths = (np.abs(theirs).max(axis=1) > 0) & parts["right"]
+    distance = np.where(widths & tokens[:, :, None], query - key + 1, 0)
+    window = int(distance.max(initial=0))
+    if 0 < window < length:
+        yield Mistake.of("mask-window", window=window), parts["right"] & (key > query - window)
+
+
+def softmaxes(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Wrong masks, and a sum over part of the keys."""
+    raw = scene.get(layer, "attn_scores")
+    right = masks(scene)["right"]
+    partial = Mistake.of("softmax-partial-warp")
+    single = list(wrong_masks(scene, theirs))
+    for mistake, seen in single:
+        for empty in ("uniform", "self", "zero"):
+            value = softmax(raw, seen[:, None], empty=empty)
+            yield Hypothesis((mistake,), {stage: lambda s, i, value=value: value})
+            if seen[scene.inputs.attention_mask == 1].any(axis=-1).all():
+                break
+    yield Hypothesis((partial,), {stage: lambda s, i: softmax(raw, right[:, None], partial=True)})
+    for mistake, seen in single:
+        value = softmax(raw, seen[:, None], partial=True)
+        yield Hypothesis((mistake, partial), {stage: lambda s, i, value=value: value})
+
+
+def softmax(raw: Value, seen: Value, partial: bool = False, empty: str = "uniform") -> Value:
+    """Softmax of [B, N, T, S] over the keys seen; `partial` takes maximum and sum over the first 32 of every 64."""
+    length = raw.shape[-1]
+    lanes = seen & (np.arange(length) % 64 < 32) if partial else seen
+    lanes = np.where(lanes.any(axis=-1, keepdims=True), lanes, seen)
+    top = np.where(lanes, raw, -np.inf).max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        powers = np.where(seen, np.exp(raw - top), 0.0)
+        shares = powers / np.where(lanes, powers, 0.0).sum(axis=-1, keepdims=True)
+    instead = {"uniform": np.full((length, length), 1 / length), "self": np.eye(length), "zero": 0.0}[empty]
+    return np.where(seen.any(axis=-1, keepdims=True), shares, instead)
+
+
+def attentions(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Values of other heads than the right ones."""
+    shares, config = scene.get(layer, "attn_softmax"), scene.config
+    v = split_heads(scene.get(layer, "qkv_bias"), config)[2]
+    group = config.num_heads // config.num_kv_heads
+    swapped, interleaved = Mistake.of("v-heads-swapped"), Mistake.of("kv-heads-interleaved")
+    spread = {
+        (swapped,): np.repeat(v[:, :, ::-1], group, axis=2),
+        (interleaved,): _interleave(v, config.num_heads),
+        (swapped, interleaved): _interleave(v[:, :, ::-1], config.num_heads),
+    }
+    right = np.repeat(v, group, axis=2)
+    for mistake, dot in DOTS:
+        rows = [[dot(shares[b, h], right[b, :, h].T) for h in range(config.num_heads)] for b in range(len(v))]
+        value = join_heads(np.array(rows).transpose(0, 2, 1, 3))
+        yield Hypothesis((mistake,), {stage: lambda s, i, value=value: value})
+    for mistakes, heads in spread.items():
+        yield Hypothesis(
+            mistakes,
+            {stage: lambda s, i, heads=heads: join_heads(np.einsum("bnts,bsnh->btnh", shares, heads, optimize=True))},
+        )
+
+
+def residual_missing(name: str, update: str) -> Generator:
+    """The stream is replaced by the update."""
+
+    def generate(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+        yield Hypothesis((Mistake.of(name),), {stage: lambda s, i: s.get(i, update)})
+
+    return generate
+
+
+def _gelu(x: Value) -> Value:
+    return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
+
+
+def _gelu_tanh(x: Value) -> Value:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _silu(x: Value) -> Value:
+    return x / (1 + np.exp(-x))
+
+
+_ACTIVATIONS = {
+    "": _silu,
+    "activation-gelu": _gelu,
+    "activation-gelu-tanh": _gelu_tanh,
+    "activation-relu": lambda x: np.maximum(x, 0.0),
+}
+
+
+def activations(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Another function than silu, on the gate or on up."""
+    on_up = Mistake.of("activation-on-up")
+    for extra, source in (((), "ffn_gate"), ((on_up,), "ffn_up")):
+        for name, function in _ACTIVATIONS.items():
+            mistakes = (*extra, *([Mistake.of(name)] if name else []))
+            if mistakes:
+                yield Hypothesis(mistakes, {stage: lambda s, i, f=function, source=source: f(s.get(i, source))})
+
+
+def gated(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """The gate where up belongs."""
+    yield Hypothesis(
+        (Mistake.of("activation-on-up"),), {stage: lambda s, i: s.get(i, "ffn_silu") * s.get(i, "ffn_gate")}
+    )
+
+
+def embeddings(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """Neighbouring rows, or a table read under another label."""
+    table = scene.weight(-1, "model.embed_tokens.weight")
+    ids = (scene.inputs.input_ids + 1) % len(table)
+    yield Hypothesis((Mistake.of("embedding-row-off-by-one"),), {stage: lambda s, i: table[ids]})
+    for mistake, other in other_weights(scene, -1, "model.embed_tokens.weight"):
+        yield Hypothesis((mistake,), {stage: lambda s, i, w=other: w[s.inputs.input_ids]})
+
+
+def logits(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+    """A head that is missing, transposed or relabelled; a buffer that is shifted."""
+    x, right = scene.get(-1, "final_norm"), head_weight(scene)
+    name = "model.embed_tokens.weight" if scene.config.tie_word_embeddings else "lm_head.weight"
+    if not theirs.any():
+        yield Hypothesis((Mistake.of("head-missing"),), {stage: lambda s, i: np.zeros_like(theirs)})
+        return
+    plain = product(x, right)
+    if plain.shape == theirs.shape and (shift := _roll(plain, theirs)):
+        moved = np.roll(plain.ravel(), shift).reshape(plain.shape)
+        yield Hypothesis((Mistake.of("logits-shifted", shift=shift),), {stage: lambda s, i: moved})
+    weights = [
+        (Mistake.of("head-transposed"), right.reshape(right.shape[::-1]).T),
+        (Mistake.of("head-transposed", buffer="transposed"), right.T.reshape(right.shape)),
+        *other_weights(scene, -1, name),
+    ]
+    yield from _products(stage, x, right, weights)
+
+
+def _roll(ours: Value, theirs: Value) -> int:
+    """By how many elements `theirs` is `ours` rolled, from their cross-correlation; positive to higher indices."""
+    size = ours.size
+    spectrum = np.fft.rfft(np.nan_to_num(theirs).ravel()) * np.fft.rfft(ours.ravel()).conj()
+    shift = int(np.argmax(np.fft.irfft(spectrum, size)))
+    return shift - size if shift > size // 2 else shift
+
+
+GENERATORS: dict[str, Generator] = {
+    "embedding": embeddings,
+    "attn_norm": norms,
+    "qkv_matmul": projections,
+    "qkv_bias": biases,
+    "q_post_rope": ropes,
+    "k_post_rope": ropes,
+    "attn_scores": all_scores,
+    "attn_softmax": softmaxes,
+    "attention": attentions,
+    "attn_out": products("self_attn.o_proj.weight", {"transposed": "o-proj-transposed"}),
+    "post_attn_residual": residual_missing("attention-residual-missing", "attn_out"),
+    "ffn_norm": norms,
+    "ffn_gate": products("mlp.gate_proj.weight", {"swapped": "mlp.up_proj.weight"}),
+    "ffn_up": products("mlp.up_proj.weight", {"swapped": "mlp.gate_proj.weight"}),
+    "ffn_silu": activations,
+    "ffn_swigl": gated,
+    "ffn_out": products("mlp.down_proj.weight", {"transposed": "down-proj-transposed"}),
+    "post_ffn_residual": residual_missing("mlp-residual-missing", "ffn_out"),
+    "final_norm": norms,
+    "logits": logits,
+}

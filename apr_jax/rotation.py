@@ -1,0 +1,193 @@
+"""What rotation an engine applied: measured from a vector before and after RoPE, and named.
+
+A right rotation turns the pair (i, i + H/2) at position p by p theta^(-2i/H). From inputs and outputs the turn of every
+pair can be measured, whatever it is; base, direction, shift and restart of the positions then follow from it in closed
+form or from a short scan, instead of from guessing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from apr_jax import rotary
+
+_LOGARITHMS = (0.5, 30.0)
+"""Bases between 1.6 and 1e13 are told from noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A way to rotate; the defaults are the right one.
+
+    Attributes:
+      theta: The base; None is the configuration's.
+      adjacent: Pairs (2i, 2i + 1) in place of (i, i + H/2).
+      half: Only the first half of the dimensions, as if the head were half as wide.
+      negated: Angles negated.
+      shift: Added to every position.
+      restart: Positions start again every so many; 0 never.
+      none: Nothing is rotated.
+    """
+
+    theta: float | None = None
+    adjacent: bool = False
+    half: bool = False
+    negated: bool = False
+    shift: int = 0
+    restart: int = 0
+    none: bool = False
+
+    def apply(self, x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
+        """Rotates x [B, T, heads, H] at positions [B, T]; `theta` is the configuration's."""
+        if self.none:
+            return x
+        rotated, rest = self._parts(x)
+        turns = np.exp(1j * self.angles(positions, rotated.shape[-1], theta))[:, :, None, :]
+        return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
+
+    def angles(self, positions: np.ndarray, width: int, theta: float) -> np.ndarray:
+        """Angles [B, T, width / 2] in float32 steps as engines compute them, float64."""
+        moved = np.maximum(positions, 0) + self.shift
+        if self.restart:
+            moved = moved % self.restart
+        frequencies = rotary.inverse_frequencies(theta if self.theta is None else self.theta, width)
+        angles = (moved.astype(np.float32)[..., None] * frequencies).astype(np.float64)
+        return -angles if self.negated else angles
+
+    def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        width = x.shape[-1] // 2 if self.half else x.shape[-1]
+        return x[..., :width], x[..., width:]
+
+
+def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, theta: float) -> list[Rotation]:
+    """Returns the rotations that may turn `before` into `after`, [B, T, heads, H] each; fewest deviations first.
+
+    Args:
+      before: Vectors before rotation.
+      after: The other side's vectors.
+      positions: int [B, T], -1 at padding.
+      theta: The right base.
+    """
+    found = [Rotation(none=True)]
+    for adjacent in (False, True):
+        for half in (False, True):
+            shape = Rotation(adjacent=adjacent, half=half)
+            rotated, _ = shape._parts(before)
+            target, _ = shape._parts(after)
+            if rotated.shape[-1] % 2:
+                continue
+            turn = _measure(_pairs(rotated, adjacent), _pairs(target, adjacent), positions)
+            found += _explain(turn, positions, theta, shape)
+    return sorted(set(found), key=deviations)
+
+
+def deviations(rotation: Rotation) -> int:
+    """Returns in how many ways a rotation is not the right one."""
+    return sum(getattr(rotation, field.name) != field.default for field in dataclasses.fields(rotation))
+
+
+def _pairs(x: np.ndarray, adjacent: bool) -> np.ndarray:
+    if adjacent:
+        return x[..., 0::2] + 1j * x[..., 1::2]
+    low, high = np.split(x, 2, axis=-1)
+    return low + 1j * high
+
+
+def _from_pairs(z: np.ndarray, adjacent: bool) -> np.ndarray:
+    if adjacent:
+        return np.stack([z.real, z.imag], axis=-1).reshape(*z.shape[:-1], -1)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def _measure(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Returns the turn of each pair, complex [B, T, pairs], weighted by what it is known from; 0 at padding."""
+    turn = (after * before.conj()).sum(axis=2)
+    return np.where((positions >= 0)[..., None], turn, 0.0)
+
+
+def _explain(turn: np.ndarray, positions: np.ndarray, theta: float, shape: Rotation) -> list[Rotation]:
+    """Fits base, direction and positions to measured turns of one pairing."""
+    found = []
+    for negated in (False, True):
+        for base in (None, *_bases(turn, positions, 0)):
+            rotation = dataclasses.replace(shape, theta=base, negated=negated)
+            found.append(rotation)
+            for moved in _fit_positions(turn, positions, theta, rotation):
+                found.append(moved)
+                if moved.restart and base is not None:
+                    # Jumps back spoil the fit of the base: once they are known, it is fitted between them.
+                    refitted = _bases(turn, positions, moved.restart)
+                    found += [dataclasses.replace(moved, theta=better) for better in refitted]
+    return found
+
+
+def _bases(turn: np.ndarray, positions: np.ndarray, period: int) -> list[float]:
+    """Returns the fitted base, round numbers near it first."""
+    fitted = _fit_theta(turn, positions, period)
+    if fitted is None:
+        return []
+    return list(dict.fromkeys([*(float(f"{fitted:.{digits}e}") for digits in (0, 1, 2, 4)), fitted]))
+
+
+def _fit_theta(turn: np.ndarray, positions: np.ndarray, period: int) -> float | None:
+    """Returns the base from how far each pair turns between positions 1, 2, 4, ... apart.
+
+    Differences of positions know nothing of a shift. Each distance doubles the precision that the one before has left,
+    so that no turn is ever taken for another one full circle away. With a period, only positions between two restarts
+    are held against each other.
+    """
+    pairs, length = turn.shape[-1], turn.shape[1]
+    if pairs < 2 or length < 2:
+        return None
+    exponents = np.arange(pairs) / pairs
+    segments = positions // period if period else np.zeros_like(positions)
+
+    def steps(lag: int) -> np.ndarray:
+        together = (segments[:, lag:] == segments[:, :-lag])[..., None]
+        return (turn[:, lag:] * turn[:, :-lag].conj() * together).sum(axis=(0, 1))
+
+    first = steps(1)
+    speeds = np.abs(np.angle(first))
+    usable = (exponents > 0) & (speeds > 0)
+    if not usable.any():
+        return None
+    # log speed = -exponent * log theta; a fast pair knows its speed relatively better.
+    weights = (np.abs(first) * exponents * speeds)[usable]
+    logarithm = float(np.average(-np.log(speeds[usable]) / exponents[usable], weights=weights))
+    sign = np.sign(np.angle(first[0])) or 1.0
+    lag = 1
+    while lag <= (min(length, period) if period else length) * 3 // 4:
+        for _ in range(3):
+            logarithm = float(np.clip(logarithm, *_LOGARITHMS))
+            speed = np.exp(-exponents * logarithm)
+            measured = steps(lag)
+            missing = np.angle(measured * np.exp(-1j * sign * lag * speed)) * sign
+            slope = -lag * exponents * speed
+            weight = np.abs(measured)
+            denominator = float((weight * slope**2).sum())
+            if denominator == 0:
+                return None
+            logarithm += float((weight * slope * missing).sum()) / denominator
+        lag *= 2
+    return float(np.exp(np.clip(logarithm, *_LOGARITHMS)))
+
+
+def _fit_positions(turn: np.ndarray, positions: np.ndarray, theta: float, rotation: Rotation) -> list[Rotation]:
+    """Finds a shift or a restart of the positions under which the measured turns line up best."""
+    pairs, length = turn.shape[-1], turn.shape[1]
+    frequencies = rotary.inverse_frequencies(theta if rotation.theta is None else rotation.theta, 2 * pairs)
+    speeds = (-1.0 if rotation.negated else 1.0) * frequencies.astype(np.float64)
+    steps = np.maximum(positions, 0)
+    unturned = (turn * np.exp(-1j * steps[..., None] * speeds)).sum(axis=(0, 1))
+    reach = np.arange(-4 * length, 4 * length + 1)
+    shift = int(reach[np.argmax((unturned * np.exp(-1j * reach[:, None] * speeds)).real.sum(axis=1))])
+    alignment = [
+        (turn * np.exp(-1j * (steps % period)[..., None] * speeds)).real.sum()
+        for period in range(1, int(steps.max()) + 1)
+    ]
+    found = [dataclasses.replace(rotation, shift=shift)] if shift else []
+    if alignment and np.argmax(alignment) > 0:
+        found.append(dataclasses.replace(rotation, restart=1 + int(np.argmax(alignment))))
+    return found
