@@ -119,7 +119,7 @@ def explain(scene: Scene, site: Site, located: Localisation) -> Explanation:
             continue
         if accepted and len(hypothesis.mistakes) > len(accepted[0][0].mistakes):
             break
-        value = scene.compute(site.key, hypothesis.overrides)
+        value = hypothesis.value()
         error, within = _fits(scene, site, located, value)
         # A rounding that falls the other way moves a whole step of bf16: such sums are told by most, not by all values.
         chaotic = hypothesis.mistakes[-1].name == "bf16-accumulation" and error <= _CHAOTIC * site.error

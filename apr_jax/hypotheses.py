@@ -1,8 +1,8 @@
-"""What may have gone wrong at a stage: for each stage the mistakes that touch it, alone and stacked, as formulas.
+"""What may have gone wrong at a stage: for each stage the mistakes that touch it, alone and stacked.
 
-A hypothesis says which formulas of the scene it replaces; whether it is true is for `explain` to find out, by computing
-the stage under it from the other side's own inputs. Parameters that are numbers (a base, an eps, a scale, a shift) are
-solved for from the other side's values and not guessed. Names and meanings: docs/faults.md.
+A hypothesis computes the stage under its mistakes from the other side's own inputs; whether it is true is for `explain`
+to find out. Parameters that are numbers (a base, an eps, a scale, a shift) are solved for from the other side's values
+and not guessed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +20,6 @@ import numpy as np
 from apr_jax import rotation
 from apr_jax.scene import (
     QKV,
-    Formula,
     Scene,
     Value,
     head_weight,
@@ -51,15 +51,19 @@ class Mistake:
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A set of mistakes and the formulas that they amount to.
+    """A set of mistakes and what the stage would be under them.
 
     Attributes:
       mistakes: What is supposed to be wrong.
-      overrides: Formulas by stage name.
+      value: Computes the stage, float64.
     """
 
     mistakes: tuple[Mistake, ...]
-    overrides: Mapping[str, Formula]
+    value: Callable[[], Value]
+
+
+def _same(value: Value) -> Value:
+    return value
 
 
 Generator = Callable[[Scene, int, str, Value], Iterator[Hypothesis]]
@@ -83,22 +87,26 @@ def norms(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypot
     where = name.removesuffix(".weight").removeprefix("model.")
     right = scene.weight(layer, name)
     if stage == "final_norm":
-        yield Hypothesis((Mistake.of("final-norm-missing"),), {stage: lambda s, i: x})
+        yield Hypothesis((Mistake.of("final-norm-missing"),), partial(_same, x))
     eps = scene.config.rms_norm_eps
     tokens = scene.inputs.attention_mask == 1
-    shapes = [("", right), ("norm-weight-missing", np.ones_like(right)), ("norm-weight-plus-one", 1 + right)]
-    shapes += [(mistake, weight) for mistake, weight in other_weights(scene, layer, name)]
-    found = []
+    shapes: list[tuple[Mistake | None, Value]] = [
+        (None, right),
+        (Mistake.of("norm-weight-missing"), np.ones_like(right)),
+        (Mistake.of("norm-weight-plus-one"), 1 + right),
+        *other_weights(scene, layer, name),
+    ]
+    found: list[tuple[tuple[Mistake, ...], Value]] = []
     for (label, weight), centred in itertools.product(shapes, (False, True)):
         base = x - x.mean(axis=-1, keepdims=True) if centred else x
-        mistakes = [label if isinstance(label, Mistake) else Mistake.of(label)] if label else []
+        mistakes = [] if label is None else [label]
         mistakes += [Mistake.of("norm-mean-subtracted")] if centred else []
-        for value in (eps, *_solve_eps(base[tokens], weight, theirs[tokens], eps)):
-            changed = [] if value == eps else [Mistake.of("rms-norm-eps", eps=value, norms=(where,))]
+        for solved in (eps, *_solve_eps(base[tokens], weight, theirs[tokens], eps)):
+            changed = [] if solved == eps else [Mistake.of("rms-norm-eps", eps=solved, norms=(where,))]
             if mistakes or changed:
-                found.append(((*mistakes, *changed), _scaled(base, weight, value)))
+                found.append(((*mistakes, *changed), _scaled(base, weight, solved)))
     for stack, value in sorted(found, key=lambda pair: len(pair[0])):
-        yield Hypothesis(stack, {stage: lambda s, i, value=value: value})
+        yield Hypothesis(stack, partial(_same, value))
 
 
 def _scaled(x: Value, weight: Value, eps: float) -> Value:
@@ -153,20 +161,20 @@ def products(tensor: str, mistakes: Mapping[str, str]) -> Generator:
         if "swapped" in mistakes:
             weights.append((Mistake.of("gate-up-swapped"), scene.weight(layer, mistakes["swapped"])))
         weights += other_weights(scene, layer, tensor)
-        yield from _products(stage, x, right, weights)
+        yield from _products(x, right, weights)
 
     return generate
 
 
-def _products(stage: str, x: Value, right: Value, weights: Iterable[tuple[Mistake, Value]]) -> Iterator[Hypothesis]:
+def _products(x: Value, right: Value, weights: Iterable[tuple[Mistake, Value]]) -> Iterator[Hypothesis]:
     """Each weight alone, then the dot products themselves, then both together."""
     weights = list(weights)
     for mistake, weight in weights:
-        yield Hypothesis((mistake,), {stage: lambda s, i, w=weight: product(x, w)})
+        yield Hypothesis((mistake,), partial(product, x, weight))
     for mistake, dot in DOTS:
-        yield Hypothesis((mistake,), {stage: lambda s, i, dot=dot: dot(x, right)})
+        yield Hypothesis((mistake,), partial(dot, x, right))
     for (mistake, weight), (precision, dot) in itertools.product(weights, DOTS[:2]):
-        yield Hypothesis((mistake, precision), {stage: lambda s, i, w=weight, dot=dot: dot(x, w)})
+        yield Hypothesis((mistake, precision), partial(dot, x, weight))
 
 
 def other_weights(scene: Scene, layer: int, tensor: str) -> list[tuple[Mistake, Value]]:
@@ -220,56 +228,52 @@ DOTS: list[tuple[Mistake, Callable[[Value, Value], Value]]] = [
 def projections(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
     """q, k and v products: each of the three on its own, so that three mistakes are three answers."""
     x = scene.get(layer, "attn_norm")
-    yield from _by_part(scene, layer, stage, theirs, lambda part, w, v: _products(stage, x, w, v), x)
 
-
-def _by_part(
-    scene: Scene, layer: int, stage: str, theirs: Value, hypotheses: Callable[..., Iterator[Hypothesis]], x: Value
-) -> Iterator[Hypothesis]:
-    ends = np.cumsum([scene.weight(layer, f"self_attn.{name}.weight").shape[0] for name in QKV])
-    parts = [slice(begin, end) for begin, end in zip((0, *ends[:-1]), ends, strict=True)]
-    answers: list[tuple[tuple[Mistake, ...], Value]] = []
-    for name, part in zip(QKV, parts, strict=True):
-        tensor = f"self_attn.{name}.weight"
+    def options(tensor: str) -> list[Option]:
         right = scene.weight(layer, tensor)
-        options = [((), product(x, right))]
-        for hypothesis in hypotheses(name, right, other_weights(scene, layer, tensor)):
-            options.append((hypothesis.mistakes, hypothesis.overrides[stage](scene, layer)))
-        answers.append(_closest(options, theirs[..., part], scene))
-    yield _joined(stage, answers)
+        wrong = _products(x, right, other_weights(scene, layer, tensor))
+        return [((), product(x, right)), *((hypothesis.mistakes, hypothesis.value()) for hypothesis in wrong)]
 
-
-def _closest(options: list[tuple[tuple[Mistake, ...], Value]], theirs: Value, scene: Scene) -> Any:
-    """The option nearest to their values; one with more mistakes has to be clearly nearer."""
-    tokens = scene.inputs.attention_mask == 1
-    best = None
-    for mistakes, value in options:
-        distance = float(np.linalg.norm((value - theirs)[tokens]))
-        if best is None or distance < 0.3 * best[0] or (distance < best[0] and len(mistakes) <= len(best[1])):
-            best = (distance, mistakes, value)
-    assert best is not None
-    return best[1], best[2]
-
-
-def _joined(stage: str, answers: list[tuple[tuple[Mistake, ...], Value]]) -> Hypothesis:
-    value = np.concatenate([value for _, value in answers], axis=-1)
-    mistakes = tuple(dict.fromkeys(mistake for stack, _ in answers for mistake in stack))
-    return Hypothesis(mistakes, {stage: lambda s, i: value})
+    yield _by_part(scene, theirs, [options(f"self_attn.{name}.weight") for name in QKV])
 
 
 def biases(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
     """Biases of q, k and v: each there, missing, or another one."""
-    base = scene.get(layer, "qkv_matmul")
-    start, answers = 0, []
+    sums: list[list[Option]] = []
+    start, base = 0, scene.get(layer, "qkv_matmul")
     for name in QKV:
         tensor = f"self_attn.{name}.bias"
         right = scene.weight(layer, tensor)
-        part = slice(start, start + len(right))
+        part = base[..., start : start + len(right)]
         start += len(right)
-        options = [((), base[..., part] + right), ((Mistake.of(f"{name[0]}-bias-missing"),), base[..., part])]
-        options += [((mistake,), base[..., part] + bias) for mistake, bias in other_weights(scene, layer, tensor)]
-        answers.append(_closest(options, theirs[..., part], scene))
-    yield _joined(stage, answers)
+        others = [((mistake,), part + bias) for mistake, bias in other_weights(scene, layer, tensor)]
+        sums.append([((), part + right), ((Mistake.of(f"{name[0]}-bias-missing"),), part), *others])
+    yield _by_part(scene, theirs, sums)
+
+
+Option = tuple[tuple[Mistake, ...], Value]
+
+
+def _by_part(scene: Scene, theirs: Value, parts: Sequence[Sequence[Option]]) -> Hypothesis:
+    """Chooses for each part of the last axis what is nearest to their values, and joins the parts."""
+    chosen, start = [], 0
+    for options in parts:
+        width = options[0][1].shape[-1]
+        chosen.append(_closest(options, theirs[..., start : start + width], scene))
+        start += width
+    mistakes = tuple(dict.fromkeys(mistake for stack, _ in chosen for mistake in stack))
+    return Hypothesis(mistakes, partial(np.concatenate, [value for _, value in chosen], -1))
+
+
+def _closest(options: Sequence[Option], theirs: Value, scene: Scene) -> Option:
+    """The option nearest to their values; one with more mistakes has to be clearly nearer."""
+    tokens = scene.inputs.attention_mask == 1
+    best, least = options[0], math.inf
+    for option in options:
+        distance = float(np.linalg.norm((option[1] - theirs)[tokens]))
+        if distance < 0.3 * least or (distance < least and len(option[0]) <= len(best[0])):
+            best, least = option, distance
+    return best
 
 
 def ropes(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
@@ -280,18 +284,20 @@ def ropes(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypot
     bias = scene.weight(layer, f"self_attn.{name}.bias").reshape(-1, scene.config.head_dim)
     late = Mistake.of("bias-after-rope")
     # The dump may show the input of the rotation with the bias or, rightly for this engine, without it.
-    variants = [((), before, 0.0), ((late,), before, bias), ((late,), before - bias, bias)]
+    none = np.zeros_like(bias)
+    variants = [((), before, none), ((late,), before, bias), ((late,), before - bias, bias)]
     found = []
     for extra, x, added in variants:
         for turn in rotation.candidates(x, after - added, scene.inputs.positions(), scene.config.rope_theta):
             mistakes = (*extra, *name_rotation(turn, name[0]))
             if mistakes:
                 found.append((mistakes, x, added, turn))
-    positions, theta = scene.inputs.positions(), scene.config.rope_theta
     for mistakes, x, added, turn in sorted(found, key=lambda item: len(item[0])):
-        yield Hypothesis(
-            mistakes, {stage: lambda s, i, x=x, a=added, t=turn: join_heads(t.apply(x, positions, theta) + a)}
-        )
+        yield Hypothesis(mistakes, partial(_rotated, scene, x, added, turn))
+
+
+def _rotated(scene: Scene, x: Value, added: Value, turn: rotation.Rotation) -> Value:
+    return join_heads(turn.apply(x, scene.inputs.positions(), scene.config.rope_theta) + added)
 
 
 def name_rotation(turn: rotation.Rotation, projection: str) -> list[Mistake]:
@@ -317,8 +323,11 @@ def name_rotation(turn: rotation.Rotation, projection: str) -> list[Mistake]:
 def all_scores(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
     """Another scale, KV heads read in another order, or entries that the engine's own mask left at zero."""
     seen = masks(scene)["right"][:, None]
-    maps = {(): scores(scene, layer), (Mistake.of("kv-heads-interleaved"),): _interleaved_scores(scene, layer)}
-    found = []
+    maps: dict[tuple[Mistake, ...], Value] = {
+        (): scores(scene, layer),
+        (Mistake.of("kv-heads-interleaved"),): _interleaved_scores(scene, layer),
+    }
+    found: list[Option] = []
     for mapped, raw in maps.items():
         power = float((raw * raw * seen).sum())
         ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
@@ -331,11 +340,11 @@ def all_scores(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[
     for mistake, dot in DOTS:
         found.append(((mistake,), _scores_by(scene, layer, dot)))
     for stack, value in sorted(found, key=lambda pair: len(pair[0])):
-        yield Hypothesis(stack, {stage: lambda s, i, value=value: value})
+        yield Hypothesis(stack, partial(_same, value))
     for mistake, visible in wrong_masks(scene, theirs):
         for mapped, raw in maps.items():
             hidden = np.where(visible[:, None], raw, 0.0)
-            yield Hypothesis((*mapped, mistake), {stage: lambda s, i, value=hidden: value})
+            yield Hypothesis((*mapped, mistake), partial(_same, hidden))
 
 
 def _near(value: float) -> list[float]:
@@ -399,30 +408,31 @@ def softmaxes(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[H
     """Wrong masks, and a sum over part of the keys."""
     raw = scene.get(layer, "attn_scores")
     right = masks(scene)["right"]
-    partial = Mistake.of("softmax-partial-warp")
+    warp = Mistake.of("softmax-partial-warp")
     single = list(wrong_masks(scene, theirs))
     for mistake, seen in single:
         for empty in ("uniform", "self", "zero"):
             value = softmax(raw, seen[:, None], empty=empty)
-            yield Hypothesis((mistake,), {stage: lambda s, i, value=value: value})
+            yield Hypothesis((mistake,), partial(_same, value))
             if seen[scene.inputs.attention_mask == 1].any(axis=-1).all():
                 break
-    yield Hypothesis((partial,), {stage: lambda s, i: softmax(raw, right[:, None], partial=True)})
+    yield Hypothesis((warp,), partial(softmax, raw, right[:, None], lanes=True))
     for mistake, seen in single:
-        value = softmax(raw, seen[:, None], partial=True)
-        yield Hypothesis((mistake, partial), {stage: lambda s, i, value=value: value})
+        value = softmax(raw, seen[:, None], lanes=True)
+        yield Hypothesis((mistake, warp), partial(_same, value))
 
 
-def softmax(raw: Value, seen: Value, partial: bool = False, empty: str = "uniform") -> Value:
-    """Softmax of [B, N, T, S] over the keys seen; `partial` takes maximum and sum over the first 32 of every 64."""
+def softmax(raw: Value, seen: Value, lanes: bool = False, empty: str = "uniform") -> Value:
+    """Softmax of [B, N, T, S] over the keys seen; `lanes` takes maximum and sum over the first 32 of every 64."""
     length = raw.shape[-1]
-    lanes = seen & (np.arange(length) % 64 < 32) if partial else seen
-    lanes = np.where(lanes.any(axis=-1, keepdims=True), lanes, seen)
-    top = np.where(lanes, raw, -np.inf).max(axis=-1, keepdims=True)
+    summed = seen & (np.arange(length) % 64 < 32) if lanes else seen
+    summed = np.where(summed.any(axis=-1, keepdims=True), summed, seen)
+    top = np.where(summed, raw, -np.inf).max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         powers = np.where(seen, np.exp(raw - top), 0.0)
-        shares = powers / np.where(lanes, powers, 0.0).sum(axis=-1, keepdims=True)
-    instead = {"uniform": np.full((length, length), 1 / length), "self": np.eye(length), "zero": 0.0}[empty]
+        shares = powers / np.where(summed, powers, 0.0).sum(axis=-1, keepdims=True)
+    square = (length, length)
+    instead = {"uniform": np.full(square, 1 / length), "self": np.eye(length), "zero": np.zeros(square)}[empty]
     return np.where(seen.any(axis=-1, keepdims=True), shares, instead)
 
 
@@ -432,28 +442,29 @@ def attentions(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[
     v = split_heads(scene.get(layer, "qkv_bias"), config)[2]
     group = config.num_heads // config.num_kv_heads
     swapped, interleaved = Mistake.of("v-heads-swapped"), Mistake.of("kv-heads-interleaved")
-    spread = {
-        (swapped,): np.repeat(v[:, :, ::-1], group, axis=2),
-        (interleaved,): _interleave(v, config.num_heads),
-        (swapped, interleaved): _interleave(v[:, :, ::-1], config.num_heads),
-    }
-    right = np.repeat(v, group, axis=2)
+    spread: list[Option] = [
+        ((swapped,), np.repeat(v[:, :, ::-1], group, axis=2)),
+        ((interleaved,), _interleave(v, config.num_heads)),
+        ((swapped, interleaved), _interleave(v[:, :, ::-1], config.num_heads)),
+    ]
+    for mistakes, heads in spread:
+        yield Hypothesis(mistakes, partial(_weighted, shares, heads, product))
     for mistake, dot in DOTS:
-        rows = [[dot(shares[b, h], right[b, :, h].T) for h in range(config.num_heads)] for b in range(len(v))]
-        value = join_heads(np.array(rows).transpose(0, 2, 1, 3))
-        yield Hypothesis((mistake,), {stage: lambda s, i, value=value: value})
-    for mistakes, heads in spread.items():
-        yield Hypothesis(
-            mistakes,
-            {stage: lambda s, i, heads=heads: join_heads(np.einsum("bnts,bsnh->btnh", shares, heads, optimize=True))},
-        )
+        yield Hypothesis((mistake,), partial(_weighted, shares, np.repeat(v, group, axis=2), dot))
+
+
+def _weighted(shares: Value, heads: Value, dot: Callable[[Value, Value], Value]) -> Value:
+    """[B, N, T, S] times one v for each query head [B, S, N, H] -> [B, T, N * H]."""
+    batch, count = shares.shape[:2]
+    rows = [[dot(shares[b, h], heads[b, :, h].T) for h in range(count)] for b in range(batch)]
+    return join_heads(np.array(rows).transpose(0, 2, 1, 3))
 
 
 def residual_missing(name: str, update: str) -> Generator:
     """The stream is replaced by the update."""
 
     def generate(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-        yield Hypothesis((Mistake.of(name),), {stage: lambda s, i: s.get(i, update)})
+        yield Hypothesis((Mistake.of(name),), partial(scene.get, layer, update))
 
     return generate
 
@@ -485,23 +496,22 @@ def activations(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator
         for name, function in _ACTIVATIONS.items():
             mistakes = (*extra, *([Mistake.of(name)] if name else []))
             if mistakes:
-                yield Hypothesis(mistakes, {stage: lambda s, i, f=function, source=source: f(s.get(i, source))})
+                yield Hypothesis(mistakes, partial(function, scene.get(layer, source)))
 
 
 def gated(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
     """The gate where up belongs."""
-    yield Hypothesis(
-        (Mistake.of("activation-on-up"),), {stage: lambda s, i: s.get(i, "ffn_silu") * s.get(i, "ffn_gate")}
-    )
+    value = scene.get(layer, "ffn_silu") * scene.get(layer, "ffn_gate")
+    yield Hypothesis((Mistake.of("activation-on-up"),), partial(_same, value))
 
 
 def embeddings(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
     """Neighbouring rows, or a table read under another label."""
     table = scene.weight(-1, "model.embed_tokens.weight")
     ids = (scene.inputs.input_ids + 1) % len(table)
-    yield Hypothesis((Mistake.of("embedding-row-off-by-one"),), {stage: lambda s, i: table[ids]})
+    yield Hypothesis((Mistake.of("embedding-row-off-by-one"),), partial(_same, table[ids]))
     for mistake, other in other_weights(scene, -1, "model.embed_tokens.weight"):
-        yield Hypothesis((mistake,), {stage: lambda s, i, w=other: w[s.inputs.input_ids]})
+        yield Hypothesis((mistake,), partial(_same, other[scene.inputs.input_ids]))
 
 
 def logits(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
@@ -509,18 +519,18 @@ def logits(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypo
     x, right = scene.get(-1, "final_norm"), head_weight(scene)
     name = "model.embed_tokens.weight" if scene.config.tie_word_embeddings else "lm_head.weight"
     if not theirs.any():
-        yield Hypothesis((Mistake.of("head-missing"),), {stage: lambda s, i: np.zeros_like(theirs)})
+        yield Hypothesis((Mistake.of("head-missing"),), partial(_same, np.zeros_like(theirs)))
         return
     plain = product(x, right)
     if plain.shape == theirs.shape and (shift := _roll(plain, theirs)):
         moved = np.roll(plain.ravel(), shift).reshape(plain.shape)
-        yield Hypothesis((Mistake.of("logits-shifted", shift=shift),), {stage: lambda s, i: moved})
+        yield Hypothesis((Mistake.of("logits-shifted", shift=shift),), partial(_same, moved))
     weights = [
         (Mistake.of("head-transposed"), right.reshape(right.shape[::-1]).T),
         (Mistake.of("head-transposed", buffer="transposed"), right.T.reshape(right.shape)),
         *other_weights(scene, -1, name),
     ]
-    yield from _products(stage, x, right, weights)
+    yield from _products(x, right, weights)
 
 
 def _roll(ours: Value, theirs: Value) -> int:

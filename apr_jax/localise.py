@@ -139,15 +139,14 @@ def judge(key: str, theirs: np.ndarray, reference: np.ndarray, own: np.ndarray, 
         mask = compared_positions(key, inputs, theirs.shape)
         positions = inputs.positions()
     finite = bool(np.isfinite(theirs[mask]).all())
-    error, self_error, size = (
-        _rows(values, mask)
-        for values in (theirs.astype(np.float64) - reference, own.astype(np.float64) - reference, reference)
-    )
+    error = _rows(theirs.astype(np.float64) - reference, mask)
+    self_error = _rows(own.astype(np.float64) - reference, mask)
+    size = _rows(reference, mask)
     rounding = size * _rounding(key, dtype, positions, error.shape)
     factor = FACTORS[CLASS_OF[stages.stage_of(key)]]
-    own_total, rounding_total = np.linalg.norm(self_error), np.linalg.norm(rounding)
+    own_total, rounding_total = float(np.linalg.norm(self_error)), float(np.linalg.norm(rounding))
     # A position where we happen to round well is no measure: the stage's typical error is the floor.
-    typical = own_total / np.sqrt(max(1, np.count_nonzero(size)))
+    typical = own_total / max(1, int(np.count_nonzero(size))) ** 0.5
     row_budget = ROW_FACTOR * factor * np.maximum(np.maximum(self_error, rounding), typical)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(error > 0, error / row_budget, 0.0)
