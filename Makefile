@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint test-reference test-cuda bench-convert bench-load clean
+.PHONY: demo test lint test-reference test-cuda bench-convert bench-load bench-verify damage-battery parity-battery clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,18 @@ bench-convert: $(VENV)/installed
 # Peak memory of loading a 0.5B-shaped checkpoint on CPU.
 bench-load: $(VENV)/installed
 	$(BIN)/python tests/bench/load_bench.py
+
+# verify on 1 GB between files on tmpfs beside cmp and a plain read, and the search for causes beside the comparison.
+bench-verify: $(VENV)/installed
+	$(BIN)/python tests/bench/verify_bench.py
+
+# Every kind of damage that verify knows, planted and looked for: the table of the README.
+damage-battery: $(VENV)/installed
+	$(BIN)/python tests/battery/damage_battery.py
+
+# Every mistake of the fault table, planted by a NumPy engine and looked for, alone and stacked; about 15 minutes.
+parity-battery: $(VENV)/installed
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/parity_battery.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

@@ -20,6 +20,7 @@ import numpy as np
 
 from apr_jax import stages
 from apr_jax.inputs import Inputs
+from converters import strict_json
 from converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
 from converters.output import FolderKind, atomic_folder
 from converters.qwen2 import Qwen2Config
@@ -28,17 +29,13 @@ MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF
 TOKEN_IDS = "token_ids.json"
 _HEADER_BYTES = 12
+_MAX_IDS_BYTES = 64 << 20
 _OUTER_PATHS = {
     stages.EMBEDDING: "layer-0/embedding.bin",
     stages.FINAL_NORM: "final_norm.bin",
     stages.LOGITS: "lm_head.bin",
 }
-_OUTER_PATHS = {
-    stages.EMBEDDING: "layer-0/embedding.bin",
-    stages.FINAL_NORM: "final_norm.bin",
-    stages.LOGITS: "lm_head.bin",
-}
-_DUMP = FolderKind(
+DUMP = FolderKind(
     "dump",
     holds=lambda name: name == TOKEN_IDS or re.fullmatch(r"(layer-\d+/)?\w+\.bin", name) is not None,
     shows=lambda name: name.endswith(".bin"),
@@ -110,7 +107,7 @@ def write(folder: str | os.PathLike[str], inputs: Inputs, trace: Mapping[str, np
         row = values[0, -1] if key == stages.LOGITS else values[0]
         files[path_of(key)] = encode(_layer_of(key), row)
     size = sum(map(len, files.values()))
-    with atomic_folder(os.fspath(folder), size, kind=_DUMP, force=force) as output:
+    with atomic_folder(os.fspath(folder), size, kind=DUMP, force=force) as output:
         for name, data in files.items():
             with output.create(name, len(data)) as file:
                 file.write_at(data, 0)
@@ -166,6 +163,18 @@ def _layer_of(key: str) -> int:
     return WHOLE_MODEL if key in _OUTER_PATHS else int(key.split(".")[1])
 
 
+def unknown_files(folder: str | os.PathLike[str], config: Qwen2Config) -> list[str]:
+    """Returns the names of `.bin` files in a dump that are no stage of this model: misspelt, or of a larger one."""
+    root = pathlib.Path(folder)
+    known = {root / path_of(key) for key in stages.trace_keys(config.num_layers)}
+    known |= {
+        path.with_name(f"{alias}.bin") for path in known for alias, stage in _ALIASES.items() if stage == path.stem
+    }
+    return sorted(
+        path.relative_to(root).as_posix() for path in root.rglob("*.bin") if path not in known or not path.is_file()
+    )
+
+
 def _load(path: pathlib.Path, config: Qwen2Config, key: str, length: int) -> np.ndarray:
     layer, values = decode(path.read_bytes(), str(path))
     if layer != _layer_of(key):
@@ -201,10 +210,7 @@ def _token_ids(root: pathlib.Path) -> Inputs:
             file=path,
             hint="Say which tokens were run with --input-ids FILE.",
         )
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BrokenContainerError(f"not JSON: {error}", code="token-ids", file=path) from None
+    ids = strict_json.loads(path.read_bytes(), what="token ids", max_bytes=_MAX_IDS_BYTES, file=str(path))
     if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
         raise BrokenContainerError("not a list of token ids", code="token-ids", file=path)
     return Inputs.of([ids])

@@ -71,7 +71,7 @@ def compare(
     inputs: Inputs,
     bar: Callable[[str], float],
 ) -> list[Comparison]:
-    """Compares every tensor that both traces hold.
+    """Compares every tensor of the reference; the left side may hold more.
 
     Args:
       left: key -> array with leading axes [B, T] (attention stages [B, N, T, T]).
@@ -80,7 +80,8 @@ def compare(
       bar: Gives the largest relative L2 that is let through for a key.
 
     Raises:
-      RefusedError: The traces have no tensor in common, or shapes that differ: nothing compared is no success.
+      RefusedError: The reference is empty, holds a tensor that the left side lacks, or shapes differ: what is not
+        compared is no success.
     """
     keys = [key for key in left if key in right]
     if not keys:
@@ -89,10 +90,17 @@ def compare(
             code="nothing-compared",
             found=f"{sorted(left)[:5]} and {sorted(right)[:5]}",
         )
+    if unknown := sorted(set(right) - set(left)):
+        raise RefusedError(
+            "the reference holds tensors that this model does not have",
+            code="reference-unknown",
+            found=", ".join(unknown[:8]),
+            hint="Is it another model's, or are the names misspelt?",
+        )
     results = []
     for key in keys:
         ours, theirs = left[key], right[key]
-        if key == stages.LOGITS and theirs.shape[1] == 1 and ours.shape[1] > 1:
+        if key == stages.LOGITS and theirs.shape == (ours.shape[0], 1, ours.shape[-1]) != ours.shape:
             ours, theirs = _at_last_token(ours, inputs), theirs[:, 0]
         elif ours.shape != theirs.shape:
             raise RefusedError(
@@ -191,4 +199,4 @@ def compared_positions(key: str, inputs: Inputs, shape: tuple[int, ...]) -> np.n
         return tokens
     positions = inputs.positions()
     seen = (positions[:, None, :] >= 0) & (positions[:, None, :] <= positions[:, :, None])
-    return np.broadcast_to((seen & tokens[:, :, None])[:, None], shape)
+    return np.broadcast_to(seen[:, None], shape)

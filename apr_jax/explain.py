@@ -16,6 +16,7 @@ import numpy as np
 from apr_jax import stages
 from apr_jax.hypotheses import GENERATORS, Hypothesis, Mistake
 from apr_jax.inputs import Inputs
+from apr_jax.layouts import Layout, undo
 from apr_jax.localise import Localisation, Site, judge, localise
 from apr_jax.model import LanguageModel
 from apr_jax.scene import Scene
@@ -25,8 +26,9 @@ _SLACK = 1.5
 """A hypothesis may be this much farther off than a right stage: the mistake's own rounding is not ours."""
 
 
+_STEPPED = ("bf16-accumulation", "activations-quantised")
 _CHAOTIC = 0.1
-"""What sums in bf16 may leave unexplained."""
+"""What sums in bf16 and activations in int8 may leave unexplained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,12 @@ class Diagnosis:
     Attributes:
       findings: The mistakes.
       localisation: The stages that they were found at.
+      by_design: Deviations that were found and taken out because the file asks for them.
     """
 
     findings: tuple[Finding, ...]
     localisation: Localisation
+    by_design: frozenset[str] = frozenset()
 
 
 def diagnose(exact: LanguageModel, same: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray]) -> Diagnosis:
@@ -94,6 +98,7 @@ def diagnose(exact: LanguageModel, same: LanguageModel, inputs: Inputs, theirs: 
       inputs: The batch.
       theirs: Trace key -> array [B, T, ...].
     """
+    theirs, layouts = undo(exact, inputs, theirs)
     order, mistake = _execution_order(exact, inputs, theirs)
     if mistake is not None:
         exact, same = (_reordered(model, order) for model in (exact, same))
@@ -103,7 +108,7 @@ def diagnose(exact: LanguageModel, same: LanguageModel, inputs: Inputs, theirs: 
     findings = _gather(explained, exact.config.num_layers)
     if mistake is not None:
         findings = [_order_finding(mistake), *findings]
-    return Diagnosis(tuple(findings), located)
+    return Diagnosis((*findings, *_layout_findings(layouts, exact.config.num_layers)), located)
 
 
 def explain(scene: Scene, site: Site, located: Localisation) -> Explanation:
@@ -121,8 +126,8 @@ def explain(scene: Scene, site: Site, located: Localisation) -> Explanation:
             break
         value = hypothesis.value()
         error, within = _fits(scene, site, located, value)
-        # A rounding that falls the other way moves a whole step of bf16: such sums are told by most, not by all values.
-        chaotic = hypothesis.mistakes[-1].name == "bf16-accumulation" and error <= _CHAOTIC * site.error
+        # A rounding that falls the other way moves a whole step: such mistakes are told by most values, not by all.
+        chaotic = hypothesis.mistakes[-1].name in _STEPPED and error <= _CHAOTIC * site.error
         if within or chaotic:
             accepted.append((hypothesis, error))
         elif np.isfinite(error) and (closest is None or error < closest[1]):
@@ -145,14 +150,29 @@ def _fits(scene: Scene, site: Site, located: Localisation, value: np.ndarray) ->
     theirs, reference = scene.theirs[site.key], located.reference[site.key]
     if not np.isfinite(value).all():
         return float("inf"), False
-    if theirs.shape != value.shape:
-        value = value.reshape(theirs.shape) if value.size == theirs.size else np.broadcast_to(value, theirs.shape)
-    scale = max(1.0, float(np.linalg.norm(value)) / max(float(np.linalg.norm(reference)), 1e-300))
-    del reference
     # Our own error at the right stage, carried over to the size of the wrong values.
+    scale = max(1.0, float(np.linalg.norm(value)) / max(float(np.linalg.norm(reference)), 1e-300))
     noise = value * (1 + scale * site.own / site.norm) if site.norm else value
     judged = judge(site.key, theirs, value, noise, scene.inputs, located.dtype)
     return judged.error, judged.error <= _SLACK * judged.budget and judged.worst <= 2 * _SLACK
+
+
+def _layout_findings(layouts: Iterable[Layout], num_layers: int) -> list[Finding]:
+    """One finding for each kind of layout; it is said, and no mistake."""
+    kinds: dict[str, list[Layout]] = {}
+    for layout in layouts:
+        kinds.setdefault(layout.kind, []).append(layout)
+    findings = []
+    for kind, members in kinds.items():
+        layers = sorted({int(layout.key.split(".")[1]) for layout in members if layout.key.count(".") == 2})
+        named: tuple[int, ...] | str = "all" if layers == list(range(num_layers)) else tuple(layers)
+        shown = sorted({stages.stage_of(layout.key) for layout in members})
+        parameters = {"kind": kind, "stages": shown}
+        text = sentence("layout", named, ", ".join(shown), parameters, None, None)
+        findings.append(
+            Finding("layout", named, stages.stage_of(members[0].key), parameters, 0.0, None, (), "certain", text)
+        )
+    return findings
 
 
 # --- Layers in another order -----------------------------------------------------------------------------------------
@@ -266,8 +286,24 @@ def _merge_biases(groups: dict[tuple[str, Any], list[tuple[Mistake, Explanation]
         groups[("qkv-bias-missing", ())] = [(Mistake.of("qkv-bias-missing"), site) for _, site in whole]
         for name in names.values():
             groups[name] = [pair for pair in groups[name] if pair[1].site.layer not in common]
+    _merge_quantised(groups)
     for key in [key for key, members in groups.items() if not members]:
         del groups[key]
+
+
+def _merge_quantised(groups: dict[tuple[str, Any], list[tuple[Mistake, Explanation]]]) -> None:
+    """Several tensors quantised by one codec are one finding."""
+    by_codec: dict[str, list[tuple[str, Any]]] = {}
+    for key in groups:
+        if key[0] == "weights-quantised":
+            by_codec.setdefault(dict(key[1])["codec"], []).append(key)
+    for codec, keys in by_codec.items():
+        if len(keys) < 2:
+            continue
+        members = [pair for key in keys for pair in groups.pop(key)]
+        names = tuple(sorted({dict(mistake.parameters)["tensor"] for mistake, _ in members}))
+        mistake = Mistake.of("weights-quantised", codec=codec, tensor=names)
+        groups["weights-quantised", (codec, names)] = [(mistake, explanation) for _, explanation in members]
 
 
 def _finding(name: str, members: list[tuple[Mistake, Explanation]], num_layers: int) -> Finding:

@@ -65,6 +65,8 @@ def run(
     torch = _torch()
     if dtype not in ("float32", "bfloat16", "float64"):
         raise UsageError(f"unknown dtype {dtype!r}", code="dtype-unknown", expected="float32, bfloat16 or float64")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("torch finds no CUDA device", code="device", found=device)
     ids = np.asarray(input_ids)
     mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0) if position_ids is None else np.asarray(position_ids)

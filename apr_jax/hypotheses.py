@@ -29,6 +29,7 @@ from apr_jax.scene import (
     split_heads,
     unjoin,
 )
+from converters import codecs, dtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +152,10 @@ def products(tensor: str, mistakes: Mapping[str, str]) -> Generator:
     def generate(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
         x, right = scene.get(layer, sources[tensor]), scene.weight(layer, tensor)
         weights: list[tuple[Mistake, Value]] = []
+
+        def others(slight: bool) -> list[tuple[Mistake, Value]]:
+            return ([] if slight else weights) + other_weights(scene, layer, tensor, slight)
+
         if "transposed" in mistakes:
             name = mistakes["transposed"]
             if right.shape[0] == right.shape[1]:
@@ -160,27 +165,50 @@ def products(tensor: str, mistakes: Mapping[str, str]) -> Generator:
                 weights.append((Mistake.of(name, buffer="file"), right.reshape(right.shape[::-1]).T))
         if "swapped" in mistakes:
             weights.append((Mistake.of("gate-up-swapped"), scene.weight(layer, mistakes["swapped"])))
-        weights += other_weights(scene, layer, tensor)
-        yield from _products(x, right, weights)
+        yield from _products(x, right, theirs, others)
 
     return generate
 
 
-def _products(x: Value, right: Value, weights: Iterable[tuple[Mistake, Value]]) -> Iterator[Hypothesis]:
-    """Each weight alone, then the dot products themselves, then both together."""
-    weights = list(weights)
-    for mistake, weight in weights:
+_NOTHING = 1e-6
+"""Relative L2 below which one of three parts is taken for right."""
+_SLIGHT = 0.03
+"""Relative L2 below which no other matrix is meant: only the same one, rounded or multiplied less precisely."""
+
+
+def _products(
+    x: Value, right: Value, theirs: Value, weights: Callable[[bool], Iterable[tuple[Mistake, Value]]]
+) -> Iterator[Hypothesis]:
+    """Dot products computed less precisely, each other weight, then both together.
+
+    Args:
+      x: The inputs [B, T, in].
+      right: The weight [out, in].
+      theirs: What is to be explained [B, T, out].
+      weights: Gives other weights; its argument says whether only slightly different ones come into question.
+    """
+    difference = float(np.linalg.norm(product(x, right) - theirs))
+    slight = difference < _SLIGHT * float(np.linalg.norm(theirs))
+    others = list(weights(slight))
+    if slight:
+        for mistake, dot in DOTS:
+            yield Hypothesis((mistake,), partial(dot, x, right))
+    for mistake, weight in others:
         yield Hypothesis((mistake,), partial(product, x, weight))
-    for mistake, dot in DOTS:
-        yield Hypothesis((mistake,), partial(dot, x, right))
-    for (mistake, weight), (precision, dot) in itertools.product(weights, DOTS[:2]):
+    for (mistake, weight), (precision, dot) in itertools.product(others, DOTS[:3]):
         yield Hypothesis((mistake, precision), partial(dot, x, weight))
 
 
-def other_weights(scene: Scene, layer: int, tensor: str) -> list[tuple[Mistake, Value]]:
-    """What may stand in a tensor's place: the same one of another layer, its bytes under another label."""
+def other_weights(scene: Scene, layer: int, tensor: str, slight: bool = False) -> list[tuple[Mistake, Value]]:
+    """What may stand in a tensor's place: itself quantised and, unless only a slight difference is sought, the same
+    one of another layer, or its bytes under another label."""
     right = scene.weight(layer, tensor)
-    found = []
+    found = [
+        (Mistake.of("weights-quantised", tensor=tensor, codec=codec), value)
+        for codec, value in _quantised(tensor, right)
+    ]
+    if slight:
+        return found
     for direction, (stored, read) in _LABELS.items():
         misread = right.astype(stored).view(read).astype(np.float64)
         if np.isfinite(misread).all():
@@ -193,6 +221,27 @@ def other_weights(scene: Scene, layer: int, tensor: str) -> list[tuple[Mistake, 
     return found
 
 
+_CODECS = {"int8": "apr_q8", "int4": "apr_q4", "q4_k": "q4_k"}
+
+
+def _quantised(tensor: str, weight: Value) -> Iterator[tuple[str, Value]]:
+    """The values that a weight has after `apr import --quantize`, where that would touch it."""
+    with np.errstate(over="ignore"):
+        half = weight.astype(np.float16).astype(np.float64)
+    if (half != weight).any() and np.isfinite(half).all():
+        yield "fp16", half
+    if codecs.stays_float(tensor, weight.size):
+        return
+    for name, type_name in _CODECS.items():
+        dtype = dtypes.by_name(type_name)
+        payload = codecs.quantise(weight.astype(np.float32), type_name, weight.shape)
+        columns = dtype.padded_columns(weight.shape, len(payload))
+        width = weight.shape[-1] if columns is None else columns + -columns % dtype.block_elements
+        out = np.empty(weight.size // weight.shape[-1] * width, np.float32)
+        dtype.codec.decode(payload, out)
+        yield name, out.reshape(-1, width)[:, : weight.shape[-1]].reshape(weight.shape).astype(np.float64)
+
+
 _LABELS = {"bf16-as-f16": (ml_dtypes.bfloat16, np.float16), "f16-as-bf16": (np.float16, ml_dtypes.bfloat16)}
 
 
@@ -203,6 +252,15 @@ def _tf32_round(x: Value) -> Value:
 
 def _tf32_truncate(x: Value) -> Value:
     return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+
+
+def _q8_k(x: Value) -> Value:
+    """Blocks of 256 in int8 with one scale each (GGML's Q8_K), as engines round what they multiply with Q4_K."""
+    columns = x.shape[-1]
+    blocks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -columns % 256)]).reshape(*x.shape[:-1], -1, 256)
+    scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
+    rounded = np.rint(blocks / np.where(scale > 0, scale, 1)) * scale
+    return rounded.reshape(*x.shape[:-1], -1)[..., :columns]
 
 
 def _in_bf16(chunk: int) -> Callable[[Value, Value], Value]:
@@ -221,6 +279,7 @@ def _in_bf16(chunk: int) -> Callable[[Value, Value], Value]:
 DOTS: list[tuple[Mistake, Callable[[Value, Value], Value]]] = [
     (Mistake.of("tf32-dots", mode="round"), lambda x, w: product(_tf32_round(x), _tf32_round(w))),
     (Mistake.of("tf32-dots", mode="truncate"), lambda x, w: product(_tf32_truncate(x), _tf32_truncate(w))),
+    (Mistake.of("activations-quantised", codec="q8_k"), lambda x, w: product(_q8_k(x), w)),
     *((Mistake.of("bf16-accumulation", chunk=1 << power), _in_bf16(1 << power)) for power in range(9, 2, -1)),
 ]
 
@@ -229,12 +288,17 @@ def projections(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator
     """q, k and v products: each of the three on its own, so that three mistakes are three answers."""
     x = scene.get(layer, "attn_norm")
 
-    def options(tensor: str) -> list[Option]:
+    def options(tensor: str, part: Value) -> list[Option]:
         right = scene.weight(layer, tensor)
-        wrong = _products(x, right, other_weights(scene, layer, tensor))
+        if np.linalg.norm(product(x, right) - part) < _NOTHING * np.linalg.norm(part):
+            return [((), product(x, right))]
+        wrong = _products(x, right, part, lambda slight: other_weights(scene, layer, tensor, slight))
         return [((), product(x, right)), *((hypothesis.mistakes, hypothesis.value()) for hypothesis in wrong)]
 
-    yield _by_part(scene, theirs, [options(f"self_attn.{name}.weight") for name in QKV])
+    tensors = [f"self_attn.{name}.weight" for name in QKV]
+    ends = np.cumsum([len(scene.weight(layer, tensor)) for tensor in tensors])[:-1]
+    parts = np.split(theirs, ends, axis=-1)
+    yield _by_part(scene, theirs, [options(*pair) for pair in zip(tensors, parts, strict=True)])
 
 
 def biases(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
@@ -341,10 +405,61 @@ def all_scores(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[
         found.append(((mistake,), _scores_by(scene, layer, dot)))
     for stack, value in sorted(found, key=lambda pair: len(pair[0])):
         yield Hypothesis(stack, partial(_same, value))
+    yield from _stale_scores(scene, theirs, maps[()])
     for mistake, visible in wrong_masks(scene, theirs):
         for mapped, raw in maps.items():
             hidden = np.where(visible[:, None], raw, 0.0)
             yield Hypothesis((*mapped, mistake), partial(_same, hidden))
+
+
+_SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
+
+
+def _cache_mistakes(length: int, first: int) -> Iterator[tuple[Mistake, np.ndarray]]:
+    """Caches written or read at position + n: which token each query finds at each column, [T, S], -1 for none."""
+    for shift, side in itertools.product(_SHIFTS, ("write", "read")):
+        tokens = np.tile(np.arange(length), (length, 1))
+        slots = np.where(np.arange(length) < first, np.arange(length), -1)
+        for token in range(first, length):
+            slot = token + shift if side == "write" else token
+            if 0 <= slot < length:
+                slots[slot] = token
+            at = np.arange(length) + (shift if side == "read" else 0)
+            tokens[token] = np.where((at >= 0) & (at < length), slots[np.clip(at, 0, length - 1)], -1)
+        yield Mistake.of("cache-position", shift=shift, side=side, prefill=first), tokens
+
+
+def _found(values: Value, tokens: np.ndarray) -> Value:
+    """Gathers columns: values [B, N, T, S] at tokens [T, S], 0 where there is none."""
+    gathered = np.take_along_axis(values, np.maximum(tokens, 0)[None, None], axis=-1)
+    return np.where(tokens >= 0, gathered, 0.0)
+
+
+def _stale_scores(scene: Scene, theirs: Value, raw: Value) -> Iterator[Hypothesis]:
+    """Scores of decoding steps that find other tokens in the cache than they should."""
+    seen = masks(scene)["right"][:, None]
+    wrong = np.abs(np.where(seen, theirs - raw, 0)).max(axis=(0, 1, 3)) > 1e-3 * np.abs(raw[np.isfinite(raw)]).max()
+    first = int(np.argmax(wrong))
+    if not wrong[first:].any() or first == 0:
+        return
+    for mistake, tokens in _cache_mistakes(theirs.shape[-1], first):
+        yield Hypothesis((mistake,), partial(_found, raw, tokens))
+
+
+def _stale_values(scene: Scene, theirs: Value, shares: Value, heads: Value) -> Iterator[Hypothesis]:
+    """The same for the values: shares [B, N, T, S] belong to columns, not to tokens."""
+    right = _weighted(shares, heads, product)
+    wrong = np.abs(theirs - right).max(axis=(0, 2)) > 1e-3 * np.abs(right).max()
+    first = int(np.argmax(wrong))
+    if not wrong.any() or first == 0:
+        return
+    length = shares.shape[-1]
+    for mistake, tokens in _cache_mistakes(length, first):
+        by_token = np.zeros((*shares.shape[:3], length + 1))
+        for query in range(length):
+            for column, token in enumerate(tokens[query]):
+                by_token[:, :, query, token] += shares[:, :, query, column]
+        yield Hypothesis((mistake,), partial(_weighted, by_token[..., :length], heads, product))
 
 
 def _near(value: float) -> list[float]:
@@ -451,6 +566,7 @@ def attentions(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[
         yield Hypothesis(mistakes, partial(_weighted, shares, heads, product))
     for mistake, dot in DOTS:
         yield Hypothesis((mistake,), partial(_weighted, shares, np.repeat(v, group, axis=2), dot))
+    yield from _stale_values(scene, theirs, shares, np.repeat(v, group, axis=2))
 
 
 def _weighted(shares: Value, heads: Value, dot: Callable[[Value, Value], Value]) -> Value:
@@ -517,6 +633,8 @@ def embeddings(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[
 def logits(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
     """A head that is missing, transposed or relabelled; a buffer that is shifted."""
     x, right = scene.get(-1, "final_norm"), head_weight(scene)
+    if theirs.shape[1] == 1:
+        x = _last_tokens(x, scene)
     name = "model.embed_tokens.weight" if scene.config.tie_word_embeddings else "lm_head.weight"
     if not theirs.any():
         yield Hypothesis((Mistake.of("head-missing"),), partial(_same, np.zeros_like(theirs)))
@@ -525,12 +643,19 @@ def logits(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypo
     if plain.shape == theirs.shape and (shift := _roll(plain, theirs)):
         moved = np.roll(plain.ravel(), shift).reshape(plain.shape)
         yield Hypothesis((Mistake.of("logits-shifted", shift=shift),), partial(_same, moved))
-    weights = [
+    transposed = [
         (Mistake.of("head-transposed"), right.reshape(right.shape[::-1]).T),
         (Mistake.of("head-transposed", buffer="transposed"), right.T.reshape(right.shape)),
-        *other_weights(scene, -1, name),
     ]
-    yield from _products(x, right, weights)
+    yield from _products(
+        x, right, theirs, lambda slight: ([] if slight else transposed) + other_weights(scene, -1, name, slight)
+    )
+
+
+def _last_tokens(x: Value, scene: Scene) -> Value:
+    """The last token of each row, [B, 1, D]."""
+    last = np.where(scene.inputs.attention_mask == 1, np.arange(x.shape[1]), -1).max(axis=1)
+    return x[np.arange(len(x)), last][:, None]
 
 
 def _roll(ours: Value, theirs: Value) -> int:

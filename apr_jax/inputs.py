@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from converters import strict_json
 from converters.errors import MissingFileError, UsageError
+
+_MAX_BYTES = 256 << 20
+MAX_POSITIONS = 1 << 20
+"""Rotary tables are as long as the largest position; no Qwen2 reaches farther."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +45,10 @@ class Inputs:
           UsageError: Empty, ragged beyond one level, not integers, shapes that differ, or positions that do not rise
             along a row (a causal mask is built from them).
         """
-        rows = [np.asarray(row) for row in input_ids]
+        try:
+            rows = [np.asarray(row) for row in input_ids]
+        except (TypeError, ValueError):
+            rows = []
         if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
             raise UsageError(
                 "input ids are not a batch",
@@ -67,6 +75,10 @@ class Inputs:
         else:
             positions = _like(position_ids, ids, "position_ids")
         _check_rising(positions, mask)
+        if (worst := int(positions[mask == 1].max())) >= MAX_POSITIONS:
+            raise UsageError(
+                "a position is out of range", code="position-ids", found=worst, expected=f"below {MAX_POSITIONS}"
+            )
         if ids.min() < 0 or ids.max() >= 2**31:
             raise UsageError(
                 "a token id is out of range", code="input-ids", found=int(ids.min() if ids.min() < 0 else ids.max())
@@ -106,15 +118,14 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
 
     Raises:
       MissingFileError: No such file.
+      BrokenContainerError: It is not JSON.
       UsageError: It holds something else.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            rows = json.load(file)
+        data = pathlib.Path(path).read_bytes()
     except FileNotFoundError:
         raise MissingFileError("no such file", code="file-missing", file=path) from None
-    except ValueError as error:
-        raise UsageError(f"not JSON: {error}", code="input-ids", file=path) from None
+    rows = strict_json.loads(data, what="input ids", max_bytes=_MAX_BYTES, file=os.fspath(path))
     if not isinstance(rows, list) or not all(
         isinstance(row, list) and all(type(token) is int for token in row) for row in rows
     ):

@@ -123,16 +123,28 @@ def localise(
     keys = [key for key in known if key in theirs]
     reference = exact.trace(inputs, force=finite)
     own = same.trace(inputs, keys, force=finite)
-    sites = tuple(judge(key, theirs[key], reference[key], own[key], inputs, same.dtype) for key in keys)
-    return Localisation(sites, reference, same.dtype)
+    sites, judged = [], inputs
+    for key in keys:
+        sites.append(judge(key, theirs[key], reference[key], own[key], judged, same.dtype))
+        judged = _before_the_first_nan(judged, theirs[key])
+    return Localisation(tuple(sites), reference, same.dtype)
+
+
+def _before_the_first_nan(inputs: Inputs, theirs: np.ndarray) -> Inputs:
+    """Leaves out, for the stages that follow, what a value that is not finite has gone into: it and all behind it."""
+    finite = np.isfinite(theirs)
+    if finite.all() or theirs.shape[1] != inputs.input_ids.shape[1]:
+        return inputs
+    sound = np.logical_and.accumulate(finite.all(axis=tuple(range(2, theirs.ndim))), axis=1)
+    return dataclasses.replace(inputs, attention_mask=inputs.attention_mask * sound)
 
 
 def judge(key: str, theirs: np.ndarray, reference: np.ndarray, own: np.ndarray, inputs: Inputs, dtype: str) -> Site:
     """Judges one stage: theirs [B, T, ...] against float64, with our own error in their dtype as the measure."""
-    if theirs.shape != reference.shape:
+    if theirs.shape[1] == 1 and inputs.input_ids.shape[1] > 1:
         last = np.where(inputs.attention_mask == 1, np.arange(inputs.input_ids.shape[1]), -1).max(axis=1)
         rows = np.arange(len(last))
-        reference, own = reference[rows, last][:, None], own[rows, last][:, None]
+        reference, own = (x if x.shape[1] == 1 else x[rows, last][:, None] for x in (reference, own))
         mask = np.ones(theirs.shape[:2], bool)
         positions = np.take_along_axis(inputs.positions(), last[:, None], axis=1)
     else:

@@ -18,7 +18,7 @@ from apr_jax import rotary, stages
 from apr_jax.inputs import Inputs
 from apr_jax.modeling import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
 from apr_jax.parameters import DTYPES, Parameters, load_parameters
-from converters.checkpoint import open_checkpoint
+from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.errors import UsageError
 from converters.qwen2 import Qwen2Config
 
@@ -27,12 +27,16 @@ _COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 def load_model(
-    path: str | os.PathLike[str], dtype: str = "float32", device: str | jax.Device | None = None, ops: Ops = OPS
+    source: str | os.PathLike[str] | Checkpoint,
+    dtype: str = "float32",
+    device: str | jax.Device | None = None,
+    ops: Ops = OPS,
 ) -> LanguageModel:
     """Loads a Qwen2 model from anything that `converters.open_checkpoint` opens.
 
     Args:
-      path: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index.
+      source: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index; or an open checkpoint,
+        which stays open.
       dtype: "float32", "bfloat16" or "float64": of the parameters and of the computation.
       device: "cpu", "cuda", a jax.Device, or None for JAX's default device.
       ops: The table of operations.
@@ -47,7 +51,8 @@ def load_model(
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", code="dtype", found=dtype, expected=" or ".join(DTYPES))
     target = find_device(device)
-    with open_checkpoint(path) as checkpoint:
+    opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
+    with opened as checkpoint:
         config = checkpoint.model_config()
         parameters = load_parameters(checkpoint, config, dtype, target)
     return LanguageModel(config, parameters, target, ops)
@@ -130,10 +135,19 @@ class LanguageModel:
           Logits [B, T, V] and the cache with the tokens in it.
 
         Raises:
-          ValueError: The cache has no room for T more tokens.
+          ValueError: The cache has no room for T more tokens, is for another batch, or the positions do not go on
+            from those in it.
         """
         inputs.check_vocabulary(self.config.vocab_size)
         capacity, filled = cache.positions.shape[1], int(cache.length)
+        if cache.positions.shape[0] != inputs.input_ids.shape[0]:
+            raise ValueError(f"the cache is for {cache.positions.shape[0]} rows, not {inputs.input_ids.shape[0]}")
+        positions = inputs.positions()
+        reached = np.asarray(cache.positions).max(axis=1)
+        begins = np.where(positions >= 0, positions, np.iinfo(np.int32).max).min(axis=1)
+        if (begins <= reached).any():
+            row = int(np.argmax(begins <= reached))
+            raise ValueError(f"row {row} goes on at position {begins[row]}, but its cache has reached {reached[row]}")
         if filled + inputs.input_ids.shape[1] > capacity:
             raise ValueError(
                 f"the cache holds {filled} of {capacity} tokens: no room for {inputs.input_ids.shape[1]} more"
@@ -159,12 +173,16 @@ class LanguageModel:
           key -> array in the model's dtype, with a leading batch axis; `attn_scores` is 0 where the mask hides the key.
 
         Raises:
-          ValueError: `force` names an unknown stage.
+          ValueError: An unknown stage, or a forced value of another shape than the stage's.
         """
         inputs.check_vocabulary(self.config.vocab_size)
         known = list(stages.trace_keys(self.config.num_layers))
-        if unknown := set(force or ()) - set(known):
-            raise ValueError(f"unknown stages to force: {sorted(unknown)}")
+        if unknown := (set(force or ()) | set(keys or ())) - set(known):
+            raise ValueError(f"unknown stages: {sorted(unknown)}")
+        for key, value in (force or {}).items():
+            shape = self._stage_shape(key, inputs)
+            if value.shape != shape:
+                raise ValueError(f"{key} to force has shape {value.shape}, expected {shape}")
         wanted = set(known if keys is None else keys)
         with self._scope():
             recorded = self._run_traced(inputs, wanted, force or {})
@@ -192,6 +210,10 @@ class LanguageModel:
         if stages.LOGITS in wanted:
             keep(stages.LOGITS, outer["project"](self.parameters, x))
         return recorded
+
+    def _stage_shape(self, key: str, inputs: Inputs) -> tuple[int, ...]:
+        batch, length = inputs.input_ids.shape
+        return (batch, *stages.shape(self.config, stages.stage_of(key), length))
 
     @contextlib.contextmanager
     def _scope(self) -> Iterator[None]:

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters import casts
 from converters.checkpoint import Checkpoint, Tensor
 from converters.errors import RefusedError
 from converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from converters.tied_heads import same_values
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -41,6 +43,15 @@ def load_parameters(checkpoint: Checkpoint, config: Qwen2Config, dtype: str, dev
         a dtype that cannot be decoded.
     """
     check_tensors(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, checkpoint.path)
+    strange = {
+        name: tensor.dtype.name
+        for name, tensor in checkpoint.tensors.items()
+        if not tensor.dtype.is_float and not tensor.dtype.is_block
+    }
+    if strange:
+        raise RefusedError(
+            "parameters are not floating point", code="parameter-dtype", file=checkpoint.path, found=strange
+        )
     if config.tie_word_embeddings and HEAD in checkpoint.tensors:
         _check_tied_head(checkpoint)
     parameters: Parameters = {}
@@ -59,10 +70,20 @@ def read_as(tensor: Tensor, dtype: str) -> np.ndarray:
     """Reads a tensor as `dtype`, by chunks of rows; a narrowing cast rounds to nearest even."""
     target = jnp.dtype(dtype)
     out = _aligned_empty(tensor.shape, target)
-    rows = max(1, _CHUNK_BYTES // max(1, tensor.nbytes // max(1, tensor.shape[0]))) if tensor.shape else 1
+    # Quantised tensors are read as float32: their values need more room than their bytes.
+    nbytes = max(tensor.nbytes, 4 * out.size)
+    rows = max(1, _CHUNK_BYTES // max(1, nbytes // max(1, tensor.shape[0]))) if tensor.shape else 1
     for start in range(0, tensor.shape[0], rows):
-        out[start : start + rows] = tensor.read((slice(start, start + rows),))
+        out[start : start + rows] = _rounded(tensor.read((slice(start, start + rows),)), target)
     return out
+
+
+def _rounded(values: np.ndarray, target: np.dtype) -> np.ndarray:
+    if values.dtype != np.float64 or target != jnp.bfloat16:
+        return values
+    # ml_dtypes goes from f64 to bf16 by way of f32, which rounds twice.
+    data, _ = casts.cast(values.tobytes(), "f64", "bf16")
+    return np.frombuffer(data, target).reshape(values.shape)
 
 
 def _put(array: np.ndarray, device: jax.Device) -> jax.Array:
@@ -79,17 +100,11 @@ def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _check_tied_head(checkpoint: Checkpoint) -> None:
     """A tied checkpoint may carry its head as a copy of the embedding, in any dtype that holds the same values."""
-    head, embedding = checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]
-    rows = max(1, _CHUNK_BYTES // max(1, 4 * head.shape[1]))
-    for start in range(0, head.shape[0], rows):
-        chunk = (slice(start, start + rows),)
-        if not np.array_equal(
-            head.read(chunk).astype(np.float64), embedding.read(chunk).astype(np.float64), equal_nan=True
-        ):
-            raise RefusedError(
-                "the configuration ties the head to the embedding, but the checkpoint holds another head",
-                code="tied-head-differs",
-                file=checkpoint.path,
-                tensor=HEAD,
-                hint="Set tie_word_embeddings to false in config.json if this head is meant.",
-            )
+    if not same_values(checkpoint.tensors[HEAD], checkpoint.tensors[EMBEDDING]):
+        raise RefusedError(
+            "the configuration ties the head to the embedding, but the checkpoint holds another head",
+            code="tied-head-differs",
+            file=checkpoint.path,
+            tensor=HEAD,
+            hint="Set tie_word_embeddings to false in config.json if this head is meant.",
+        )

@@ -48,6 +48,9 @@ _TEXTS = {
     "weights-relabelled": "{tensor}: its bytes are read under another dtype ({direction})",
     "weights-from-another-layer": "{tensor} is layer {layer}'s",
     "weights-quantised": "{tensor} is quantised ({codec})",
+    "cache-position": "decoding steps {side} the cache at position {shift:+d}",
+    "layout": "not a mistake, undone: the dump is {kind} there",
+    "activations-quantised": "activations are rounded to {codec} before the products, as `apr` does beside Q4_K",
     "tf32-dots": "dot inputs are TF32 ({mode}), float32 was declared",
     "bf16-accumulation": "partial sums are kept in bf16 (every {chunk} terms)",
     "non-finite": "values are not finite",
@@ -91,4 +94,8 @@ def _text(fault: str, parameters: Mapping[str, Any]) -> str:
         if "restart" in parameters:
             return f"positions restart every {parameters['restart']}"
         return f"positions are shifted by {parameters['shift']:+d}"
+    tensors = parameters.get("tensor")
+    if isinstance(tensors, tuple | list):
+        shown = ", ".join(tensors) if len(tensors) < 3 else f"{len(tensors)} kinds of tensors ({tensors[0]}, ...)"
+        parameters = {**parameters, "tensor": shown}
     return _TEXTS[fault].format(**parameters)

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters import dtypes, names, strict_json
 from converters.crc import Bytes, crc32
@@ -138,6 +138,7 @@ class AprPrologue:
       entries: In the order of the index.
       data_end: Where in the file the data end, their padding included.
       has_footer: Whether the CRC-32 of the file follows there.
+      eras: Keys of `dtypes.ERAS`: when and by whom a file of these ids and sizes can have been written.
       warnings: What was let through and is worth saying.
     """
 
@@ -146,15 +147,17 @@ class AprPrologue:
     entries: tuple[AprEntry, ...]
     data_end: int
     has_footer: bool
+    eras: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
 class _Judge:
     """Turns what is wrong into an error, or, where leniency is asked for and possible, into a warning."""
 
-    def __init__(self, file: str | None, lenient: bool):
+    def __init__(self, file: str | None, lenient: bool, legacy: dtypes.Legacy = False):
         self.file = file
         self.lenient = lenient
+        self.legacy = legacy
         self.warnings: list[str] = []
 
     def broken(self, message: str, code: str, **where: Any) -> BrokenContainerError:
@@ -184,7 +187,14 @@ def parse_header(data: Bytes, file_size: int, *, file: str | None = None, lenien
     return _parse_header(data, file_size, _Judge(file, lenient))
 
 
-def parse_prologue(data: Bytes, file_size: int, *, file: str | None = None, lenient: bool = False) -> AprPrologue:
+def parse_prologue(
+    data: Bytes,
+    file_size: int,
+    *,
+    file: str | None = None,
+    lenient: bool = False,
+    legacy: dtypes.Legacy = False,
+) -> AprPrologue:
     """Parses and checks header, metadata and index.
 
     Args:
@@ -192,12 +202,13 @@ def parse_prologue(data: Bytes, file_size: int, *, file: str | None = None, leni
       file_size: Bytes of the whole file.
       file: Its path, for error messages.
       lenient: Whether to let oddities pass with which the contents are still certain.
+      legacy: As `dtypes.by_apr_id`.
 
     Raises:
       BrokenContainerError: The bytes are no `.apr` v2 container, or not a whole one.
       RefusedError: Something that cannot be read rightly: see `parse_header`, and ids of `dtypes.by_apr_id`.
     """
-    judge = _Judge(file, lenient)
+    judge = _Judge(file, lenient, legacy)
     view = memoryview(data)
     header = _parse_header(view, file_size, judge)
     if len(view) < header.data_offset:
@@ -216,13 +227,14 @@ def parse_prologue(data: Bytes, file_size: int, *, file: str | None = None, leni
         offset=header.metadata_offset,
     )
     entries, index_end = _parse_index(view, header, judge)
+    eras = dtypes.fitting_eras((entry.dtype_id, entry.shape, entry.size) for entry in entries)
     _check_gap(view, index_end, header.data_offset, judge)
     data_end = _check_data(entries, header, file_size, judge)
     has_footer = _check_end(data_end, file_size, judge)
     if header.flags & _FLAG_QUANTIZED and not any(entry.dtype.is_block for entry in entries):
         judge.warnings.append("the flag QUANTIZED is set, but no tensor is quantised")
     judge.warnings += names.alike(entry.name for entry in entries)
-    return AprPrologue(header, metadata, tuple(entries), data_end, has_footer, tuple(judge.warnings))
+    return AprPrologue(header, metadata, tuple(entries), data_end, has_footer, eras, tuple(judge.warnings))
 
 
 def lay_out(
@@ -246,8 +258,9 @@ def lay_out(
     problems += [f"{name}: occurs twice" for name, other in itertools.pairwise(known) if name == other]
     if problems:
         raise RefusedError(
-            f"an .apr file cannot hold these tensors, {len(problems)} problems:\n  " + "\n  ".join(problems),
+            f"an .apr file cannot hold these tensors, {len(problems)} in all:\n  " + "\n  ".join(problems),
             code="apr-unsupported",
+            hint="--cast [GLOB=]TYPE can give floating-point and quantised tensors another type",
         )
     sizes = {name: size for name, _, _, size in given}
     offsets, position = {}, 0
@@ -272,7 +285,7 @@ def serialise_prologue(
       flags: The header's flags.
 
     Raises:
-      RefusedError: Metadata over 64 MiB, or of values that JSON cannot express.
+      RefusedError: Metadata over 64 MiB, of values that JSON cannot express, or beyond another limit of the reader.
     """
     text = strict_json.dumps(metadata) if isinstance(metadata, Mapping) else bytes(metadata)
     if not 0 < len(text) <= MAX_METADATA_BYTES:
@@ -282,6 +295,7 @@ def serialise_prologue(
             found=f"{len(text)} bytes",
             expected=f"1..{MAX_METADATA_BYTES}",
         )
+    strict_json.check_limits(text, what="the metadata")
     index = b"".join(map(_entry_bytes, entries))
     index_offset = HEADER_BYTES + pad(len(text))
     data_offset = index_offset + pad(len(index))
@@ -460,16 +474,27 @@ def _check_gap(view: memoryview, begin: int, end: int, judge: _Judge) -> None:
         raise judge.broken("there is something else between two sections than padding", "padding", offset=at)
 
 
+class _RawEntry(NamedTuple):
+    """An entry of the index whose dtype byte is not resolved yet, and where it stands in the file."""
+
+    at: int
+    name: str
+    dtype_id: int
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
 def _parse_index(view: memoryview, header: AprHeader, judge: _Judge) -> tuple[list[AprEntry], int]:
     """Returns the entries and where the last one ends."""
-    entries: list[AprEntry] = []
+    entries: list[_RawEntry] = []
     position, before = header.index_offset, b""
     seen: set[bytes] = set()
     for _ in range(header.tensor_count):
         begin = position
         try:
             raw_name, position = _take_name(view, position, header.data_offset)
-            entry, position = _parse_entry(view, raw_name, position, header.data_offset)
+            entry, position = _parse_entry(view, raw_name, begin, position, header.data_offset)
         except AprJaxError as error:
             error.file, error.offset = judge.file, begin if error.offset is None else error.offset
             raise
@@ -486,7 +511,31 @@ def _parse_index(view: memoryview, header: AprHeader, judge: _Judge) -> tuple[li
         seen.add(raw_name)
         before = raw_name
         entries.append(entry)
-    return entries, position
+    return [_typed(entry, entries, judge) for entry in entries], position
+
+
+def _typed(entry: _RawEntry, entries: Sequence[_RawEntry], judge: _Judge) -> AprEntry:
+    try:
+        if entry.size == 0 and entry.name in HEAD_NAMES and dtypes.element_count(entry.shape):
+            dtype = dtypes.placeholder_type(entry.dtype_id, judge.legacy)
+        else:
+            dtype = dtypes.by_apr_id(entry.dtype_id, entry.shape, entry.size, judge.legacy)
+    except AprJaxError as error:
+        error.file, error.offset, error.tensor = judge.file, entry.at, entry.name
+        if error.code in ("dtype-legacy", "dtype-ambiguous"):
+            error.hint = f"{error.hint}. {_of_which_age(entries)}"
+        raise
+    return AprEntry(entry.name, entry.dtype_id, dtype, entry.shape, entry.offset, entry.size)
+
+
+def _of_which_age(entries: Iterable[_RawEntry]) -> str:
+    try:
+        eras = dtypes.fitting_eras((entry.dtype_id, entry.shape, entry.size) for entry in entries)
+    except BrokenContainerError:
+        eras = ()
+    if not eras:
+        return "All ids and sizes of the file together fit no writer known"
+    return f"All ids and sizes of the file together fit: {'; '.join(dtypes.ERAS[era] for era in eras)}"
 
 
 def _take(view: memoryview, position: int, nbytes: int, end: int) -> int:
@@ -506,7 +555,7 @@ def _take_name(view: memoryview, position: int, end: int) -> tuple[bytes, int]:
     return bytes(view[begin:position]), position
 
 
-def _parse_entry(view: memoryview, raw_name: bytes, position: int, end: int) -> tuple[AprEntry, int]:
+def _parse_entry(view: memoryview, raw_name: bytes, at: int, position: int, end: int) -> tuple[_RawEntry, int]:
     try:
         name = raw_name.decode()
     except UnicodeDecodeError:
@@ -520,18 +569,11 @@ def _parse_entry(view: memoryview, raw_name: bytes, position: int, end: int) -> 
                 "too many dimensions", code="shape-rank", found=rank, expected=f"at most {MAX_DIMENSIONS}"
             )
         position = _take(view, body, 8 * (rank + 2), end)
-        *shape, offset, size = struct.unpack_from(f"<{rank + 2}Q", view, body)
-        entry = AprEntry(name, dtype_id, _dtype(name, dtype_id, shape, size), tuple(shape), offset, size)
     except AprJaxError as error:
         error.tensor = name
         raise
-    return entry, position
-
-
-def _dtype(name: str, dtype_id: int, shape: Sequence[int], size: int) -> dtypes.DType:
-    if size == 0 and name in HEAD_NAMES and dtypes.element_count(shape):
-        return dtypes.current_apr_type(dtype_id)
-    return dtypes.by_apr_id(dtype_id, shape, size)
+    *shape, offset, size = struct.unpack_from(f"<{rank + 2}Q", view, body)
+    return _RawEntry(at, name, dtype_id, tuple(shape), offset, size), position
 
 
 def _check_data(entries: Iterable[AprEntry], header: AprHeader, file_size: int, judge: _Judge) -> int:

@@ -23,15 +23,15 @@ FOREIGN_METADATA = "apr_metadata"
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _ROPE_SPLIT_HALVES = 2
 _HOLE = "<unk>"
-# Ids beyond this are a mistake, not a vocabulary; Qwen2.5 has 151,936.
-_MAX_VOCABULARY = 1 << 22
+# A vocabulary may be larger than the embedding, and have holes, but not any number of them.
+_LARGEST_SHARE = 2
 
 
 def from_huggingface(
     config: Mapping[str, Any] | None,
     model: Qwen2Config | None,
     files: Mapping[str, bytes],
-    source_metadata: Mapping[str, str],
+    source_metadata: Mapping[str, str] | None,
     *,
     name: str,
     param_count: int,
@@ -44,7 +44,7 @@ def from_huggingface(
       config: The content of config.json, or None if there is none (the file then holds no architecture).
       model: The same, checked.
       files: Side files, name -> content.
-      source_metadata: The strings of safetensors' `__metadata__`.
+      source_metadata: The strings of safetensors' `__metadata__`; None if there is none.
       name: The model's name.
       param_count: Elements of all tensors written.
       total_size: Bytes of all tensors written.
@@ -63,7 +63,7 @@ def from_huggingface(
     if config is not None and model is not None:
         typed |= _architecture(config, model)
     custom: dict[str, Any] = {}
-    if source_metadata:
+    if source_metadata is not None:
         custom[SOURCE_METADATA] = dict(source_metadata)
     if config is not None and model is not None:
         if model.tie_word_embeddings:
@@ -123,6 +123,13 @@ def _tokenizer(
         return {}
     ids, merges = found
     length = max(vocab_size, max(ids.values(), default=-1) + 1)
+    if length > _LARGEST_SHARE * max(vocab_size, len(ids)):
+        # Most of the list would be holes, for rows that the embedding does not have.
+        warnings.append(
+            f"the tokenizer is not understood, so `apr` cannot take text with this file: it has {len(ids)} tokens, and "
+            f"an id of {length - 1} beyond the {vocab_size} of the configuration"
+        )
+        return {}
     vocabulary = [_HOLE] * length
     for token, position in ids.items():
         vocabulary[position] = token
@@ -152,18 +159,17 @@ def _read_tokenizer(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[st
         model = parsed.get("model") if isinstance(parsed, dict) else None
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
             raise _NotUnderstood("tokenizer.json is no byte-level BPE tokenizer")
-        added = parsed.get("added_tokens") or []
-        tokens = _ids(model["vocab"].items()) | _ids(_added(added))
-        return tokens, [_merge(merge) for merge in model.get("merges") or []]
+        tokens = _ids(model["vocab"].items()) | _ids(_added(_list(parsed, "added_tokens")))
+        return tokens, [_merge(merge) for merge in _list(model, "merges")]
     if "vocab.json" not in files or "merges.txt" not in files:
         return None
-    vocabulary = _parse(files, "vocab.json")
-    if not isinstance(vocabulary, dict):
-        raise _NotUnderstood("vocab.json is no object")
-    tokens = _ids(vocabulary.items())
+    tokens = _ids(_object(files, "vocab.json").items())
     if "added_tokens.json" in files:
-        tokens |= _ids(_parse(files, "added_tokens.json").items())
-    lines = files["merges.txt"].decode("utf-8", "strict").split("\n")
+        tokens |= _ids(_object(files, "added_tokens.json").items())
+    try:
+        lines = files["merges.txt"].decode("utf-8", "strict").split("\n")
+    except UnicodeDecodeError:
+        raise _NotUnderstood("merges.txt is not UTF-8") from None
     return tokens, [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
 
 
@@ -171,8 +177,24 @@ def _parse(files: Mapping[str, bytes], name: str) -> Any:
     return strict_json.loads(files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, file=name)
 
 
-def _added(added: Any) -> Iterable[tuple[Any, Any]]:
-    for token in added if isinstance(added, list) else ():
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    value = _parse(files, name)
+    if not isinstance(value, dict):
+        raise _NotUnderstood(f"{name} is no object")
+    return value
+
+
+def _list(values: Mapping[str, Any], key: str) -> list[Any]:
+    found = values.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list):
+        raise _NotUnderstood(f"its {key} are no list")
+    return found
+
+
+def _added(added: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
+    for token in added:
         if not isinstance(token, dict):
             raise _NotUnderstood("an added token is no object")
         yield token.get("content"), token.get("id")
@@ -181,7 +203,7 @@ def _added(added: Any) -> Iterable[tuple[Any, Any]]:
 def _ids(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
     tokens = {}
     for token, number in pairs:
-        if not isinstance(token, str) or type(number) is not int or not 0 <= number < _MAX_VOCABULARY:
+        if not isinstance(token, str) or type(number) is not int or number < 0:
             raise _NotUnderstood(f"token {token!r} has the id {number!r}")
         tokens[token] = number
     return tokens

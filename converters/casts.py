@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 FLOATS = ("f16", "bf16", "f32", "f64")
+# Into these values are quantised as `apr` does it; `recoding` casts to and from them.
+QUANTISED = ("apr_q8", "apr_q4", "q4_k")
 
 # What `apr` calls the quantised types.
 _ALIASES = {"q8": "apr_q8", "int8": "apr_q8", "q4": "apr_q4", "int4": "apr_q4", "q4k": "q4_k", "q6k": "q6_k"}
+
+_TARGETS = f"{', '.join(FLOATS)}, q8, q4, q4k"
 
 # Bits of the significand that are stored, and bits of the whole.
 _FRACTION = {"f16": 10, "bf16": 7, "f32": 23, "f64": 52}
@@ -52,16 +56,17 @@ def target_type(name: str) -> dtypes.DType:
     name = name.lower()
     known = _ALIASES.get(name, name)
     if known not in dtypes.TYPES:
-        raise UsageError(f"unknown type '{name}'", code="cast-unknown", expected=f"one of {', '.join(FLOATS)}")
-    if known not in FLOATS:
-        kind = "quantised types are" if dtypes.TYPES[known].is_block else f"'{name}' is"
+        raise UsageError(f"unknown type '{name}'", code="cast-unknown", expected=f"one of {_TARGETS}")
+    if known not in (*FLOATS, *QUANTISED):
         raise RefusedError(
-            f"cannot cast to '{name}': {kind} not available as a target yet",
-            code="cast-unsupported",
-            found=name,
-            expected=f"one of {', '.join(FLOATS)}",
+            f"cannot cast to '{name}'", code="cast-unsupported", found=name, expected=f"one of {_TARGETS}"
         )
     return dtypes.TYPES[known]
+
+
+def prepare() -> None:
+    """Imports what `cast` needs, so that it can be called from threads."""
+    import numpy  # noqa: F401
 
 
 def cast(data: bytes | memoryview, source: str, target: str) -> tuple[memoryview, Damage]:

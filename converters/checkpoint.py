@@ -10,7 +10,6 @@ import base64
 import binascii
 import contextlib
 import dataclasses
-import fnmatch
 import os
 import re
 from collections import Counter
@@ -18,44 +17,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from converters import apr_format, safetensors_format, strict_json
-from converters.dtypes import DType
+from converters import apr_format, file_names, safetensors_format, strict_json
+from converters.counting import counted
+from converters.dtypes import DType, Legacy, element_count
 from converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, StorageError
+from converters.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
 from converters.qwen2 import HEAD, Qwen2Config
 from converters.source import SourceFile, refuse_foreign
 
 if TYPE_CHECKING:
     import numpy as np
 
-SINGLE_NAME = "model.safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-INDEX_NAME = "model" + INDEX_SUFFIX
 # Where side files travel inside a container: a metadata key of `.apr`, and, since a lone .safetensors has no folder of
 # its own, a string of its `__metadata__`. Both hold an object: name -> text, or {"base64": text} where it is not UTF-8.
 SOURCE_FILES_KEY = "source_files"
 SAFETENSORS_SOURCE_FILES_KEY = "apr_jax.source_files"
-_CONFIG = "config.json"
 
-SIDE_FILES = (
-    _CONFIG,
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "README*",
-    "LICENSE*",
-    "NOTICE*",
-)
 _MAX_SIDE_FILE_BYTES = 64 << 20
+# A larger file that only its ending makes a side file is more likely data that lie in the folder.
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_SHARDS = 4096
 _ALIGNMENT = 64
 _PART_BYTES = 1 << 20
-# A plain file name: no folder, no drive, nothing that another system would read differently.
-_FILE_NAME = re.compile(r"[^/\\:\x00-\x1f\x7f]*[^/\\:\x00-\x1f\x7f. ]")
 _SHARD_COUNT = re.compile(r"-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -128,15 +111,15 @@ class Tensor:
           slices: One slice per axis from the first on, without steps; missing ones mean the whole axis.
 
         Returns:
-          An array of the type's numpy or ml_dtypes dtype, in C order, aligned to 64 bytes.
+          An array of the type's numpy or ml_dtypes dtype (quantised: float32), in C order, aligned to 64 bytes.
 
         Raises:
           ValueError: More slices than axes, or a slice with a step.
-          RefusedError: Code "dtype-not-decoded" for quantised and packed types.
+          RefusedError: Code "dtype-not-decoded" for packed types, and quantised ones that nothing here decodes.
           BrokenContainerError: Code "bool-value", if a BOOL is neither 0 nor 1.
           StorageError: The file cannot be read.
         """
-        dtype = self.dtype.numpy
+        dtype = self._values_dtype()
         bounds = [_bounds(part, size) for part, size in zip(slices or (), self.shape, strict=False)]
         if slices is not None and len(slices) > len(self.shape):
             raise ValueError(f"tensor {self.name!r} has {len(self.shape)} axes, {len(slices)} slices were given")
@@ -144,6 +127,43 @@ class Tensor:
         values = _empty(tuple(end - begin for begin, end in bounds), dtype)
         if values.size:
             self._read_part(values, bounds)
+        return self._checked(values)
+
+    def values(self, elements: int = 1 << 18) -> Iterator[np.ndarray]:
+        """Yields the values in C order, as flat arrays with memory of their own.
+
+        Args:
+          elements: About how many values an array has; a padded row of a K-quant is never divided.
+
+        Raises:
+          As `read`.
+        """
+        count = element_count(self.shape)
+        unit = self.dtype.padded_columns(self.shape, self.nbytes) or self.dtype.block_elements
+        step = max(1, elements // unit) * unit
+        for begin in range(0, count, step):
+            yield self.read_flat(begin, min(begin + step, count))
+
+    def read_flat(self, begin: int, end: int) -> np.ndarray:
+        """Returns the values number `begin` to `end` in C order, flat; of a row-padded K-quant only whole rows.
+
+        Raises:
+          As `read`.
+        """
+        values = _empty((end - begin,), self._values_dtype())
+        if values.size:
+            self._read_range(values, begin)
+        return self._checked(values)
+
+    def _values_dtype(self) -> np.dtype:
+        if not self.dtype.is_block:
+            return self.dtype.numpy
+        import numpy as np
+
+        _ = self.dtype.codec
+        return np.dtype(np.float32)
+
+    def _checked(self, values: np.ndarray) -> np.ndarray:
         if self.dtype.name == "bool" and (values.view("u1") > 1).any():
             raise BrokenContainerError(
                 "a BOOL is neither 0 nor 1", code="bool-value", file=self.source.path, tensor=self.name
@@ -151,20 +171,65 @@ class Tensor:
         return values
 
     def _read_part(self, values: np.ndarray, bounds: Sequence[tuple[int, int]]) -> None:
+        width = element_count(self.shape[1:])
         if list(self.shape[1:]) == [end - begin for begin, end in bounds[1:]]:
-            begin = bounds[0][0] * (self.nbytes // self.shape[0]) if bounds else 0
-            self._fill(begin, _bytes_of(values))
+            self._read_range(values.reshape(-1), bounds[0][0] * width if bounds else 0)
             return
         # Whole rows are read and cut, some at a time: one system call for each piece of each row would cost more.
-        row_bytes = self.nbytes // self.shape[0]
-        step = max(1, _PART_BYTES // row_bytes)
+        step = max(1, _PART_BYTES // (width * values.itemsize))
         inner = tuple(slice(begin, end) for begin, end in bounds[1:])
         first, last = bounds[0]
         rows = _empty((min(step, last - first), *self.shape[1:]), values.dtype)
         for row in range(first, last, step):
             part = rows[: min(step, last - row)]
-            self._fill(row * row_bytes, _bytes_of(part))
+            self._read_range(part.reshape(-1), row * width)
             values[row - first : row - first + len(part)] = part[(slice(None), *inner)]
+
+    def _read_range(self, values: np.ndarray, begin: int) -> None:
+        """Reads the flat `values` from element `begin` on; of a row-padded K-quant only whole rows."""
+        if not self.dtype.is_block:
+            self._fill(begin * values.itemsize, _bytes_of(values))
+            return
+        columns = self.dtype.padded_columns(self.shape, self.nbytes)
+        if columns is None:
+            self._decode_flat(values, begin)
+        else:
+            self._decode_rows(values.reshape(-1, columns), begin // columns)
+
+    def _decode_flat(self, values: np.ndarray, begin: int) -> None:
+        """Decodes blocks that run on across rows; `begin` may be amid one."""
+        elements, end = self.dtype.block_elements, begin + values.size
+        step = max(1, _PART_BYTES // (4 * elements)) * elements
+        for low in range(begin // elements * elements, end, step):
+            high = min(low + step, end)
+            skipped = max(0, begin - low)
+            if not skipped:
+                self._decode_blocks(values[low - begin : high - begin], low // elements)
+                continue
+            part = _empty((high - low,), values.dtype)
+            self._decode_blocks(part, low // elements)
+            values[: high - begin] = part[skipped:]
+
+    def _decode_rows(self, values: np.ndarray, first: int) -> None:
+        """Decodes rows that are padded to whole blocks each."""
+        elements = self.dtype.block_elements
+        blocks = -(-values.shape[1] // elements)
+        step = max(1, _PART_BYTES // (4 * elements * blocks))
+        padded = _empty((min(step, len(values)), blocks * elements), values.dtype)
+        for row in range(0, len(values), step):
+            part = padded[: min(step, len(values) - row)]
+            self._decode_blocks(part.reshape(-1), (first + row) * blocks)
+            values[row : row + len(part)] = part[:, : values.shape[1]]
+
+    def _decode_blocks(self, values: np.ndarray, first: int) -> None:
+        """Decodes all values of blocks from number `first` on, but for the last ones of the last block."""
+        codec, width = self.dtype.codec, self.dtype.block_bytes
+        prefix = codec.prefix_bytes
+        blocks = -(-values.size // self.dtype.block_elements)
+        data = memoryview(bytearray(prefix + blocks * width))
+        self._fill(0, data[:prefix])
+        self._fill(prefix + first * width, data[prefix:])
+        codec.decode(data, values)
 
     def _fill(self, begin: int, view: memoryview) -> None:
         try:
@@ -202,8 +267,11 @@ class Checkpoint:
       tensors: Name -> tensor, sorted by the names' UTF-8 bytes.
       placeholders: Name -> shape of heads that an `.apr` lists without data: the embedding stands for them.
       files: Side files by name, read when asked for.
+      left_behind: Names of what else lies in the folder and does not go along; "NAME/" for folders.
       metadata: The metadata object of an `.apr`, in its order, or the `__metadata__` of safetensors.
+      has_metadata: Whether there is any; safetensors may have an empty one, or none.
       sources: The files that hold the tensors.
+      paths: Of every file that is read, index and side files included, and of the folder.
       warnings: What was let through and is worth saying.
       apr: The header of an `.apr`, with metadata and index as they stand there; None for safetensors.
     """
@@ -214,21 +282,25 @@ class Checkpoint:
         kind: str,
         *,
         tensors: Iterable[Tensor],
-        files: Mapping[str, bytes],
+        files: SideFiles,
         metadata: dict[str, Any],
         sources: Iterable[SourceFile],
         warnings: Iterable[str],
         placeholders: Mapping[str, tuple[int, ...]] | None = None,
         apr: apr_format.AprPrologue | None = None,
+        has_metadata: bool = True,
     ):
         self.path = path
         self.kind = kind
         ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
         self.tensors: Mapping[str, Tensor] = MappingProxyType({tensor.name: tensor for tensor in ordered})
         self.placeholders: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(placeholders or {}))
-        self.files = files
+        self.files: Mapping[str, bytes] = files
+        self.left_behind = files.left_behind
         self.metadata = metadata
+        self.has_metadata = has_metadata
         self.sources = tuple(sources)
+        self.paths = tuple(dict.fromkeys((*(source.path for source in self.sources), *files.paths, path)))
         self.warnings = list(warnings)
         self.apr = apr
 
@@ -240,7 +312,15 @@ class Checkpoint:
           RefusedError: Code "config-missing".
           BrokenContainerError: It is no JSON object.
         """
-        config = self._json_file(_CONFIG)
+        return self.config_for((tensor.name, tensor.dtype) for tensor in self.tensors.values())
+
+    def config_for(self, tensors: Iterable[tuple[str, DType]]) -> dict[str, Any]:
+        """Returns `config`; one that has to be made says of these tensors (name, type) what they are.
+
+        Raises:
+          RefusedError, BrokenContainerError: As `config`.
+        """
+        config = self._json_file(CONFIG_NAME)
         if config is not None:
             return config
         if self.kind == "apr":
@@ -248,8 +328,13 @@ class Checkpoint:
             if isinstance(given, dict):
                 return given
             if self.metadata.get("architecture") is not None:
-                return _rebuilt_config(self)
+                return _made_config(self.model_config(), self.metadata, tensors)
         raise RefusedError("there is no config.json", code="config-missing", file=self.path)
+
+    @property
+    def has_config(self) -> bool:
+        """Whether it holds a configuration of HuggingFace's; in its place an `.apr` has keys of its own."""
+        return CONFIG_NAME in self.files or (self.kind == "apr" and isinstance(self.metadata.get("hf_config"), dict))
 
     @property
     def generation_config(self) -> dict[str, Any] | None:
@@ -266,7 +351,7 @@ class Checkpoint:
         Raises:
           RefusedError: There is none, or it is not supported.
         """
-        if self.kind == "apr" and _CONFIG not in self.files and not isinstance(self.metadata.get("hf_config"), dict):
+        if self.kind == "apr" and not self.has_config:
             return Qwen2Config.from_apr(self.metadata, tied=HEAD not in self.tensors, file=self.path)
         return Qwen2Config.from_hf(self.config, file=self.path)
 
@@ -295,7 +380,7 @@ class Checkpoint:
         return value
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False, legacy: Legacy = False) -> Checkpoint:
     """Opens a checkpoint and reads its headers.
 
     Args:
@@ -303,6 +388,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False) -> C
         its content decides.
       lenient: Whether to let oddities of `.apr` files pass with a warning: no footer, unaligned or unsorted parts, the
         magic of 2025, reserved bytes, unknown flags.
+      legacy: Whether to read dtype ids of an `.apr` as older and other writers meant them, where the size leaves one
+        type; or {id: "type"} to say besides what an id means.
 
     Returns:
       The checkpoint, to be closed or used as a context manager.
@@ -325,18 +412,33 @@ def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False) -> C
         first = source.read_at(0, min(source.size, apr_format.HEADER_BYTES))
         if not _looks_like_safetensors(first, source.size):
             if first[:3] == b"APR" or path.endswith(".apr"):
-                return _open_apr(path, source, first, lenient)
+                return _open_apr(path, source, first, lenient, legacy)
             refuse_foreign(first, wanted="safetensors or an .apr container", file=path)
         folder = os.path.dirname(path) or os.curdir
-        in_huggingface_folder = os.path.basename(path) == SINGLE_NAME and os.path.exists(os.path.join(folder, _CONFIG))
-        return _open_single(path, source, _side_files(folder) if in_huggingface_folder else {})
+        in_huggingface_folder = os.path.basename(path) == SINGLE_NAME and os.path.exists(
+            os.path.join(folder, CONFIG_NAME)
+        )
+        return _open_single(path, source, _side_files(folder) if in_huggingface_folder else SideFiles({}))
 
 
-class _SideFiles(Mapping[str, bytes]):
-    """Files by name, each read when it is asked for: a tokenizer has megabytes, and few need it."""
+class SideFiles(Mapping[str, bytes]):
+    """Files by name, each read when it is asked for: a tokenizer has megabytes, and few need it.
 
-    def __init__(self, readers: Mapping[str, Callable[[], bytes]]):
+    Attributes:
+      paths: Of the files, where they are files of their own, and of the index beside them.
+      left_behind: As `Checkpoint`.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], bytes]],
+        *,
+        paths: Iterable[str] = (),
+        left_behind: Iterable[str] = (),
+    ):
         self._readers = dict(sorted(readers.items()))
+        self.paths = tuple(paths)
+        self.left_behind = tuple(left_behind)
 
     def __getitem__(self, name: str) -> bytes:
         return self._readers[name]()
@@ -362,9 +464,10 @@ def _closing_on_error() -> Iterator[contextlib.ExitStack]:
 # --- .apr
 
 
-def _open_apr(path: str, source: SourceFile, first: bytearray, lenient: bool) -> Checkpoint:
+def _open_apr(path: str, source: SourceFile, first: bytearray, lenient: bool, legacy: Legacy) -> Checkpoint:
     header = apr_format.parse_header(first, source.size, file=path, lenient=lenient)
-    prologue = apr_format.parse_prologue(source.read_at(0, header.data_offset), source.size, file=path, lenient=lenient)
+    data = source.read_at(0, header.data_offset)
+    prologue = apr_format.parse_prologue(data, source.size, file=path, lenient=lenient, legacy=legacy)
     tensors = [
         Tensor(entry.name, entry.dtype, entry.shape, entry.size, source, header.data_offset + entry.offset)
         for entry in prologue.entries
@@ -383,10 +486,10 @@ def _open_apr(path: str, source: SourceFile, first: bytearray, lenient: bool) ->
     )
 
 
-def _embedded_files(encoded: Any, path: str) -> _SideFiles:
+def _embedded_files(encoded: Any, path: str) -> SideFiles:
     """Returns the files that a container carries as text; each is checked now and decoded again when asked for."""
     if encoded is None:
-        return _SideFiles({})
+        return SideFiles({})
     if not isinstance(encoded, dict):
         raise BrokenContainerError("the embedded side files are no object", code="source-files", file=path)
 
@@ -394,12 +497,12 @@ def _embedded_files(encoded: Any, path: str) -> _SideFiles:
         return lambda: _embedded_file(name, encoded[name], path)
 
     for name in encoded:
-        if not _FILE_NAME.fullmatch(name) or name.startswith("."):
+        if not file_names.can_go_along(name):
             raise BrokenContainerError(
-                "an embedded side file has no plain file name", code="source-files", file=path, found=repr(name)[:300]
+                "no embedded side file can have this name", code="source-files", file=path, found=repr(name)[:300]
             )
         _embedded_file(name, encoded[name], path)
-    return _SideFiles({name: reader(name) for name in encoded})
+    return SideFiles({name: reader(name) for name in encoded})
 
 
 def _embedded_file(name: str, content: Any, path: str) -> bytes:
@@ -415,9 +518,11 @@ def _embedded_file(name: str, content: Any, path: str) -> bytes:
         ) from None
 
 
-def _rebuilt_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns a config.json for an `.apr` that carries none, from its typed keys and its tensors."""
-    model = checkpoint.model_config()
+def _made_config(
+    model: Qwen2Config, metadata: Mapping[str, Any], tensors: Iterable[tuple[str, DType]]
+) -> dict[str, Any]:
+    """Returns a config.json for tensors that come from an `.apr` without one."""
+    held = dict(tensors)
     config: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -431,15 +536,15 @@ def _rebuilt_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "rope_theta": float(model.rope_theta),
         "rms_norm_eps": float(model.rms_norm_eps),
-        "tie_word_embeddings": model.tie_word_embeddings,
+        "tie_word_embeddings": HEAD not in held,
     }
     if model.head_dim * model.num_heads != model.hidden_size:
         config["head_dim"] = model.head_dim
     for key in ("bos_token_id", "eos_token_id"):
-        if type(checkpoint.metadata.get("tokenizer." + key)) is int:
-            config[key] = checkpoint.metadata["tokenizer." + key]
-    names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-    found = Counter(names[tensor.dtype.name] for tensor in checkpoint.tensors.values() if tensor.dtype.name in names)
+        if type(metadata.get("tokenizer." + key)) is int:
+            config[key] = metadata["tokenizer." + key]
+    # Types of 8 bits hold weights, never the numbers that a model computes with.
+    found = Counter(dtype.torch for dtype in held.values() if dtype.is_float and (dtype.bits or 0) >= 16)
     if found:
         config["torch_dtype"] = found.most_common(1)[0][0]
     return config
@@ -470,12 +575,9 @@ def _tensors(source: SourceFile, header: safetensors_format.SafetensorsHeader) -
         )
 
 
-def _open_single(
-    path: str, source: SourceFile, files: Mapping[str, Callable[[], bytes]], warnings: Iterable[str] = ()
-) -> Checkpoint:
+def _open_single(path: str, source: SourceFile, side_files: SideFiles, warnings: Iterable[str] = ()) -> Checkpoint:
     header = _header(source)
     metadata = header.metadata or {}
-    side_files = _SideFiles(files)
     # What the file itself carries was written with it; what lies beside it may have come there otherwise.
     embedded = metadata.get(SAFETENSORS_SOURCE_FILES_KEY)
     if embedded is not None:
@@ -490,6 +592,7 @@ def _open_single(
         metadata=dict(metadata),
         sources=(source,),
         warnings=[*warnings, *header.warnings],
+        has_metadata=header.metadata is not None,
     )
 
 
@@ -548,11 +651,13 @@ def _open_sharded(index: _ShardIndex, path: str) -> Checkpoint:
         sources = []
         held: dict[str, list[Tensor]] = {}
         metadata: dict[str, str] = {}
+        has_metadata = False
         for name in _present_shards(index):
             source = opened.enter_context(_inside(index.folder, name, warnings))
             header = _header(source)
             sources.append(source)
             warnings += header.warnings
+            has_metadata = has_metadata or header.metadata is not None
             for key, value in (header.metadata or {}).items():
                 if metadata.setdefault(key, value) != value:
                     warnings.append(f"the shards disagree about {key!r} in {safetensors_format.METADATA_KEY}")
@@ -567,10 +672,11 @@ def _open_sharded(index: _ShardIndex, path: str) -> Checkpoint:
             path,
             "safetensors",
             tensors=tensors,
-            files=_SideFiles(_side_files(index.folder)),
+            files=_side_files(index.folder, index.path),
             metadata=dict(metadata),
             sources=sources,
             warnings=warnings,
+            has_metadata=has_metadata,
         )
 
 
@@ -598,7 +704,7 @@ def _parse_index(source: SourceFile) -> _ShardIndex:
 def _check_shard_names(index: _ShardIndex) -> None:
     shards = index.shards
     for name in shards:
-        if not _FILE_NAME.fullmatch(name):
+        if not file_names.is_plain(name):
             raise RefusedError(
                 "the index names a shard that is no plain file name in its folder",
                 code="path-escapes",
@@ -627,7 +733,7 @@ def _present_shards(index: _ShardIndex) -> list[str]:
     missing = [name for name in index.shards if not os.path.exists(os.path.join(index.folder, name))]
     if missing:
         raise MissingFileError(
-            f"{len(missing)} of {len(index.shards)} shards are missing: {', '.join(missing[:20])}",
+            f"of {counted(len(index.shards), 'shard')} these are missing: {', '.join(missing[:20])}",
             code="shard-missing",
             file=os.path.join(index.folder, missing[0]),
         )
@@ -642,7 +748,7 @@ def _shard_warnings(index: _ShardIndex) -> list[str]:
         warnings.append(f"not in the index and not read: {', '.join(extra)}")
     counts = {int(match[2]) for name in index.shards if (match := _SHARD_COUNT.search(name))}
     if counts and counts != {len(index.shards)}:
-        warnings.append(f"the index names {len(index.shards)} shards, their names say {sorted(counts)}")
+        warnings.append(f"the index names {counted(len(index.shards), 'shard')}, the names say {sorted(counts)}")
     return warnings
 
 
@@ -666,7 +772,8 @@ def _check_weight_map(index: _ShardIndex, held: Mapping[str, Sequence[Tensor]]) 
     problems = [problem for _, listed in kinds for problem in listed]
     if problems:
         raise BrokenContainerError(
-            f"index and shards contradict each other, {len(problems)} tensors:\n  " + "\n  ".join(problems[:100]),
+            f"index and shards contradict each other, {counted(len(problems), 'tensor')}:\n  "
+            + "\n  ".join(problems[:100]),
             code=next(code for code, listed in kinds if listed),
             file=index.path,
             tensor=problems[0].partition(": ")[0] if len(problems) == 1 else None,
@@ -676,19 +783,26 @@ def _check_weight_map(index: _ShardIndex, held: Mapping[str, Sequence[Tensor]]) 
 # --- folders
 
 
-def _side_files(folder: str) -> dict[str, Callable[[], bytes]]:
-    """Returns name -> reader of the files that belong to a checkpoint beside its tensors."""
+def _side_files(folder: str, index: str | None = None) -> SideFiles:
+    """Returns the files that belong to a checkpoint beside its tensors, by their well-known names.
+
+    Anything else is left behind, and said to be: an unknown text may be a note, a result or somebody's credentials.
+    """
+    listed = _listed(folder)
 
     def reader(name: str) -> Callable[[], bytes]:
         return lambda: _read_side_file(folder, name)
 
-    return {
-        name: reader(name)
-        for name in _listed(folder)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in SIDE_FILES)
-        and not name.endswith(".safetensors")
-        and not os.path.isdir(os.path.join(folder, name))
-    }
+    def belongs(name: str) -> bool:
+        return file_names.is_side_file(name) and not os.path.isdir(os.path.join(folder, name))
+
+    names = [name for name in listed if belongs(name)]
+    others = (name for name in listed if not file_names.is_tensors(name) and name not in set(names))
+    return SideFiles(
+        {name: reader(name) for name in names},
+        paths=[*(os.path.join(folder, name) for name in names), folder, *([index] if index else [])],
+        left_behind=[f"{name}/" if os.path.isdir(os.path.join(folder, name)) else name for name in others],
+    )
 
 
 def _read_side_file(folder: str, name: str) -> bytes:
@@ -720,23 +834,27 @@ def _inside(folder: str, name: str, warnings: list[str]) -> SourceFile:
       RefusedError: Code "path-escapes".
     """
     path = os.path.join(folder, name)
-    root, target = os.path.realpath(folder), os.path.realpath(path)
-    snapshots = os.path.dirname(root)
-    allowed = [root]
-    if os.path.basename(snapshots) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
-    if os.path.dirname(target) not in allowed:
+    if not _stays_inside(folder, path):
         raise RefusedError(
             "this is a link that leads out of its folder",
             code="path-escapes",
             file=path,
-            found=target,
+            found=os.path.realpath(path),
             hint="Give the path of the file itself, or copy it here",
         )
     source = SourceFile(path)
     if source.links > 1 and name.endswith(".safetensors"):
         warnings.append(f"{name} is one of {source.links} hard links to its content")
     return source
+
+
+def _stays_inside(folder: str, path: str) -> bool:
+    root = os.path.realpath(folder)
+    snapshots = os.path.dirname(root)
+    allowed = [root]
+    if os.path.basename(snapshots) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    return os.path.dirname(os.path.realpath(path)) in allowed
 
 
 # --- arrays

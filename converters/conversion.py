@@ -13,22 +13,23 @@ import fnmatch
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters import apr_format, apr_metadata, casts, dtypes, safetensors_format, streaming, strict_json
 from converters.checkpoint import (
-    INDEX_NAME,
     SAFETENSORS_SOURCE_FILES_KEY,
-    SINGLE_NAME,
     SOURCE_FILES_KEY,
     Checkpoint,
     Tensor,
     open_checkpoint,
 )
-from converters.dtypes import DType
-from converters.errors import RefusedError, UsageError
+from converters.counting import counted
+from converters.dtypes import DType, Legacy
+from converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
+from converters.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from converters.output import (
     CHECKPOINT,
+    FolderKind,
     Notice,
     OutputFile,
     atomic_file,
@@ -37,10 +38,14 @@ from converters.output import (
     termination_as_interrupt,
 )
 from converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from converters.tied_heads import same_values
+
+if TYPE_CHECKING:
+    from converters.recoding import QuantisationError
 
 TARGETS = ("apr", "safetensors")
 HEADS = ("absent", "copy")
-_COMPARED_BYTES = 1 << 20
+_SHOWN_NAMES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ class CastRule:
 
     Attributes:
       glob: Which tensors, by name, upper and lower case distinct.
-      target: The type to cast to.
+      target: The type to cast to; if it is quantised, what `apr` leaves in float32 becomes or stays float32.
     """
 
     glob: str
@@ -195,11 +200,13 @@ class Outcome:
     Attributes:
       seconds: Time taken for the data, from opening the output until it had its name.
       damage: Tensor name -> what its cast did, where it did more than round.
+      quantised: Tensor name -> how far its values moved, for those that were quantised.
       footer_checked: Whether the checksum of the source was checked on the way; safetensors has none.
     """
 
     seconds: float
     damage: dict[str, casts.Damage]
+    quantised: dict[str, QuantisationError]
     footer_checked: bool
 
 
@@ -214,6 +221,7 @@ def convert(
     max_shard_bytes: int | None = None,
     force: bool = False,
     lenient: bool = False,
+    legacy: Legacy = False,
 ) -> Outcome:
     """Converts a checkpoint.
 
@@ -223,12 +231,12 @@ def convert(
       to: "apr" or "safetensors".
       cast, allow_overflow, tied_head, max_shard_bytes: As `plan`.
       force: Whether to replace an output that exists.
-      lenient: As `open_checkpoint`.
+      lenient, legacy: As `open_checkpoint`.
 
     Raises:
       AprJaxError: Any of the family; then there is no output.
     """
-    with open_checkpoint(source, lenient=lenient) as checkpoint:
+    with open_checkpoint(source, lenient=lenient, legacy=legacy) as checkpoint:
         planned = plan(
             checkpoint,
             os.fspath(output),
@@ -266,10 +274,12 @@ def plan(
       max_shard_bytes: Largest data section of one file of a folder, unless a single tensor is larger. None: one file.
 
     Raises:
-      UsageError: Code "shards-need-folder", "cast-matches-nothing".
+      UsageError: Code "output-name", "shards-need-folder", "cast-matches-nothing".
+      BrokenContainerError: Code "source-metadata": an `.apr` of ours keeps something else than strings there.
       RefusedError: A tensor that cannot be cast or held by the target, a configuration or tensors that do not fit
         (see `qwen2`).
     """
+    _check_output_name(output, to)
     is_folder = to == "safetensors" and not output.endswith(".safetensors")
     if max_shard_bytes is not None and not is_folder:
         raise UsageError("shards need a folder as output", code="shards-need-folder", file=output)
@@ -290,7 +300,10 @@ def plan(
         files = list(_plan_safetensors(chosen, metadata, is_folder, max_shard_bytes))
         if len(files) > 1:
             side_files[INDEX_NAME] = _index_json(files)
-    if cast and "config.json" in checkpoint.files:
+        warnings += _contradictions(checkpoint, chosen)
+    if checkpoint.left_behind:
+        warnings.append(_left_behind(checkpoint.left_behind))
+    if cast and CONFIG_NAME in checkpoint.files:
         warnings.append("config.json is kept as it is, so the type that it names may differ from that of the tensors")
     return Plan(
         checkpoint=checkpoint,
@@ -320,26 +333,34 @@ def run(
     Raises:
       UsageError, MissingFileError, StorageError: See `output`.
       BrokenContainerError: Code "footer-crc": the checksum of an `.apr` source is wrong.
-      RefusedError: Code "cast-overflow".
+      RefusedError: Code "cast-overflow" or "cast-non-finite".
     """
     begin = time.perf_counter()
     apr = plan.checkpoint.apr
     has_footer = apr is not None and apr.has_footer
     blocks: list[streaming.Block] = []
-    with termination_as_interrupt(), contextlib.ExitStack() as stack:
-        arguments: dict[str, Any] = {"force": force, "sources": _source_paths(plan.checkpoint), "notice": notice}
+    with termination_as_interrupt() as check_interrupted, contextlib.ExitStack() as stack:
+
+        def count(done: int) -> None:
+            check_interrupted()
+            if progress is not None:
+                progress(done)
+
+        arguments: dict[str, Any] = {"force": force, "sources": plan.checkpoint.paths, "notice": notice}
         if plan.is_folder:
-            folder = stack.enter_context(atomic_folder(plan.output, plan.bytes_written, **arguments))
+            folder = stack.enter_context(
+                atomic_folder(plan.output, plan.bytes_written, kind=_replaceable(plan), **arguments)
+            )
             for name, content in plan.side_files.items():
                 with folder.create(name, len(content)) as output:
                     output.write_at(content, 0)
             for file in plan.files:
                 with folder.create(file.name, file.size) as output:
-                    blocks += _write(file, output, has_footer, progress)
+                    blocks += _write(file, output, has_footer, count)
         else:
             (file,) = plan.files
             output = stack.enter_context(atomic_file(plan.output, file.size, **arguments))
-            blocks += _write(file, output, has_footer, progress)
+            blocks += _write(file, output, has_footer, count)
         # The output gets its name at the end of this block: what is found wrong until then leaves nothing behind.
         if apr is not None and has_footer:
             streaming.check_footer(plan.checkpoint.sources[0], apr.data_end, blocks)
@@ -348,13 +369,32 @@ def run(
         damage = _damage(blocks)
         if not plan.allow_overflow:
             _refuse_overflow(damage, plan.checkpoint.path)
-    return Outcome(time.perf_counter() - begin, damage, has_footer)
+        check_interrupted()
+    return Outcome(time.perf_counter() - begin, damage, _quantised(blocks), has_footer)
 
 
 def check_output(plan: Plan, *, force: bool) -> None:
     """Raises what `run` would raise because of what is at the output's path already."""
-    kind = CHECKPOINT if plan.is_folder else None
-    check_target(plan.output, folder=kind, force=force, sources=_source_paths(plan.checkpoint))
+    kind = _replaceable(plan) if plan.is_folder else None
+    check_target(plan.output, folder=kind, force=force, sources=plan.checkpoint.paths)
+
+
+def _replaceable(plan: Plan) -> FolderKind:
+    """Returns what a folder that is replaced may hold: nothing is lost either of what comes back as it is."""
+
+    def holds(name: str) -> bool:
+        return CHECKPOINT.holds(name) or (name in plan.side_files and _holds(plan, name))
+
+    return dataclasses.replace(CHECKPOINT, holds=holds)
+
+
+def _holds(plan: Plan, name: str) -> bool:
+    content, path = plan.side_files[name], os.path.join(plan.output, name)
+    with contextlib.suppress(OSError):
+        if os.path.getsize(path) == len(content):
+            with open(path, "rb") as file:
+                return file.read() == content
+    return False
 
 
 def parse_size(text: str) -> int:
@@ -374,6 +414,30 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise UsageError(f"'{text}' is no size", code="size", expected="a number with a unit, as 5GB, 500MB or 2GiB")
     return size
+
+
+def _check_output_name(output: str, to: str) -> None:
+    """Refuses a path that looks like another kind of output than the one that would appear there."""
+    name = output.rstrip("/").lower()
+    if to == "apr" and (output.endswith("/") or name.endswith(".safetensors")):
+        raise UsageError(
+            "an .apr is one file, and this is no name for one",
+            code="output-name",
+            file=output,
+            hint="Name it FILE.apr, or ask for --to safetensors",
+        )
+    if to == "safetensors" and name.endswith(".apr"):
+        raise UsageError(
+            "this is no name for a folder or a file of safetensors",
+            code="output-name",
+            file=output,
+            hint="Name a folder or FILE.safetensors, or ask for --to apr",
+        )
+
+
+def _left_behind(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return f"not taken along: {', '.join(map(printable, names[:_SHOWN_NAMES]))}{more}"
 
 
 # --- which tensors, and of which type
@@ -397,7 +461,7 @@ def _choose_tensors(
         wanted = tied_head or ("absent" if foreign and to == "safetensors" else None)
         # Already a copy in the embedding's type, or a head of its own: nothing to do either way.
         needless = wanted is None or (wanted == "copy" and head.dtype is embedding.dtype)
-        if not needless and _same_values(embedding, head):
+        if not needless and _is_copy(head, embedding):
             if wanted == "absent":
                 dropped[HEAD] = "its values are the embedding's"
                 del tensors[HEAD]
@@ -416,24 +480,12 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
         return HEAD in checkpoint.placeholders
 
 
-def _same_values(embedding: Tensor, head: Tensor) -> bool:
-    """Compares chunk by chunk, and ends at the first difference: a head of its own costs one chunk."""
-    if embedding.shape != head.shape:
+def _is_copy(head: Tensor, embedding: Tensor) -> bool:
+    try:
+        return same_values(embedding, head)
+    except RefusedError:
+        # Nobody knows, and nothing is thrown away.
         return False
-    narrow, wide = sorted((embedding, head), key=lambda tensor: tensor.dtype.bits or 0)
-    if narrow.dtype is not wide.dtype and (
-        wide.dtype.name not in narrow.dtype.exact_casts
-        or narrow.dtype.name not in casts.FLOATS
-        or wide.dtype.name not in casts.FLOATS
-    ):
-        return False
-    ratio = wide.nbytes // max(1, narrow.nbytes)
-    for ours, theirs in zip(narrow.stream(_COMPARED_BYTES), wide.stream(_COMPARED_BYTES * ratio), strict=True):
-        if narrow.dtype is not wide.dtype:
-            ours = casts.cast(ours, narrow.dtype.name, wide.dtype.name)[0]
-        if ours != theirs:
-            return False
-    return True
 
 
 def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path: str) -> _Chosen:
@@ -443,29 +495,40 @@ def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path
         matched = [name for name in tensors if fnmatch.fnmatchcase(name, rule.glob)]
         if not matched:
             unmatched.append(rule.glob)
-        targets |= dict.fromkeys(matched, rule.target)
+        targets |= {name: _target(tensors[name], name, rule.target) for name in matched}
     if unmatched:
         raise UsageError(
             f"no tensor's name matches {', '.join(unmatched)}", code="cast-matches-nothing", file=path, found=unmatched
         )
+    castable = (*casts.FLOATS, *(dtype.name for dtype in dtypes.TYPES.values() if dtype.codec_name))
     problems = [
         f"{name} is {tensors[name].dtype.name}"
         for name, target in targets.items()
-        if tensors[name].dtype is not target and tensors[name].dtype.name not in casts.FLOATS
+        if tensors[name].dtype is not target and tensors[name].dtype.name not in castable
     ]
     if problems:
         raise RefusedError(
-            f"only plain floating-point tensors can be cast, {len(problems)} are not:\n  " + "\n  ".join(problems),
+            "only floating-point and quantised tensors can be cast; neither, or of a type that nothing here decodes, "
+            f"are {len(problems)} in all:\n  " + "\n  ".join(problems),
             code="cast-source",
             file=path,
-            expected=f"one of {', '.join(casts.FLOATS)}",
+            expected=f"one of {', '.join(castable)}",
         )
     return [(name, tensor, targets.get(name, tensor.dtype)) for name, tensor in tensors.items()]
 
 
+def _target(tensor: Tensor, name: str, wanted: DType) -> DType:
+    """Returns the type that a tensor gets if `wanted` is asked for: small and sensitive ones are not quantised."""
+    if not wanted.is_block or tensor.dtype is wanted:
+        return wanted
+    from converters import codecs
+
+    return dtypes.by_name("f32") if codecs.stays_float(name, dtypes.element_count(tensor.shape)) else wanted
+
+
 def _nbytes(tensor: Tensor, dtype: DType) -> int:
     # A type that stays keeps its size too: K-quants have two layouts of different size.
-    return tensor.nbytes if tensor.dtype is dtype else dtype.nbytes(tensor.shape)
+    return tensor.nbytes if tensor.dtype is dtype else dtype.encoded_nbytes(tensor.shape)
 
 
 # --- the containers
@@ -489,12 +552,12 @@ def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) 
         return _restated(checkpoint, chosen)
     config: dict[str, Any] | None = None
     model: Qwen2Config | None = None
-    if "config.json" in checkpoint.files:
+    if CONFIG_NAME in checkpoint.files:
         config = checkpoint.config
         model = checkpoint.model_config()
         check_tensors(model, {name: tensor.shape for name, tensor, _ in chosen}, checkpoint.path)
     strings = _strings(checkpoint)
-    foreign = apr_metadata.foreign_from_safetensors(strings)
+    foreign = apr_metadata.foreign_from_safetensors(strings or {})
     if foreign is not None:
         if _says_the_same(foreign, model, checkpoint):
             return foreign
@@ -539,7 +602,7 @@ def _says_the_same(metadata: Mapping[str, Any], model: Qwen2Config | None, check
         before = Qwen2Config.from_apr(metadata, tied=model.tie_word_embeddings)
     except RefusedError:
         return False
-    return before == model and set(checkpoint.files) == {"config.json"}
+    return before == model and set(checkpoint.files) == {CONFIG_NAME}
 
 
 def _model_name(path: str) -> str:
@@ -556,9 +619,12 @@ def _model_name(path: str) -> str:
     return here
 
 
-def _strings(checkpoint: Checkpoint) -> dict[str, str]:
-    """Returns the `__metadata__` of a safetensors source, without the side files that may travel there."""
-    return {key: text for key, text in checkpoint.metadata.items() if key != SAFETENSORS_SOURCE_FILES_KEY}
+def _strings(checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Returns the `__metadata__` of a safetensors source, without the side files that may travel there; or None."""
+    strings = {key: text for key, text in checkpoint.metadata.items() if key != SAFETENSORS_SOURCE_FILES_KEY}
+    # Present but empty is told from absent, except beside side files, where nothing shows what there was.
+    present = checkpoint.has_metadata and len(strings) == len(checkpoint.metadata)
+    return strings if strings or present else None
 
 
 def _safetensors_metadata(
@@ -566,27 +632,45 @@ def _safetensors_metadata(
 ) -> tuple[dict[str, str] | None, dict[str, bytes]]:
     """Returns the strings for `__metadata__`, and the side files."""
     if checkpoint.kind == "safetensors":
-        return _strings(checkpoint) or None, dict(checkpoint.files)
+        return _strings(checkpoint), dict(checkpoint.files)
     if SOURCE_FILES_KEY in checkpoint.metadata:
-        kept = checkpoint.metadata.get(apr_metadata.SOURCE_METADATA)
-        return kept or None, dict(checkpoint.files)
+        return _kept_strings(checkpoint), dict(checkpoint.files)
     files = {}
     try:
-        files["config.json"] = _rebuilt_config(checkpoint, chosen)
+        config = checkpoint.config_for((name, dtype) for name, _, dtype in chosen)
+        files[CONFIG_NAME] = apr_metadata.config_json(config)
     except RefusedError as error:
         warnings.append(f"no config.json is written: {error.message}")
     return apr_metadata.foreign_to_safetensors(checkpoint.metadata), files
 
 
-def _rebuilt_config(checkpoint: Checkpoint, chosen: _Chosen) -> bytes:
-    config = checkpoint.config
-    if config is not checkpoint.metadata.get("hf_config"):
-        config["tie_word_embeddings"] = HEAD not in {name for name, _, _ in chosen}
-        largest = max(chosen, key=lambda item: _nbytes(item[1], item[2]), default=None)
-        spelt = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
-        if largest is not None and largest[2].name in spelt:
-            config["torch_dtype"] = spelt[largest[2].name]
-    return apr_metadata.config_json(config)
+def _kept_strings(checkpoint: Checkpoint) -> dict[str, str] | None:
+    """Returns the `__metadata__` that one of our `.apr` keeps."""
+    kept = checkpoint.metadata.get(apr_metadata.SOURCE_METADATA)
+    if kept is None or (isinstance(kept, dict) and all(isinstance(text, str) for text in kept.values())):
+        return kept
+    raise BrokenContainerError(
+        f"'{apr_metadata.SOURCE_METADATA}' is no object of strings", code="source-metadata", file=checkpoint.path
+    )
+
+
+def _contradictions(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[str]:
+    """Yields what the tensors have against the configurations that go along with them."""
+    shapes = {name: tensor.shape for name, tensor, _ in chosen}
+    found: dict[str, str] = {}
+    for what in ("config.json", "the metadata of the .apr"):
+        try:
+            if what == "config.json" and checkpoint.has_config:
+                check_tensors(checkpoint.model_config(), shapes)
+            elif what != "config.json" and checkpoint.kind == "apr":
+                # As `apr` and the config.json made from it will have it: the tensors say whether the head is tied.
+                check_tensors(Qwen2Config.from_apr(checkpoint.metadata, tied=HEAD not in shapes), shapes)
+        except AprJaxError as error:
+            # Another code: no configuration of Qwen2, and safetensors hold any model.
+            if error.code == "tensors-mismatch":
+                found.setdefault(error.message, what)
+    for message, what in found.items():
+        yield f"{what}: {message}"
 
 
 def _plan_safetensors(
@@ -594,15 +678,19 @@ def _plan_safetensors(
 ) -> Iterator[PlannedFile]:
     unfit = [f"{name} is {dtype.name}" for name, _, dtype in chosen if dtype.safetensors is None]
     if unfit:
+        decoded = all(
+            tensor.dtype is dtype and dtype.codec_name for _, tensor, dtype in chosen if not dtype.safetensors
+        )
         raise RefusedError(
-            f"safetensors cannot hold these tensors, {len(unfit)} of them:\n  " + "\n  ".join(unfit),
+            f"safetensors cannot hold these tensors, {len(unfit)} in all:\n  " + "\n  ".join(unfit),
             code="safetensors-unsupported",
+            hint="--cast f32 decodes them (so do --cast bf16 and f16)" if decoded else "Quantised types need --to apr",
         )
     shards = list(_cut_shards(chosen, max_shard_bytes))
     for number, shard in enumerate(shards, 1):
         name = "" if not is_folder else SINGLE_NAME
         if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = shard_name(number, len(shards))
         ordered = _aligned(shard)
         prologue = safetensors_format.serialise_header(
             ((name, dtype, tensor.shape) for name, tensor, dtype in ordered), metadata
@@ -665,17 +753,16 @@ def _write(
     parts = []
     for tensor in file.tensors:
         again = tensor.name == HEAD and tensor.source.name != HEAD
-        parts.append(
-            streaming.Part(
-                tensor.source.source,
-                tensor.source.offset,
-                tensor.source.nbytes,
-                tensor.offset,
-                tensor.name,
-                tensor.cast,
-                again,
-            )
+        part = streaming.Part(
+            tensor.source.source,
+            tensor.source.offset,
+            tensor.source.nbytes,
+            tensor.offset,
+            tensor.name,
+            tensor.cast,
+            again,
         )
+        parts.append(_recoded(part, tensor) if tensor.cast and _is_quantised(tensor) else part)
     blocks = streaming.move(
         streaming.coalesce(parts), output, summed=source_summed or file.has_footer, progress=progress
     )
@@ -683,6 +770,25 @@ def _write(
         end = file.size - apr_format.FOOTER_BYTES
         output.write_at(apr_format.footer(streaming.output_crc(file.prologue, blocks, end)), end)
     return blocks
+
+
+def _is_quantised(tensor: PlannedTensor) -> bool:
+    return tensor.dtype.is_block or tensor.source.dtype.is_block
+
+
+def _recoded(part: streaming.Part, tensor: PlannedTensor) -> streaming.Part:
+    from converters.recoding import Recoding
+
+    return dataclasses.replace(part, cast=None, recoding=Recoding(tensor.source, tensor.dtype))
+
+
+def _quantised(blocks: Iterable[streaming.Block]) -> dict[str, QuantisationError]:
+    errors: dict[str, QuantisationError] = {}
+    for block in blocks:
+        if block.error is not None and block.part.recoding is not None and block.part.recoding.target.is_block:
+            name = block.part.tensor
+            errors[name] = errors[name] + block.error if name in errors else block.error
+    return errors
 
 
 def _damage(blocks: Iterable[streaming.Block]) -> dict[str, casts.Damage]:
@@ -694,17 +800,12 @@ def _damage(blocks: Iterable[streaming.Block]) -> dict[str, casts.Damage]:
 
 
 def _refuse_overflow(damage: Mapping[str, casts.Damage], path: str) -> None:
-    problems = [f"{name}: {found.overflowed} values" for name, found in damage.items() if found.overflowed]
+    problems = [f"{name}: {counted(found.overflowed, 'value')}" for name, found in damage.items() if found.overflowed]
     if problems:
         raise RefusedError(
-            f"the cast would turn finite values into infinities, in {len(problems)} tensors:\n  "
+            f"the cast would turn finite values into infinities, in {counted(len(problems), 'tensor')}:\n  "
             + "\n  ".join(problems),
             code="cast-overflow",
             file=path,
             hint="--allow-overflow lets them become infinite; bf16 has the range of f32",
         )
-
-
-def _source_paths(checkpoint: Checkpoint) -> list[str]:
-    paths = [source.path for source in checkpoint.sources]
-    return [*paths, checkpoint.path] if checkpoint.path not in paths else paths

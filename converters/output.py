@@ -17,6 +17,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
+from converters import file_names
 from converters.errors import MissingFileError, StorageError, UsageError
 
 _TEMPORARY = "apr-jax-tmp"
@@ -48,12 +49,10 @@ class FolderKind:
     shows: Callable[[str], bool]
 
 
-_CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".txt", ".md", ".jinja", ".model")
-_CHECKPOINT_STEMS = ("tokenizer", "vocab.", "chat_template.", "LICENSE", "NOTICE", "README", ".gitattributes")
 CHECKPOINT = FolderKind(
     "checkpoint",
-    holds=lambda name: "/" not in name and (name.endswith(_CHECKPOINT_SUFFIXES) or name.startswith(_CHECKPOINT_STEMS)),
-    shows=lambda name: name == "config.json" or name.endswith(".safetensors"),
+    holds=file_names.is_checkpoint_file,
+    shows=lambda name: name == file_names.CONFIG_NAME or name.endswith(".safetensors"),
 )
 
 
@@ -264,29 +263,49 @@ def check_target(
 
 
 @contextlib.contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP end the block as Ctrl-C does (KeyboardInterrupt), so that temporaries are removed."""
+def termination_as_interrupt(*, last: bool = False) -> Iterator[Callable[[], None]]:
+    """Lets SIGTERM and SIGHUP end the block as Ctrl-C does (KeyboardInterrupt), so that temporaries are removed.
+
+    Only the first signal is raised where the program happens to be: another one would cut the cleaning up short. Some
+    code swallows what it is interrupted by (imports, callbacks of the garbage collector), or turns it into an error of
+    its own: what the block gets raises KeyboardInterrupt if there was a signal, and so does the end of the block.
+
+    Args:
+      last: Whether the process ends with the block: signals are then ignored after it, so that they do not make another
+        end of it than was decided.
+    """
     import signal
     import threading
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
+    received = False
+
+    def check() -> None:
+        if received:
+            raise KeyboardInterrupt
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        nonlocal received
+        if not received:
+            received = True
+            raise KeyboardInterrupt
 
-    signals = (signal.SIGTERM, signal.SIGHUP)
     # A signal that was ignored (nohup) stays ignored.
-    before = {number: signal.getsignal(number) for number in signals}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, interrupt)
-        yield
+        yield check
+    except Exception:
+        check()
+        raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)
+    check()
 
 
 def _exists(path: str) -> UsageError:

@@ -10,8 +10,8 @@ Sources: `Qwen2Config` and `modeling_qwen2.py` of HuggingFace transformers; the 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from converters.errors import RefusedError
@@ -35,6 +35,13 @@ _USED = frozenset(
     use_sliding_window use_mrope layer_types pruned_heads""".split()
 )
 
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+_ROPE_OBJECTS = ("rope_parameters", "rope_scaling")
+
 # `.apr` key -> the spellings that the engine reads in its place (apr-v2-format section 3.4).
 _APR_KEYS = {
     "vocab_size": ("n_vocab",),
@@ -47,6 +54,21 @@ _APR_KEYS = {
     "max_position_embeddings": ("max_seq_len", "context_length", "n_ctx"),
 }
 _APR_ROPE_NEOX = 2
+# HuggingFace's names of what changes the arithmetic, should a foreign writer have put them into `.apr` metadata.
+_CHECKED_IN_APR = (
+    "rope_theta",
+    "hidden_act",
+    "use_sliding_window",
+    "use_mrope",
+    "layer_types",
+    "pruned_heads",
+    *_ROPE_OBJECTS,
+)
+_CHANGING = ("partial_rotary_factor", "rope_local_base_freq", "attention_bias", "quantization_config", "num_experts")
+_MAX_LAYERS = 10_000
+# The float32 range without subnormal numbers: `.apr` stores rope_theta and eps in float32, and engines compute with it.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+_SHOWN = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +124,10 @@ class Qwen2Config:
                 problems.append(
                     f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is not given"
                 )
-        rope = config.get("rope_parameters") or {}
-        theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
-        if theta is None:
-            theta = config.get("rope_theta")
+        # Wherever it stands; that the places agree has been checked.
+        bases = [config.get("rope_theta")]
+        bases += [rope.get("rope_theta") for rope in map(config.get, _ROPE_OBJECTS) if isinstance(rope, Mapping)]
+        theta = next((base for base in bases if base is not None), None)
         values = {
             "vocab_size": config.get("vocab_size"),
             "hidden_size": hidden,
@@ -119,7 +141,7 @@ class Qwen2Config:
             "tie_word_embeddings": config.get("tie_word_embeddings", False),
             "max_position_embeddings": config.get("max_position_embeddings", 32768),
         }
-        _raise_if([*problems, *_value_problems(values)], file)
+        _raise_if([*problems, *_value_problems(values, _HF_NAMES)], file)
         return cls(**values)
 
     @classmethod
@@ -142,6 +164,14 @@ class Qwen2Config:
         rope_type = metadata.get("rope_type")
         if rope_type not in (None, _APR_ROPE_NEOX):
             problems.append(f"rope_type is {rope_type!r}, expected {_APR_ROPE_NEOX} (split halves)")
+        problems += _arithmetic_problems(
+            {key: metadata[key] for key in _CHECKED_IN_APR if metadata.get(key) is not None}
+        )
+        problems += [
+            f"{key} is {metadata[key]!r}: not supported"
+            for key in _CHANGING
+            if metadata.get(key) not in (None, False, 0)
+        ]
         given: dict[str, Any] = {}
         for key, aliases in _APR_KEYS.items():
             spelt = {name: metadata[name] for name in (key, *aliases) if metadata.get(name) is not None}
@@ -219,8 +249,9 @@ def check_tensors(config: Qwen2Config, found: Mapping[str, tuple[int, ...]], fil
         elif tuple(shape) != wanted:
             problems.append(f"shape: {name} is {list(shape)}, the configuration needs {list(wanted)}")
     if problems:
+        listed = problems[:_SHOWN] + ([f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         raise RefusedError(
-            f"the tensors do not match the configuration, {len(problems)} of them:\n  " + "\n  ".join(problems),
+            f"the tensors do not match the configuration, {len(problems)} of them:\n  " + "\n  ".join(listed),
             code="tensors-mismatch",
             file=file,
         )
@@ -230,28 +261,40 @@ def _number(value: Any) -> Any:
     return float(value) if type(value) is int else value
 
 
-def _value_problems(values: Mapping[str, Any]) -> Iterable[str]:
+def _value_problems(values: Mapping[str, Any], spelling: Mapping[str, str] = MappingProxyType({})) -> Iterable[str]:
+    """Checks types and ranges; `spelling` gives the names that the user knows the fields by."""
     for field in dataclasses.fields(Qwen2Config):
-        value = values[field.name]
+        name, value = spelling.get(field.name, field.name), values[field.name]
         if value is None:
-            yield f"{field.name} is missing"
+            yield f"{name} is missing"
         elif field.type == "int" and (type(value) is not int or not 0 < value < 2**31):
-            yield f"{field.name} is {value!r}, expected a positive integer"
-        elif field.type == "float" and not (isinstance(value, float) and math.isfinite(value) and value > 0):
-            yield f"{field.name} is {value!r}, expected a positive number"
+            yield f"{name} is {value!r}, expected a positive integer"
+        elif field.type == "float" and not (isinstance(value, float) and _SMALLEST <= value <= _LARGEST):
+            yield f"{name} is {value!r}, expected a positive number that float32 can hold"
         elif field.type == "bool" and type(value) is not bool:
-            yield f"{field.name} is {value!r}, expected true or false"
-    head_dim, heads, kv_heads = values["head_dim"], values["num_heads"], values["num_kv_heads"]
-    if type(head_dim) is int and head_dim % 2:
-        yield f"head_dim is {head_dim}, expected an even number (RoPE rotates pairs)"
-    if type(heads) is int and type(kv_heads) is int and kv_heads > 0 and heads % kv_heads:
-        yield f"num_kv_heads is {kv_heads}, expected a divisor of num_heads {heads}"
+            yield f"{name} is {value!r}, expected true or false"
+    layers, heads, kv_heads = (spelling.get(name, name) for name in ("num_layers", "num_heads", "num_kv_heads"))
+    if type(values["num_layers"]) is int and values["num_layers"] > _MAX_LAYERS:
+        yield f"{layers} is {values['num_layers']}, expected at most {_MAX_LAYERS}"
+    if type(values["head_dim"]) is int and values["head_dim"] % 2:
+        yield f"head_dim is {values['head_dim']}, expected an even number (RoPE rotates pairs)"
+    count, groups = values["num_heads"], values["num_kv_heads"]
+    if type(count) is int and type(groups) is int and groups > 0 and count % groups:
+        yield f"{kv_heads} is {groups}, expected a divisor of {heads} {count}"
 
 
 def _hf_problems(config: Mapping[str, Any]) -> Iterable[str]:
     model_type = config.get("model_type")
     if model_type != "qwen2":
         yield f"model_type is {model_type!r}, expected 'qwen2'"
+    yield from _arithmetic_problems(config)
+    for key, value in config.items():
+        if key not in _USED and key not in _WITHOUT_EFFECT and value is not None:
+            yield f"{key} is not known to leave the forward pass unchanged"
+
+
+def _arithmetic_problems(config: Mapping[str, Any]) -> Iterable[str]:
+    """Attributes that ask for another arithmetic than Qwen2's plain one."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         yield f"hidden_act is {config['hidden_act']!r}, expected 'silu'"
     if config.get("use_sliding_window"):
@@ -265,14 +308,21 @@ def _hf_problems(config: Mapping[str, Any]) -> Iterable[str]:
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
     ):
         yield "layer_types holds something else than 'full_attention'"
-    for key in ("rope_scaling", "rope_parameters"):
-        yield from _rope_problems(key, config.get(key), config.get("rope_theta"))
-    for key, value in config.items():
-        if key not in _USED and key not in _WITHOUT_EFFECT and value is not None:
-            yield f"{key} is not known to leave the forward pass unchanged"
+    yield from _all_rope_problems(config)
 
 
-def _rope_problems(key: str, value: Any, theta: Any) -> Iterable[str]:
+def _all_rope_problems(config: Mapping[str, Any]) -> Iterable[str]:
+    bases = {"rope_theta": config.get("rope_theta")}
+    for key in _ROPE_OBJECTS:
+        value = config.get(key)
+        yield from _rope_problems(key, value)
+        bases[f"{key}.rope_theta"] = value.get("rope_theta") if isinstance(value, Mapping) else None
+    given = {name: base for name, base in bases.items() if base is not None}
+    if len(set(map(repr, map(_number, given.values())))) > 1:
+        yield " and ".join(f"{name} {base!r}" for name, base in given.items()) + " contradict each other"
+
+
+def _rope_problems(key: str, value: Any) -> Iterable[str]:
     if value is None:
         return
     if not isinstance(value, Mapping):
@@ -284,15 +334,13 @@ def _rope_problems(key: str, value: Any, theta: Any) -> Iterable[str]:
     for name in value:
         if name not in ("rope_theta", "rope_type", "type") and kind == "default":
             yield f"{key}.{name} is not known to leave the forward pass unchanged"
-    if theta is not None and value.get("rope_theta") not in (None, theta):
-        yield f"rope_theta {theta!r} and {key}.rope_theta {value['rope_theta']!r} contradict each other"
 
 
 def _raise_if(problems: Iterable[str], file: str | None = None) -> None:
     listed = list(problems)
     if listed:
         raise RefusedError(
-            f"the configuration is not supported, {len(listed)} problems:\n  " + "\n  ".join(listed),
+            "the configuration is not supported:\n  " + "\n  ".join(listed),
             code="config-unsupported",
             file=file,
         )

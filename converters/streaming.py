@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from converters import casts, dtypes
 from converters.crc import crc32, crc32_combine
@@ -18,11 +20,15 @@ from converters.errors import BrokenContainerError
 from converters.output import OutputFile
 from converters.source import SourceFile
 
+if TYPE_CHECKING:
+    from converters.recoding import QuantisationError, Recoding
+
 # Fits the second-level cache, and is long enough that the interpreter does not show.
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 16 << 20
 # More threads than this do not copy faster: memory is the limit.
 _MAX_THREADS = 4
+_LOOK_SECONDS = 0.001
 
 Progress = Callable[[int], None]
 
@@ -39,6 +45,7 @@ class Part:
       tensor: The tensor it belongs to, the first one if there are several.
       cast: Names of the types to cast from and to; None copies.
       again: Whether another part reads the same bytes for their first use.
+      recoding: The cast, if one of its types is quantised.
     """
 
     source: SourceFile
@@ -48,6 +55,7 @@ class Part:
     tensor: str
     cast: tuple[str, str] | None = None
     again: bool = False
+    recoding: Recoding | None = None
 
 
 @dataclasses.dataclass
@@ -60,6 +68,8 @@ class Block:
       output_offset, written: Its bytes in the output.
       read_crc, written_crc: CRC-32 of both, where asked for.
       damage: What a cast did.
+      values: The values it holds, first and end, if it is recoded; its source bytes are then only an estimate.
+      error: How far quantising moved its values.
     """
 
     part: Part
@@ -70,6 +80,8 @@ class Block:
     read_crc: int = 0
     written_crc: int = 0
     damage: casts.Damage = dataclasses.field(default_factory=casts.Damage)
+    values: tuple[int, int] | None = None
+    error: QuantisationError | None = None
 
 
 def coalesce(parts: Iterable[Part]) -> list[Part]:
@@ -82,6 +94,8 @@ def coalesce(parts: Iterable[Part]) -> list[Part]:
             and last.source is part.source
             and last.cast is None
             and part.cast is None
+            and last.recoding is None
+            and part.recoding is None
             and last.again == part.again
             and last.source_offset + last.nbytes == part.source_offset
             and last.output_offset + last.nbytes == part.output_offset
@@ -106,7 +120,15 @@ def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: P
 
     Raises:
       StorageError: Reading or writing failed.
+      RefusedError: Values that cannot be quantised.
     """
+    # What a thread would import is imported here: an import that an interrupt breaks off in one thread can leave
+    # another one waiting for it forever.
+    for part in parts:
+        if part.recoding is not None:
+            part.recoding.prepare()
+    if any(part.cast is not None for part in parts):
+        casts.prepare()
     blocks = [block for part in parts for block in _cut(part)]
     mover = _Mover(blocks, output, summed, progress)
     mover.run(min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks)))
@@ -135,7 +157,11 @@ def check_footer(source: SourceFile, end: int, blocks: Iterable[Block]) -> None:
       BrokenContainerError: Code "footer-crc".
     """
     crc, position = 0, 0
-    read = (block for block in blocks if block.part.source is source and not block.part.again)
+    read = (
+        block
+        for block in blocks
+        if block.part.source is source and not block.part.again and block.part.recoding is None
+    )
     for block in sorted(read, key=lambda block: block.source_offset):
         crc = _read_crc(source, position, block.source_offset, crc)
         crc = crc32_combine(crc, block.read_crc, block.nbytes)
@@ -164,6 +190,9 @@ def _read_crc(source: SourceFile, begin: int, end: int, crc: int) -> int:
 
 
 def _cut(part: Part) -> Iterable[Block]:
+    if part.recoding is not None:
+        yield from _cut_values(part, part.recoding)
+        return
     read, written = (1, 1) if part.cast is None else [dtypes.by_name(name).block_bytes for name in part.cast]
     for begin in range(0, part.nbytes, _BLOCK_BYTES):
         nbytes = min(_BLOCK_BYTES, part.nbytes - begin)
@@ -176,6 +205,15 @@ def _cut(part: Part) -> Iterable[Block]:
         )
 
 
+def _cut_values(part: Part, recoding: Recoding) -> Iterable[Block]:
+    pieces = list(recoding.pieces())
+    for number, (first, end, offset, written) in enumerate(pieces):
+        # Whole bytes of an even share, so that progress adds up.
+        begin, stop = (part.nbytes * share // len(pieces) for share in (number, number + 1))
+        at = part.output_offset + offset
+        yield Block(part, part.source_offset + begin, stop - begin, at, written, values=(first, end))
+
+
 class _Mover:
     def __init__(self, blocks: Sequence[Block], output: OutputFile, summed: bool, progress: Progress | None):
         self._queue = iter(blocks)
@@ -184,6 +222,7 @@ class _Mover:
         self._progress = progress
         self._lock = threading.Lock()
         self._stopped = False
+        self._helping = 0
         self._error: BaseException | None = None
 
     def run(self, threads: int) -> None:
@@ -192,24 +231,38 @@ class _Mover:
             for helper in helpers:
                 helper.start()
             self._work()
-            for helper in helpers:
-                helper.join()
+            self._wait()
         except BaseException:
             # Also on Ctrl-C, which only this thread sees: the output must not be written to after it is closed.
-            self._stopped = True
-            for helper in helpers:
-                if helper.ident is not None:
-                    helper.join()
+            with self._lock:
+                self._stopped = True
+            self._wait()
             raise
         if self._error is not None:
             raise self._error
 
+    def _wait(self) -> None:
+        """Returns when no helper works; one that has not begun by then finds nothing to do.
+
+        Thread.join takes a thread for ended if an interrupt comes while it waits (CPython 3.11), and any lock can be
+        left held by one: so it is only looked at, now and then.
+        """
+        while self._helping:
+            time.sleep(_LOOK_SECONDS)
+
     def _help(self) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._helping += 1
         try:
             self._work()
         except BaseException as error:
             self._error = self._error or error
             self._stopped = True
+        finally:
+            with self._lock:
+                self._helping -= 1
 
     def _work(self) -> None:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
@@ -220,7 +273,18 @@ class _Mover:
                 break
             self._move(block, buffer)
 
+    def _recode(self, block: Block, recoding: Recoding, values: tuple[int, int]) -> None:
+        written, block.damage, block.error = recoding.recode(*values)
+        if self._summed:
+            block.written_crc = crc32(written)
+        self._output.write_at(written, block.output_offset)
+        if self._progress is not None:
+            self._progress(block.nbytes)
+
     def _move(self, block: Block, buffer: memoryview) -> None:
+        if block.part.recoding is not None and block.values is not None:
+            self._recode(block, block.part.recoding, block.values)
+            return
         done = 0
         to = block.output_offset
         while done < block.nbytes and not self._stopped:

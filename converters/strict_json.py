@@ -22,6 +22,9 @@ from converters.errors import BrokenContainerError, RefusedError
 
 # Longest spelling of a number that is believed; a float64 needs 24 characters, an unsigned 64-bit integer 20.
 _MAX_NUMBER_CHARACTERS = 100
+_MAX_DEPTH = 64
+_MAX_CONTAINERS = 1_000_000
+_MAX_STRINGS = 4_000_000
 # The C scanner recurses; below this many levels it is far from the interpreter's own limit.
 _SAFE_DEPTH = 200
 
@@ -64,9 +67,9 @@ def loads(
     *,
     what: str,
     max_bytes: int,
-    max_depth: int = 64,
-    max_containers: int = 1_000_000,
-    max_strings: int = 4_000_000,
+    max_depth: int = _MAX_DEPTH,
+    max_containers: int = _MAX_CONTAINERS,
+    max_strings: int = _MAX_STRINGS,
     file: str | None = None,
     offset: int = 0,
 ) -> Any:
@@ -107,6 +110,24 @@ def loads(
     if _SURROGATE_ESCAPE.search(data):
         _refuse_surrogates(value, reader)
     return value
+
+
+def check_limits(data: Bytes, *, what: str) -> None:
+    """Checks text that is about to be written against the limits that `loads` has for it when it comes back.
+
+    Args:
+      data: What `dumps` returned.
+      what: As `loads`.
+
+    Raises:
+      RefusedError: Codes "json-depth", "json-count".
+    """
+    reader = _Reader(what, None, 0)
+    try:
+        if _check_structure(data, reader, _MAX_DEPTH, _MAX_CONTAINERS, _MAX_STRINGS):
+            raise reader.error("is nested too deeply", "json-depth", expected=f"at most {_MAX_DEPTH} levels")
+    except BrokenContainerError as error:
+        raise RefusedError(error.message, code=error.code, found=error.found, expected=error.expected) from None
 
 
 def dumps(value: Any) -> bytes:

@@ -10,7 +10,9 @@ from converters.commands import cli
 COMMANDS = {
     "convert": ("converters.commands.convert", "convert between .apr and safetensors, bit for bit"),
     "show": ("converters.commands.show", "print header, metadata, side files and tensors of a checkpoint"),
+    "verify": ("converters.commands.verify", "compare two checkpoints and say what happened, or check one"),
     "golden": ("apr_jax.commands.golden", "write reference logits and stages, or check a model against them"),
+    "parity": ("apr_jax.commands.parity", "find and name mistakes in another forward pass of the same checkpoint"),
     "make-sample": ("apr_jax.commands.make_sample", "write a seeded Qwen2 checkpoint"),
 }
 

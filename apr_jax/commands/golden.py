@@ -34,7 +34,8 @@ examples:
   golden.py model.apr --check golden.safetensors                 recompute with the file's inputs and compare
   golden.py model.apr --check dump/                              the same against a dump of another engine
 
-exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O
+exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O,
+  130 interrupted
 """
 
 
@@ -69,7 +70,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    return _check(args) if args.check else _make(args)
+    from converters.output import termination_as_interrupt
+
+    with termination_as_interrupt():
+        return _check(args) if args.check else _make(args)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -78,10 +82,12 @@ def main(args: argparse.Namespace) -> int:
 def _make(args: argparse.Namespace) -> int:
     from apr_jax import aprt, golden, stages
     from converters.checkpoint import open_checkpoint
+    from converters.output import check_target
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
     if as_dump and not args.trace:
         raise UsageError("a folder of APRT files holds stages", code="aprt-trace", hint="Add --trace.")
+    check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force)
     with open_checkpoint(args.model) as checkpoint:
         config = checkpoint.model_config()
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
@@ -89,13 +95,14 @@ def _make(args: argparse.Namespace) -> int:
         made = _compute(args, checkpoint, inputs)
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
     if as_dump:
-        stages_only = {key: value for key, value in made.values.items() if not key.startswith("hidden.")}
-        aprt.write(args.output, inputs, stages_only, force=args.force)
+        written = {key: value for key, value in made.values.items() if not key.startswith("hidden.")}
+        aprt.write(args.output, inputs, written, force=args.force)
     else:
+        written = dict(made.values)
         golden.write(args.output, made, force=args.force)
     if args.json:
         cli.print_json(
-            {"output": args.output, "tensors": len(made.values), "loss": summary, "metadata": dict(made.metadata)}
+            {"output": args.output, "tensors": len(written), "loss": summary, "metadata": dict(made.metadata)}
         )
     else:
         rows, length = inputs.input_ids.shape
@@ -123,7 +130,7 @@ def _run_jax(
     from apr_jax import golden, stages
     from apr_jax.model import load_model
 
-    model = load_model(checkpoint.path, args.dtype, args.device)
+    model = load_model(checkpoint, args.dtype, args.device)
     layers = model.config.num_layers
     keys = set(stages.trace_keys(layers)) if args.trace else {stages.LOGITS}
     if args.hidden_states:
@@ -138,7 +145,10 @@ def _run_jax(
 
 def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
     from apr_jax import hf_reference
+    from converters.qwen2 import check_tensors
 
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    check_tensors(checkpoint.model_config(), shapes, checkpoint.path)
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.path
         if checkpoint.kind != "safetensors" or not os.path.isdir(folder):
@@ -166,7 +176,7 @@ def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) ->
 def _inputs(args: argparse.Namespace, checkpoint: Checkpoint, batch: int) -> Inputs:
     from apr_jax import golden, inputs
 
-    if args.input_ids:
+    if args.input_ids is not None:
         if args.input_ids.endswith(".safetensors"):
             return golden.read(args.input_ids).inputs
         return inputs.from_json(args.input_ids)
@@ -186,7 +196,15 @@ def _encode(checkpoint: Checkpoint, prompt: str) -> list[int]:
             file=checkpoint.path,
             hint="Give token ids with --input-ids FILE.",
         )
-    ids: list[int] = tokenizers.Tokenizer.from_str(source.decode()).encode(prompt).ids
+    try:
+        prompt.encode()
+        ids: list[int] = tokenizers.Tokenizer.from_str(source.decode()).encode(prompt).ids
+    except UnicodeEncodeError:
+        raise UsageError("the prompt is not UTF-8", code="prompt") from None
+    except Exception as error:  # the package raises bare Exception for whatever it cannot parse
+        raise RefusedError(
+            f"tokenizer.json cannot be used: {error}", code="tokenizer-broken", file=checkpoint.path
+        ) from None
     return ids
 
 
@@ -249,7 +267,10 @@ def _bar(args: argparse.Namespace, reference: Golden) -> Callable[[str], float]:
     """Returns what each tensor's relative L2 may be, by the coarser of the two sides' dtypes."""
     from apr_jax import bars, compare
 
-    coarser = min(args.dtype, reference.metadata.get("dtype", "float32"), key=_DTYPES.index)
+    theirs = reference.metadata.get("dtype", "float32")
+    if theirs not in _DTYPES:
+        raise RefusedError("the golden file was computed in an unknown dtype", code="golden-dtype", found=theirs)
+    coarser = min(args.dtype, theirs, key=_DTYPES.index)
     if coarser != "bfloat16":
         fixed = bars.relative_l2(coarser, reference.inputs.input_ids.shape[1])
         return lambda key: fixed
@@ -264,6 +285,8 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
     given = _inputs(args, checkpoint, batch=1) if args.input_ids else None
     if os.path.isdir(args.check):
         inputs, values = aprt.read(args.check, checkpoint.model_config(), given)
+        if unknown := aprt.unknown_files(args.check, checkpoint.model_config()):
+            print(f"warning: not compared, no stage of this model: {', '.join(unknown[:8])}", file=sys.stderr)
         return golden.Golden(inputs, values, {})
     if given is not None:
         raise UsageError("a golden file brings its own inputs", code="input-ids", hint="Leave --input-ids out.")

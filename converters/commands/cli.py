@@ -3,30 +3,107 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from converters.errors import AprJaxError, StorageError
+from converters.errors import AprJaxError, StorageError, printable
+from converters.output import termination_as_interrupt
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
 
 EXIT_DIFFERS = 1
 EXIT_INTERRUPTED = 130
 
 
-def make_parser(prog: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Returns a parser that accepts absl's flags beside the command's own and keeps the epilog's line breaks."""
+def make_parser(program: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Returns a parser that accepts absl's flags beside the command's own and keeps the epilog's line breaks.
+
+    Args:
+      program: What the command was called by: a path, of which the name is shown, or "apr-jax COMMAND".
+      description: What it does.
+      epilog: More about it; "%(prog)s" stands for its name.
+    """
     from absl.flags import argparse_flags
 
-    return argparse_flags.ArgumentParser(
-        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    class Parser(argparse_flags.ArgumentParser):
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+            return super().parse_known_args(None if args is None else list(_without_guessing(args)), namespace)
+
+    return Parser(
+        prog=os.path.basename(program),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def _without_guessing(args: Sequence[str]) -> Iterator[str]:
+    """Yields the arguments, --legacy joined with an ID=TYPE after it; argparse would take any argument for one."""
+    rest = iter(range(len(args)))
+    for at in rest:
+        if args[at] == "--":
+            yield from args[at:]
+            return
+        if args[at] != "--legacy":
+            yield args[at]
+            continue
+        said = args[at + 1] if at + 1 < len(args) and re.fullmatch(r"[0-9]+=\S+", args[at + 1]) else None
+        yield f"--legacy={said or ''}"
+        if said is not None:
+            next(rest)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how checkpoints are opened; `open_from` obeys them."""
+    parser.add_argument("--lenient", action="store_true", help="turn oddities of .apr files into warnings")
+    parser.add_argument(
+        "--legacy",
+        metavar="ID=TYPE",
+        nargs="?",
+        const="",
+        action="append",
+        default=[],
+        help="read dtype ids of older .apr files, by size; with ID=TYPE where the size does not decide (repeatable)",
+    )
+
+
+def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
+    """Opens a checkpoint as the options of `add_checkpoint_arguments` say.
+
+    Raises:
+      AprJaxError: As `open_checkpoint`; UsageError if --legacy says what cannot be.
+    """
+    from converters.checkpoint import open_checkpoint
+    from converters.dtypes import parse_legacy
+
+    return open_checkpoint(path, lenient=args.lenient, legacy=parse_legacy(args.legacy))
 
 
 def print_json(value: Any) -> None:
     """Prints `value` as one JSON object on stdout; NaN and infinities are spelt as strings, since JSON has none."""
-    print(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False))
+    print(json.dumps(_spelt(value), indent=2, ensure_ascii=True, allow_nan=False))
+
+
+def _spelt(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _spelt(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelt(item) for item in value]
+    return value
+
+
+def say(message: str) -> None:
+    """Prints a message that may hold names from files, and lines of its own, on stderr."""
+    print("\n".join(map(printable, message.split("\n"))), file=sys.stderr)
 
 
 def report(error: AprJaxError, as_json: bool) -> int:
@@ -49,6 +126,31 @@ def start(
       main: Takes the arguments, returns the exit code; may raise AprJaxError.
       argv: The command line, program name first; None means sys.argv.
     """
+    _prepare_streams()
+    try:
+        with termination_as_interrupt(last=True) as check_interrupted:
+            _run(parse, main, argv, check_interrupted)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _prepare_streams() -> None:
+    """Gives a closed stdout or stderr a place to go, and escapes what a stream cannot encode."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    main: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+    check_interrupted: Callable[[], None],
+) -> None:
     from absl import app, logging
 
     def guarded(args: argparse.Namespace) -> int:
@@ -58,12 +160,10 @@ def start(
         try:
             code = main(args)
             sys.stdout.flush()
+            check_interrupted()
             return code
         except AprJaxError as error:
             return report(error, as_json)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
         except BrokenPipeError:
             # The reader of a pipe went away (`| head`): nothing is wrong, and nothing can be said any more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

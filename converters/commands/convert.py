@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from converters.commands import cli
+from converters.counting import counted
 from converters.errors import printable
 
 if TYPE_CHECKING:
     from converters.conversion import Outcome, Plan
-    from converters.streaming import Progress
 
 _EPILOG = """\
 Nothing that is not asked for changes: tensors keep their names, types, shapes and bytes; config.json, tokenizer and
-other side files, and safetensors' __metadata__, travel in the .apr and come back byte for byte.
+the other texts of the folder, and safetensors' __metadata__, travel in the .apr and come back byte for byte. What stays
+behind is named.
+
+examples
+  %(prog)s Qwen2.5-0.5B -o qwen.apr --to apr
+  %(prog)s qwen.apr -o Qwen2.5-0.5B --to safetensors
 
 outputs
   --to apr -o FILE.apr                   runs with `apr`, and turns back into the very same checkpoint
@@ -38,7 +41,15 @@ casts
   --cast bf16                            every tensor
   --cast f16 --cast '*norm*=f32'         the last match counts
   To f16, bf16, f32, f64; to nearest even, from the source's type directly; NaN stay NaN. A finite value that would
-  become infinite is an error. So is a cast of a tensor that is not plain floating point.
+  become infinite is an error. Quantised tensors are decoded.
+  --cast q8, q4, q4k (--to apr)          quantised as `apr import --quantize int8, int4, q4k` does, bit for bit: biases,
+                                         norms and tensors of less than 1024 values become float32 instead. What it
+                                         costs each tensor is printed.
+
+older files
+  An .apr whose dtype ids are not those of today (2 was bf16, 8 and 9 were q4 and q8; other programs used others) is
+  refused, with what they may mean. --legacy takes what the size of every tensor decides; --legacy 8=q4_k says what it
+  cannot decide. --to apr then writes today's ids with the very same payloads.
 
 exit codes: 0 done, 2 usage (output exists), 3 file not found, 4 broken container, 5 refused, 7 input or output failed,
   130 interrupted. Whatever happens, the output is complete or absent.
@@ -47,7 +58,7 @@ exit codes: 0 done, 2 usage (output exists), 3 file not found, 4 broken containe
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; argv[0] is the program's name."""
-    parser = cli.make_parser("convert", "Convert a Qwen2 checkpoint between HuggingFace safetensors and .apr.", _EPILOG)
+    parser = cli.make_parser(argv[0], "Convert a Qwen2 checkpoint between HuggingFace safetensors and .apr.", _EPILOG)
     parser.add_argument("source", metavar="SRC", help="HuggingFace folder, .safetensors file, index of shards, or .apr")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="file or folder to write")
     parser.add_argument("--to", choices=("apr", "safetensors"), required=True, help="format to write")
@@ -64,18 +75,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
-    parser.add_argument("--lenient", action="store_true", help="turn oddities of .apr files into warnings")
+    cli.add_checkpoint_arguments(parser)
     return parser.parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from converters import conversion
-    from converters.checkpoint import open_checkpoint
+    from converters.commands.progress import byte_bar
 
     rules = [conversion.CastRule.parse(text) for text in args.cast]
     shard_bytes = None if args.max_shard_size is None else conversion.parse_size(args.max_shard_size)
-    with open_checkpoint(args.source, lenient=args.lenient) as checkpoint:
+    with cli.open_from(args, args.source) as checkpoint:
         plan = conversion.plan(
             checkpoint,
             args.output,
@@ -86,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
             max_shard_bytes=shard_bytes,
         )
         for warning in plan.warnings:
-            _say(f"warning: {warning}")
+            cli.say(f"warning: {warning}")
         if args.dry_run:
             conversion.check_output(plan, force=args.force)
             if args.json:
@@ -94,32 +105,13 @@ def main(args: argparse.Namespace) -> int:
             else:
                 _print_plan(plan)
             return 0
-        with _progress(plan.bytes_read) as progress:
-            outcome = conversion.run(plan, force=args.force, notice=_say, progress=progress)
+        with byte_bar(plan.bytes_read) as progress:
+            outcome = conversion.run(plan, force=args.force, notice=cli.say, progress=progress)
     if args.json:
-        cli.print_json({"plan": plan.to_json(), "outcome": _outcome_json(outcome)})
+        cli.print_json({"plan": plan.to_json(), "outcome": _outcome_json(plan, outcome)})
     else:
         _print_outcome(plan, outcome)
     return 0
-
-
-def _say(message: str) -> None:
-    print(printable(message), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Progress | None]:
-    """Yields what reports bytes done to a bar on stderr; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich import console, progress
-
-    columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
-    bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
-    with bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 def _print_plan(plan: Plan) -> None:
@@ -144,25 +136,47 @@ def _print_plan(plan: Plan) -> None:
     files = ", ".join(f"{printable(file.name or os.path.basename(plan.output))} {file.size}" for file in plan.files)
     print(f"files: {files}")
     print(
-        f"{len(plan.tensors)} tensors; {plan.bytes_read} bytes to read, {plan.bytes_written} to write; nothing written"
+        f"{counted(len(plan.tensors), 'tensor')}; {plan.bytes_read} bytes to read, {plan.bytes_written} to write; "
+        "nothing written"
     )
 
 
 def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     casts = sum(tensor.cast is not None for tensor in plan.tensors)
-    files = f"{len(plan.files)} data {'file' if len(plan.files) == 1 else 'files'}"
+    files = counted(len(plan.files), "data file")
     rate = plan.bytes_read / max(outcome.seconds, 1e-9) / 1e9
     print(
-        f"wrote {printable(plan.output)}: {len(plan.tensors)} tensors ({casts} cast), {len(plan.carried)} side files, "
+        f"wrote {printable(plan.output)}: {counted(len(plan.tensors), 'tensor')} ({casts} cast), "
+        f"{counted(len(plan.carried), 'side file')}, "
         f"{plan.bytes_written} bytes, {files}, {rate:.2f} GB/s"
     )
     for name, reason in plan.dropped.items():
         print(f"left out: {printable(name)} ({reason})")
     for name, damage in outcome.damage.items():
-        print(f"{printable(name)}: {damage.overflowed} values became infinite, {damage.vanished} became zero")
+        print(
+            f"{printable(name)}: {counted(damage.overflowed, 'value')} became infinite, {damage.vanished} became zero"
+        )
+    _print_errors(plan, outcome)
 
 
-def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+def _print_errors(plan: Plan, outcome: Outcome) -> None:
+    """Prints what quantising cost, the worst tensor first."""
+    if not outcome.quantised:
+        return
+    from converters.commands.tables import print_table
+
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    rows = []
+    for name, error in sorted(outcome.quantised.items(), key=lambda item: -item[1].relative_l2):
+        begins_at = error.to_json(shapes[name])["worst_block"]["begins_at"]
+        figures = (f"{error.relative_l2:.3e}", f"{error.cosine:.6f}", f"{error.max_abs:.3e}")
+        rows.append((printable(name), *figures, f"{error.worst_relative_l2:.3e} at {begins_at}"))
+    columns = ("quantised tensor", "relative L2", "cosine", "max abs", "worst block")
+    print_table(columns, rows, right=(1, 2, 3))
+
+
+def _outcome_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     return {
         "seconds": outcome.seconds,
         "footer_checked": outcome.footer_checked,
@@ -170,4 +184,5 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
             name: {"overflowed": damage.overflowed, "vanished": damage.vanished}
             for name, damage in outcome.damage.items()
         },
+        "quantised": {name: error.to_json(shapes[name]) for name, error in outcome.quantised.items()},
     }

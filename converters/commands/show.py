@@ -4,42 +4,87 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converters.commands import cli
+from converters.counting import counted
 from converters.errors import printable
 
 if TYPE_CHECKING:
+    from converters import html_report
     from converters.checkpoint import Checkpoint, Tensor
+    from converters.statistics import Statistics
 
 _SHOWN_CHARACTERS = 100
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; argv[0] is the program's name."""
-    parser = cli.make_parser("show", "Print what a checkpoint holds: header, metadata, side files and tensors.")
+    parser = cli.make_parser(argv[0], "Print what a checkpoint holds: header, metadata, side files and tensors.")
     parser.add_argument("path", metavar="PATH", help="HuggingFace folder, .safetensors file, index of shards, or .apr")
     parser.add_argument("--tensors", metavar="GLOB", default="*", help="list only tensors whose name matches")
+    parser.add_argument("--stats", action="store_true", help="read every value: mean, std, extremes, zeros, NaN, ...")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page, statistics and checks included")
+    parser.add_argument("--force", action="store_true", help="replace a page that exists")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, metadata unabbreviated")
-    parser.add_argument("--lenient", action="store_true", help="turn oddities of .apr files into warnings")
+    cli.add_checkpoint_arguments(parser)
     return parser.parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from converters.checkpoint import open_checkpoint
     from converters.errors import UsageError
 
-    with open_checkpoint(args.path, lenient=args.lenient) as checkpoint:
+    with cli.open_from(args, args.path) as checkpoint:
         listed = [tensor for name, tensor in checkpoint.tensors.items() if fnmatch.fnmatchcase(name, args.tensors)]
         if not listed and args.tensors != "*":
             raise UsageError(f"no tensor's name matches {args.tensors}", code="glob-matches-nothing", file=args.path)
+        found = None
+        if args.html is not None:
+            found = _write_page(checkpoint, listed, args.html, args.force)
+        elif args.stats:
+            found = _measure(listed)
         if args.json:
-            cli.print_json(_as_json(checkpoint, listed))
-        else:
-            _print(checkpoint, listed)
+            cli.print_json(_as_json(checkpoint, listed, found))
+        elif args.html is None or args.stats:
+            _print(checkpoint, listed, found)
     return 0
+
+
+def _measure(listed: Sequence[Tensor]) -> dict[str, Statistics | str]:
+    """Returns name -> statistics, or words that say why there are none."""
+    from converters import statistics
+    from converters.commands.progress import byte_bar
+    from converters.errors import RefusedError
+
+    found: dict[str, Statistics | str] = {}
+    with byte_bar(sum(tensor.nbytes for tensor in listed)) as progress:
+        for tensor in listed:
+            try:
+                found[tensor.name] = statistics.measure(tensor, progress)
+            except RefusedError:
+                found[tensor.name] = "not decoded"
+    return found
+
+
+def _write_page(
+    checkpoint: Checkpoint, listed: Sequence[Tensor], path: str, force: bool
+) -> dict[str, Statistics | str]:
+    """Writes the page, unless the output is refused, and returns the statistics in it."""
+    import sys
+
+    from converters import html_report, output
+
+    sources = checkpoint.paths
+    # Before minutes are spent on reading.
+    output.check_target(path, force=force, sources=sources)
+    found = _measure(listed)
+    page = html_report.render(_page(checkpoint, listed, found))
+    with output.atomic_file(path, len(page), force=force, sources=sources) as file:
+        file.write_at(page, 0)
+    print(f"wrote {printable(path)}: {counted(len(listed), 'tensor')}, {len(page)} bytes", file=sys.stderr)
+    return found
 
 
 def _header(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -63,6 +108,7 @@ def _header(checkpoint: Checkpoint) -> dict[str, Any]:
         "data_end": checkpoint.apr.data_end,
         "checksum": f"{header.checksum:#010x}",
         "footer": checkpoint.apr.has_footer,
+        "eras": list(checkpoint.apr.eras),
     }
 
 
@@ -80,7 +126,9 @@ def _totals(tensors: Sequence[Tensor]) -> dict[str, Any]:
     }
 
 
-def _as_json(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> dict[str, Any]:
+def _as_json(
+    checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str] | None
+) -> dict[str, Any]:
     return {
         "path": checkpoint.path,
         "header": _header(checkpoint),
@@ -95,6 +143,7 @@ def _as_json(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> dict[str, Any]
                 "offset": tensor.offset,
                 "bytes": tensor.nbytes,
             }
+            | ({} if found is None else {"statistics": _statistics_json(found[tensor.name])})
             for tensor in listed
         ],
         "placeholders": {name: list(shape) for name, shape in checkpoint.placeholders.items()},
@@ -103,7 +152,40 @@ def _as_json(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> dict[str, Any]
     }
 
 
-def _print(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
+def _statistics_json(found: Statistics | str) -> dict[str, Any] | None:
+    return None if isinstance(found, str) else found.to_json()
+
+
+def _page(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str]) -> html_report.Page:
+    from converters import html_report, inspection
+
+    measured = {name: statistics for name, statistics in found.items() if not isinstance(statistics, str)}
+    header = {name: _short(value) for name, value in _header(checkpoint).items()}
+    totals = _totals(listed)
+    checks = inspection.inspect(checkpoint, measured=measured)
+    failed = sum(check.passed is False for check in checks)
+    return html_report.Page(
+        path=checkpoint.path,
+        summary={
+            "tensors": f"{totals['tensors']:,}",
+            "elements": f"{totals['elements']:,}",
+            "bytes": f"{totals['bytes']:,}",
+            "types": ", ".join(f"{count} {name}" for name, count in totals["types"].items()) or "none",
+            "checks": f"{failed} failed" if failed else "passed",
+        },
+        header=header,
+        metadata={name: _short(value) for name, value in checkpoint.metadata.items()},
+        side_files={name: len(content) for name, content in checkpoint.files.items()},
+        checks=checks,
+        tensors=[
+            html_report.TensorRow(tensor.name, tensor.dtype.name, tensor.shape, tensor.nbytes, found[tensor.name])
+            for tensor in listed
+        ],
+        placeholders=checkpoint.placeholders,
+    )
+
+
+def _print(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str] | None) -> None:
     import os
 
     from converters.commands.tables import print_table
@@ -122,12 +204,27 @@ def _print(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
     sizes = [(printable(name), len(content)) for name, content in checkpoint.files.items()]
     print_table(("side file", "bytes"), sizes, right=(1,))
     print()
+    if found is None:
+        _print_tensors(checkpoint, listed)
+    else:
+        _print_statistics(listed, found)
+    for name, shape in checkpoint.placeholders.items():
+        print(f"{printable(name)} {list(shape)} has no data: it stands for the embedding")
+    print()
+    totals = _totals(listed)
+    types = ", ".join(f"{count} {name}" for name, count in totals["types"].items())
+    print(f"{totals['tensors']} tensors ({types}), {totals['elements']} elements, {totals['bytes']} bytes")
+
+
+def _print_tensors(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
+    import os
+
+    from converters.commands.tables import print_table
+
     several = len(checkpoint.sources) > 1
-    tensors = [
+    rows = [
         (
-            printable(tensor.name),
-            tensor.dtype.name,
-            "x".join(map(str, tensor.shape)) or "scalar",
+            *_description(tensor),
             tensor.offset,
             tensor.nbytes,
             *([printable(os.path.basename(tensor.source.path))] if several else []),
@@ -135,13 +232,29 @@ def _print(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
         for tensor in listed
     ]
     columns = ("tensor", "type", "shape", "offset", "bytes", *(["file"] if several else []))
-    print_table(columns, tensors, right=(3, 4))
-    for name, shape in checkpoint.placeholders.items():
-        print(f"{printable(name)} {list(shape)} has no data: it stands for the embedding")
-    print()
-    totals = _totals(listed)
-    types = ", ".join(f"{count} {name}" for name, count in totals["types"].items())
-    print(f"{totals['tensors']} tensors ({types}), {totals['elements']} elements, {totals['bytes']} bytes")
+    print_table(columns, rows, right=(3, 4))
+
+
+def _print_statistics(listed: Sequence[Tensor], found: Mapping[str, Statistics | str]) -> None:
+    from converters.commands.tables import print_table
+
+    columns = ("mean", "std", "min", "max", "zeros", "NaN", "Inf", "in [0.5, 4)", "dead rows")
+    rows = []
+    for tensor in listed:
+        values = found[tensor.name]
+        cells = (values, *[""] * (len(columns) - 1)) if isinstance(values, str) else _cells(values)
+        rows.append((*_description(tensor), *cells))
+    print_table(("tensor", "type", "shape", *columns), rows, right=range(3, 3 + len(columns)))
+
+
+def _description(tensor: Tensor) -> tuple[str, str, str]:
+    return printable(tensor.name), tensor.dtype.name, "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _cells(found: Statistics) -> tuple[object, ...]:
+    moments = (f"{value:.4g}" for value in (found.mean, found.std, found.minimum, found.maximum))
+    dead = found.dead_rows if found.rows else ""
+    return *moments, found.zeros, found.nans, found.infs, f"{found.relabel_share:.2%}", dead
 
 
 def _short(value: Any) -> str:

@@ -108,9 +108,22 @@ class AprtTest(absltest.TestCase):
         self.dump.mkdir()
         self.raises(MissingFileError, "token-ids-missing", aprt.read, self.dump, config)
         self.raises(RefusedError, "aprt-empty", aprt.read, self.dump, config, self.inputs)
-        for content in ("{}", "[]", "[1.5]", "["):
+        for content, code in (("{}", "token-ids"), ("[]", "token-ids"), ("[1.5]", "token-ids"), ("[", "json-syntax")):
             (self.dump / "token_ids.json").write_text(content)
-            self.raises(BrokenContainerError, "token-ids", aprt.read, self.dump, config)
+            self.raises(BrokenContainerError, code, aprt.read, self.dump, config)
+
+    def test_files_that_are_no_stage_are_named(self):
+        aprt.write(self.dump, self.inputs, self.trace)
+        self.assertEqual(aprt.unknown_files(self.dump, self.model.config), [])
+        (self.dump / "layer-7").mkdir()
+        for name in ("layer-7/ffn_up.bin", "layer-0/q_rope.bin"):
+            (self.dump / name).write_bytes(aprt.encode(0, np.zeros(3)))
+        (self.dump / "layer-1" / "ffn_up.bin").unlink()
+        os.mkfifo(self.dump / "layer-1" / "ffn_up.bin")
+        self.assertEqual(
+            aprt.unknown_files(self.dump, self.model.config),
+            ["layer-0/q_rope.bin", "layer-1/ffn_up.bin", "layer-7/ffn_up.bin"],
+        )
 
 
 if __name__ == "__main__":

@@ -88,6 +88,23 @@ class CompareTest(parameterized.TestCase):
         self.assertAlmostEqual(result.kl, float((p * np.log(p / q)).sum()), places=12)
         self.assertEqual((result.top1, result.top5), (0.0, 0.8))
 
+    def test_the_worst_positions_kl_counts(self):
+        right = np.zeros((1, 2, 3))
+        left = np.stack([np.zeros(3), np.log([0.8, 0.1, 0.1])])[None]
+        result = one(left, right, key="logits", inputs=Inputs.of([[1, 2]]))
+        self.assertAlmostEqual(result.kl, float(np.log(np.array([1 / 3] * 3) / [0.8, 0.1, 0.1]).mean()), places=12)
+
+    def test_a_tensor_that_only_the_reference_has_is_an_error(self):
+        with self.assertRaises(RefusedError) as caught:
+            compare({KEY: self.values}, {KEY: self.values, "stage.9.ffn_out": self.values}, INPUTS, lambda _: 1.0)
+        self.assertEqual(caught.exception.code, "reference-unknown")
+        self.assertIn("stage.9.ffn_out", str(caught.exception))
+
+    def test_logits_of_another_shape_are_not_broadcast(self):
+        for shape in ((1, 1, 6), (2, 1, 1), (2, 1, 5), (1, 1, 1), (2, 1), (6,), ()):
+            with self.assertRaises(RefusedError, msg=str(shape)):
+                one(self.values, np.ones(shape, np.float32), key="logits")
+
     def test_nothing_in_common_and_other_shapes_are_errors(self):
         with self.assertRaises(RefusedError) as caught:
             compare({"a": self.values}, {"b": self.values}, INPUTS, lambda _: 1.0)

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import inputs
 from apr_jax.inputs import Inputs
-from converters.errors import MissingFileError, UsageError
+from converters.errors import BrokenContainerError, MissingFileError, UsageError
 
 
 class InputsTest(parameterized.TestCase):
@@ -38,6 +38,8 @@ class InputsTest(parameterized.TestCase):
         ([[1, 2]], None, [[2, 1]]),
         ([[1, 2]], None, [[-1, 0]]),
         ([[2**31]], None, None),
+        ([[1, 2]], None, [[0, 2**30]]),
+        (5, None, None),
         ([[1.0]], None, None),
         ([[[1]]], None, None),
         ([], None, None),
@@ -55,9 +57,13 @@ class InputsTest(parameterized.TestCase):
         path = pathlib.Path(self.create_tempdir().full_path, "ids.json")
         path.write_text("[[1, 2, 3], [4]]")
         self.assertEqual(inputs.from_json(path).tokens, 4)
-        for content in ("[1, 2]", '{"a": 1}', "[[true]]", "[[1.5]]", "[[1], 2]", "[", "[]"):
+        for content in ("[1, 2]", '{"a": 1}', "[[true]]", "[[1.5]]", "[[1], 2]", "[]", "[[]]"):
             path.write_text(content)
             with self.assertRaises(UsageError, msg=content):
+                inputs.from_json(path)
+        for content in ("[", "[[1],]", "[" * 100_000, ""):
+            path.write_text(content)
+            with self.assertRaises(BrokenContainerError, msg=content[:9]):
                 inputs.from_json(path)
         with self.assertRaises(MissingFileError):
             inputs.from_json(path.with_name("none.json"))

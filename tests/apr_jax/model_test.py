@@ -115,6 +115,14 @@ class CacheTest(parameterized.TestCase):
             self.assertLessEqual(relative_l2(np.asarray(logits)[row, 0], alone), 1e-5)
         self.assertEqual(int(cache.length), 8)
 
+    def test_a_step_that_does_not_go_on_from_the_cache_is_refused(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        _, cache = model.step(Inputs.of([[5, 6, 7]]), model.empty_cache(1, 8))
+        with self.assertRaisesRegex(ValueError, "goes on at position 0, but its cache has reached 2"):
+            model.step(Inputs.of([[8]]), cache)
+        with self.assertRaisesRegex(ValueError, "1 rows, not 2"):
+            model.step(Inputs.of([[8], [9]], None, [[3], [3]]), cache)
+
     def test_a_full_cache_is_refused(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         with self.assertRaisesRegex(ValueError, "no room for 5 more"):
@@ -188,6 +196,27 @@ class TraceTest(parameterized.TestCase):
         self.assertEqual(list(model.trace(inputs, ["stage.1.ffn_up"])), ["stage.1.ffn_up"])
         with self.assertRaisesRegex(ValueError, r"stage\.9\.ffn_up"):
             model.trace(inputs, force={"stage.9.ffn_up": np.zeros(1)})
+        with self.assertRaisesRegex(ValueError, r"hidden\.0"):
+            model.trace(inputs, ["hidden.0"])
+        with self.assertRaisesRegex(ValueError, "expected \\(3, 20, 160\\)"):
+            model.trace(inputs, force={"stage.0.ffn_up": np.zeros((3, 160, 20))})
+
+    def test_scores_that_the_mask_hides_are_zero(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        scores = model.trace(padded(model.config.vocab_size), ["stage.0.attn_scores"])["stage.0.attn_scores"]
+        self.assertFalse(np.triu(scores, 1).any())
+        self.assertFalse(scores[0, :, :, :7].any(), "padded keys")
+        self.assertTrue(scores[2][:, *np.tril_indices(20)].all())
+
+    def test_tables_of_single_layers_count_in_every_kind_of_run(self):
+        right = load_model(paths.checkpoint("gqa_tied_bf16"))
+        wrong = right.with_ops(right.ops, {1: faults.ADJACENT_PAIRS})
+        inputs = seeded(right.config.vocab_size)
+        expected = wrong.trace(inputs)[stages.LOGITS]
+        self.assertGreater(relative_l2(expected, right.trace(inputs)[stages.LOGITS]), 1e-3)
+        np.testing.assert_allclose(np.asarray(wrong.logits(inputs)), expected, rtol=1e-4, atol=1e-4)
+        stepped, _ = wrong.step(inputs, wrong.empty_cache(2, 64))
+        np.testing.assert_allclose(np.asarray(stepped), expected, rtol=1e-4, atol=1e-4)
 
 
 class ModelTest(parameterized.TestCase):

@@ -95,9 +95,26 @@ class LoadingTest(parameterized.TestCase):
         np.testing.assert_array_equal(load_model(folder)([[1, 2, 3]]), load_model(tied)([[1, 2, 3]]))
         weights["lm_head.weight"][-1, -1] += 1
         safetensors.numpy.save_file(weights, folder / "model.safetensors")
-        with self.assertRaises(RefusedError) as caught:
+        with (
+            self.assertRaises(RefusedError) as caught,
+            absltest.mock.patch("converters.tied_heads._COMPARED_BYTES", 999),
+        ):
             load_model(folder)
         self.assertEqual(caught.exception.code, "tied-head-differs")
+
+    def test_parameters_that_are_no_floats_are_refused(self):
+        folder = self.copy(model__norm__weight=np.ones(60, np.int64))
+        with self.assertRaises(RefusedError) as caught:
+            load_model(folder)
+        self.assertIn(caught.exception.code, ("parameter-dtype", "tensors-mismatch"))
+
+    def test_float64_is_rounded_once(self):
+        # Halfway between two bf16 values but for a bit that f32 cannot hold: f32 first would round to even, down.
+        values = np.array([[1.00390625 + 2.0**-40]])
+        path = pathlib.Path(self.create_tempdir().full_path, "x.safetensors")
+        safetensors.numpy.save_file({"x": values}, path)
+        with open_checkpoint(path) as checkpoint:
+            self.assertEqual(float(read_as(checkpoint.tensors["x"], "bfloat16")[0, 0]), 1.0078125)
 
     def test_narrowing_rounds_to_nearest_even_whatever_the_chunks(self):
         values = np.random.default_rng(0).normal(size=(5000, 33)).astype(np.float32)

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import pty
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,7 +54,10 @@ class ConvertTest(parameterized.TestCase):
         ((), 2),
         (("nowhere", "-o", "x", "--to", "apr"), 3),
         (("broken.apr", "-o", "x", "--to", "safetensors"), 4),
-        ((SOURCE, "-o", "x", "--to", "apr", "--cast", "q8"), 5),
+        ((SOURCE, "-o", "x", "--to", "apr", "--cast", "q6k"), 5),
+        ((SOURCE, "-o", "x", "--to", "safetensors", "--cast", "q8"), 5),
+        ((SOURCE, "-o", "x", "--to", "apr", "--legacy", "8=f32"), 2),
+        ((SOURCE, "-o", "x", "--to", "apr", "--legacy=q4"), 2),
         ((SOURCE, "-o", "x", "--to", "apr", "--cast", "float"), 2),
         ((SOURCE, "-o", "x", "--to", "apr", "--cast", "none*=f32"), 2),
         ((SOURCE, "-o", "x", "--to", "apr", "--max-shard-size", "1GB"), 2),
@@ -85,6 +90,23 @@ class ConvertTest(parameterized.TestCase):
         self.assertEqual(done["plan"]["bytes_written"], written)
         self.assertGreater(done["outcome"]["seconds"], 0)
 
+    def test_what_quantising_cost_is_printed_worst_first_and_in_json(self):
+        arguments = (checkpoint("odd_sizes"), "-o", "q.apr", "--to", "apr", "--cast", "q4k", "--force")
+        lines = self.run_tool(*arguments).stdout.splitlines()
+        self.assertIn("27 tensors (27 cast)", lines[0])
+        self.assertEqual(lines[1].split(), "quantised tensor relative L2 cosine max abs worst block".split())
+        errors = [float(line.split()[1]) for line in lines[2:]]
+        self.assertLen(errors, 16)
+        self.assertEqual(errors, sorted(errors, reverse=True))
+        self.assertRegex(lines[2], r"weight +\d\.\d{3}e-02 +0\.99\d{4} +\d\.\d{3}e-02 +\d\.\d{3}e-0\d at \[\d+, \d+\]")
+        found = json.loads(self.run_tool(*arguments, "--json").stdout)["outcome"]["quantised"]
+        self.assertLen(found, 16)
+        head = found["lm_head.weight"]
+        self.assertBetween(head["relative_l2"], 0.05, 0.1)
+        self.assertBetween(head["cosine"], 0.99, 1)
+        self.assertGreater(head["worst_block"]["relative_l2"], head["relative_l2"])
+        self.assertLen(head["worst_block"]["begins_at"], 2)
+
     def test_dry_run_tells_that_the_output_exists(self):
         (self.folder / "m.apr").write_bytes(b"mine")
         self.run_tool(SOURCE, "-o", "m.apr", "--to", "apr", "--dry-run", code=2)
@@ -105,6 +127,76 @@ class ConvertTest(parameterized.TestCase):
         self.assertIn(b"\x1b[", shown)
         self.assertNotIn(b"\x1b", done.stdout)
 
+    def test_help_names_the_command_as_it_was_called(self):
+        self.assertIn("usage: convert.py ", self.run_tool("--help").stdout)
+        self.assertIn("\n  convert.py Qwen2.5-0.5B -o ", self.run_tool("--help").stdout)
+        code = "from apr_jax.commands import entry; import sys; sys.argv[1:] = ['convert', '--help']; entry.run()"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        self.assertIn("usage: apr-jax convert ", done.stdout)
+        self.assertIn("\n  apr-jax convert Qwen2.5-0.5B -o ", done.stdout)
+
+    def test_warnings_of_several_lines_have_lines_and_names_are_escaped(self):
+        source = self.folder / "source"
+        shutil.copytree(SOURCE, source)
+        (source / "a\nb\x1b.py").touch()
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+        lines = self.run_tool(source, "-o", "hf", "--to", "safetensors").stderr.splitlines()
+        self.assertIn("warning: config.json: the tensors do not match the configuration, 12 of them:", lines)
+        self.assertIn("  missing: model.layers.2.input_layernorm.weight [64]", lines)
+        self.assertIn("warning: not taken along: a\\nb\\x1b.py", lines)
+
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM)
+    def test_an_interrupt_that_is_swallowed_still_ends_it_with_130_and_nothing(self, number):
+        code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from converters import casts
+from converters.commands import cli, convert
+prepare = casts.prepare
+def swallowing():
+    for _ in range(2):
+        try:
+            os.kill(os.getpid(), int(sys.argv[2]))
+        except KeyboardInterrupt:
+            pass
+    prepare()
+casts.prepare = swallowing
+cli.start(convert.parse, convert.main, ["convert", *sys.argv[3:]])
+"""
+        arguments = [SOURCE, "-o", "m.apr", "--to", "apr", "--cast", "f32"]
+        command = [sys.executable, "-c", code, ROOT, int(number), *arguments]
+        done = subprocess.run(list(map(str, command)), cwd=self.folder, capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 130, done.stderr)
+        self.assertEqual(done.stderr.splitlines()[1:], ["interrupted"])
+        self.assertEqual(os.listdir(self.folder), [])
+
+    @parameterized.parameters("f16", "q8", "q4k")
+    def test_helper_threads_import_nothing(self, kind):
+        # An import that an interrupt breaks off in one thread leaves others waiting for it.
+        code = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from converters import streaming
+from converters.commands import convert
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if threading.current_thread() is not threading.main_thread():
+            print("imported by a helper:", name)
+sys.meta_path.insert(0, Finder())
+move = streaming._Mover._move
+def in_a_helper(self, *arguments):
+    helper = threading.Thread(target=move, args=(self, *arguments))
+    helper.start()
+    helper.join()
+streaming._Mover._move = in_a_helper
+sys.exit(convert.main(convert.parse(["convert", *sys.argv[2:]])))
+"""
+        command = [sys.executable, "-c", code, ROOT, SOURCE, "-o", "m.apr", "--to", "apr", "--cast", kind, "--json"]
+        done = subprocess.run(list(map(str, command)), cwd=self.folder, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual([line for line in done.stdout.splitlines() if line.startswith("imported")], [])
+
     def test_help_takes_less_than_300_ms_and_imports_nothing_heavy(self):
         best = 9.0
         for _ in range(5):
@@ -112,7 +204,15 @@ class ConvertTest(parameterized.TestCase):
             done = self.run_tool("--help")
             best = min(best, time.perf_counter() - begin)
         self.assertLess(best, 0.3)
-        for option in ("--cast", "--tied-head", "--max-shard-size", "--allow-overflow", "--dry-run", "--lenient"):
+        for option in (
+            "--cast",
+            "--tied-head",
+            "--max-shard-size",
+            "--allow-overflow",
+            "--dry-run",
+            "--lenient",
+            "--legacy",
+        ):
             self.assertIn(option, done.stdout)
         done = subprocess.run(
             [sys.executable, "-X", "importtime", TOOL, "--help"], capture_output=True, text=True, check=True

@@ -414,6 +414,20 @@ class LenientTest(parameterized.TestCase):
 
 
 class WritingTest(parameterized.TestCase):
+    def test_nothing_is_written_that_the_reader_refuses(self):
+        deep: list = []
+        for _ in range(63):
+            deep = [deep]
+        for metadata, code in (
+            ({"strings": ["a"] * 4_000_000}, "json-count"),
+            ({"arrays": [[]] * 1_000_000}, "json-count"),
+            ({"deep": deep}, "json-depth"),
+        ):
+            with self.assertRaises(RefusedError) as caught:
+                apr_format.serialise_prologue(metadata, [])
+            self.assertEqual((caught.exception.code, caught.exception.exit_code), (code, 5))
+        apr_format.serialise_prologue({"deep": deep[0]}, [])
+
     def test_all_offenders_are_named_at_once(self):
         f32 = dtypes.by_name("f32")
         with self.assertRaises(RefusedError) as caught:
@@ -429,7 +443,7 @@ class WritingTest(parameterized.TestCase):
                 ]
             )
         message = str(caught.exception)
-        self.assertIn("5 problems", message)
+        self.assertIn("5 in all", message)
         for words in (
             "no id for u32",
             "nnn: a tensor's name is too long",

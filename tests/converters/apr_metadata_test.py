@@ -133,6 +133,14 @@ class TokenizerTest(parameterized.TestCase):
         b'{"model":{"type":"BPE","vocab":{"a":99999999999}}}',
         b'{"model":{"type":"BPE","vocab":{"a":0},"merges":[["a"]]}}',
         b'{"model":{"type":"BPE","vocab":{"a":0}},"added_tokens":[7]}',
+        b'{"model":{"type":"BPE","vocab":{"a":0}},"added_tokens":5}',
+        b'{"model":{"type":"BPE","vocab":{"a":0}},"added_tokens":{}}',
+        b'{"model":{"type":"BPE","vocab":{"a":0},"merges":5}}',
+        b'{"model":{"type":"BPE","vocab":{"a":0},"merges":{"a b":1}}}',
+        b'{"model":{"type":"BPE","vocab":{"a":0},"merges":"a b"}}',
+        b'{"model":{"type":"BPE","vocab":{"a":4000000}}}',
+        b'{"model":5}',
+        b"\xff",
     )
     def test_a_tokenizer_that_is_not_understood_travels_with_a_warning(self, content):
         warnings = []
@@ -140,6 +148,24 @@ class TokenizerTest(parameterized.TestCase):
         self.assertNotIn("tokenizer.vocabulary", found)
         self.assertIn("tokenizer.json", found["source_files"])
         self.assertLen(warnings, 1)
+
+    @parameterized.parameters(
+        ("merges.txt", b"\xff\xfe"),
+        ("added_tokens.json", b"[1,2]"),
+        ("added_tokens.json", b'{"a":"b"}'),
+        ("added_tokens.json", b"\xff"),
+        ("vocab.json", b"[1]"),
+        ("vocab.json", b'{"a":4000000}'),
+    )
+    def test_parts_of_a_tokenizer_that_are_not_understood_travel_with_a_warning(self, name, content):
+        files = {"vocab.json": b'{"a":0}', "merges.txt": b"", "added_tokens.json": b"{}"}
+        self.assertIn("tokenizer.vocabulary", build(files=files))
+        warnings = []
+        found = build(files=files | {name: content}, warnings=warnings)
+        self.assertNotIn("tokenizer.vocabulary", found)
+        self.assertCountEqual(found["source_files"], files)
+        self.assertLen(warnings, 1)
+        self.assertIn("not understood", warnings[0])
 
 
 class FilesTest(absltest.TestCase):

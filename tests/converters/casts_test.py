@@ -148,7 +148,13 @@ class CastsTest(parameterized.TestCase):
         out, _ = casts.cast(data, "f32", "bf16")
         self.assertEqual(bytes(out).hex(), "c03f00c0")
 
-    @parameterized.parameters("q8", "apr_q8", "int4", "Q4_K", "i8", "f8_e4m3", "bool")
+    @parameterized.parameters(
+        ("q8", "apr_q8"), ("INT8", "apr_q8"), ("q4", "apr_q4"), ("int4", "apr_q4"), ("q4k", "q4_k"), ("Q4_K", "q4_k")
+    )
+    def test_quantised_targets_have_the_names_of_apr_and_of_the_registry(self, name, expected):
+        self.assertEqual(casts.target_type(name).name, expected)
+
+    @parameterized.parameters("q8_0", "q6_k", "q6k", "i8", "f8_e4m3", "bool")
     def test_targets_that_exist_but_are_not_available_are_refused_by_name(self, name):
         with self.assertRaises(RefusedError) as caught:
             casts.target_type(name)

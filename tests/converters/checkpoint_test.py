@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import zlib
 from unittest import mock
 
@@ -17,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from converters import apr_format, checkpoint, dtypes
+from converters import apr_format, checkpoint, codecs, dtypes
 from converters.checkpoint import open_checkpoint
 from converters.errors import (
     AprJaxError,
@@ -423,7 +424,7 @@ class ShardsTest(CheckpointTestCase):
         weight_map = dict.fromkeys(arrays(), "model-00001-of-00003.safetensors")
         self.write_json("model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": weight_map})
         with open_checkpoint(self.folder / "model.safetensors.index.json") as opened:
-            self.assertIn("names 1 shards, their names say [3]", opened.warnings[0])
+            self.assertIn("names 1 shard, the names say [3]", opened.warnings[0])
 
     def test_a_broken_shard_is_named_and_nothing_stays_open(self):
         names = self.write_shards(*self.halves())
@@ -519,7 +520,7 @@ class AprTest(CheckpointTestCase):
                 _ = opened.config
             self.assertEqual(caught.exception.code, "config-missing")
 
-    def test_quantised_tensors_give_their_bytes_and_no_values(self):
+    def test_quantised_tensors_give_their_bytes_and_their_values(self):
         compared = 0
         for name in ("tiny_bf16_tied-int4.apr", "tiny_f32_tied-int8.apr"):
             file = (DATA / name).read_bytes()
@@ -530,11 +531,54 @@ class AprTest(CheckpointTestCase):
                     self.assertEqual(b"".join(map(bytes, tensor.stream(1000))), expected)
                     if tensor.dtype.is_block:
                         compared += 1
-                        with self.assertRaises(RefusedError) as caught:
-                            tensor.read()
-                        self.assertEqual(caught.exception.code, "dtype-not-decoded")
-                        self.assertIn("not available", str(caught.exception))
+                        values = np.empty(tensor.shape, np.float32)
+                        tensor.dtype.codec.decode(expected, values.reshape(-1))
+                        self.assert_every_way_of_reading_gives(tensor, values)
         self.assertGreater(compared, 10)
+
+    def assert_every_way_of_reading_gives(self, tensor, values):
+        whole = tensor.read()
+        self.assertEqual((whole.dtype, whole.shape), (values.dtype, values.shape))
+        np.testing.assert_array_equal(whole, values)
+        rows, columns = values.shape
+        for part in ((slice(0, 1),), (slice(3, rows - 2),), (slice(rows - 1, None), slice(5, None))):
+            np.testing.assert_array_equal(tensor.read(part), values[part])
+        np.testing.assert_array_equal(tensor.read((slice(None), slice(1, columns - 1))), values[:, 1:-1])
+        for elements in (97, 1000, values.size):
+            np.testing.assert_array_equal(np.concatenate(list(tensor.values(elements))), values.reshape(-1))
+
+    def test_row_padded_k_quants_are_decoded_row_by_row(self):
+        for shape in ((7, 300), (4, 64), (2, 250), (1, 500)):
+            dtype = dtypes.by_name("q4_k")
+            data = np.random.default_rng(0).integers(0, 120, dtype.encoded_nbytes(shape), np.uint8).tobytes()
+            padded = np.empty((shape[0], len(data) // shape[0] // 144 * 256), np.float32)
+            dtype.codec.decode(data, padded.reshape(-1))
+            opened = self.open_apr({"a": ("q4_k", shape, data)}, {})
+            tensor = opened.tensors["a"]
+            np.testing.assert_array_equal(tensor.read(), padded[:, : shape[1]])
+            np.testing.assert_array_equal(tensor.read((slice(0, 1), slice(3, 60))), padded[:1, 3:60])
+            np.testing.assert_array_equal(np.concatenate(list(tensor.values(1))), padded[:, : shape[1]].reshape(-1))
+
+    def test_flat_k_quants_of_the_same_shape_are_told_apart_by_size(self):
+        dtype = dtypes.by_name("q6_k")
+        data = np.random.default_rng(0).integers(0, 120, dtype.nbytes((7, 300)), np.uint8).tobytes()
+        values = np.empty((7, 300), np.float32)
+        dtype.codec.decode(data, values.reshape(-1))
+        self.assert_every_way_of_reading_gives(self.open_apr({"a": ("q6_k", (7, 300), data)}, {}).tensors["a"], values)
+
+    def test_decoding_in_parts_takes_little_memory(self):
+        shape = (4000, 1000)
+        data = codecs.quantise(np.tile(np.float32([-1, 1]), (4000, 500)), "q4_k", shape)
+        tensor = self.open_apr({"a": ("q4_k", shape, data)}, {}).tensors["a"]
+        del data
+        tracemalloc.start()
+        total = sum(float(np.abs(part).sum()) for part in tensor.values())
+        for row in range(0, 4000, 100):
+            total += float(np.abs(tensor.read((slice(row, row + 100), slice(0, 10)))).sum())
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        self.assertAlmostEqual(total / 4_040_000, 1.0, delta=0.01)
+        self.assertLess(peak, 10 << 20)
 
     def test_a_placeholder_is_no_tensor(self):
         tensors, values = self.plain()

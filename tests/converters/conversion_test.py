@@ -55,6 +55,13 @@ def tree(folder: pathlib.Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+LEFT = ("credentials.json", "modeling.py", "notes.txt", "onnx")
+
+
+def tree_of_files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
 def content(path: pathlib.Path) -> dict[str, bytes] | bytes | None:
     """What stands at a path: a folder's files, a file's bytes, or nothing."""
     return tree(path) if path.is_dir() else path.read_bytes() if path.exists() else None
@@ -247,8 +254,10 @@ class IdentityTest(ConversionTestCase):
                 self.assertEqual(after.tensors[name].raw(), tensor.raw())
                 self.assertIs(after.tensors[name].dtype, tensor.dtype)
             self.assertIn("apr_q8", {tensor.dtype.name for tensor in after.tensors.values()})
-        with self.raises(RefusedError, "safetensors-unsupported"):
+        with self.raises(RefusedError, "safetensors-unsupported") as caught:
             self.convert(source, "hf")
+        self.assertIn("model.embed_tokens.weight is apr_q8", str(caught.error))
+        self.assertIn("--cast f32", caught.error.hint)
 
     @parameterized.parameters("golden_v2.apr", "golden_v2_skip_none.apr", "tiny_bf16_tied-int4.apr")
     def test_apr_to_apr_keeps_metadata_to_the_byte(self, name):
@@ -451,7 +460,7 @@ class CastTest(ConversionTestCase):
             with self.raises(RefusedError, "cast-overflow") as caught:
                 self.convert(self.folder / "x.safetensors", output, cast=self.rules("f16"))
             self.assertIn("a: 2 values", str(caught.error))
-            self.assertIn("b: 1 values", str(caught.error))
+            self.assertIn("b: 1 value.", str(caught.error))
             self.assertNotIn("c: ", str(caught.error))
             self.assertEqual(os.listdir(self.folder), ["x.safetensors"])
         out = self.convert(self.folder / "x.safetensors", "y.apr", cast=self.rules("f16"), allow_overflow=True)
@@ -473,9 +482,164 @@ class CastTest(ConversionTestCase):
         with self.raises(RefusedError, "cast-source") as caught:
             self.convert(self.folder / "x.safetensors", "y.apr", cast=self.rules("f16"))
         self.assertIn("n is i64", str(caught.error))
-        quantised = DATA / "apr" / "tiny_f32_tied-int8.apr"
-        with self.raises(RefusedError, "cast-source"):
-            self.convert(quantised, "y.apr", cast=self.rules("f32"))
+
+
+class SafetyTest(ConversionTestCase):
+    """Nothing of the source is written over, and nothing of the user's is deleted."""
+
+    @parameterized.parameters("config.json", "merges.txt", "model.safetensors.index.json", "README.md")
+    def test_no_file_that_the_source_consists_of_can_be_the_output(self, name):
+        source = self.convert(self.copy("gqa_tied_bf16"), "s", max_shard_bytes=60_000)
+        (source / "README.md").write_text("x")
+        before = tree(source)
+        self.assertIn(name, before)
+        for path in (source, source / "model.safetensors.index.json"):
+            with open_checkpoint(path) as opened:
+                planned = conversion.plan(opened, os.fspath(source / name), to="apr")
+                with self.raises(UsageError, "same-file"):
+                    conversion.check_output(planned, force=True)
+                with self.raises(UsageError, "same-file"):
+                    conversion.run(planned, force=True)
+        self.assertEqual(tree(source), before)
+
+    @parameterized.parameters("notes.txt", "thesis.md", "results.json", "other.safetensors", "x.safetensors.index.json")
+    def test_a_folder_with_files_that_are_no_checkpoints_is_never_replaced(self, name):
+        target = self.convert(checkpoint("gqa_tied_bf16"), "hf")
+        (target / name).write_bytes(b"mine")
+        before = tree(target)
+        with self.raises(UsageError, "output-not-replaceable") as caught:
+            self.convert(checkpoint("gqa_untied_bf16"), "hf", force=True)
+        self.assertIn(name, str(caught.error))
+        self.assertEqual(tree(target), before)
+
+    def test_a_folder_that_was_written_here_is_replaced_until_somebody_adds_to_it(self):
+        source = self.copy("gqa_tied_bf16")
+        (source / ".gitattributes").write_text("*.bin filter=lfs")
+        target = self.convert(source, "hf", max_shard_bytes=60_000)
+        before = tree(target)
+        self.assertEqual(before[".gitattributes"], b"*.bin filter=lfs")
+        self.convert(source, "hf", max_shard_bytes=60_000, force=True)
+        self.assertEqual(tree(target), before)
+        (target / "notes.txt").write_text("mine")
+        with self.raises(UsageError, "output-not-replaceable"):
+            self.convert(source, "hf", force=True)
+
+    @parameterized.parameters(
+        ("apr", "x.safetensors"),
+        ("apr", "new/"),
+        ("apr", "X.SAFETENSORS"),
+        ("safetensors", "x.apr"),
+        ("safetensors", "x.apr/"),
+    )
+    def test_a_name_of_another_kind_of_output_is_refused(self, to, name):
+        with self.raises(UsageError, "output-name") as caught:
+            conversion.convert(checkpoint("gqa_tied_bf16"), f"{self.folder}/{name}", to=to)
+        self.assertIn("--to", caught.error.hint)
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+class SideFilesTest(ConversionTestCase):
+    def warnings(self, source: os.PathLike[str], to: str = "apr") -> list[str]:
+        with open_checkpoint(source) as opened:
+            return conversion.plan(opened, os.fspath(self.folder / "planned"), to=to).warnings
+
+    def test_well_known_files_go_along_and_the_rest_is_named(self):
+        source = self.copy("gqa_tied_bf16")
+        (source / "notes.txt").write_text("n")
+        (source / "preprocessor_config.json").write_text("{}")
+        (source / ".gitattributes").write_text("g")
+        (source / "modeling.py").write_text("p")
+        (source / "credentials.json").write_text("{}")
+        (source / "onnx").mkdir()
+        for to in ("apr", "safetensors"):
+            self.assertEqual(
+                self.warnings(source, to), ["not taken along: credentials.json, modeling.py, notes.txt, onnx/"]
+            )
+        for file in (self.convert(source, "m.apr"), self.convert(source, "m.safetensors")):
+            back = self.convert(file, "back")
+            expected = {name: content for name, content in tree_of_files(source).items() if name not in LEFT}
+            self.assertEqual(tree(back), expected)
+            shutil.rmtree(back)
+
+    def test_in_a_folder_without_a_config_only_well_known_names_go_along(self):
+        save(self.folder / "model.safetensors", {"a": np.zeros(2, np.float32)})
+        (self.folder / "diary.txt").write_text("mine")
+        (self.folder / "README.md").write_text("r")
+        with open_checkpoint(self.folder) as opened:
+            self.assertEqual(list(opened.files), ["README.md"])
+            self.assertEqual(opened.left_behind, ("diary.txt",))
+
+    @parameterized.parameters(("folder", {}), ("shards", {}), ("folder", None), ("shards", None))
+    def test_an_empty_metadata_object_stays_apart_from_none(self, kind, metadata):
+        source = self.copy("gqa_tied_bf16")
+        path = source / "model.safetensors"
+        fields, data = header(path), path.read_bytes()
+        body = data[8 + struct.unpack_from("<Q", data)[0] :]
+        fields.pop("__metadata__")
+        text = json.dumps(({} if metadata is None else {"__metadata__": metadata}) | fields).encode()
+        text += b" " * (-len(text) % 8)
+        path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+        if kind == "shards":
+            source = self.convert(source, "s", max_shard_bytes=60_000)
+        for number, output in enumerate(("hf", "m.apr")):
+            back = self.convert(self.convert(source, output), f"back{number}")
+            self.assertEqual(header(back / "model.safetensors").get("__metadata__"), metadata)
+
+
+class ContradictionTest(ConversionTestCase):
+    """What the metadata say of the tensors and is not so is said, and does not stop a conversion to safetensors."""
+
+    def warnings(self, source: os.PathLike[str]) -> str:
+        with open_checkpoint(source) as opened:
+            return "\n".join(conversion.plan(opened, os.fspath(self.folder / "planned"), to="safetensors").warnings)
+
+    def change(self, change: dict[str, object], *, foreign: bool) -> pathlib.Path:
+        path = self.convert(checkpoint("gqa_tied_bf16"), "m.apr")
+        data = path.read_bytes()
+        parsed = apr_format.parse_prologue(data, len(data))
+        metadata = dict(parsed.metadata) | change
+        if foreign:
+            del metadata["source_files"]
+        file = apr_format.serialise_prologue(metadata, parsed.entries) + data[parsed.header.data_offset : -4]
+        path.write_bytes(file + struct.pack("<I", zlib.crc32(file)))
+        return path
+
+    @parameterized.product(
+        case=[({"num_layers": 5}, "missing: model.layers.4."), ({"vocab_size": 5}, "shape: model.embed_tokens"),
+              ({"head_dim": 8}, "shape: model.layers.0.self_attn.q_proj")],
+        foreign=[True, False],
+    )  # fmt: skip
+    def test_metadata_of_an_apr_against_its_tensors(self, case, foreign):
+        change, offender = case
+        self.assertIn(offender, self.warnings(self.change(change, foreign=foreign)))
+
+    @parameterized.parameters(True, False)
+    def test_right_metadata_are_not_warned_about(self, foreign):
+        self.assertEqual(self.warnings(self.change({}, foreign=foreign)), "")
+
+    def test_a_folder_with_a_missing_tensor(self):
+        source = self.copy("gqa_tied_bf16")
+        held = safetensors.numpy.load_file(source / "model.safetensors")
+        del held["model.norm.weight"]
+        save(source / "model.safetensors", held)
+        self.assertIn("config.json: the tensors do not match", self.warnings(source))
+        self.assertIn("missing: model.norm.weight", self.warnings(source))
+        self.assertLen(tensors(self.convert(source, "hf")), len(held))
+
+    @parameterized.parameters((5,), ("abc",), ([["a", "b"]],), ({"a": 5},))
+    def test_source_metadata_of_another_type_are_broken(self, value):
+        source = self.change({"source_metadata": value}, foreign=False)
+        for output in ("hf", "x.safetensors"):
+            with self.raises(BrokenContainerError, "source-metadata"):
+                self.convert(source, output)
+        self.assertEqual(os.listdir(self.folder), ["m.apr"])
+
+    @parameterized.parameters(
+        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "a:b.json", ".bashrc"
+    )
+    def test_side_files_that_would_stand_in_for_tensors_are_broken(self, name):
+        with self.raises(BrokenContainerError, "source-files"):
+            self.convert(self.change({"source_files": {name: "{}"}}, foreign=False), "hf", max_shard_bytes=60_000)
 
 
 class RefusalTest(ConversionTestCase):

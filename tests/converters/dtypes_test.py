@@ -1,6 +1,8 @@
 """The registry against the format's own tables, the safetensors package, the gguf package and numpy."""
 
+import functools
 import json
+import math
 import re
 import struct
 import warnings
@@ -12,46 +14,18 @@ import safetensors
 from absl.testing import absltest, parameterized
 
 from converters import dtypes
-from converters.errors import BrokenContainerError, RefusedError
+from converters.errors import BrokenContainerError, RefusedError, UsageError
 
-# What each `.apr` id may stand for, typed from apr-v2-format sections 2.1 to 2.3: how aprender's current reader takes
-# it, and what else it meant or means to somebody.
-CURRENT = {
-    0: "f32",
-    1: "f16",
-    3: "f64",
-    4: "i32",
-    5: "i64",
-    6: "i8",
-    7: "u8",
-    8: "apr_q4",
-    9: "apr_q8",
-    12: "q4_k",
-    14: "q6_k",
-    30: "bf16",
-    128: "apr_q4",
-    129: "apr_q8",
-}
-OTHERS = {
-    2: {"bf16", "q4_0"},
-    3: {"i8", "q4_1"},
-    4: {"i16"},
-    5: {"i32"},
-    6: {"i64", "q5_0"},
-    7: {"q5_1"},
-    8: {"q4_k", "q8_0"},
-    9: {"q6_k", "q8_1"},
-    10: {"q8_0", "q2_k"},
-    11: {"q3_k"},
-    13: {"q5_k"},
-    16: {"iq2_xxs"},
-    17: {"iq2_xs"},
-}
-
-# The same by era, section 2.2: aprender until March 2026, realizar's own table until 2026-01-30, GGML's numbers since.
+# Which type each `.apr` id stood for in each era, from apr-v2-format sections 2.1 to 2.3: aprender since GH-438, in
+# the weeks before that when only bf16 had moved, and earlier; realizar's own table until 2026-01-30, GGML's since.
 ERAS = {
     era: {int(id): name for id, _, name in (pair.partition("=") for pair in table.split())}
     for era, table in (
+        ("current", "0=f32 1=f16 3=f64 4=i32 5=i64 6=i8 7=u8 12=q4_k 14=q6_k 30=bf16 128=apr_q4 129=apr_q8"),
+        (
+            "aprender=2026-03",
+            "0=f32 1=f16 3=f64 4=i32 5=i64 6=i8 7=u8 8=apr_q4 9=apr_q8 12=q4_k 14=q6_k 30=bf16",
+        ),
         (
             "aprender<2026-03",
             "0=f32 1=f16 2=bf16 3=f64 4=i32 5=i64 6=i8 7=u8 8=apr_q4 9=apr_q8 12=q4_k 14=q6_k",
@@ -67,6 +41,86 @@ ERAS = {
         ),
     )
 }
+CURRENT = ERAS["current"]
+KNOWN = {id for table in ERAS.values() for id in table}
+
+# name: (elements, bytes) of a block, how blocks are laid out, whether values can be read. From ggml.h and
+# apr-v2-format 2.4.
+WIDTHS = {
+    name: (int(elements), int(nbytes), *rest)
+    for name, elements, nbytes, *rest in (
+        row.split()
+        for row in """
+        f64 1 8 flat array
+        f32 1 4 flat array
+        f16 1 2 flat array
+        bf16 1 2 flat array
+        i64 1 8 flat array
+        i32 1 4 flat array
+        i16 1 2 flat array
+        i8 1 1 flat array
+        u8 1 1 flat array
+        apr_q4 32 18 flat codec
+        apr_q8 1 1 scale codec
+        q4_0 32 18 rows codec
+        q4_1 32 20 rows codec
+        q5_0 32 22 rows codec
+        q5_1 32 24 rows codec
+        q8_0 32 34 rows codec
+        q8_1 32 36 rows codec
+        q2_k 256 84 rows codec
+        q3_k 256 110 rows codec
+        q4_k 256 144 both codec
+        q5_k 256 176 rows codec
+        q6_k 256 210 both codec
+        iq2_xxs 256 66 rows bytes
+        iq2_xs 256 74 rows bytes""".strip().splitlines()
+    )
+}
+# The same of every safetensors code.
+CODES = {
+    code: (int(bits), name)
+    for code, bits, name in (
+        row.split()
+        for row in """
+        F64 64 f64
+        F32 32 f32
+        F16 16 f16
+        BF16 16 bf16
+        I64 64 i64
+        I32 32 i32
+        I16 16 i16
+        I8 8 i8
+        U64 64 u64
+        U32 32 u32
+        U16 16 u16
+        U8 8 u8
+        BOOL 8 bool
+        C64 64 c64
+        F8_E5M2 8 f8_e5m2
+        F8_E4M3 8 f8_e4m3
+        F8_E5M2FNUZ 8 f8_e5m2fnuz
+        F8_E4M3FNUZ 8 f8_e4m3fnuz
+        F8_E8M0 8 f8_e8m0
+        F6_E2M3 6 f6_e2m3
+        F6_E3M2 6 f6_e3m2
+        F4 4 f4""".strip().splitlines()
+    )
+}
+SHAPES = ((), (1,), (0,), (206,), (32,), (3, 11), (2, 250), (4, 64), (2, 256), (3, 896), (2, 3, 512))
+
+
+def sizes(name, shape):
+    """The byte sizes that a tensor may have, written out anew from WIDTHS."""
+    elements, nbytes, layout, _ = WIDTHS[name]
+    count, columns = math.prod(shape), shape[-1] if shape else 1
+    flat = -(-count // elements) * nbytes
+    if layout == "scale":
+        return {count + 4 if count else 0}
+    if layout == "both" and count:
+        return {flat, count // columns * -(-columns // elements) * nbytes}
+    return set() if layout == "rows" and columns % elements else {flat}
+
 
 # The numpy type of the values of each plain type, packed ones unpacked: the oracle for what casts exactly.
 VALUES = {
@@ -147,83 +201,146 @@ def casts_exactly(source, target):
     )
 
 
+@functools.cache
+def exact_casts(name):
+    return frozenset(target for target in VALUES if target != name and casts_exactly(name, target))
+
+
 class AprIdsTest(parameterized.TestCase):
-    def test_each_of_256_ids_has_its_expected_meanings(self):
+    def test_each_of_256_ids_in_each_era_has_its_name_width_sizes_numpy_type_and_exact_casts(self):
+        walked = 0
         for id in range(256):
-            names = {dtype.name for _, dtype in dtypes.apr_meanings(id)}
-            expected = OTHERS.get(id, set()) | ({CURRENT[id]} if id in CURRENT else set())
-            self.assertEqual(names, expected, id)
-        self.assertEqual(sum(bool(dtypes.apr_meanings(id)) for id in range(256)), 20)
+            found = {known.era: dtype for known, dtype in dtypes.apr_meanings(id)}
+            self.assertEqual(
+                {era: dtype.name for era, dtype in found.items()},
+                {era: table[id] for era, table in ERAS.items() if id in table},
+            )
+            for era, dtype in found.items():
+                self.assertNotEmpty(dtypes.ERAS[era])
+                elements, nbytes, _, reading = WIDTHS[dtype.name]
+                self.assertEqual((dtype.block_elements, dtype.block_bytes), (elements, nbytes))
+                self.assertEqual(dtype.bits, None if dtype.is_block else 8 * nbytes)
+                for shape in SHAPES:
+                    self.assertEqual(set(dtype.sizes(shape)), sizes(dtype.name, shape), (dtype.name, shape))
+                if reading == "array":
+                    self.assertEqual(dtype.numpy, np.dtype(VALUES[dtype.name]))
+                    self.assertEqual(dtype.exact_casts, exact_casts(dtype.name))
+                else:
+                    self.assertIsNone(dtype.numpy_name)
+                    self.assertEqual(dtype.exact_casts, frozenset())
+                self.assertEqual(dtype.codec_name is not None, reading == "codec")
+                walked += 1
+        self.assertEqual(walked, sum(map(len, ERAS.values())))
+        self.assertEqual(set(dtypes.ERAS), set(ERAS))
 
-    def test_each_era_has_its_own_table(self):
-        found = {}
+    @parameterized.parameters(*SHAPES)
+    def test_each_of_256_ids_has_its_verdict_at_every_size_that_some_type_has(self, *shape):
+        possible = {size for name in WIDTHS for size in sizes(name, shape)} | {7}
         for id in range(256):
-            for known, dtype in dtypes.apr_meanings(id):
-                self.assertNotIn(id, found.setdefault(known.era, {}), "one id, one era, one meaning")
-                self.assertNotEmpty(known.writer)
-                found[known.era][id] = dtype.name
-        self.assertEqual(found, {**ERAS, "current": {i: name for i, name in CURRENT.items() if i not in (8, 9)}})
-
-    def test_each_of_256_ids_is_read_refused_or_unknown_at_every_size_that_some_type_has(self):
-        shape = (2, 256)
-        sizes = {size for dtype in dtypes.TYPES.values() for size in dtype.sizes(shape)}
-        compared = 0
-        for id in range(256):
-            meanings = OTHERS.get(id, set()) | ({CURRENT[id]} if id in CURRENT else set())
-            for size in sizes:
-                fitting = {name for name in meanings if size in dtypes.TYPES[name].sizes(shape)}
+            meanings = {table[id] for table in ERAS.values() if id in table}
+            for size in possible:
+                fitting = {name for name in meanings if size in sizes(name, shape)}
                 with self.subTest(id=id, size=size):
-                    compared += 1
-                    if CURRENT.get(id) in fitting and len(fitting) == 1 and id != 2:
-                        self.assertEqual(dtypes.by_apr_id(id, shape, size).name, CURRENT[id])
-                        continue
-                    with self.assertRaises((RefusedError, BrokenContainerError)) as caught:
-                        dtypes.by_apr_id(id, shape, size)
-                    error = caught.exception
-                    if not meanings:
-                        self.assertEqual(error.code, "dtype-unknown")
-                    elif fitting:
-                        self.assertIn(error.code, ("dtype-legacy", "dtype-ambiguous"))
-                        for name in fitting:
-                            self.assertIn(name, str(error))
-        self.assertGreater(compared, 256 * 10)
+                    self.check_verdict(id, shape, size, meanings, fitting)
+
+    def check_verdict(self, id, shape, size, meanings, fitting):
+        decided = len(fitting) == 1 or (fitting and not size)
+        if decided and CURRENT.get(id) in fitting:
+            self.assertEqual(dtypes.by_apr_id(id, shape, size).name, CURRENT[id])
+            self.assertEqual(dtypes.by_apr_id(id, shape, size, legacy=True).name, CURRENT[id])
+            return
+        error = self.refusal(id, shape, size, legacy=False)
+        if not meanings:
+            self.assertEqual((error.code, error.exit_code), ("dtype-unknown", 4))
+            self.assertEqual(self.refusal(id, shape, size, legacy=True).code, "dtype-unknown")
+            return
+        if fitting or id not in CURRENT:
+            self.assertEqual(error.code, "dtype-legacy" if decided or not fitting else "dtype-ambiguous")
+            self.assertEqual(error.exit_code, 5)
+            self.assertIn("--legacy", error.hint)
+            for name in fitting or meanings:
+                self.assertIn(f"{name} (", str(error))
+        else:
+            self.assertEqual((error.code, error.exit_code), ("size-mismatch", 4))
+        if decided:
+            self.assertIn(dtypes.by_apr_id(id, shape, size, legacy=True).name, fitting)
+        else:
+            expected = "dtype-ambiguous" if fitting else "size-mismatch"
+            self.assertEqual(self.refusal(id, shape, size, legacy=True).code, expected)
+        for name in meanings:
+            if name in fitting:
+                self.assertEqual(dtypes.by_apr_id(id, shape, size, legacy={id: name}).name, name)
+            else:
+                self.assertEqual(self.refusal(id, shape, size, legacy={id: name}).code, "size-mismatch")
+
+    def refusal(self, id, shape, size, legacy):
+        with self.assertRaises((RefusedError, BrokenContainerError)) as caught:
+            dtypes.by_apr_id(id, shape, size, legacy)
+        return caught.exception
 
     def test_current_ids_are_those_that_the_format_pins(self):
         pinned = {dtype.apr_id: name for name, dtype in dtypes.TYPES.items() if dtype.apr_id is not None}
-        self.assertEqual(pinned, {id: name for id, name in CURRENT.items() if id not in (8, 9)})
+        self.assertEqual(pinned, CURRENT)
 
-    def test_id_2_is_refused_at_every_size_and_names_both_candidates(self):
-        for size in (2 * 512, 18 * 16, 7):
-            with self.assertRaises(RefusedError) as caught:
-                dtypes.by_apr_id(2, (2, 256), size)
-            self.assertEqual(caught.exception.code, "dtype-legacy")
-            self.assertIn("--legacy", caught.exception.hint)
-        self.assertIn("bf16", str(caught.exception))
-        self.assertIn("q4_0", str(caught.exception))
+    def test_id_2_is_refused_at_every_size_and_names_its_candidates(self):
+        for size, names in ((2 * 512, ("bf16",)), (18 * 16, ("q4_0",)), (7, ("bf16", "q4_0"))):
+            error = self.refusal(2, (2, 256), size, legacy=False)
+            self.assertEqual(error.code, "dtype-legacy")
+            self.assertIn("--legacy", error.hint)
+            for name in names:
+                self.assertIn(name, str(error))
+        self.assertIn("aprender until March 2026", str(error))
 
-    def test_id_8_is_decided_by_size_where_it_can_be(self):
-        self.assertEqual(dtypes.by_apr_id(8, (3, 40), 18 * 4).name, "apr_q4")
-        with self.assertRaises(RefusedError) as caught:
-            dtypes.by_apr_id(8, (2, 256), 18 * 16)
-        self.assertEqual(caught.exception.code, "dtype-ambiguous")
-        with self.assertRaises(RefusedError) as caught:
-            dtypes.by_apr_id(8, (2, 256), 34 * 16)
-        self.assertEqual(caught.exception.code, "dtype-legacy")
-        self.assertIn("q8_0", str(caught.exception))
+    def test_sizes_that_two_meanings_share_are_ambiguous(self):
+        # AprQ4 and Q4_K wherever 256 divides the elements; AprQ8 and Q8_1 of 32 elements; AprQ8 and Q6_K of 206.
+        for id, shape, size, names in (
+            (8, (2, 256), 288, ("apr_q4", "q4_k")),
+            (9, (32,), 36, ("apr_q8", "q8_1")),
+            (9, (206,), 210, ("apr_q8", "q6_k")),
+        ):
+            error = self.refusal(id, shape, size, legacy=True)
+            self.assertEqual(error.code, "dtype-ambiguous")
+            for name in names:
+                self.assertIn(f"--legacy {id}={name}", error.hint)
 
     def test_size_exposes_an_id_read_with_the_wrong_table(self):
-        with self.assertRaises(BrokenContainerError) as caught:
-            dtypes.by_apr_id(30, (4, 4), 64)
-        self.assertEqual((caught.exception.code, caught.exception.found), ("size-mismatch", 64))
-        with self.assertRaises(RefusedError) as caught:
-            dtypes.by_apr_id(6, (2, 32), 44)
-        self.assertIn("q5_0", str(caught.exception))
+        error = self.refusal(30, (4, 4), 64, legacy=False)
+        self.assertEqual((error.code, error.found), ("size-mismatch", 64))
+        self.assertIn("q5_0", str(self.refusal(6, (2, 32), 44, legacy=False)))
 
     def test_unknown_id_lists_the_known_ones(self):
-        with self.assertRaises(BrokenContainerError) as caught:
-            dtypes.by_apr_id(99, (4,), 16)
-        self.assertIn("0 1 2 3", str(caught.exception))
-        self.assertIn("30 128 129", str(caught.exception))
+        error = self.refusal(99, (4,), 16, legacy=True)
+        self.assertIn(" ".join(map(str, sorted(KNOWN))), str(error))
+
+    def test_eras_are_those_in_which_every_tensor_fits(self):
+        f32, bf16, old, q4, q6 = (0, (4,), 16), (30, (4,), 8), (2, (4,), 8), (8, (3, 40), 72), (14, (256,), 210)
+        aprender = ("current", "aprender=2026-03", "aprender<2026-03")
+        for tensors, expected in (
+            ([f32], tuple(ERAS)),
+            ([f32, bf16], ("current", "aprender=2026-03", "engine>=2026-01-30")),
+            ([f32, old], ("aprender<2026-03", "engine<2026-01-30")),
+            ([f32, old, q4], ("aprender<2026-03",)),
+            ([bf16, q4], ("aprender=2026-03",)),
+            ([bf16, old], ()),
+            ([f32, q6], (*aprender, "engine>=2026-01-30")),
+            ([(3, (4,), 32)], aprender),
+            ([(3, (4,), 4)], ("engine<2026-01-30",)),
+            # A placeholder has no size that could speak against an era.
+            ([(30, (4,), 0)], ("current", "aprender=2026-03", "engine>=2026-01-30")),
+        ):
+            self.assertEqual(dtypes.fitting_eras(tensors), expected)
+
+    def test_what_a_user_says_about_ids(self):
+        self.assertIs(dtypes.parse_legacy([]), False)
+        self.assertIs(dtypes.parse_legacy([""]), True)
+        self.assertEqual(dtypes.parse_legacy(["", "8=Q4_K", "2=bf16"]), {8: "q4_k", 2: "bf16"})
+        for text in ("8=f32", "99=f32", "q4_k", "8=", "=q4_k", "-1=f32", "x=f32"):
+            with self.assertRaises(UsageError) as caught:
+                dtypes.parse_legacy([text])
+            self.assertEqual(caught.exception.code, "legacy-meaning")
+        with self.assertRaises(UsageError) as caught:
+            dtypes.parse_legacy(["8=f32"])
+        self.assertIn("apr_q4 q8_0", str(caught.exception).replace("q4_k ", ""))
 
 
 class SafetensorsCodesTest(absltest.TestCase):
@@ -237,6 +354,20 @@ class SafetensorsCodesTest(absltest.TestCase):
         except safetensors.SafetensorError as error:
             return re.findall(r"`([A-Z0-9_]+)`", str(error).partition("expected one of")[2])
         raise AssertionError("the package accepts any dtype")
+
+    def test_each_code_has_its_name_width_sizes_numpy_type_and_exact_casts(self):
+        self.assertCountEqual(CODES, self.package_codes())
+        for code, (bits, name) in CODES.items():
+            dtype = dtypes.by_safetensors(code)
+            self.assertEqual((dtype.name, dtype.bits, dtype.is_block), (name, bits, False))
+            for shape in SHAPES:
+                whole, rest = divmod(math.prod(shape) * bits, 8)
+                self.assertEqual(dtype.sizes(shape), () if rest else (whole,), (code, shape))
+            self.assertEqual(dtype.exact_casts, exact_casts(name))
+            if bits % 8:
+                self.assertIsNone(dtype.numpy_name)
+            else:
+                self.assertEqual(dtype.numpy, np.dtype(VALUES[name]))
 
     def test_every_code_of_the_package_is_known_and_no_other(self):
         codes = self.package_codes()
@@ -319,6 +450,13 @@ class SizesTest(parameterized.TestCase):
         self.assertEqual(caught.exception.code, "shape-blocks")
 
 
+class TorchTest(absltest.TestCase):
+    def test_names_are_those_of_config_json(self):
+        names = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8"}
+        names |= {"f8_e4m3": "float8_e4m3fn", "bool": "bool", "c64": "complex64", "f4": None, "q4_k": None}
+        self.assertEqual({name: dtypes.by_name(name).torch for name in names}, names)
+
+
 class NumpyTest(absltest.TestCase):
     def test_numpy_types_have_the_width_of_the_file(self):
         compared = 0
@@ -344,8 +482,7 @@ class NumpyTest(absltest.TestCase):
     def test_exact_casts_are_those_that_lose_no_value(self):
         self.assertCountEqual(VALUES, [name for name, dtype in dtypes.TYPES.items() if not dtype.is_block])
         for source in VALUES:
-            exact = {target for target in VALUES if target != source and casts_exactly(source, target)}
-            self.assertEqual(exact, dtypes.TYPES[source].exact_casts, source)
+            self.assertEqual(exact_casts(source), dtypes.TYPES[source].exact_casts, source)
 
     def test_unknown_name_lists_the_known_ones(self):
         with self.assertRaises(RefusedError) as caught:

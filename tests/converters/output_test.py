@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import pathlib
+import signal
 import stat
 import subprocess
 import sys
@@ -286,6 +287,33 @@ class AtomicFolderTest(OutputTestCase):
         with self.raises("file-name"):
             write_folder(self.folder / "d", {name: b"x"})
         self.assertEqual(self.names(), [])
+
+
+class InterruptTest(OutputTestCase):
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def test_the_first_signal_is_raised_and_others_do_not_cut_the_cleaning_up_short(self, number):
+        before = signal.getsignal(number)
+        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os.kill(os.getpid(), number)
+        self.assertIs(signal.getsignal(number), before)
+
+    def test_a_swallowed_signal_comes_back_when_asked_at_the_end_and_in_place_of_an_error(self):
+        def swallow() -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
+            swallow()
+        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
+            swallow()
+            raise ImportError("partially initialised")
+        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt() as check:
+            check()
+            swallow()
+            self.assertRaises(KeyboardInterrupt, check)
 
 
 class LimitsTest(OutputTestCase):

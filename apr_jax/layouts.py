@@ -1,0 +1,115 @@
+"""Layouts that are not mistakes: the right numbers in another order. Found, said, and undone before anything is judged.
+
+A dump says nothing of the order of its axes. Engines keep q and k head-major, or interleave the two halves of a head
+for adjacent-pair RoPE, or write column-major. A reordering that brings a stage from far off to close by is taken as
+what the other side does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from apr_jax import stages
+from apr_jax.inputs import Inputs
+from apr_jax.model import LanguageModel
+from apr_jax.scene import Scene
+from converters.qwen2 import Qwen2Config
+
+_FAR = 0.3
+"""Relative L2 from which a stage's layout is doubted."""
+_CLOSER = 0.1
+"""What a reordering has to leave of the difference."""
+
+_HEADED = ("q_post_rope", "k_post_rope", "attention")
+_PAIRED = ("qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A reordering that was undone.
+
+    Attributes:
+      key: The stage.
+      kind: "heads-major", "qk-interleaved" or "transposed".
+    """
+
+    key: str
+    kind: str
+
+
+def undo(
+    exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[Layout]]:
+    """Brings a dump into the layout of the stage table.
+
+    Args:
+      exact: The model in float64.
+      inputs: The batch.
+      theirs: Trace key -> array [B, T, ...].
+
+    Returns:
+      The dump with every stage in the right order, and what was reordered.
+    """
+    values, found = dict(theirs), []
+    tokens = inputs.attention_mask == 1
+    for key in stages.trace_keys(exact.config.num_layers):
+        if key not in values or values[key].ndim != 3 or values[key].shape[1] != tokens.shape[1]:
+            continue
+        if not np.isfinite(values[key]).all():
+            continue
+        right = Scene(exact.config, exact.parameters, inputs, values).compute(key)
+        before = _distance(values[key], right, tokens)
+        if before <= _FAR * float(np.linalg.norm(right[tokens])):
+            continue
+        for kind, reorder in _reorderings(exact.config, stages.stage_of(key)).items():
+            other = reorder(values[key])
+            if _distance(other, right, tokens) <= _CLOSER * before or _same_norms(
+                kind, exact.config, values[key], other, right, tokens
+            ):
+                values[key] = other
+                found.append(Layout(key, kind))
+                break
+    return values, found
+
+
+def _distance(x: np.ndarray, y: np.ndarray, tokens: np.ndarray) -> float:
+    return float(np.linalg.norm((x - y)[tokens]))
+
+
+def _same_norms(
+    kind: str, config: Qwen2Config, found: np.ndarray, other: np.ndarray, right: np.ndarray, tokens: np.ndarray
+) -> bool:
+    """Whether reordering heads brings their norms into place: no rotation, right or wrong, changes those."""
+    if kind != "heads-major":
+        return False
+    norms = [np.linalg.norm(x.reshape(*x.shape[:2], -1, config.head_dim), axis=-1) for x in (found, other, right)]
+    return _distance(norms[1], norms[2], tokens) <= _CLOSER * _distance(norms[0], norms[2], tokens)
+
+
+def _reorderings(config: Qwen2Config, stage: str) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    width = config.head_dim
+    kinds: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
+    if stage in _HEADED:
+        kinds["heads-major"] = lambda x: _from_heads_major(x, width)
+    if stage in _PAIRED:
+        rotated = (config.num_heads + config.num_kv_heads) * width
+        kinds["qk-interleaved"] = lambda x: _from_interleaved(x, width, rotated)
+    kinds["transposed"] = lambda x: x.reshape(len(x), x.shape[2], x.shape[1]).swapaxes(1, 2)
+    return kinds
+
+
+def _from_heads_major(x: np.ndarray, width: int) -> np.ndarray:
+    """[B, heads, T, H] in a buffer of [B, T, heads * H] -> the latter."""
+    batch, length, total = x.shape
+    return x.reshape(batch, total // width, length, width).swapaxes(1, 2).reshape(x.shape)
+
+
+def _from_interleaved(x: np.ndarray, width: int, rotated: int) -> np.ndarray:
+    """Undoes i -> 2i, i + H/2 -> 2i + 1 in each head of q and k; v, behind them, stays."""
+    end = min(rotated, x.shape[-1])
+    heads = x[..., :end].reshape(*x.shape[:2], -1, width)
+    ordered = np.concatenate([heads[..., 0::2], heads[..., 1::2]], axis=-1)
+    return np.concatenate([ordered.reshape(*x.shape[:2], end), x[..., end:]], axis=-1)

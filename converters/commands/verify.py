@@ -1,0 +1,205 @@
+"""`verify`: whether two checkpoints hold the same weights, and what happened if not; or whether one file is sound."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from converters.commands import cli
+from converters.errors import printable
+
+if TYPE_CHECKING:
+    from converters.checkpoint import Checkpoint
+    from converters.comparison import Comparison
+    from converters.inspection import Check
+    from converters.tensor_pairs import Progress, TensorComparison
+
+_ROWS = 20
+_TIED = "tie_word_embeddings"
+
+_EPILOG = """\
+With two checkpoints, A is the original and B the one in question. Both are streamed. Of tensors that differ the cause
+is searched for: another dtype tag, a cast, a transpose, a permutation, swapped tensors, a shift, quantisation, ...
+
+verdicts
+  identical      every byte of every tensor                                                     exit code 0
+  equal-values   every value; the types differ, all casts are exact                                          0
+  close          every tensor within a relative L2 of 1e-3                                                   1
+  different      anything else, tensors that one side lacks and nothing in common included                   1
+A tied head may be absent, without data, or a copy of the embedding: that is no difference.
+
+With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, and whether the values
+look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.
+
+other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input failed, 130 interrupted
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed command line; argv[0] is the program's name."""
+    parser = cli.make_parser(argv[0], "Compare two checkpoints and say what happened, or check one.", _EPILOG)
+    parser.add_argument("a", metavar="A", help="HuggingFace folder, .safetensors file, index of shards, or .apr")
+    parser.add_argument("b", metavar="B", nargs="?", help="the checkpoint to hold against A")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    cli.add_checkpoint_arguments(parser)
+    return parser.parse_args(argv[1:])
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    if args.b is None:
+        return _inspect(args)
+    return _compare(args)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from converters.comparison import compare
+
+    with cli.open_from(args, args.a) as a, cli.open_from(args, args.b) as b:
+        _warn(a, b)
+        with _progress() as progress:
+            comparison = compare(a, b, progress)
+    if args.json:
+        cli.print_json(comparison.to_json())
+    else:
+        _print(comparison)
+    return comparison.exit_code
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from converters.commands.progress import byte_bar
+    from converters.inspection import inspect
+
+    with (
+        cli.open_from(args, args.a) as checkpoint,
+        byte_bar(sum(source.size for source in checkpoint.sources)) as progress,
+    ):
+        checks = inspect(checkpoint, progress=progress)
+    failed = sum(check.passed is False for check in checks)
+    if args.json:
+        cli.print_json({"verdict": "failed" if failed else "passed", "checks": [check.to_json() for check in checks]})
+    else:
+        _print_checks(checks, failed)
+    return cli.EXIT_DIFFERS if failed else 0
+
+
+def _print_checks(checks: Sequence[Check], failed: int) -> None:
+    passed = sum(check.passed is True for check in checks)
+    colour, plain = _colours(failed)
+    verdict = f"{failed} of {passed + failed} checks failed" if failed else f"{passed} checks passed"
+    print(f"{colour}{'failed' if failed else 'passed'}{plain}: {verdict}")
+    # What is wrong first, then what is odd, then the rest.
+    order = ("failure", "note", "ok", "skipped")
+    for check in sorted(checks, key=lambda check: order.index(check.severity)):
+        print(printable(f"{check.severity:8} {check.name}: {check.sentence}"))
+
+
+def _warn(*checkpoints: Checkpoint) -> None:
+    for checkpoint in checkpoints:
+        for warning in checkpoint.warnings:
+            print(printable(f"warning: {checkpoint.path}: {warning}"), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """Yields what shows a bar for each phase on stderr; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import console, progress
+
+    columns = ("[progress.description]{task.description}", progress.BarColumn(), progress.TimeRemainingColumn())
+    bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
+    tasks: dict[str, progress.TaskID] = {}
+
+    def show(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            tasks[phase] = bar.add_task(phase, total=total)
+        bar.update(tasks[phase], completed=done)
+
+    with bar:
+        yield show
+
+
+def _print(comparison: Comparison) -> None:
+    print(_headline(comparison))
+    for line in _lines(comparison):
+        print(printable(f"- {line}"))
+    verdicts = [tensor.verdict for tensor in comparison.tensors]
+    wrong = [tensor for tensor in comparison.unequal if tensor.verdict in ("close", "different")]
+    if wrong:
+        print()
+        _print_tensors(comparison, wrong)
+    for verdict, words in (("equal-values", "equal in value, types differ"), ("identical", "equal byte for byte")):
+        if verdict in verdicts:
+            print(f"{verdicts.count(verdict)} tensors: {words}")
+
+
+def _lines(comparison: Comparison) -> Iterator[str]:
+    yield from (finding.sentence for finding in comparison.findings)
+    for label, names in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
+        if names:
+            yield f"only in {label}: {', '.join(names[:5])}" + (f", ... ({len(names)})" if len(names) > 5 else "")
+    yield from comparison.notes
+    attributes = [found for found in comparison.metadata_differences if found.attribute not in ("config", _TIED)]
+    if attributes:
+        listed = ", ".join(f"{found.attribute} {found.a} in A, {found.b} in B" for found in attributes)
+        yield f"the configurations disagree: {listed}"
+    yield from (found.sentence for found in comparison.metadata_differences if found not in attributes)
+
+
+def _headline(comparison: Comparison) -> str:
+    compared, unequal = comparison.compared, comparison.unequal
+    wrong = sum(tensor.verdict in ("close", "different") for tensor in unequal)
+    text = "nothing was compared"
+    if compared.tensors:
+        text = f"{compared.tensors} tensors compared, {compared.elements} elements, {compared.bytes} bytes; "
+        text += f"{wrong or 'none'} {'differs' if wrong == 1 else 'differ'}"
+    if comparison.metadata_differences:
+        text += "; the configurations do" if not wrong else "; so do the configurations"
+    colour, plain = _colours(comparison.exit_code)
+    return f"{colour}{comparison.verdict}{plain}: {text}"
+
+
+def _colours(exit_code: int) -> tuple[str, str]:
+    import os
+
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return "", ""
+    return ("\x1b[1;31m" if exit_code else "\x1b[1;32m"), "\x1b[0m"
+
+
+def _print_tensors(comparison: Comparison, unequal: Sequence[TensorComparison]) -> None:
+    from converters.commands.tables import print_table
+
+    causes = {name: finding.cause for finding in comparison.findings for name in finding.tensors}
+    rows = [
+        (
+            printable(tensor.name),
+            _both(*tensor.dtypes),
+            _both(*("x".join(map(str, shape)) or "scalar" for shape in tensor.shapes)),
+            *_figures(tensor),
+            causes.get(tensor.name, ""),
+        )
+        for tensor in unequal[:_ROWS]
+    ]
+    columns = ("tensor", "type", "shape", "differing", "relative L2", "cosine", "max abs", "cause")
+    print_table(columns, rows, right=(3, 4, 5, 6))
+    if len(unequal) > _ROWS:
+        print(f"and {len(unequal) - _ROWS} tensors less far apart (--json lists all)")
+
+
+def _both(a: str, b: str) -> str:
+    return a if a == b else f"{a} -> {b}"
+
+
+def _figures(tensor: TensorComparison) -> tuple[str, ...]:
+    sums = tensor.sums
+    if sums is None:
+        return ("", "", "", "")
+    cosine = "" if sums.cosine is None else f"{sums.cosine:.6f}"
+    share = f"{100 * sums.differing / max(sums.elements, 1):.3g} %"
+    return share, f"{sums.relative_l2:.2e}", cosine, f"{sums.max_abs:.3e}"

@@ -1,0 +1,157 @@
+"""What the diagnosis of one tensor may look at beside it: the other tensors of both sides, and the attention heads."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from converters import dtypes
+from converters.checkpoint import Checkpoint, Tensor
+from converters.diagnosis import pair
+from converters.errors import AprJaxError
+from converters.qwen2 import Qwen2Config
+
+# A fingerprint: this many short runs, evenly spread from the first element to the last.
+_RUNS, _RUN = 12, 8
+# q, k and v, weights and biases, of the layers that some threads are at.
+_KEPT = 24
+
+_LAYER = re.compile(r"^(.*?layers\.)(\d+)\.(.+)$")
+FUSED = ("qkv_proj", "query_key_value", "attn_qkv", "c_attn", "Wqkv")
+
+
+class Context:
+    """Both checkpoints, and what was found out about them once for all tensors.
+
+    Attributes:
+      a, b: Name -> tensor of the original and of the suspect.
+      config: The model's numbers: the original's, else the suspect's, else None.
+      scratch: Memory for the pair that each thread is at.
+    """
+
+    def __init__(self, a: Checkpoint, b: Checkpoint):
+        self.a, self.b = a.tensors, b.tensors
+        self.config = _config(a) or _config(b)
+        self.scratch = pair.Scratch()
+        # Several threads may diagnose at once.
+        self._lock = threading.Lock()
+        self._loaded: dict[Tensor, pair.Payload] = {}
+
+    def heads(self, name: str) -> tuple[int, int] | None:
+        """Returns (heads, head_dim) along the rows of a Q, K or V projection, or along the columns of O."""
+        role = projection(name)
+        if role is None or self.config is None or role == "qkv":
+            return None
+        count = self.config.num_heads if role in ("q", "o") else self.config.num_kv_heads
+        return count, self.config.head_dim
+
+    def head_sizes(self, name: str, rows: int) -> list[tuple[int, int]]:
+        """Returns the (heads, head_dim) to try: the configured one, then every other even division of the rows."""
+        known = self.heads(name)
+        sizes = [known] if known and known[0] * known[1] == rows else []
+        for dim in sorted(divisors(rows), reverse=True):
+            if dim % 2 == 0 and (rows // dim, dim) not in sizes and dim <= 512:
+                sizes.append((rows // dim, dim))
+        return sizes
+
+    def siblings(self, name: str, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the q, k and v projections of the same layer and kind (weight or bias), as far as they are there."""
+        role = projection(name)
+        if role not in ("q", "k", "v"):
+            return {}
+        names = {other: name.replace(f"{role}_proj", f"{other}_proj") for other in ("q", "k", "v")}
+        return {other: side[found] for other, found in names.items() if found in side}
+
+    def load(self, tensor: Tensor) -> pair.Payload:
+        """Reads a tensor, or returns it again: q, k and v of a layer are asked for in turn."""
+        with self._lock:
+            if tensor not in self._loaded:
+                if len(self._loaded) >= _KEPT:
+                    del self._loaded[next(iter(self._loaded))]
+                self._loaded[tensor] = pair.load(tensor)
+            return self._loaded[tensor]
+
+    @functools.cached_property
+    def _by_count_a(self) -> dict[int, list[tuple[str, np.ndarray]]]:
+        return _fingerprints(self.a)
+
+    @functools.cached_property
+    def _by_count_b(self) -> dict[int, list[tuple[str, np.ndarray]]]:
+        return _fingerprints(self.b)
+
+    def same_as(self, tensor: Tensor, *, side: str) -> list[str]:
+        """Returns the names of the tensors on one side ("a" or "b") whose elements look like those of `tensor`.
+
+        A fingerprint is compared, rounded to the coarser of the two types; to be verified.
+        """
+        table = self._by_count_a if side == "a" else self._by_count_b
+        tensors = self.a if side == "a" else self.b
+        wanted = _fingerprint(tensor)
+        names = []
+        for name, found in table.get(dtypes.element_count(tensor.shape), ()):
+            if _alike(wanted, tensor.dtype.name, found, tensors[name].dtype.name):
+                names.append(name)
+        return names
+
+
+def _config(checkpoint: Checkpoint) -> Qwen2Config | None:
+    try:
+        return checkpoint.model_config()
+    except AprJaxError:
+        return None
+
+
+def projection(name: str) -> str | None:
+    """Returns "q", "k", "v", "o" or "qkv" for a weight or bias of the attention's projections, else None."""
+    for role in "qkvo":
+        if f"{role}_proj" in name:
+            return "qkv" if "qkv_proj" in name else role
+    return "qkv" if any(part in name for part in FUSED) else None
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """Returns the layer's number and the rest of the name, e.g. (3, "mlp.up_proj.weight"); (None, name) outside."""
+    match = _LAYER.match(name)
+    return (int(match[2]), match[3]) if match else (None, name)
+
+
+@functools.lru_cache
+def divisors(number: int) -> tuple[int, ...]:
+    """Returns the divisors of a positive number, ascending."""
+    small = [k for k in range(1, int(number**0.5) + 1) if number % k == 0]
+    return tuple(sorted({*small, *(number // k for k in small)}))
+
+
+def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[int, list[tuple[str, np.ndarray]]]:
+    table: dict[int, list[tuple[str, np.ndarray]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.nbytes:
+            table.setdefault(dtypes.element_count(tensor.shape), []).append((name, _fingerprint(tensor)))
+    return table
+
+
+def _fingerprint(tensor: Tensor) -> np.ndarray:
+    """Returns some values (f64, or the bytes of types that are not plain), from the same places for equal counts."""
+    width = pair.element_bytes(tensor.dtype)
+    count, width = (tensor.nbytes, 1) if width is None else (tensor.nbytes // width, width)
+    run = min(_RUN, count)
+    starts = np.unique(np.linspace(0, count - run, _RUNS if count > _RUN else 1).astype(int))
+    data = b"".join(bytes(tensor.source.read_at(tensor.offset + int(start) * width, run * width)) for start in starts)
+    if pair.element_bytes(tensor.dtype) is None:
+        return np.frombuffer(data, "u1")
+    return pair.values_of(np.frombuffer(data, f"<u{width}"), tensor.dtype.name).astype("<f8")
+
+
+def _alike(left: np.ndarray, left_type: str, right: np.ndarray, right_type: str) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if np.array_equal(left, right, equal_nan=left.dtype.kind == "f"):
+        return True
+    if left_type == right_type or left.dtype.kind != "f":
+        return False
+    types = (left_type, right_type)
+    return any(np.array_equal(pair.bits_of(left, name), pair.bits_of(right, name)) for name in types)

@@ -1,0 +1,638 @@
+"""What one checkpoint says about itself: checks that need no original to compare with.
+
+Structure, checksums, sizes, configuration against shapes, and what the values look like. The bounds S1 and S24 are
+those of upstream's tests (`pretrain_real.rs`, tensor-layout FALSIFY-001 to 006), unchanged. What a relabelled type
+looks like was measured, over 195 matrices of 13 checkpoints: bf16 read as f16 has at least 99.5 % of its magnitudes in
+[0.5, 4), a genuine matrix 0.6 % at most; f16 read as bf16 has at least 92 % below 2**-20, a genuine one 0.03 % at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from converters import screening, statistics
+from converters.checkpoint import Checkpoint, Tensor
+from converters.counting import counted
+from converters.dtypes import element_count
+from converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from converters.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
+from converters.statistics import Statistics
+from converters.tied_heads import same_values
+
+EMBEDDING_MEAN = 0.05
+EMBEDDING_STD = (0.005, 0.5)
+FINAL_NORM_MEAN = (0.01, 100.0)
+FINAL_NORM_STD = 100.0
+EMBEDDING_ZEROS = 0.5
+WEIGHT_ZEROS = 0.8
+SMALLEST_L2 = 1e-6
+DEAD_ROWS = 0.25
+SPOT_ROWS = (0.1, 0.5, 0.9)
+# Of normally distributed values 76 % at most lie in [0.5, 4), whatever their spread.
+RELABEL_SHARE, RELABEL_STD = 0.95, 0.5
+TINY_SHARE, TINY_STD = 0.75, 1e-3
+
+# The names that HuggingFace and GGUF give to what is looked at by name.
+_EMBEDDINGS = (EMBEDDING, "token_embd.weight", "tok_embeddings.weight")
+_FINAL_NORMS = (FINAL_NORM, "output_norm.weight")
+_HEADS = (HEAD, "output.weight")
+_QWEN2 = "qwen2"
+_UNSUPPORTED = ("not supported", "not known to leave")
+_FIELDS = dataclasses.fields(Qwen2Config)
+_FAMILIES = ("qwen2", "qwen3", "llama")
+_PUBLISHED_THETA = 1e6
+_PUBLISHED_EPS = (1e-6, 1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes:
+      name: A stable, kebab-case identifier.
+      passed: False only for what is wrong; None if the check does not apply, and the sentence says why.
+      sentence: What was found and what was expected, for people.
+      tensors: The tensors concerned.
+      note: Whether a passed check is worth saying all the same.
+    """
+
+    name: str
+    passed: bool | None
+    sentence: str
+    tensors: tuple[str, ...] = ()
+    note: bool = False
+
+    @property
+    def severity(self) -> str:
+        """One of "failure", "note", "ok" and "skipped"."""
+        if self.passed is None:
+            return "skipped"
+        return "failure" if not self.passed else "note" if self.note else "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as plain JSON values."""
+        return dataclasses.asdict(self) | {"tensors": list(self.tensors), "severity": self.severity}
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    *,
+    measured: Mapping[str, Statistics] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Check]:
+    """Checks one checkpoint by itself. Its files are read once; what looks suspicious then is measured exactly.
+
+    Args:
+      checkpoint: An open checkpoint.
+      measured: Statistics of tensors that are known already, by name.
+      progress: Called with numbers of bytes read, from any thread.
+
+    Returns:
+      One check after the other, container first.
+
+    Raises:
+      StorageError: A file cannot be read.
+    """
+    screened = screening.screen(checkpoint, progress)
+    values = _Values(checkpoint, screened, dict(measured or {}))
+    return [
+        *_container(checkpoint, screened),
+        *_sizes(checkpoint),
+        *_configuration(checkpoint),
+        *_head(checkpoint),
+        *_metadata(checkpoint),
+        *_data(checkpoint, values),
+    ]
+
+
+# --- container
+
+
+def _container(checkpoint: Checkpoint, screened: screening.Screening) -> Iterator[Check]:
+    number = len(checkpoint.tensors) + len(checkpoint.placeholders)
+    yield Check("structure", True, f"{number} tensors, each within the file, without overlap or hole")
+    for warning in checkpoint.warnings:
+        yield Check("warning", True, warning, note=True)
+    if checkpoint.apr is None:
+        yield Check("checksums", None, "safetensors files carry no checksum")
+        return
+    apr = checkpoint.apr
+    yield Check("header-checksum", True, f"the header's CRC-32 is {apr.header.checksum:#010x}, as it says")
+    if not apr.has_footer:
+        yield Check("footer-checksum", None, "there is no footer, so the content cannot be checked against it")
+    else:
+        stored = int.from_bytes(checkpoint.sources[0].read_at(apr.data_end, 4), "little")
+        right = stored == screened.crc
+        yield Check(
+            "footer-checksum",
+            right,
+            f"the file's CRC-32 is {screened.crc:#010x}, as its footer says"
+            if right
+            else f"the content has the CRC-32 {screened.crc:#010x}, the footer says {stored:#010x}: the file has "
+            "changed since it was written",
+        )
+    if screened.hidden is None:
+        yield Check("padding", True, "nothing but zeros between the tensors")
+    else:
+        offset, before = screened.hidden
+        where = f"after {before}" if before else "before the first tensor"
+        yield Check(
+            "padding",
+            False,
+            f"byte {offset} of the padding {where} is not zero: something is hidden between the tensors",
+            (before,) if before else (),
+        )
+
+
+def _sizes(checkpoint: Checkpoint) -> Iterator[Check]:
+    wrong = [tensor for tensor in checkpoint.tensors.values() if tensor.nbytes not in tensor.dtype.sizes(tensor.shape)]
+    for tensor in wrong:
+        yield Check(
+            "sizes",
+            False,
+            f"{tensor.name} has {tensor.nbytes} bytes, {tensor.dtype.name} {list(tensor.shape)} has "
+            f"{' or '.join(map(str, tensor.dtype.sizes(tensor.shape)))}",
+            (tensor.name,),
+        )
+    if not wrong:
+        yield Check("sizes", True, "every tensor has the bytes that its type and shape ask for")
+
+
+# --- configuration
+
+
+def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
+    family, named = _family_of_names(checkpoint.tensors), _family_said(checkpoint)
+    if family and named in _FAMILIES:
+        yield Check(
+            "architecture",
+            family == named,
+            f"the metadata say {named}, the tensors' names are those of {family}",
+        )
+    if named is None:
+        yield Check("configuration", None, "there is no configuration to hold the tensors against")
+        return
+    if named != _QWEN2:
+        yield Check("configuration", None, f"architecture {named!r} is not known here, only {_QWEN2!r}")
+        return
+    try:
+        config = checkpoint.model_config()
+    except AprJaxError as error:
+        problems = error.message.split("\n  ")[1:]
+        # Another model than those that are known here is nothing that is wrong with the file.
+        known = not problems or any(not any(words in problem for words in _UNSUPPORTED) for problem in problems)
+        yield Check("configuration", False if known else None, error.message.replace("\n  ", " "))
+        return
+    yield Check("configuration", True, f"{_QWEN2}, {config.num_layers} layers, hidden size {config.hidden_size}")
+    if any(name.startswith("blk.") for name in checkpoint.tensors):
+        yield Check("tensor-set", None, "the tensors have GGUF's names, which are not known here")
+    else:
+        yield from _tensor_set(checkpoint, config)
+    yield from _typed_metadata(checkpoint, config)
+    yield from _plausible(config)
+
+
+def _family_said(checkpoint: Checkpoint) -> str | None:
+    """Returns what metadata or config.json call the architecture."""
+    try:
+        named = checkpoint.metadata.get("architecture") if checkpoint.kind == "apr" else None
+        named = named or checkpoint.config.get("model_type")
+    except AprJaxError:
+        return None
+    return named if isinstance(named, str) and named else None
+
+
+def _family_of_names(names: Iterable[str]) -> str | None:
+    """Returns the family that has such tensors (upstream's INV-INIT-ARCH-MATCH-001); None for GGUF's names."""
+    listed = list(names)
+    if not any(name.startswith("model.layers.") for name in listed):
+        return None
+    if any("q_norm" in name for name in listed):
+        return "qwen3"
+    return _QWEN2 if any(name.endswith("q_proj.bias") or "qkv_proj" in name for name in listed) else "llama"
+
+
+def _tensor_set(checkpoint: Checkpoint, config: Qwen2Config) -> Iterator[Check]:
+    """Names and shapes against the configuration; a head beside a tied configuration is judged elsewhere."""
+    expected = config.tensor_shapes()
+    head = {HEAD: (config.vocab_size, config.hidden_size)}
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    missing = [name for name in expected if name not in found]
+    # A head without data has its own check.
+    missing = [name for name in missing if name not in checkpoint.placeholders]
+    unexpected = [name for name in found if name not in expected | head]
+    misshapen = [name for name in found if name in expected | head and found[name] != (expected | head)[name]]
+    if missing:
+        yield Check(
+            "tensor-set",
+            False,
+            f"{_named(missing)} missing: the configuration asks for {list(expected[missing[0]])}",
+            tuple(missing),
+        )
+    if unexpected:
+        yield Check(
+            "tensor-set", False, f"{_named(unexpected)} unknown to the configuration of {_QWEN2}", tuple(unexpected)
+        )
+    if misshapen:
+        first = misshapen[0]
+        yield Check(
+            "tensor-set",
+            False,
+            f"{_named(misshapen)} of another shape than the configuration's: {first} is {list(found[first])}, expected "
+            f"{list((expected | head)[first])}",
+            tuple(misshapen),
+        )
+    if not missing and not unexpected and not misshapen:
+        yield Check(
+            "tensor-set", True, f"{counted(len(found), 'tensor')} with the names and shapes of the configuration"
+        )
+
+
+def _typed_metadata(checkpoint: Checkpoint, config: Qwen2Config) -> Iterator[Check]:
+    """The keys that the engine reads of an `.apr`, against config.json, and the shapes that it lists."""
+    if checkpoint.kind != "apr":
+        return
+    try:
+        typed = Qwen2Config.from_apr(checkpoint.metadata, tied=config.tie_word_embeddings, file=checkpoint.path)
+    except RefusedError as error:
+        yield Check("metadata", False, error.message.replace("\n  ", " "))
+        return
+    values = {field.name: (getattr(typed, field.name), getattr(config, field.name)) for field in _FIELDS}
+    differing = [name for name, (found, expected) in values.items() if not _same(found, expected)]
+    if checkpoint.metadata.get("head_dim") is None and len(differing) > 1:
+        # Not said, but computed from one of the others.
+        differing = [name for name in differing if name != "head_dim"]
+    for name in differing:
+        found, expected = values[name]
+        yield Check("metadata", False, f"{name} is {found!r} in the metadata and {expected!r} in config.json")
+    listed = checkpoint.metadata.get("tensor_shapes")
+    for name, shape in listed.items() if isinstance(listed, dict) else ():
+        held = checkpoint.tensors[name].shape if name in checkpoint.tensors else checkpoint.placeholders.get(name)
+        if held is None or list(held) != shape:
+            differing.append(name)
+            yield Check(
+                "metadata",
+                False,
+                f"tensor_shapes says {name} {shape}, the file holds {'none' if held is None else list(held)}",
+                (name,),
+            )
+    if not differing:
+        yield Check("metadata", True, "the metadata agree with the configuration and the shapes")
+
+
+def _same(typed: Any, configured: Any) -> bool:
+    # The metadata hold theta and eps as f32.
+    if isinstance(typed, float):
+        return bool(np.float32(typed) == np.float32(configured))
+    return bool(typed == configured)
+
+
+def _plausible(config: Qwen2Config) -> Iterator[Check]:
+    if config.rope_theta != _PUBLISHED_THETA:
+        yield Check(
+            "rope-theta",
+            True,
+            f"rope_theta is {config.rope_theta:g}; Qwen2 and Qwen2.5 are published with {_PUBLISHED_THETA:g}, and old "
+            "versions of `apr import` wrote 10000 where they did not find it",
+            note=True,
+        )
+    if not any(_same(config.rms_norm_eps, eps) for eps in _PUBLISHED_EPS):
+        yield Check(
+            "rms-norm-eps",
+            True,
+            f"rms_norm_eps is {config.rms_norm_eps:g}; Qwen2 and Qwen2.5 are published with 1e-06 or 1e-05",
+            note=True,
+        )
+
+
+# --- head
+
+
+def _head(checkpoint: Checkpoint) -> Iterator[Check]:
+    for name, shape in checkpoint.placeholders.items():
+        yield Check(
+            "placeholder-head",
+            False,
+            f"{name} has the shape {list(shape)} and 0 bytes, expected all data or no such tensor: `apr trace` 0.72.3 "
+            "takes it for the weight and computes logits that are all zero; convert.py --to apr leaves it out",
+            (name,),
+        )
+    head, embedding = _first(checkpoint.tensors, _HEADS), _first(checkpoint.tensors, _EMBEDDINGS)
+    if head is None:
+        if not checkpoint.placeholders and embedding is not None:
+            yield Check("head", True, f"there is no head of its own: {embedding.name} is the head")
+        return
+    if embedding is None:
+        yield Check("head", None, "there is a head and no embedding to hold it against")
+        return
+    if head.shape != embedding.shape:
+        yield Check(
+            "head",
+            False,
+            f"{head.name} is {list(head.shape)}, expected {list(embedding.shape)} ([vocabulary, hidden], as "
+            f"{embedding.name})",
+            (head.name,),
+        )
+        return
+    said = _says_tied(checkpoint)
+    if said is None:
+        yield Check("head", True, f"{head.name} {list(head.shape)} is there, and nothing says that it is tied")
+    elif _equal_values(head, embedding):
+        yield Check("head", True, f"{head.name} is a copy of {embedding.name}, as {said} says")
+    else:
+        yield Check(
+            "falsely-tied",
+            False,
+            f"{said} says that the head is the embedding, but {head.name} holds values of its own: "
+            f"{'`apr export`' if 'metadata' in said else 'HuggingFace'} drops them",
+            (head.name,),
+        )
+
+
+def _says_tied(checkpoint: Checkpoint) -> str | None:
+    """Returns what says that the head is the embedding, or None."""
+    if checkpoint.metadata.get("tied_embeddings") is True:
+        return "tied_embeddings in the metadata"
+    try:
+        if checkpoint.kind == "apr" and "config.json" not in checkpoint.files:
+            given = checkpoint.metadata.get("hf_config")
+            config = given if isinstance(given, dict) else {}
+        else:
+            config = checkpoint.config
+    except AprJaxError:
+        return None
+    return "tie_word_embeddings in config.json" if config.get("tie_word_embeddings") is True else None
+
+
+def _equal_values(head: Tensor, embedding: Tensor) -> bool:
+    try:
+        return same_values(head, embedding)
+    except RefusedError:
+        # Values that cannot be read cannot be said to differ.
+        return True
+
+
+# --- metadata that is only odd
+
+
+def _metadata(checkpoint: Checkpoint) -> Iterator[Check]:
+    if checkpoint.kind != "apr":
+        return
+    metadata = checkpoint.metadata
+    if metadata.get("model_type") == "Auto":
+        yield Check(
+            "model-type",
+            True,
+            "model_type is 'Auto', the way that `apr import` was called; architecture says what the model is",
+            note=True,
+        )
+    elements = sum(element_count(tensor.shape) for tensor in checkpoint.tensors.values())
+    with_placeholders = elements + sum(map(element_count, checkpoint.placeholders.values()))
+    count = metadata.get("param_count")
+    if count not in (elements, with_placeholders):
+        yield Check("param-count", True, f"param_count is {count!r}, the tensors have {elements} elements", note=True)
+    size, nbytes = metadata.get("total_size"), sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if size not in (None, 0, nbytes):
+        yield Check("total-size", True, f"total_size is {size!r}, the tensors have {nbytes} bytes", note=True)
+
+
+# --- values
+
+
+class _Values:
+    """What is known of the tensors' values, measured exactly where the first look leaves a doubt."""
+
+    def __init__(self, checkpoint: Checkpoint, screened: screening.Screening, measured: dict[str, Statistics]):
+        self._glances = screened.glances
+        self._measured = measured
+        self.undecoded: list[Tensor] = []
+        self.broken: dict[str, str] = {}
+        self.tensors: list[Tensor] = []
+        for name, tensor in checkpoint.tensors.items():
+            if name not in measured and (name not in self._glances or self._doubtful(tensor, self._glances[name])):
+                try:
+                    measured[name] = statistics.measure(tensor)
+                except RefusedError:
+                    self.undecoded.append(tensor)
+                    continue
+                except BrokenContainerError as error:
+                    self.broken[name] = error.message
+                    continue
+            self.tensors.append(tensor)
+
+    def exact(self, tensor: Tensor) -> Statistics | None:
+        """Returns the statistics of all elements, if anything but "unsuspicious" can be said of the tensor."""
+        return self._measured.get(tensor.name)
+
+    def nearly(self, tensor: Tensor) -> tuple[Statistics, str]:
+        """Returns mean and standard deviation, of a sample if nothing depends on the rest, and words that say so."""
+        measured = self._measured.get(tensor.name)
+        if measured is not None:
+            return measured, ""
+        glance = self._glances[tensor.name]
+        partial = glance.sample.count < glance.count
+        return glance.sample, f" (of {glance.sample.count} of its values)" if partial else ""
+
+    def _doubtful(self, tensor: Tensor, glance: screening.Glance) -> bool:
+        sample = glance.sample
+        # With fewer zeros than this a quarter of the rows cannot be dead.
+        if not glance.finite or glance.magnitude <= 2 * SMALLEST_L2 or glance.zeros >= DEAD_ROWS * glance.count:
+            return True
+        if _is_matrix(tensor) and (sample.relabel_share > 0.8 or sample.tiny_share > 0.5):
+            return True
+        # Within a factor of two of a bound, or beyond.
+        if tensor.name in _EMBEDDINGS:
+            inside = 2 * EMBEDDING_STD[0] < sample.std < EMBEDDING_STD[1] / 2 and abs(sample.mean) < EMBEDDING_MEAN / 2
+            return not inside
+        return tensor.name in _FINAL_NORMS
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return len(tensor.shape) > 1
+
+
+def _is_bias(tensor: Tensor) -> bool:
+    return tensor.name.endswith("bias")
+
+
+def _data(checkpoint: Checkpoint, values: _Values) -> Iterator[Check]:
+    if not checkpoint.tensors:
+        yield Check("values", None, "there are no tensors")
+        return
+    if values.undecoded:
+        types = ", ".join(sorted({tensor.dtype.name for tensor in values.undecoded}))
+        yield Check(
+            "values",
+            None,
+            f"the values of {counted(len(values.undecoded), 'tensor')} were not looked at: {types} is not decoded",
+            tuple(tensor.name for tensor in values.undecoded),
+        )
+    for name, message in values.broken.items():
+        yield Check("values", False, f"{name}: {message}", (name,))
+    yield from _finite(values)
+    yield from _zeros(values)
+    yield from _embedding(checkpoint, values)
+    yield from _final_norm(checkpoint, values)
+    yield from _relabelled(values)
+
+
+def _finite(values: _Values) -> Iterator[Check]:
+    wrong = {
+        tensor.name: found
+        for tensor in values.tensors
+        if (found := values.exact(tensor)) is not None and found.nans + found.infs
+    }
+    if wrong:
+        worst = max(wrong, key=lambda name: wrong[name].nans + wrong[name].infs)
+        found = wrong[worst]
+        yield Check(
+            "finite",
+            False,
+            f"{_named(wrong)} not finite: {worst} holds {found.nans} NaN and {found.infs} infinite values of "
+            f"{found.count}, expected none",
+            tuple(wrong),
+        )
+    elif values.tensors:
+        yield Check("finite", True, f"no NaN and no infinity in {counted(len(values.tensors), 'tensor')}")
+
+
+def _zeros(values: _Values) -> Iterator[Check]:
+    """All-zero tensors, and S24: zeros, Euclidean norm and dead rows."""
+    exact = {tensor.name: (tensor, found) for tensor in values.tensors if (found := values.exact(tensor)) is not None}
+    empty = [name for name, (_, found) in exact.items() if found.count and found.zeros == found.count]
+    weights = [name for name in empty if not _is_bias(exact[name][0])]
+    biases = [name for name in empty if _is_bias(exact[name][0])]
+    if weights:
+        yield Check("all-zero", False, f"{_named(weights)} all zeros, expected a trained weight", tuple(weights))
+    if biases:
+        yield Check("all-zero-bias", True, f"{_named(biases)} all zeros", tuple(biases), note=True)
+    failed = bool(weights)
+    for name, (tensor, found) in exact.items():
+        if name in empty or _is_bias(tensor) or not found.count:
+            continue
+        for kind, sentence in _sparse(tensor, found):
+            failed = True
+            yield Check(kind, False, f"{name} {sentence}", (name,))
+    if values.tensors and not failed:
+        yield Check(
+            "density",
+            True,
+            f"S24: zeros below {EMBEDDING_ZEROS:.0%} in the embedding and {WEIGHT_ZEROS:.0%} elsewhere, L2 above "
+            f"{SMALLEST_L2:g}, dead rows below {DEAD_ROWS:.0%}",
+        )
+
+
+def _sparse(tensor: Tensor, found: Statistics) -> Iterator[tuple[str, str]]:
+    limit = EMBEDDING_ZEROS if tensor.name in _EMBEDDINGS else WEIGHT_ZEROS
+    if found.zeros >= limit * found.count:
+        yield "zeros", f"is {found.zeros / found.count:.1%} zeros, expected below {limit:.0%} (S24)"
+    if not found.l2 > SMALLEST_L2 and found.nans + found.infs < found.count:
+        yield "l2", f"has the norm {found.l2:.3g}, expected above {SMALLEST_L2:g} (S24)"
+    if found.rows and found.dead_rows >= DEAD_ROWS * found.rows:
+        yield (
+            "dead-rows",
+            f"has {found.dead_rows} of {found.rows} rows that are all zeros, expected below {DEAD_ROWS:.0%} (S24)",
+        )
+
+
+def _embedding(checkpoint: Checkpoint, values: _Values) -> Iterator[Check]:
+    """S1 and the spot rows of S24."""
+    tensor = _first(checkpoint.tensors, _EMBEDDINGS)
+    if tensor is None or tensor not in values.tensors:
+        reason = "there is no embedding" if tensor is None else f"{tensor.name} cannot be read"
+        yield Check("embedding", None, reason)
+        return
+    found, of_a_sample = values.nearly(tensor)
+    low, high = EMBEDDING_STD
+    right = abs(found.mean) < EMBEDDING_MEAN and low <= found.std <= high
+    yield Check(
+        "embedding",
+        right,
+        f"{tensor.name} has mean {found.mean:.3g} and std {found.std:.3g}{of_a_sample}, expected |mean| below "
+        f"{EMBEDDING_MEAN:g} and std in [{low:g}, {high:g}] (S1)",
+        (tensor.name,),
+    )
+    if len(tensor.shape) != 2 or not tensor.shape[0]:
+        return
+    rows = sorted({int(tensor.shape[0] * share) for share in SPOT_ROWS})
+    dead = [row for row in rows if not tensor.read((slice(row, row + 1),)).astype(np.float64).any()]
+    yield Check(
+        "spot-rows",
+        not dead,
+        f"rows {', '.join(map(str, dead or rows))} of {tensor.name} are {'' if dead else 'not '}all zeros (S24)",
+        (tensor.name,),
+    )
+
+
+def _final_norm(checkpoint: Checkpoint, values: _Values) -> Iterator[Check]:
+    tensor = _first(checkpoint.tensors, _FINAL_NORMS)
+    if tensor is None or tensor not in values.tensors:
+        reason = "there is no final norm" if tensor is None else f"{tensor.name} cannot be read"
+        yield Check("final-norm", None, reason)
+        return
+    found, of_a_sample = values.nearly(tensor)
+    low, high = FINAL_NORM_MEAN
+    yield Check(
+        "final-norm",
+        low < found.mean < high and found.std < FINAL_NORM_STD,
+        f"{tensor.name} has mean {found.mean:.3g} and std {found.std:.3g}{of_a_sample}, expected a mean in "
+        f"({low:g}, {high:g}) and a std below {FINAL_NORM_STD:g} (S1)",
+        (tensor.name,),
+    )
+
+
+def _relabelled(values: _Values) -> Iterator[Check]:
+    matrices = [tensor for tensor in values.tensors if _is_matrix(tensor)]
+    exact = {tensor.name: found for tensor in matrices if (found := values.exact(tensor)) is not None}
+    types = {tensor.name: tensor.dtype.name for tensor in matrices}
+    as_f16 = {
+        name: found for name, found in exact.items() if found.relabel_share >= RELABEL_SHARE and found.std > RELABEL_STD
+    }
+    as_bf16 = {
+        name: found for name, found in exact.items() if found.tiny_share >= TINY_SHARE and not found.std >= TINY_STD
+    }
+    if as_f16:
+        worst = max(as_f16, key=lambda name: as_f16[name].count)
+        yield Check(
+            "relabelled",
+            False,
+            f"{_named(as_f16, 'looks', 'look')} like bf16 bytes read as f16: {worst} ({types[worst]}) has "
+            f"{as_f16[worst].relabel_share:.2%} of its magnitudes in [0.5, 4) and std {as_f16[worst].std:.3g}; a "
+            "weight matrix has few there and std below 0.5",
+            tuple(as_f16),
+        )
+    if as_bf16:
+        worst = max(as_bf16, key=lambda name: as_bf16[name].count)
+        yield Check(
+            "relabelled",
+            False,
+            f"{_named(as_bf16, 'looks', 'look')} like f16 bytes read as bf16: {worst} ({types[worst]}) has "
+            f"{as_bf16[worst].tiny_share:.2%} of its magnitudes below 2**-20 and std {as_bf16[worst].std:.3g}; a "
+            "weight matrix has next to none there",
+            tuple(as_bf16),
+        )
+    if not as_f16 and not as_bf16:
+        yield (
+            Check("relabelled", True, f"{len(matrices)} matrices, none with the magnitudes of a relabelled type")
+            if matrices
+            else Check("relabelled", None, "there are no matrices whose values can be read")
+        )
+
+
+# --- words
+
+
+def _named(names: Iterable[str], one: str = "is", several: str = "are") -> str:
+    """Returns a subject and its verb: "x is", "x and 3 others are"."""
+    first, *others = names
+    if not others:
+        return f"{first} {one}"
+    return f"{first} and {len(others)} {'other' if len(others) == 1 else 'others'} {several}"
+
+
+def _first(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensor | None:
+    return next((tensors[name] for name in names if name in tensors), None)

@@ -1,0 +1,192 @@
+"""Casts from and to quantised types, some values at a time, and how far a quantised tensor is from its source.
+
+Values are decoded to float32 (or cast to it), and encoded as `apr import --quantize` does. Every piece is independent
+of the others, so that several threads can work on one tensor in constant memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from converters import casts, codecs, dtypes
+from converters.checkpoint import Tensor
+from converters.dtypes import DType
+from converters.errors import RefusedError
+
+_PIECE_ELEMENTS = 1 << 16
+# AprQ8 has one scale for the whole tensor: as blocks of the report count runs of as many values as a K-quant has.
+_RUN_ELEMENTS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisationError:
+    """How far the values of a quantised tensor are from those that it was made from.
+
+    Attributes:
+      squared_error, squared_source, squared_result, product: Sums over all values, of (q - x)^2, x^2, q^2 and q x.
+      max_abs: The largest |q - x|.
+      worst_first: The position of the first value of the block with the largest relative L2 error, in C order.
+      worst_relative_l2: That error.
+    """
+
+    squared_error: float = 0.0
+    squared_source: float = 0.0
+    squared_result: float = 0.0
+    product: float = 0.0
+    max_abs: float = 0.0
+    worst_first: int = 0
+    worst_relative_l2: float = 0.0
+
+    @property
+    def relative_l2(self) -> float:
+        """|q - x| / |x| over the tensor; 0 if all of x is."""
+        return math.sqrt(self.squared_error / self.squared_source) if self.squared_source else 0.0
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between q and x; 1 if both are zero."""
+        norms = math.sqrt(self.squared_source * self.squared_result)
+        return self.product / norms if norms else float(self.squared_source == self.squared_result)
+
+    def __add__(self, other: QuantisationError) -> QuantisationError:
+        worst = max(other, self, key=lambda error: (error.worst_relative_l2, -error.worst_first))
+        return QuantisationError(
+            self.squared_error + other.squared_error,
+            self.squared_source + other.squared_source,
+            self.squared_result + other.squared_result,
+            self.product + other.product,
+            max(self.max_abs, other.max_abs),
+            worst.worst_first,
+            worst.worst_relative_l2,
+        )
+
+    def to_json(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Returns the figures as plain JSON values; `shape` is the tensor's."""
+        figures = {"relative_l2": self.relative_l2, "cosine": self.cosine, "max_abs": self.max_abs}
+        return {name: _finite(value) for name, value in figures.items()} | {
+            "worst_block": {
+                "begins_at": [int(at) for at in np.unravel_index(self.worst_first, shape)],
+                "relative_l2": _finite(self.worst_relative_l2),
+            }
+        }
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+class Recoding:
+    """The cast of one tensor from or to a quantised type.
+
+    Attributes:
+      tensor: The source.
+      target: The type to cast to.
+    """
+
+    def __init__(self, tensor: Tensor, target: DType):
+        self.tensor = tensor
+        self.target = target
+        self._columns = target.padded_columns(tensor.shape, target.encoded_nbytes(tensor.shape))
+        self._encoder = target.codec if target.is_block else None
+        self._prefix = b""
+
+    def prepare(self) -> None:
+        """Reads the source once where the encoding of any value depends on all of them; imports what threads need."""
+        if not self.tensor.dtype.is_block:
+            _ = self.tensor.dtype.numpy
+        if isinstance(self._encoder, codecs.Encoder) and self._encoder.prefix_bytes and 0 not in self.tensor.shape:
+            largest = np.float32(0)
+            for values in self.tensor.values():
+                largest = max(largest, np.abs(self._as_f32(values)[0]).max())
+            self._prefix = self._encoder.prefix(largest)
+
+    def pieces(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yields (first value, end, offset, bytes): pieces of the source, and where in the output each belongs."""
+        source = self.tensor.dtype.padded_columns(self.tensor.shape, self.tensor.nbytes) or 1
+        group = _RUN_ELEMENTS if self.target.block_elements == 1 else self.target.block_elements
+        unit = math.lcm(source, self._columns or group)
+        step = max(1, _PIECE_ELEMENTS // unit) * unit
+        count = dtypes.element_count(self.tensor.shape)
+        for first in range(0, count, step):
+            end = min(first + step, count)
+            begin, stop = (self._offset(at) for at in (first, end))
+            yield first, end, begin if first else 0, stop - (begin if first else 0)
+
+    def _offset(self, element: int) -> int:
+        prefix = self._encoder.prefix_bytes if self._encoder else 0
+        per_block = self.target.block_elements
+        blocks = -(-element // per_block)
+        if self._columns is not None:
+            blocks = element // self._columns * -(-self._columns // per_block)
+        return prefix + blocks * self.target.block_bytes
+
+    def recode(self, first: int, end: int) -> tuple[bytes | memoryview, casts.Damage, QuantisationError]:
+        """Returns the bytes of a piece, what the cast did to its values, and, if quantised, how far they moved.
+
+        Raises:
+          RefusedError: Code "cast-non-finite": NaN and infinities have no quantised form.
+        """
+        values, damage = self._as_f32(self.tensor.read_flat(first, end))
+        if self._encoder is not None:
+            return self._quantise(values, first, damage)
+        if self.target.name == "f32":
+            return values.data.cast("B"), damage, QuantisationError()
+        written, narrowed = casts.cast(values.data.cast("B"), "f32", self.target.name)
+        return written, damage + narrowed, QuantisationError()
+
+    def _as_f32(self, values: np.ndarray) -> tuple[np.ndarray, casts.Damage]:
+        if values.dtype == np.float32:
+            return values, casts.Damage()
+        written, damage = casts.cast(values.view("u1").data, self.tensor.dtype.name, "f32")
+        return np.frombuffer(written, "<f4"), damage
+
+    def _quantise(
+        self, values: np.ndarray, first: int, damage: casts.Damage
+    ) -> tuple[bytes, casts.Damage, QuantisationError]:
+        encoder, per_block = self._encoder, self.target.block_elements
+        assert isinstance(encoder, codecs.Encoder)
+        if not np.isfinite(values).all():
+            raise RefusedError(
+                f"NaN and infinities cannot be quantised to {self.target.name}",
+                code="cast-non-finite",
+                file=self.tensor.source.path,
+                tensor=self.tensor.name,
+                hint="Give this tensor a floating-point type with a later --cast NAME=TYPE",
+            )
+        padded = codecs.pad_rows(values, self._columns, per_block)
+        blocks = encoder.encode(padded, self._prefix)
+        decoded = np.empty(padded.size, np.float32)
+        encoder.decode(self._prefix + blocks, decoded)
+        if self._columns is not None:
+            # What stands behind the end of a row means nothing.
+            decoded.reshape(-1, -(-self._columns // per_block) * per_block)[:, self._columns :] = 0
+        overflowed = int(np.count_nonzero(~np.isfinite(decoded)))
+        written = (b"" if first else self._prefix) + blocks
+        return written, damage + casts.Damage(overflowed=overflowed), self._error(padded, decoded, first)
+
+    def _error(self, source: np.ndarray, result: np.ndarray, first: int) -> QuantisationError:
+        """Compares values, rows padded with zeros on both sides, that begin at element `first` of the tensor."""
+        group = self.target.block_elements if self.target.block_elements > 1 else _RUN_ELEMENTS
+        x, q = (np.pad(values, (0, -values.size % group)).reshape(-1, group) for values in (source, result))
+        with np.errstate(all="ignore"):
+            x = x.astype(np.float64)
+            moved = q - x
+            # Sums block by block; einsum, since BLAS would start threads of its own beside ours.
+            errors, sizes, crossed = (np.einsum("ij,ij->i", a, b) for a, b in ((moved, moved), (x, x), (x, moved)))
+            relative = np.sqrt(np.divide(errors, sizes, out=np.zeros_like(errors), where=sizes > 0))
+            error, size, cross = (float(sums.sum()) for sums in (errors, sizes, crossed))
+            max_abs = float(max(moved.max(), -moved.min()))
+        worst = int(np.argmax(relative))
+        at = worst * group
+        if self._columns is not None:
+            row, block = divmod(worst, -(-self._columns // group))
+            at = row * self._columns + block * group
+        # q = x + moved, so that |q|^2 and q x follow from the three sums.
+        return QuantisationError(
+            error, size, size + 2 * cross + error, size + cross, max_abs, first + at, float(relative[worst])
+        )

@@ -1,0 +1,61 @@
+"""What rotation was applied is read off vectors before and after it, whatever it is."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from apr_jax.rotation import Rotation, candidates
+
+POSITIONS = np.stack([np.r_[np.full(10, -1), np.arange(70)], np.arange(80)])
+
+
+class RotationTest(parameterized.TestCase):
+    @parameterized.product(
+        width=[16, 64],
+        turn=[
+            Rotation(),
+            Rotation(theta=1e4),
+            Rotation(theta=5e5),
+            Rotation(adjacent=True),
+            Rotation(half=True),
+            Rotation(negated=True),
+            Rotation(shift=3),
+            Rotation(shift=-7),
+            Rotation(restart=32),
+            Rotation(theta=1e4, adjacent=True),
+            Rotation(theta=7.3e5, shift=5, negated=True),
+            Rotation(theta=123456.0, restart=24),
+            Rotation(none=True),
+        ],
+    )
+    def test_the_rotation_that_was_applied_is_found_and_its_base_to_a_millionth(self, width, turn):
+        generator = np.random.default_rng(width)
+        before = generator.normal(size=(2, 80, 4, width)) + 5 * generator.normal(size=(4, width))
+        after = turn.apply(before, POSITIONS, 1e6)
+        after *= 1 + 6e-8 * generator.normal(size=after.shape)
+        tokens = POSITIONS >= 0
+        found = next(
+            candidate
+            for candidate in candidates(before, after, POSITIONS, 1e6)
+            if np.linalg.norm((candidate.apply(before, POSITIONS, 1e6) - after)[tokens])
+            < 3e-7 * np.linalg.norm(after[tokens])
+        )
+        self.assertAlmostEqual((found.theta or 1e6) / (turn.theta or 1e6), 1, delta=1e-6)
+        self.assertEqual(
+            (found.adjacent, found.half, found.negated, found.shift, found.restart, found.none),
+            (turn.adjacent, turn.half, turn.negated, turn.shift, turn.restart, turn.none),
+        )
+
+    def test_noise_is_no_rotation(self):
+        generator = np.random.default_rng(0)
+        before, after = generator.normal(size=(2, 2, 80, 4, 16))
+        for candidate in candidates(before, after, POSITIONS, 1e6):
+            self.assertGreater(np.linalg.norm(candidate.apply(before, POSITIONS, 1e6) - after), 50)
+
+
+if __name__ == "__main__":
+    absltest.main()

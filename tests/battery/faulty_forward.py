@@ -1,0 +1,698 @@
+"""A Qwen2 forward pass in NumPy that can be wrong in every way of the fault table: the other program of the battery.
+
+It shares no code with the model or the converters; of the float64 oracle it takes the inverse frequencies only. It
+computes in float64, in float32 as a float32 engine does, or in bfloat16 (every stage rounded, sums in float32) with
+the order of casts of HuggingFace's eager code, to which it is bit-equal but for ties that fall otherwise: a bias is
+added before the product is rounded. `FAULTS` says what each name means here, where the table leaves room for more than
+one meaning.
+
+What the dump holds: keys and shapes of a trace with a leading batch axis, the layer number being the position in
+execution. "attn_scores" are the engine's own scores where its own mask lets a query see a key, and 0 elsewhere: with
+`mask-not-causal` there are values above the diagonal, with `mask-window` there are zeros far below it; a mask fault
+with the parameter {"scores": "all"} dumps the scores of all pairs, as an engine that masks inside its softmax does.
+Rows of padded queries hold no meaning, but are finite where the engine is right.
+
+Letters in shapes: B batch, T query positions, S key positions, N query heads, K key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.oracle import inv_freq
+
+f32, f64 = np.float32, np.float64
+REQUIRED = object()
+OUTER = None
+"""The "layer" of what lies outside the layers: embedding, final norm, head."""
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+ATTENTION_STAGES = ("attn_scores", "attn_softmax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is known of a fault's name.
+
+    Attributes:
+      meaning: What the engine does wrong.
+      parameters: Their names and defaults.
+      per_layer: Whether it can be planted in some layers only. Planted in all, it acts on final norm and head too.
+    """
+
+    meaning: str
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    per_layer: bool = True
+
+
+_NORMS = {"norms": NORMS}
+_MASK = {"scores": "own"}
+_TENSOR = {"tensor": REQUIRED}
+
+FAULTS: Mapping[str, Kind] = {
+    "rope-adjacent-pairs": Kind("rotates (2i, 2i+1), in place"),
+    "rope-theta": Kind("base `theta`", {"theta": 1e4}),
+    "rope-position": Kind("positions + `shift`, or positions mod `restart`", {"shift": None, "restart": None}),
+    "rope-not-on-q": Kind("q as it was before RoPE"),
+    "rope-not-on-k": Kind("k as it was before RoPE"),
+    "rope-half-dims": Kind(
+        "the first D/2 dimensions rotated as a head of that width: pairs (i, i + D/4), theta^(-4i/D)"
+    ),
+    "rope-sign": Kind("angles negated"),
+    "rms-norm-eps": Kind(
+        "`eps` in the `norms` named; naming only ['norm'] hits the final one", {"eps": 1e-5, **_NORMS}
+    ),
+    "norm-weight-missing": Kind("x / rms(x)", _NORMS),
+    "norm-weight-plus-one": Kind("(1 + weight) x / rms(x), the sum not rounded to bf16", _NORMS),
+    "norm-mean-subtracted": Kind(
+        "x - mean(x) in place of x, in numerator and rms alike: LayerNorm without bias", _NORMS
+    ),
+    "norm-weight-before-cast": Kind("bf16: one rounding, after the weight; else the same", _NORMS),
+    "final-norm-missing": Kind("final_norm is the last layer's output", per_layer=False),
+    "qkv-bias-missing": Kind("none of the three; qkv_bias is qkv_matmul"),
+    "q-bias-missing": Kind("no q bias"),
+    "k-bias-missing": Kind("no k bias"),
+    "v-bias-missing": Kind("no v bias"),
+    "bias-after-rope": Kind("qkv_bias holds the v bias only; those of q and k are added to the rotated values"),
+    "mask-not-causal": Kind("all keys seen but padding", _MASK),
+    "mask-off-by-one": Kind(
+        "key column j <= i + `last`; a query left without keys gives a `empty` row: uniform over all columns (a finite "
+        "mask value), self (its own key), or zero",
+        {"last": -1, "empty": "uniform", **_MASK},
+    ),
+    "mask-window": Kind("key columns i - `window` < j <= i, its own key counted", {"window": 16, **_MASK}),
+    "softmax-scale": Kind("`scale` in place of D^-1/2, in attn_scores", {"scale": 1.0}),
+    "softmax-partial-warp": Kind(
+        "maximum and sum over key columns j with j mod 64 < 32; every seen key keeps its numerator. A query that sees "
+        "no such column is computed right"
+    ),
+    "kv-heads-interleaved": Kind("query head h reads keys and values of head h mod K"),
+    "v-heads-swapped": Kind("values of KV head K-1-k in place of k; the stages before keep their order"),
+    "o-proj-transposed": Kind(
+        "`buffer` 'transposed': buffer of W^T read as [out, in]; 'file': W's as [in, out]", {"buffer": "transposed"}
+    ),
+    "down-proj-transposed": Kind("the same", {"buffer": "transposed"}),
+    "attention-residual-missing": Kind("post_attn_residual is attn_out"),
+    "mlp-residual-missing": Kind("post_ffn_residual is ffn_out"),
+    "gate-up-swapped": Kind("the two weights change places: ffn_gate holds up's product, ffn_silu is silu of it"),
+    "activation-on-up": Kind("ffn_gate and ffn_up are right, ffn_silu is silu(up), ffn_swigl is ffn_silu * gate"),
+    "activation-gelu": Kind("x Phi(x), by erf"),
+    "activation-gelu-tanh": Kind("its tanh approximation"),
+    "activation-relu": Kind("max(x, 0)"),
+    "layer-order": Kind("layer order[e] of the file is executed as number e", {"order": REQUIRED}, per_layer=False),
+    "layer-skipped": Kind("the dump has one layer less", {"layer": REQUIRED}, per_layer=False),
+    "layer-repeated": Kind("twice in a row; the dump has one layer more", {"layer": REQUIRED}, per_layer=False),
+    "embedding-row-off-by-one": Kind("row id + 1; row 0 for the last id", per_layer=False),
+    "head-transposed": Kind(
+        "as o-proj-transposed; by default the file's [V, hidden] buffer read as [hidden, V]",
+        {"buffer": "file"},
+        per_layer=False,
+    ),
+    "head-missing": Kind("logits all zero", per_layer=False),
+    "logits-shifted": Kind("flat [B, T, V] rolled: element i moves to i + `shift`", {"shift": 1}, per_layer=False),
+    "weights-relabelled": Kind(
+        "`tensor`: suffix after model.layers.N., or a whole name; `direction` bf16-as-f16 or f16-as-bf16. A weight "
+        "that is not of the first type is rounded to it before",
+        {**_TENSOR, "direction": "bf16-as-f16"},
+    ),
+    "weights-from-another-layer": Kind("`tensor` is read from `layer` of the file", {**_TENSOR, "layer": REQUIRED}),
+    "weights-quantised": Kind(
+        "`tensor` or 'all' (what `apr import` 0.72.3 quantises: 1024 elements or more, no bias, no norm; embedding and "
+        "head too if planted in all layers), `codec` int8, int4 or q4_k (rows padded to 256)",
+        {"tensor": "all", "codec": "int8"},
+    ),
+    "tf32-dots": Kind(
+        "inputs of every product with 10 mantissa bits: `mode` round (to nearest, ties away, as cvt.rna) or truncate",
+        {"mode": "round"},
+    ),
+    "bf16-accumulation": Kind("the running sum of every product is rounded to bf16 each `chunk` terms", {"chunk": 32}),
+    "cache-position": Kind(
+        "the first `prefill` columns are right; later ones decode one by one with a cache of slots that are zero until "
+        "written: `side` write puts token t into slot t + shift and reads slots 0..t, read finds token j's slot at "
+        "j + shift. A slot outside of 0..T-1 is lost, or zero. Columns of the attention stages are what was read",
+        {"shift": 1, "prefill": 8, "side": "write"},
+    ),
+    "padding-attended": Kind("padded keys are seen where the causal mask lets them"),
+    "layout": Kind(
+        "`kind` heads-major: q_post_rope and k_post_rope as [heads, T, D]; qk-interleaved: in each head of q and k, "
+        "dimension i to 2i and i + D/2 to 2i + 1, in qkv_matmul and qkv_bias too; transposed: every [T, X] as [X, T]. "
+        "`stages` names others. Buffers of each row of the batch; shapes are nominal",
+        {"kind": REQUIRED, "stages": None},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    """A mistake to make.
+
+    Attributes:
+      name: A key of FAULTS.
+      layers: Positions in execution; None means all of them, and outside the layers where that applies.
+      parameters: As FAULTS says; what is not given has the default there.
+    """
+
+    name: str
+    layers: tuple[int, ...] | None = None
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in FAULTS:
+            raise ValueError(f"no such fault: {self.name}")
+        kind = FAULTS[self.name]
+        if unknown := set(self.parameters) - set(kind.parameters):
+            raise ValueError(f"{self.name} has no parameter {sorted(unknown)}; it has {sorted(kind.parameters)}")
+        if missing := [key for key, value in self.values.items() if value is REQUIRED]:
+            raise ValueError(f"{self.name} needs {missing}")
+        if self.layers is not None and not kind.per_layer:
+            raise ValueError(f"{self.name} is no fault of single layers")
+        if str(self.values.get("tensor")).startswith("model.layers."):
+            raise ValueError("a tensor of the layers is named by its suffix, and `layers`")
+        if self.name == "rope-position" and (self.values["shift"] is None) == (self.values["restart"] is None):
+            raise ValueError("rope-position takes shift or restart")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All parameters, defaults included."""
+        return {**FAULTS[self.name].parameters, **self.parameters}
+
+    def acts_on(self, layer: int | None) -> bool:
+        """Whether it is planted in this layer, or (None) outside the layers."""
+        return self.layers is None or layer in self.layers
+
+    def acts_on_norm(self, norm: str, layer: int | None) -> bool:
+        """The same for one of NORMS; the final norm is hit as well where it is named among few."""
+        named = norm in self.values["norms"]
+        asked_for = norm == "norm" and "norms" in self.parameters
+        return named and (self.acts_on(layer) or asked_for)
+
+
+def forward(
+    weights: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    input_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    faults: Sequence[Planted] = (),
+    dtype: str = "float32",
+) -> dict[str, np.ndarray]:
+    """Runs the model, wrong as asked for.
+
+    Args:
+      weights: Name -> array of any float type, as `tests.oracle.load` returns them.
+      config: config.json's content.
+      input_ids: Integers [B, T].
+      attention_mask: [B, T], 0 at padding; None means there is none.
+      position_ids: [B, T]; None counts the positions that are no padding.
+      faults: What to do wrong, all at once. Of two that say the same of one operation, the first counts.
+      dtype: "float64", "float32" or "bfloat16".
+
+    Returns:
+      "stage.embedding", "stage.{layer}.{name}", "stage.final_norm" and "logits" -> float32 array, float64 for
+      "float64"; shapes as in an APRT dump behind a leading batch axis.
+    """
+    with np.errstate(all="ignore"):
+        dump = _Engine(weights, config, input_ids, attention_mask, position_ids, faults, dtype).run()
+        for planted in faults:
+            if planted.name == "layout":
+                dump = _rearrange(dump, planted, config)
+    return dump
+
+
+def effect(
+    weights: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    input_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    planted: Planted | Sequence[Planted] = (),
+    dtype: str = "float64",
+) -> dict[str, float]:
+    """Returns key -> |faulty - right| / |right| for the keys that both dumps have; infinite where not finite.
+
+    Positions that are no padding count; in the attention stages, those keys of them that a right engine sees.
+    """
+    faults = [planted] if isinstance(planted, Planted) else list(planted)
+    inputs = (weights, config, input_ids, attention_mask, position_ids)
+    right, wrong = forward(*inputs, dtype=dtype), forward(*inputs, faults, dtype=dtype)
+    tokens = np.ones(np.shape(input_ids), bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    pairs = np.tril(tokens[:, :, None] & tokens[:, None, :])
+    effects = {}
+    for key in right.keys() & wrong.keys():
+        counted = pairs[:, None] if key.endswith(ATTENTION_STAGES) else tokens[..., None]
+        expected, found = (np.where(counted, dump[key], 0).astype(f64) for dump in (right, wrong))
+        norm, difference = np.linalg.norm(expected), np.linalg.norm(found - expected)
+        share = difference / norm if norm else (math.inf if difference else 0.0)
+        effects[key] = float(share) if np.isfinite(share) else math.inf
+    return {key: effects[key] for key in right if key in effects}
+
+
+def at_rows(dump: Mapping[str, np.ndarray], rows: Any) -> dict[str, np.ndarray]:
+    """Returns a partial dump of some query positions, as decoding gives it: [B, rows, X], [B, N, rows, S]."""
+    return {key: x[:, :, rows] if key.endswith(ATTENTION_STAGES) else x[:, rows] for key, x in dump.items()}
+
+
+def write_aprt(
+    folder: str | pathlib.Path,
+    dump: Mapping[str, np.ndarray],
+    input_ids: Any,
+    attention_mask: Any = None,
+    row: int = 0,
+    all_logits: bool = False,
+) -> None:
+    """Writes the tokens of one row as a folder of APRT files with `token_ids.json`; the last logits only, or all.
+
+    Padding is left out, which is right for dumps in the standard layout only.
+    """
+    folder, ids = pathlib.Path(folder), np.asarray(input_ids)[row]
+    tokens = np.flatnonzero(np.ones(ids.shape) if attention_mask is None else np.asarray(attention_mask)[row])
+    outer = {"stage.embedding": (0, "layer-0/embedding"), "stage.final_norm": (2**32 - 1, "final_norm")}
+    outer["logits"] = (2**32 - 1, "lm_head")
+    for key, array in dump.items():
+        _, *inner = key.split(".")
+        layer, path = outer[key] if key in outer else (int(inner[0]), f"layer-{inner[0]}/{inner[1]}")
+        values = array[row][:, tokens][:, :, tokens] if key.endswith(ATTENTION_STAGES) else array[row][tokens]
+        values = (values[-1] if key == "logits" and not all_logits else values).astype("<f4")
+        file = folder / f"{path}.bin"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"APRT" + np.array([layer, values.size], "<u4").tobytes() + values.tobytes())
+    (folder / "token_ids.json").write_text(json.dumps(ids[tokens].tolist()))
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounds to the nearest bfloat16, ties to even; float32 in and out. NaN stays NaN."""
+    bits = np.ascontiguousarray(x, f32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(f32)
+    np.copyto(rounded, f32(np.nan), where=np.isnan(x))
+    return rounded
+
+
+def to_tf32(x: np.ndarray, mode: str) -> np.ndarray:
+    """Keeps 10 bits of the mantissa of float32 or float64 values: rounded (ties away from zero) or cut off."""
+    wide = x.dtype == f64
+    dropped = 42 if wide else 13
+    bits: Any = np.ascontiguousarray(x).view(np.uint64 if wide else np.uint32)
+    bits = bits + bits.dtype.type({"round": 1 << (dropped - 1), "truncate": 0}[mode])
+    kept = (bits >> bits.dtype.type(dropped)) << bits.dtype.type(dropped)
+    return np.where(np.isfinite(x), kept.view(x.dtype), x)
+
+
+def relabel(values: np.ndarray, direction: str) -> np.ndarray:
+    """Reads the bytes of bfloat16 values as float16, or the reverse; returns float32."""
+    if direction == "bf16-as-f16":
+        return (to_bfloat16(values).view(np.uint32) >> 16).astype(np.uint16).view(np.float16).astype(f32)
+    bits = np.asarray(values, f32).astype(np.float16).view(np.uint16)
+    return {"f16-as-bf16": (bits.astype(np.uint32) << 16).view(f32)}[direction]
+
+
+def quantise(values: np.ndarray, codec: str) -> np.ndarray:
+    """Takes float32 values through int8 (one scale), int4 (blocks of 32) or q4_k (blocks of 256) and back."""
+    values = np.ascontiguousarray(values, f32)
+    if codec == "int8":
+        one = f32(abs(values).max() / f32(127)) or f32(1)
+        return np.clip(_half_away(values / one), -127, 127) * one
+    if codec == "int4":
+        blocks = _blocks(values.reshape(1, -1), 32)
+        scale = abs(blocks).max(-1, keepdims=True) / f32(7)
+        scale = np.where(scale == 0, f32(1), scale)
+        coded = np.clip(_half_away(blocks / scale), -8, 7) * scale.astype(np.float16).astype(f32)
+        return coded.reshape(-1)[: values.size].reshape(values.shape)
+    if codec != "q4_k":
+        raise ValueError(f"no such codec: {codec}")
+    rows = values.reshape(-1, values.shape[-1])
+    coded = _q4_k(_blocks(rows, 256)).reshape(len(rows), -1)
+    return coded[:, : rows.shape[1]].reshape(values.shape)
+
+
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    """[..., 256] -> values of Q4_K's 8 sub-blocks of 32 as `apr` quantises them: d sc q - dmin m."""
+    # The floor is a literal in `apr`, just below the smallest normal half; it replaces what is not above it.
+    sub, least = blocks.reshape(*blocks.shape[:-1], 8, 32), f32(6.1e-5)
+    low, high = sub.min(-1), sub.max(-1)
+    scales = np.where(high - low > least, (high - low) / f32(15), least)
+    minima = np.maximum(-low, f32(0))
+    tops = [x.max(-1, keepdims=True) for x in (scales, minima)]
+    d, dmin = (np.where(top > least, top / f32(63), least) for top in tops)
+    sc, m = np.minimum(_half_away(scales / d), 63)[..., None], np.minimum(_half_away(minima / dmin), 63)[..., None]
+    step, offset = d[..., None] * sc, dmin[..., None] * m
+    q = np.where(step > 0, np.clip(_half_away((sub + offset) / np.where(step > 0, step, 1)), 0, 15), 0)
+    d, dmin = (x.astype(np.float16).astype(f32)[..., None] for x in (d, dmin))
+    return (d * sc * q - dmin * m).reshape(blocks.shape)
+
+
+def _blocks(rows: np.ndarray, size: int) -> np.ndarray:
+    """[rows, columns] -> [rows, blocks, size], filled up with zeros."""
+    return np.pad(rows, ((0, 0), (0, -rows.shape[1] % size))).reshape(len(rows), -1, size)
+
+
+def _half_away(x: np.ndarray) -> np.ndarray:
+    """Rounds to whole numbers, ties away from zero."""
+    whole = np.trunc(x)
+    return whole + np.where(abs(x - whole) >= 0.5, np.sign(x), 0).astype(x.dtype)
+
+
+_erf: Any = np.frompyfunc(math.erf, 1, 1)
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return x * ((1 + _erf(x.astype(f64) / math.sqrt(2)).astype(f64)) / 2).astype(x.dtype)
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.tanh(x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x))) / 2
+
+
+_ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "activation-gelu": _gelu,
+    "activation-gelu-tanh": _gelu_tanh,
+    "activation-relu": lambda x: np.maximum(x, 0),
+}
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+
+class _Engine:
+    """One run. Arrays are float64 or float32; in bfloat16 they are float32 that hold rounded values."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, np.ndarray],
+        config: Mapping[str, Any],
+        input_ids: Any,
+        attention_mask: Any,
+        position_ids: Any,
+        faults: Sequence[Planted],
+        dtype: str,
+    ):
+        self.weights, self.config, self.faults, self.ids = weights, config, faults, np.asarray(input_ids)
+        self.batch, self.length = self.ids.shape
+        self.mask = np.ones(self.ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+        counted = np.maximum(np.cumsum(self.mask, 1) - 1, 0)
+        self.positions = counted if position_ids is None else np.asarray(position_ids)
+        self.n_q, self.n_kv = config["num_attention_heads"], config["num_key_value_heads"]
+        self.dim = config.get("head_dim") or config["hidden_size"] // self.n_q
+        self.order = self._execution_order()
+        self.wide: Any = {"float64": f64, "float32": f32, "bfloat16": f32}[dtype]
+        self.rounded = to_bfloat16 if dtype == "bfloat16" else lambda x: np.asarray(x, self.wide)
+        if late := [p for p in faults if not set(p.layers or ()) <= set(range(len(self.order)))]:
+            raise ValueError(f"no such layer: {late}")
+        names = {"all", *weights, *(name.removeprefix("model.layers.0.") for name in weights)}
+        if unknown := [p for p in faults if p.values.get("tensor", "all") not in names]:
+            raise ValueError(f"no such tensor: {unknown}")
+
+    def run(self) -> dict[str, np.ndarray]:
+        shift = 1 if self._of("embedding-row-off-by-one", OUTER) is not None else 0
+        rows = (self.ids + shift) % len(self.weights["model.embed_tokens.weight"])
+        x = self._weight("model.embed_tokens.weight", OUTER, rows)
+        dump = {"stage.embedding": x}
+        for layer in range(len(self.order)):
+            stages = self._layer(x, layer)
+            x = stages["post_ffn_residual"]
+            dump |= {f"stage.{layer}.{name}": value for name, value in stages.items()}
+        missing = self._of("final-norm-missing", OUTER) is not None
+        x = dump["stage.final_norm"] = x if missing else self._norm(x, "norm", OUTER)
+        dump["logits"] = self._logits(x)
+        return dump
+
+    def _layer(self, x: np.ndarray, layer: int) -> dict[str, np.ndarray]:
+        s: dict[str, np.ndarray] = {}
+        s["attn_norm"] = self._norm(x, "input_layernorm", layer)
+        q, k, v = self._qkv(s, layer)
+        self._attention(s, q, k, v, layer)
+        s["attn_out"] = self._linear(s["attention"], "self_attn.o_proj", layer)
+        alone = self._has("attention-residual-missing", layer)
+        s["post_attn_residual"] = s["attn_out"] if alone else self.rounded(x + s["attn_out"])
+        s["ffn_norm"] = self._norm(s["post_attn_residual"], "post_attention_layernorm", layer)
+        self._mlp(s, layer)
+        alone = self._has("mlp-residual-missing", layer)
+        s["post_ffn_residual"] = s["ffn_out"] if alone else self.rounded(s["post_attn_residual"] + s["ffn_out"])
+        return s
+
+    def _norm(self, x: np.ndarray, norm: str, layer: int | None) -> np.ndarray:
+        def of(name: str) -> dict[str, Any] | None:
+            return next((p.values for p in self._named(name) if p.acts_on_norm(norm, layer)), None)
+
+        if of("norm-mean-subtracted") is not None:
+            x = x - x.mean(-1, keepdims=True)
+        eps = (of("rms-norm-eps") or {"eps": self.config["rms_norm_eps"]})["eps"]
+        unit = x * (1 / np.sqrt((x * x).mean(-1, keepdims=True) + self.wide(eps)))
+        if of("norm-weight-missing") is not None:
+            return self.rounded(unit)
+        weight = self._weight("model.norm.weight" if layer is OUTER else norm + ".weight", layer)
+        if of("norm-weight-plus-one") is not None:
+            weight = 1 + weight
+        return self.rounded(weight * (unit if of("norm-weight-before-cast") is not None else self.rounded(unit)))
+
+    def _qkv(self, s: dict[str, np.ndarray], layer: int) -> list[np.ndarray]:
+        """Fills qkv_matmul to k_post_rope; returns q, k, v as [B, T, heads, D]."""
+        products = [self._product(s["attn_norm"], f"self_attn.{name}_proj", layer) for name in "qkv"]
+        product = np.concatenate(products, -1)
+        s["qkv_matmul"] = self.rounded(product)
+        biases = [self._weight(f"self_attn.{name}_proj.bias", layer) for name in "qkv"]
+        for index, name in enumerate("qkv"):
+            if self._has("qkv-bias-missing", layer) or self._has(f"{name}-bias-missing", layer):
+                biases[index] = np.zeros_like(biases[index])
+        late = self._has("bias-after-rope", layer)
+        early = np.concatenate([np.zeros_like(b) if late and index < 2 else b for index, b in enumerate(biases)])
+        s["qkv_bias"] = self.rounded(product + early)
+        ends = [self.n_q * self.dim, (self.n_q + self.n_kv) * self.dim]
+        q, k, v = (x.reshape(self.batch, self.length, -1, self.dim) for x in np.split(s["qkv_bias"], ends, -1))
+        turned = []
+        for name, x, bias in (("q", q, biases[0]), ("k", k, biases[1])):
+            x = x if self._has(f"rope-not-on-{name}", layer) else self._rotated(x, layer)
+            x = self.rounded(x + bias.reshape(-1, self.dim)) if late else x
+            s[f"{name}_post_rope"] = x.reshape(self.batch, self.length, -1)
+            turned.append(x)
+        return [*turned, v]
+
+    def _rotated(self, x: np.ndarray, layer: int) -> np.ndarray:
+        theta = (self.config.get("rope_parameters") or self.config)["rope_theta"]
+        theta = (self._of("rope-theta", layer) or {"theta": theta})["theta"]
+        positions = self.positions
+        if where := self._of("rope-position", layer):
+            positions = positions % where["restart"] if where["restart"] else positions + where["shift"]
+        width = self.dim // 2 if self._has("rope-half-dims", layer) else self.dim
+        if width % 2:
+            raise ValueError(f"{width} dimensions make no pairs")
+        angles = (positions.astype(f32)[..., None] * inv_freq(theta, width)).astype(f64)
+        cos, sin = (self.rounded(f(angles).astype(f32))[:, :, None] for f in (np.cos, np.sin))
+        sin = -sin if self._has("rope-sign", layer) else sin
+        adjacent = self._has("rope-adjacent-pairs", layer)
+        first, second = (
+            (slice(0, width, 2), slice(1, width, 2)) if adjacent else (slice(width // 2), slice(width // 2, width))
+        )
+        a, b, r = x[..., first], x[..., second], self.rounded
+        turned = x.copy()
+        turned[..., first] = r(r(a * cos) - r(b * sin))
+        turned[..., second] = r(r(b * cos) + r(a * sin))
+        return turned
+
+    def _attention(self, s: dict[str, np.ndarray], q: np.ndarray, k: np.ndarray, v: np.ndarray, layer: int) -> None:
+        """Fills attn_scores, attn_softmax and attention from q [B, T, N, D], k and v [B, T, K, D]."""
+        heads = np.arange(self.n_q) * self.n_kv // self.n_q
+        if self._has("kv-heads-interleaved", layer):
+            heads = np.arange(self.n_q) % self.n_kv
+        v = v[:, :, ::-1] if self._has("v-heads-swapped", layer) else v
+        scale = (self._of("softmax-scale", layer) or {"scale": self.dim**-0.5})["scale"]
+        products = self.rounded(self._dot(q.swapaxes(1, 2), k[:, :, heads].transpose(0, 2, 3, 1), layer))
+        scores = self.rounded(products * self.wide(scale))
+        tokens = self._tokens_read(layer)
+        if tokens is not None:  # a slot of the cache that holds nothing is zero, and so are its scores
+            scores = np.where(tokens >= 0, scores[:, :, np.arange(self.length)[:, None], tokens], self.wide(0))
+        seen = self._visible(layer)[:, None]
+        masks = [self._of(name, layer) for name in ("mask-not-causal", "mask-off-by-one", "mask-window")]
+        everywhere = any(mask is not None and mask["scores"] == "all" for mask in masks)
+        s["attn_scores"] = scores if everywhere else np.where(seen, scores, self.wide(0))
+        s["attn_softmax"] = self._softmax(scores, seen, layer)
+        shares = s["attn_softmax"] if tokens is None else _by_token(s["attn_softmax"], tokens)
+        values = self.rounded(self._dot(shares, v[:, :, heads].swapaxes(1, 2), layer))
+        s["attention"] = values.swapaxes(1, 2).reshape(self.batch, self.length, -1)
+
+    def _visible(self, layer: int) -> np.ndarray:
+        """Which columns each query sees, [B, T, S]."""
+        query, key = np.arange(self.length)[:, None], np.arange(self.length)
+        seen = key <= query + (self._of("mask-off-by-one", layer) or {"last": 0})["last"]
+        if self._has("mask-not-causal", layer):
+            seen = np.ones_like(seen)
+        if window := self._of("mask-window", layer):
+            seen &= key > query - window["window"]
+        keys = np.ones_like(self.mask) if self._has("padding-attended", layer) else self.mask
+        return seen & (keys[:, None, :] | (key == query))  # padding sees itself, so that no row of a right run is empty
+
+    def _softmax(self, scores: np.ndarray, seen: np.ndarray, layer: int) -> np.ndarray:
+        summed = seen
+        if self._has("softmax-partial-warp", layer):
+            lanes = seen & (np.arange(self.length) % 64 < 32)
+            summed = np.where(lanes.any(-1, keepdims=True), lanes, seen)
+        top = np.where(summed, scores, -np.inf).max(-1, keepdims=True)
+        exps = np.where(seen, np.exp(scores - top), self.wide(0))
+        shares = exps / np.where(summed, exps, self.wide(0)).sum(-1, keepdims=True)
+        empty = (self._of("mask-off-by-one", layer) or {"empty": "uniform"})["empty"]
+        instead: dict[str, Any] = {
+            "uniform": np.full(2 * (self.length,), 1 / self.length),
+            "self": np.eye(self.length),
+            "zero": 0,
+        }
+        return self.rounded(np.where(seen.any(-1, keepdims=True), shares, instead[empty]).astype(self.wide))
+
+    def _tokens_read(self, layer: int) -> np.ndarray | None:
+        """Which token's key and value each query finds at each column, [T, S]; -1 for a slot that holds nothing."""
+        cache = self._of("cache-position", layer)
+        if cache is None:
+            return None
+        columns = np.arange(self.length)
+        tokens = np.tile(columns, (self.length, 1))
+        shift, write = cache["shift"], cache["side"] == "write"
+        slots = np.full(self.length, -1)
+        slots[: cache["prefill"]] = columns[: cache["prefill"]]
+        for token in range(cache["prefill"], self.length):
+            if 0 <= (slot := token + (shift if write else 0)) < self.length:
+                slots[slot] = token
+            at = columns if write else columns + shift
+            tokens[token] = np.where((at >= 0) & (at < self.length), slots[at % self.length], -1)
+        return tokens
+
+    def _mlp(self, s: dict[str, np.ndarray], layer: int) -> None:
+        names = ["up", "gate"] if self._has("gate-up-swapped", layer) else ["gate", "up"]
+        s["ffn_gate"], s["ffn_up"] = (self._linear(s["ffn_norm"], f"mlp.{name}_proj", layer) for name in names)
+        names = ["ffn_up", "ffn_gate"] if self._has("activation-on-up", layer) else ["ffn_gate", "ffn_up"]
+        activation = next((f for name, f in _ACTIVATIONS.items() if self._has(name, layer)), _silu)
+        s["ffn_silu"] = self.rounded(activation(s[names[0]]))
+        s["ffn_swigl"] = self.rounded(s["ffn_silu"] * s[names[1]])
+        s["ffn_out"] = self._linear(s["ffn_swigl"], "mlp.down_proj", layer)
+
+    def _logits(self, x: np.ndarray) -> np.ndarray:
+        tied = self.config.get("tie_word_embeddings")
+        weight = self._weight("model.embed_tokens.weight" if tied else "lm_head.weight", OUTER)
+        if transposed := self._of("head-transposed", OUTER):
+            weight = _transposed(weight, transposed["buffer"])
+        logits = self.rounded(self._dot(x, weight.T, OUTER))
+        if self._has("head-missing", OUTER):
+            logits = np.zeros_like(logits)
+        shift = (self._of("logits-shifted", OUTER) or {"shift": 0})["shift"]
+        return np.roll(logits.ravel(), shift).reshape(logits.shape)
+
+    def _linear(self, x: np.ndarray, module: str, layer: int) -> np.ndarray:
+        return self.rounded(self._product(x, module, layer))
+
+    def _product(self, x: np.ndarray, module: str, layer: int) -> np.ndarray:
+        weight = self._weight(module + ".weight", layer)
+        name = {"self_attn.o_proj": "o-proj-transposed", "mlp.down_proj": "down-proj-transposed"}.get(module)
+        if name and (transposed := self._of(name, layer)):
+            weight = _transposed(weight, transposed["buffer"])
+        return self._dot(x, weight.T, layer)
+
+    def _dot(self, a: np.ndarray, b: np.ndarray, layer: int | None) -> np.ndarray:
+        """a [..., T, n] times b [..., n, m], summed in the wide type."""
+        if tf32 := self._of("tf32-dots", layer):
+            a, b = to_tf32(a, tf32["mode"]), to_tf32(b, tf32["mode"])
+        partial = self._of("bf16-accumulation", layer)
+        if partial is None:
+            return a @ b
+        chunk, total = partial["chunk"], self.wide(0)
+        for start in range(0, a.shape[-1], chunk):
+            part = slice(start, start + chunk)
+            total = to_bfloat16((total + a[..., part] @ b[..., part, :]).astype(f32)).astype(self.wide)
+        return total
+
+    def _weight(self, name: str, layer: int | None, rows: Any = ...) -> np.ndarray:
+        """Returns (rows of) a tensor as the engine holds it; inside the layers `name` is what follows the number."""
+        chosen = {fault: self._of(fault, layer, name) for fault in FAULTS if fault.startswith("weights-")}
+        full = name
+        if layer is not OUTER:
+            other = chosen["weights-from-another-layer"]
+            full = f"model.layers.{other['layer'] if other else self.order[layer]}.{name}"
+        values = np.asarray(self.weights[full])
+        if relabelled := chosen["weights-relabelled"]:
+            values = relabel(np.asarray(values, f32), relabelled["direction"])
+        if (quantised := chosen["weights-quantised"]) and (quantised["tensor"] == name or _is_quantised(name, values)):
+            values = quantise(values, quantised["codec"])
+        return self.rounded(values[rows].astype(self.wide, copy=False))
+
+    def _execution_order(self) -> list[int]:
+        """Returns the file's layer of each position in execution."""
+        order = list(range(self.config["num_hidden_layers"]))
+        if permuted := self._of("layer-order", OUTER):
+            if sorted(permuted["order"]) != order:
+                raise ValueError(f"{permuted['order']} is no order of {len(order)} layers")
+            order = list(permuted["order"])
+        for planted in self._named("layer-skipped"):
+            order.remove(planted.values["layer"])
+        for planted in self._named("layer-repeated"):
+            order.insert(order.index(planted.values["layer"]), planted.values["layer"])
+        return order
+
+    def _named(self, name: str) -> Iterator[Planted]:
+        return (planted for planted in self.faults if planted.name == name)
+
+    def _of(self, name: str, layer: int | None, tensor: str | None = None) -> dict[str, Any] | None:
+        """Returns the parameters of the first such fault that acts here (on this tensor), or None."""
+        for planted in self._named(name):
+            if planted.acts_on(layer) and (tensor is None or planted.values["tensor"] in (tensor, "all")):
+                return planted.values
+        return None
+
+    def _has(self, name: str, layer: int | None) -> bool:
+        return self._of(name, layer) is not None
+
+
+def _is_quantised(name: str, values: np.ndarray) -> bool:
+    """`apr import`'s rule."""
+    return values.size >= 1024 and not any(part in name for part in ("bias", "layernorm", "layer_norm", "norm.weight"))
+
+
+def _transposed(weight: np.ndarray, buffer: str) -> np.ndarray:
+    """Reads a buffer with the axes confused; both ways are W^T where W is square."""
+    rows, columns = weight.shape
+    return {"transposed": weight.T.reshape(rows, columns), "file": weight.reshape(columns, rows).T}[buffer]
+
+
+def _by_token(shares: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Turns shares of slots [B, N, T, S] into shares of tokens; tokens [T, S] says who is where, -1 nobody."""
+    result = np.zeros_like(shares)
+    rows, columns = np.nonzero(tokens >= 0)
+    np.add.at(result, (slice(None), slice(None), rows, tokens[rows, columns]), shares[:, :, rows, columns])
+    return result
+
+
+def _rearrange(dump: Mapping[str, np.ndarray], planted: Planted, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Stores stages in another order of elements."""
+    n_q, n_kv = config["num_attention_heads"], config["num_key_value_heads"]
+    dim = config.get("head_dim") or config["hidden_size"] // n_q
+    kind, stages = planted.values["kind"], planted.values["stages"]
+    default: dict[str, tuple[str, ...] | None] = {"heads-major": ("q_post_rope", "k_post_rope"), "transposed": None}
+    default["qk-interleaved"] = ("qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope")
+    stages = default[kind] if stages is None else stages
+    result = dict(dump)
+    for key, array in dump.items():
+        _, *inner = key.split(".")
+        here = planted.layers is None or (len(inner) == 2 and int(inner[0]) in planted.layers)
+        chosen = key.split(".")[-1] in stages if stages is not None else not key.endswith(ATTENTION_STAGES)
+        if here and chosen:
+            result[key] = _stored(array, kind, dim, (n_q + n_kv) * dim)
+    return result
+
+
+def _stored(array: np.ndarray, kind: str, dim: int, qk_width: int) -> np.ndarray:
+    batch, length = array.shape[:2]
+    if kind == "transposed":
+        return array.swapaxes(-1, -2).reshape(array.shape)
+    if kind == "heads-major":
+        return array.reshape(batch, length, -1, dim).swapaxes(1, 2).reshape(array.shape)
+    qk, rest = array[..., :qk_width], array[..., qk_width:]
+    halves = qk.reshape(batch, length, -1, 2, dim // 2).swapaxes(-1, -2)
+    return np.concatenate([halves.reshape(qk.shape), rest], -1)

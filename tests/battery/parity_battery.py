@@ -1,0 +1,295 @@
+"""The parity battery: every mistake of the fault table, planted by a NumPy engine, has to be found and named.
+
+    python tests/battery/parity_battery.py [--stacked N] [--seed N] [--only NAME]
+
+A case counts if its effect in float64 is at least ten times the budget of some stage; the others are printed with
+the reason, and have to get no wrong name. Exits 1 if a counted case is not detected, if fewer than 95 % of single ones
+or 90 % of the stacked ones are named exactly, or if a clean run or an uncounted case has a finding that is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from apr_jax.explain import Diagnosis, diagnose
+from apr_jax.inputs import Inputs, seeded
+from apr_jax.localise import localise
+from apr_jax.model import LanguageModel, load_model
+from tests import oracle, paths
+from tests.battery.faulty_forward import Planted, forward
+
+CONFIGS = ("gqa_tied_bf16", "mha_untied_f32_sharded")
+ROWS, LENGTH, PADDED = 2, 80, 9
+COUNTS = 10.0
+"""Times a budget that an effect has to be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A checkpoint, a batch and the models to judge with."""
+
+    name: str
+    weights: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+    inputs: Inputs
+    exact: LanguageModel
+    same: LanguageModel
+
+    @classmethod
+    def of(cls, name: str) -> Bench:
+        folder = paths.checkpoint(name)
+        exact, same = load_model(folder, "float64", "cpu"), load_model(folder, "float32", "cpu")
+        mask = np.ones((ROWS, LENGTH), np.int32)
+        mask[0, :PADDED] = 0
+        ids = seeded(exact.config.vocab_size, ROWS, LENGTH).input_ids
+        return cls(name, *oracle.load(folder), Inputs.of(ids, mask), exact, same)
+
+    def dump(self, faults: Sequence[Planted], dtype: str = "float32") -> dict[str, np.ndarray]:
+        i = self.inputs
+        return forward(self.weights, self.config, i.input_ids, i.attention_mask, i.position_ids, faults, dtype)
+
+    def diagnose(self, dump: Mapping[str, np.ndarray]) -> Diagnosis:
+        return diagnose(self.exact, self.same, self.inputs, dump)
+
+
+def singles(layers: int, head_dim: int) -> Iterator[Planted]:
+    """Every fault of the table, in all layers and, where that makes sense, in one."""
+    everywhere = [
+        ("rope-adjacent-pairs", {}),
+        ("rope-theta", {"theta": 1e4}),
+        ("rope-theta", {"theta": 5e5}),
+        ("rope-position", {"shift": 3}),
+        ("rope-position", {"restart": 32}),
+        ("rope-not-on-q", {}),
+        ("rope-not-on-k", {}),
+        ("rope-half-dims", {}),
+        ("rope-sign", {}),
+        ("rms-norm-eps", {"eps": 1e-5}),
+        ("rms-norm-eps", {"eps": 1e-4}),
+        ("norm-weight-missing", {}),
+        ("norm-weight-plus-one", {}),
+        ("norm-mean-subtracted", {}),
+        ("norm-weight-before-cast", {}),
+        ("qkv-bias-missing", {}),
+        ("q-bias-missing", {}),
+        ("k-bias-missing", {}),
+        ("v-bias-missing", {}),
+        ("bias-after-rope", {}),
+        ("mask-not-causal", {}),
+        ("mask-off-by-one", {"last": -1}),
+        ("mask-off-by-one", {"last": 1}),
+        ("mask-window", {"window": 16}),
+        ("softmax-scale", {"scale": 1.0}),
+        ("softmax-scale", {"scale": 0.2}),
+        ("softmax-partial-warp", {}),
+        ("kv-heads-interleaved", {}),
+        ("v-heads-swapped", {}),
+        ("o-proj-transposed", {}),
+        ("down-proj-transposed", {}),
+        ("attention-residual-missing", {}),
+        ("mlp-residual-missing", {}),
+        ("gate-up-swapped", {}),
+        ("activation-on-up", {}),
+        ("activation-gelu", {}),
+        ("activation-gelu-tanh", {}),
+        ("activation-relu", {}),
+        ("weights-relabelled", {"tensor": "mlp.up_proj.weight", "direction": "bf16-as-f16"}),
+        ("weights-relabelled", {"tensor": "self_attn.v_proj.weight", "direction": "f16-as-bf16"}),
+        ("weights-quantised", {"tensor": "mlp.down_proj.weight", "codec": "int8"}),
+        ("weights-quantised", {"tensor": "self_attn.q_proj.weight", "codec": "int4"}),
+        ("weights-quantised", {"tensor": "all", "codec": "q4_k"}),
+        ("tf32-dots", {"mode": "round"}),
+        ("tf32-dots", {"mode": "truncate"}),
+        ("bf16-accumulation", {"chunk": 32}),
+        ("cache-position", {"shift": 1, "prefill": 40, "side": "write"}),
+        ("cache-position", {"shift": -1, "prefill": 40, "side": "read"}),
+        ("padding-attended", {}),
+    ]
+    for name, parameters in everywhere:
+        if name == "rope-half-dims" and head_dim % 4:
+            continue
+        yield Planted(name, None, parameters)
+        yield Planted(name, (layers - 1,), parameters)
+    yield Planted("weights-from-another-layer", (0,), {"tensor": "self_attn.k_proj.weight", "layer": 1})
+    yield Planted("weights-from-another-layer", (1,), {"tensor": "mlp.gate_proj.weight", "layer": 0})
+    for name, parameters in (
+        ("final-norm-missing", {}),
+        ("layer-order", {"order": tuple(reversed(range(layers)))}),
+        ("layer-skipped", {"layer": 0}),
+        ("layer-repeated", {"layer": layers - 1}),
+        ("embedding-row-off-by-one", {}),
+        ("head-transposed", {}),
+        ("head-missing", {}),
+        ("logits-shifted", {"shift": 7}),
+        ("logits-shifted", {"shift": -300}),
+        ("layout", {"kind": "heads-major"}),
+        ("layout", {"kind": "qk-interleaved"}),
+        ("layout", {"kind": "transposed"}),
+    ):
+        yield Planted(name, None, parameters)
+
+
+STACKABLE = [
+    [Planted("rope-adjacent-pairs"), Planted("rope-half-dims")],
+    [Planted("rope-theta", None, {"theta": 1e4}), Planted("rope-theta", None, {"theta": 5e5})],
+    [Planted("rope-position", None, {"restart": 32}), Planted("rope-sign")],
+    [Planted("rms-norm-eps", None, {"eps": 1e-5}), Planted("rms-norm-eps", None, {"eps": 1e-4})],
+    [Planted("norm-weight-plus-one"), Planted("norm-mean-subtracted")],
+    [Planted("qkv-bias-missing"), Planted("q-bias-missing"), Planted("v-bias-missing")],
+    [Planted("mask-not-causal"), Planted("mask-off-by-one", None, {"last": 1}), Planted("softmax-partial-warp")],
+    [Planted("softmax-scale", None, {"scale": 0.2})],
+    [Planted("v-heads-swapped")],
+    [Planted("o-proj-transposed"), Planted("attention-residual-missing")],
+    [Planted("down-proj-transposed"), Planted("mlp-residual-missing")],
+    [Planted("gate-up-swapped"), Planted("activation-gelu"), Planted("activation-on-up")],
+    [Planted("weights-quantised", None, {"tensor": "self_attn.o_proj.weight", "codec": "int8"})],
+    [Planted("embedding-row-off-by-one")],
+    [Planted("head-transposed"), Planted("logits-shifted", None, {"shift": 5})],
+]
+REAL_CASE = (
+    Planted("qkv-bias-missing"),
+    Planted("rms-norm-eps", None, {"eps": 1e-5}),
+    Planted("rope-theta", None, {"theta": 1e4}),
+    Planted("rope-adjacent-pairs"),
+)
+
+
+def stacks(count: int, seed: int) -> Iterator[tuple[Planted, ...]]:
+    """The real case, then random combinations of two to four mistakes of different kinds."""
+    yield REAL_CASE
+    generator = np.random.default_rng(seed)
+    for _ in range(count - 1):
+        families = generator.choice(len(STACKABLE), int(generator.integers(2, 5)), replace=False)
+        yield tuple(STACKABLE[family][generator.integers(len(STACKABLE[family]))] for family in sorted(families))
+
+
+def expected(bench: Bench, planted: Planted) -> tuple[str, Any, dict[str, Any]]:
+    """Name, layers and parameters that a finding has to have."""
+    parameters = dict(planted.parameters)
+    everything = "all" if bench.exact.config.num_layers > 1 else (0,)
+    outside = ("final-norm", "layer-", "embedding", "head-", "logits")
+    layers: Any = planted.layers if planted.layers is not None else everything
+    if planted.name.startswith(outside):
+        layers = ()
+    if planted.name == "layout" or parameters.get("tensor") == "all":
+        layers = None
+        parameters.pop("tensor", None)
+    return planted.name, layers, parameters
+
+
+def matches(bench: Bench, planted: Planted, finding: Any) -> bool:
+    name, layers, parameters = expected(bench, planted)
+    if finding.fault != name or (layers is not None and finding.layers != layers):
+        return False
+    for key, value in parameters.items():
+        given = finding.parameters.get(key)
+        if isinstance(value, float):
+            if not isinstance(given, float) or not math.isclose(given, value, rel_tol=0.01):
+                return False
+        elif given is not None and (list(given) if isinstance(given, tuple) else given) != (
+            list(value) if isinstance(value, tuple) else value
+        ):
+            return False
+    return True
+
+
+def effect(bench: Bench, faults: Sequence[Planted]) -> float:
+    """The largest effect of the mistakes in float64, as a multiple of a stage's budget."""
+    right, wrong = bench.dump((), "float64"), bench.dump(faults, "float64")
+    if set(right) != set(wrong):
+        return math.inf
+    sites = localise(bench.exact, bench.same, bench.inputs, right).sites
+    tokens = bench.inputs.attention_mask == 1
+    largest = 0.0
+    for site in sites:
+        difference = wrong[site.key] - right[site.key]
+        if site.stage in ("attn_scores", "attn_softmax"):
+            difference = np.tril(difference) * tokens[:, None, :, None] * tokens[:, None, None, :]
+        else:
+            difference = difference[tokens]
+        norm = float(np.linalg.norm(difference))
+        largest = max(largest, norm / site.budget if site.budget else math.inf * bool(norm))
+    return largest
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the cases."""
+
+    counted: int = 0
+    detected: int = 0
+    exact: int = 0
+    uncounted: int = 0
+    wrong_names: int = 0
+
+
+def run_case(bench: Bench, faults: Sequence[Planted], tally: Tally) -> None:
+    size = effect(bench, faults) if faults else 0.0
+    started = time.perf_counter()
+    findings = bench.diagnose(bench.dump(faults)).findings
+    seconds = time.perf_counter() - started
+    label = " + ".join(f"{f.name}{_shown(f)}" for f in faults) or "clean"
+    if size < COUNTS:
+        tally.uncounted += 1
+        wrong = [finding for finding in findings if not any(matches(bench, fault, finding) for fault in faults)]
+        tally.wrong_names += len(wrong)
+        verdict = f"not counted: effect {size:.1g} budgets" + (f"; WRONG NAME {wrong[0].sentence}" if wrong else "")
+    else:
+        tally.counted += 1
+        tally.detected += bool(findings)
+        found = [any(matches(bench, fault, finding) for finding in findings) for fault in faults]
+        extra = [f for f in findings if not any(matches(bench, fault, f) for fault in faults)]
+        exact = all(found) and not extra
+        tally.exact += exact
+        verdict = "exact" if exact else "NOT EXACT: " + "; ".join(f.sentence for f in findings)[:400]
+    print(f"{bench.name:24} {label:70} {seconds:5.1f} s  {verdict}", flush=True)
+
+
+def _shown(fault: Planted) -> str:
+    layers = "" if fault.layers is None else f" in {list(fault.layers)}"
+    return (f" {dict(fault.parameters)}" if fault.parameters else "") + layers
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacked", type=int, default=30, help="random combinations, over both checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="single cases whose name holds this; no stacked ones")
+    args = parser.parse_args()
+    single, stacked = Tally(), Tally()
+    benches = [Bench.of(name) for name in CONFIGS]
+    for bench in benches:
+        if not args.only:
+            run_case(bench, (), single)
+        for planted in singles(bench.exact.config.num_layers, bench.exact.config.head_dim):
+            if args.only in planted.name:
+                run_case(bench, (planted,), single)
+    if not args.only:
+        for faults, bench in zip(stacks(args.stacked, args.seed), itertools.cycle(benches)):
+            run_case(bench, faults, stacked)
+    for label, tally, share in (("single", single, 0.95), ("stacked", stacked, 0.90)):
+        print(
+            f"{label}: {tally.counted} counted, {tally.detected} detected, {tally.exact} named exactly"
+            f" (at least {share:.0%} needed); {tally.uncounted} not counted, {tally.wrong_names} wrong names there"
+        )
+    good = all(
+        tally.detected == tally.counted and tally.exact >= share * tally.counted and not tally.wrong_names
+        for tally, share in ((single, 0.95), (stacked, 0.90))
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,270 @@
+"""The search for causes where it is easily led astray; the planted-damage battery covers the plain cases."""
+
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from converters import diagnosis
+from converters.checkpoint import open_checkpoint
+from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
+from tests.paths import DATA
+
+NAME = "model.layers.0.mlp.gate_proj.weight"
+NORM = "model.norm.weight"
+
+
+def _random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.02, shape).astype("<f4")
+
+
+class DiagnosisTest(parameterized.TestCase):
+    def diagnose(self, before: Stored, after: Stored, name: str = NAME) -> list[diagnosis.Cause]:
+        return self.diagnose_all({name: before}, {name: after})[name]
+
+    def diagnose_all(
+        self, before: Mapping[str, Stored], after: Mapping[str, Stored]
+    ) -> dict[str, list[diagnosis.Cause]]:
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        write(folder / "a", before)
+        write(folder / "b", after)
+        with open_checkpoint(folder / "a") as a, open_checkpoint(folder / "b") as b:
+            context = diagnosis.Context(a, b)
+            return {
+                name: diagnosis.diagnose(name, a.tensors[name], b.tensors[name], context)
+                for name in before
+                if name in after
+            }
+
+    def matches(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> list[diagnosis.Match]:
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        write(folder / "a", before)
+        write(folder / "b", after)
+        with open_checkpoint(folder / "a") as a, open_checkpoint(folder / "b") as b:
+            only_a = [name for name in before if name not in after]
+            only_b = [name for name in after if name not in before]
+            return diagnosis.diagnose_missing(only_a, only_b, diagnosis.Context(a, b))
+
+    def test_equal_tensors_have_no_cause(self):
+        same = stored(_random(8, 8))
+        self.assertEqual(self.diagnose(same, same), [])
+
+    # --- many equal values
+
+    @parameterized.parameters("BF16", "F16", "F32")
+    def test_norm_of_ones_plus_one_is_an_offset_and_might_be_a_factor(self, code):
+        (first, *_) = self.diagnose(stored(np.ones(64), code), stored(np.full(64, 2.0), code), NORM)
+        self.assertEqual((first.cause, first.parameters), ("offset", {"constant": 1.0}))
+        self.assertEqual(first.explained, 1.0)
+        self.assertEqual(first.alternatives, ("scaled",))
+
+    def test_zeros_that_became_a_constant_are_an_offset_and_no_factor(self):
+        (first,) = self.diagnose(stored(np.zeros(32), "BF16"), stored(np.full(32, 0.5), "BF16"), KB)
+        self.assertEqual((first.cause, first.parameters, first.alternatives), ("offset", {"constant": 0.5}, ()))
+
+    def test_norm_of_ones_replaced_by_noise_is_no_offset(self):
+        noise = 1 + np.random.default_rng(0).normal(0, 0.3, 64)
+        (first,) = self.diagnose(stored(np.ones(64), "BF16"), stored(noise, "BF16"), NORM)
+        self.assertEqual((first.cause, first.parameters["kind"]), ("different-weights", "replaced"))
+
+    def test_a_replaced_norm_is_no_fine_tuned_one_though_it_lies_near(self):
+        before, after = (7.46 + 30 * _random(64, seed=seed) for seed in (1, 2))
+        self.assertLess(np.linalg.norm(after - before) / np.linalg.norm(before), 0.2)
+        (first,) = self.diagnose(stored(before, "BF16"), stored(after, "BF16"), NORM)
+        self.assertEqual((first.cause, first.parameters["kind"]), ("different-weights", "replaced"))
+
+    def test_norm_reset_to_ones_is_different_weights(self):
+        (first,) = self.diagnose(stored(1 + _random(64), "BF16"), stored(np.ones(64), "BF16"), NORM)
+        self.assertEqual(first.cause, "different-weights")
+
+    def test_one_element_of_a_norm_of_ones_that_moved_on_is_told_with_its_alternatives(self):
+        before, after = np.ones(64), np.ones(64)
+        before[10] = after[11] = 1.5
+        (first, *_) = self.diagnose(stored(before, "F32"), stored(after, "F32"), NORM)
+        self.assertEqual(first.cause, "rows-permuted")
+        self.assertIn("bit-flips", first.alternatives)
+
+    def test_rows_are_found_among_many_equal_ones(self):
+        before = _random(300, 16)
+        before[50:200] = 0
+        (first,) = self.diagnose(stored(before), stored(before[::-1]))
+        self.assertEqual((first.cause, first.parameters), ("rows-permuted", {"permutation": "reversed"}))
+
+    def test_exchange_with_zeros_is_an_exchange_and_might_be_wiped_out(self):
+        key, zeros = stored(_random(32), "BF16"), stored(np.zeros(32), "BF16")
+        found = self.diagnose_all({KB: key, VB: zeros}, {KB: zeros, VB: key})
+        pair = {"exchanged": ["self_attn.k_proj.bias", "self_attn.v_proj.bias"]}
+        for name in (KB, VB):
+            self.assertEqual((found[name][0].cause, found[name][0].parameters), ("swapped-tensors", pair))
+        self.assertEqual(found[KB][0].alternatives, ("zeroed",))
+
+    # --- small ones
+
+    @parameterized.parameters("BF16", "F32")
+    def test_sixteen_replaced_elements_are_not_explained_by_chance(self, code):
+        for seed in range(60):
+            before, after = _random(16, seed=seed), _random(16, seed=seed + 1000)
+            (first,) = self.diagnose(stored(before, code), stored(after, code), QB)
+            self.assertEqual((first.cause, first.parameters["kind"]), ("different-weights", "replaced"), seed)
+
+    @parameterized.parameters(1, 2, 3)
+    def test_hardly_any_elements_replaced_is_different_weights(self, count):
+        for seed in range(60):
+            before, after = _random(count, seed=seed), _random(count, seed=seed + 1000)
+            (first,) = self.diagnose(stored(before), stored(after), QB)
+            self.assertEqual(first.cause, "different-weights", seed)
+
+    def test_sixteen_elements_rotated_flipped_scaled_are_named(self):
+        before = stored(_random(16), "BF16")
+        flipped = before.bits.copy()
+        flipped[3] ^= 1 << 9
+        for after, cause, parameters in (
+            (from_bits(np.roll(before.bits, 2), "BF16"), "rows-permuted", {"permutation": "rotated by 2"}),
+            (from_bits(flipped, "BF16"), "bit-flips", {"bits": [9], "flips": 1, "at": [[3]]}),
+            (stored(before.f32 * 4, "BF16"), "scaled", {"factor": 4.0}),
+        ):
+            (first, *_) = self.diagnose(before, after, NORM)
+            self.assertEqual((first.cause, first.parameters, first.alternatives), (cause, parameters, ()))
+
+    def test_scalars_and_empty_tensors_are_no_trouble(self):
+        (first,) = self.diagnose(stored(np.float32(2.5)), stored(np.float32(-1.25)))
+        self.assertEqual(first.cause, "different-weights")
+        self.assertEqual(self.diagnose(stored(np.zeros((0, 4), "<f4")), stored(np.zeros((0, 4), "<f4"))), [])
+
+    def test_the_value_pairs_of_the_report_are_different_weights(self):
+        before = np.array([7.5625, 8.0, 7.21875, 7.3125, 7.46875, 7.375])
+        after = np.array([7.0625, 7.125, 7.0, 7.0625, 6.75, 6.875])
+        for source in ("BF16", "F16"):
+            for target in ("BF16", "F16", "F32"):
+                (first,) = self.diagnose(stored(before, source), stored(after, target), NORM)
+                self.assertEqual(first.cause, "different-weights", (source, target))
+
+    # --- square and symmetric matrices
+
+    def test_a_square_transpose_is_no_permutation(self):
+        before = stored(_random(48, 48), "BF16")
+        (first,) = self.diagnose(before, from_bits(before.bits.T, "BF16"))
+        self.assertEqual((first.cause, first.parameters), ("transposed", {"data": "transposed", "shape": "kept"}))
+
+    def test_reversed_rows_of_a_symmetric_matrix_name_the_columns_too(self):
+        half = _random(24, 24)
+        symmetric = half + half.T
+        (first, *_) = self.diagnose(stored(symmetric), stored(symmetric[::-1]))
+        self.assertEqual((first.cause, first.parameters), ("rows-permuted", {"permutation": "reversed"}))
+
+    # --- values at the edges
+
+    def test_infinities_and_nan_of_the_original_are_not_introduced_ones(self):
+        before = _random(32, 32)
+        before[0, :3] = np.inf, -np.inf, np.nan
+        before[1, 0] = np.float32(-0.0)
+        (first,) = self.diagnose(stored(before), stored(before * np.float32(0.5)))
+        self.assertEqual((first.cause, first.parameters), ("scaled", {"factor": 0.5}))
+        self.assertEqual(first.explained, 1.0)
+        (first,) = self.diagnose(stored(before), stored(before[::-1]))
+        self.assertEqual(first.cause, "rows-permuted")
+        (first,) = self.diagnose(stored(before), stored(before, "F64"))
+        self.assertEqual(first.cause, "exact-cast")
+
+    def test_an_overflowing_cast_is_a_rounded_cast(self):
+        before = _random(32, 32) * 1e6
+        before[0, 0] = 7e4
+        (first, *_) = self.diagnose(stored(before), stored(before, "F16"))
+        self.assertEqual((first.cause, first.parameters["rounding"]), ("rounded-cast", "nearest-even"))
+
+    def test_everything_nan_is_non_finite(self):
+        (first, *_) = self.diagnose(stored(_random(16, 16)), stored(np.full((16, 16), np.nan, "<f4")))
+        self.assertEqual((first.cause, first.parameters), ("non-finite", {"nan": 256, "first": [0, 0]}))
+
+    # --- two things at once in one tensor, and casts along the way
+
+    def test_a_transpose_is_found_behind_a_cast(self):
+        before = stored(_random(40, 24), "BF16")
+        (first,) = self.diagnose(before, stored(before.f32.T.reshape(40, 24), "F32"))
+        self.assertEqual((first.cause, first.explained), ("transposed", 1.0))
+
+    def test_explained_is_the_measured_share(self):
+        before = stored(_random(64, 32))
+        bits = before.bits[::-1].copy()
+        bits[5, 5:9] ^= 1
+        (first, *_) = self.diagnose(before, from_bits(bits, "F32"))
+        self.assertEqual(first.cause, "different-weights")
+        bits = before.bits.T.reshape(64, 32).copy()
+        bits[5, 5:9] ^= 1
+        (first, *_) = self.diagnose(before, from_bits(bits, "F32"))
+        differing = np.count_nonzero(bits != before.bits)
+        self.assertEqual((first.cause, first.explained), ("transposed", (differing - 4) / differing))
+
+    # --- quantised files
+
+    @parameterized.parameters(
+        (
+            lambda data: data[:1000] + bytes([data[1000] ^ 4]) + data[1001:],
+            "bit-flips",
+            {"bits": [2], "flips": 1, "at": [[1000]]},
+        ),
+        (lambda data: bytes(3) + data[:-3], "shifted", {"by": 3, "unit": "bytes", "fill": "zero"}),
+        (lambda data: data[:-700] + bytes(700), "truncated", {"zero_elements": 700}),
+    )
+    def test_damage_to_the_bytes_of_blocks_is_found(self, damage, cause, parameters):
+        file = DATA / "apr" / "tiny_f32_tied-int4.apr"
+        name = "model.embed_tokens.weight"
+        with open_checkpoint(file) as original:
+            tensor = original.tensors[name]
+            self.assertEqual(tensor.dtype.name, "apr_q4")
+            whole = bytearray(file.read_bytes())
+            data = bytes(whole[tensor.offset : tensor.offset + tensor.nbytes])
+            whole[tensor.offset : tensor.offset + tensor.nbytes] = damage(data)
+            damaged = pathlib.Path(self.create_tempdir().full_path) / "damaged.apr"
+            damaged.write_bytes(whole)
+            with open_checkpoint(damaged) as suspect:
+                context = diagnosis.Context(original, suspect)
+                (first, *_) = diagnosis.diagnose(name, tensor, suspect.tensors[name], context)
+        self.assertEqual((first.cause, first.parameters), (cause, parameters))
+
+    # --- sizes
+
+    def test_permuted_rows_of_a_tall_matrix_take_no_quadratic_time(self):
+        before = stored(_random(60000, 8), "BF16")
+        order = np.random.default_rng(1).permutation(60000)
+        start = time.process_time()
+        (first,) = self.diagnose(before, from_bits(before.bits[order], "BF16"), "model.embed_tokens.weight")
+        self.assertEqual(first.cause, "rows-permuted")
+        self.assertLess(time.process_time() - start, 5)
+
+    def test_fewer_or_more_elements_are_different_weights(self):
+        before = stored(_random(32, 16))
+        for shape in ((31, 16), (33, 16)):
+            (first,) = self.diagnose(before, stored(_random(*shape, seed=3)))
+            self.assertEqual((first.cause, first.parameters["kind"]), ("different-weights", "other shape"))
+
+    # --- tensors that one side lacks
+
+    def test_fused_and_separate_qkv_belong_together(self):
+        parts = {
+            role: stored(_random(rows, 64, seed=rows + ord(role)), "BF16")
+            for role, rows in (("q", 64), ("k", 32), ("v", 32))
+        }
+        separate = {Q.replace("q_proj", f"{role}_proj"): part for role, part in parts.items()}
+        name = Q.replace("q_proj", "qkv_proj")
+        for order in ("qkv", "kqv"):
+            fused = {name: from_bits(np.concatenate([parts[role].bits for role in order]), "BF16")}
+            (match,) = self.matches(separate, fused)
+            self.assertEqual((match.only_in_a, match.only_in_b), (tuple(separate), (name,)))
+            self.assertEqual((match.cause.cause, match.cause.parameters["to"]), ("qkv-order", ",".join(order)))
+            (match,) = self.matches(fused, separate)
+            self.assertEqual(match.cause.parameters, {"from": ",".join(order), "to": "separate"})
+
+    def test_a_tensor_under_another_name_is_found(self):
+        weights, other = stored(_random(16, 16)), stored(_random(16, 16, seed=1))
+        (match,) = self.matches({"a.weight": weights, "b.weight": other}, {"c.weight": weights})
+        self.assertEqual((match.only_in_a, match.only_in_b, match.cause), (("a.weight",), ("c.weight",), None))
+
+
+if __name__ == "__main__":
+    absltest.main()

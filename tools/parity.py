@@ -1,0 +1,12 @@
+"""Finds and names mistakes in another forward pass of a Qwen2 model: `python tools/parity.py --help`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from apr_jax.commands import parity
+from converters.commands import cli
+
+if __name__ == "__main__":
+    cli.start(parity.parse, parity.main)
