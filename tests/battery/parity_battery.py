@@ -277,8 +277,11 @@ def main() -> int:
             if args.only in planted.name:
                 run_case(bench, (planted,), single)
     if not args.only:
-        for faults, bench in zip(stacks(args.stacked, args.seed), itertools.cycle(benches)):
-            run_case(bench, faults, stacked)
+        for faults, bench in zip(stacks(args.stacked, args.seed), itertools.cycle(benches), strict=False):
+            halved = any(fault.name == "rope-half-dims" for fault in faults)
+            # Half of an odd number of pairs is no number of pairs.
+            fitting = benches[0] if halved and bench.exact.config.head_dim % 4 else bench
+            run_case(fitting, faults, stacked)
     for label, tally, share in (("single", single, 0.95), ("stacked", stacked, 0.90)):
         print(
             f"{label}: {tally.counted} counted, {tally.detected} detected, {tally.exact} named exactly"
