@@ -122,7 +122,9 @@ def measure(a: np.ndarray, b: np.ndarray) -> Sums:
     sums = Sums(elements=a.size, differing=int(np.count_nonzero(differ)))
     if a.dtype == np.float32 and _sum_fast(a, b, sums):
         return sums
-    _sum_carefully(a.astype(np.float64, copy=False), b.astype(np.float64, copy=False), differ, sums)
+    with np.errstate(invalid="ignore"):  # signalling NaN become quiet ones
+        wide = [side.astype(np.float64, copy=False) for side in (a, b)]
+    _sum_carefully(wide[0], wide[1], differ, sums)
     return sums
 
 
