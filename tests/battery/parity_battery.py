@@ -1,6 +1,7 @@
 """The parity battery: every mistake of the fault table, planted by a NumPy engine, has to be found and named.
 
     python tests/battery/parity_battery.py [--stacked N] [--seed N] [--only NAME]
+    python tests/battery/parity_battery.py --dump DIR      # only writes the dump of docs/bug-hunt.md
 
 A case counts if its effect in float64 is at least ten times the budget of some stage; the others are printed with
 the reason, and have to get no wrong name. Exits 1 if a counted case is not detected, if fewer than 95 % of single ones
@@ -28,7 +29,7 @@ from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import localise
 from apr_jax.model import LanguageModel, load_model
 from tests import oracle, paths
-from tests.battery.faulty_forward import Planted, forward
+from tests.battery.faulty_forward import Planted, forward, write_aprt
 
 CONFIGS = ("gqa_tied_bf16", "mha_untied_f32_sharded")
 ROWS, LENGTH, PADDED = 2, 80, 9
@@ -267,7 +268,13 @@ def main() -> int:
     parser.add_argument("--stacked", type=int, default=30, help="random combinations, over both checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="single cases whose name holds this; no stacked ones")
+    parser.add_argument("--dump", metavar="DIR", help="write the four-fold broken dump as APRT files, and nothing else")
     args = parser.parse_args()
+    if args.dump:
+        folder = paths.checkpoint(CONFIGS[0])
+        ids = seeded(288, 1, LENGTH).input_ids
+        write_aprt(args.dump, forward(*oracle.load(folder), ids, faults=REAL_CASE), ids)
+        return 0
     single, stacked = Tally(), Tally()
     benches = [Bench.of(name) for name in CONFIGS]
     for bench in benches:
