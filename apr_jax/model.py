@@ -31,6 +31,7 @@ def load_model(
     dtype: str = "float32",
     device: str | jax.Device | None = None,
     ops: Ops = OPS,
+    fused: bool = False,
 ) -> LanguageModel:
     """Loads a Qwen2 model from anything that `converters.open_checkpoint` opens.
 
@@ -40,6 +41,7 @@ def load_model(
       dtype: "float32", "bfloat16" or "float64": of the parameters and of the computation.
       device: "cpu", "cuda", a jax.Device, or None for JAX's default device.
       ops: The table of operations.
+      fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
 
     Returns:
       The model, its parameters on the device.
@@ -54,7 +56,7 @@ def load_model(
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
     with opened as checkpoint:
         config = checkpoint.model_config()
-        parameters = load_parameters(checkpoint, config, dtype, target)
+        parameters = load_parameters(checkpoint, config, dtype, target, fused)
     return LanguageModel(config, parameters, target, ops)
 
 
@@ -104,6 +106,11 @@ class LanguageModel:
         """Name of the dtype of parameters and computation."""
         return str(self.parameters["model"]["norm"]["weight"].dtype)
 
+    @property
+    def fused(self) -> bool:
+        """Whether q, k and v of a layer are one parameter, and gate and up another."""
+        return "qkv_proj" in self.parameters["model"]["layers"][0]["self_attn"]
+
     def with_ops(self, ops: Ops, layer_ops: Mapping[int, Ops] = NO_OVERRIDES) -> LanguageModel:
         """Returns the model with other tables of operations and the same parameters."""
         return LanguageModel(self.config, self.parameters, self.device, ops, layer_ops)
@@ -116,7 +123,7 @@ class LanguageModel:
         """Computes logits [B, T, V]; those at padding mean nothing."""
         inputs.check_vocabulary(self.config.vocab_size)
         with self._scope():
-            program = _forward_program(self.config, self.dtype, self.ops, tuple(self.layer_ops.items()))
+            program = _forward_program(*self._key())
             return program(self.parameters, inputs.input_ids, inputs.positions(), *self._rotary(inputs))
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
@@ -153,7 +160,7 @@ class LanguageModel:
                 f"the cache holds {filled} of {capacity} tokens: no room for {inputs.input_ids.shape[1]} more"
             )
         with self._scope():
-            program = _step_program(self.config, self.dtype, self.ops, tuple(self.layer_ops.items()))
+            program = _step_program(*self._key(), first=filled == 0)
             tables = self._rotary(inputs, at_least=capacity)
             return program(self.parameters, inputs.input_ids, inputs.positions(), *tables, cache)
 
@@ -170,7 +177,8 @@ class LanguageModel:
             computed from the other side's inputs. What is recorded are this model's own values.
 
         Returns:
-          key -> array in the model's dtype, with a leading batch axis; `attn_scores` is 0 where the mask hides the key.
+          key -> array in the model's dtype, with a leading batch axis; `attn_scores` is 0 where the mask hides the key,
+          `qkv_matmul` is at least float32.
 
         Raises:
           ValueError: An unknown stage, or a forced value of another shape than the stage's.
@@ -196,20 +204,25 @@ class LanguageModel:
                 recorded[key] = np.asarray(value)
             return jnp.asarray(force[key], value.dtype) if key in force else value
 
-        outer = _outer_programs(config, self.dtype, self.ops)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        outer = _outer_programs(config, self.dtype, self.fused, self.ops)
         step = outer["step"](inputs.positions(), *self._rotary(inputs))
         x = keep(stages.EMBEDDING, outer["embed"](self.parameters, inputs.input_ids))
         for layer in range(config.num_layers):
             names = {stage: stages.layer_key(layer, stage) for stage in stages.LAYER_STAGES}
-            forced = {stage: jnp.asarray(force[key], self.dtype) for stage, key in names.items() if key in force}
+            forced = {stage: jnp.asarray(force[key], wide) for stage, key in names.items() if key in force}
             record = frozenset(stage for stage, key in names.items() if key in wanted)
-            program = _layer_program(config, self.dtype, self.layer_ops.get(layer, self.ops), record)
+            program = _layer_program(config, self.dtype, self.fused, self.layer_ops.get(layer, self.ops), record)
             x, values = program(self.parameters["model"]["layers"][layer], x, step, forced)
             recorded |= {names[stage]: np.asarray(value) for stage, value in values.items()}
         x = keep(stages.FINAL_NORM, outer["norm"](self.parameters, x))
         if stages.LOGITS in wanted:
             keep(stages.LOGITS, outer["project"](self.parameters, x))
         return recorded
+
+    def _key(self) -> tuple[Any, ...]:
+        """What a program is compiled for, besides shapes."""
+        return self.config, self.dtype, self.fused, self.ops, tuple(self.layer_ops.items())
 
     def _stage_shape(self, key: str, inputs: Inputs) -> tuple[int, ...]:
         batch, length = inputs.input_ids.shape
@@ -237,21 +250,21 @@ def _round_up(length: int) -> int:
 
 
 @functools.cache
-def _graph(config: Qwen2Config, dtype: str) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype))))
+def _graph(config: Qwen2Config, dtype: str, fused: bool) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
 
 
 @functools.cache
-def _layer_graph(config: Qwen2Config, dtype: str) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype))).model.layers[0])
+def _layer_graph(config: Qwen2Config, dtype: str, fused: bool) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)).model.layers[0])
 
 
 LayerOps = tuple[tuple[int, Ops], ...]
 
 
 @functools.cache
-def _forward_program(config: Qwen2Config, dtype: str, ops: Ops, layer_ops: LayerOps) -> Any:
-    graph = _graph(config, dtype)
+def _forward_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, layer_ops: LayerOps) -> Any:
+    graph = _graph(config, dtype, fused)
 
     def forward(parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array) -> Array:
         model = nnx.merge(graph, parameters)
@@ -261,22 +274,22 @@ def _forward_program(config: Qwen2Config, dtype: str, ops: Ops, layer_ops: Layer
 
 
 @functools.cache
-def _step_program(config: Qwen2Config, dtype: str, ops: Ops, layer_ops: LayerOps) -> Any:
-    graph = _graph(config, dtype)
+def _step_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, layer_ops: LayerOps, first: bool) -> Any:
+    graph = _graph(config, dtype, fused)
 
     def step(
         parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array, cache: Cache
     ) -> tuple[Array, Cache]:
         model = nnx.merge(graph, parameters)
-        return model(ids, positions, cos, sin, cache, ops, dict(layer_ops))
+        return model(ids, positions, cos, sin, cache, ops, dict(layer_ops), first)
 
     return jax.jit(step, compiler_options=_COMPILER_OPTIONS, donate_argnames="cache")
 
 
 @functools.cache
-def _outer_programs(config: Qwen2Config, dtype: str, ops: Ops) -> dict[str, Any]:
+def _outer_programs(config: Qwen2Config, dtype: str, fused: bool, ops: Ops) -> dict[str, Any]:
     """What stands around the layers of a traced run: rotary gather, embedding, final norm and head."""
-    graph = _graph(config, dtype)
+    graph = _graph(config, dtype, fused)
     programs: dict[str, Callable[..., Any]] = {
         "step": lambda positions, cos, sin: make_step(positions, cos, sin)[0],
         "embed": lambda parameters, ids: nnx.merge(graph, parameters).embed(ids, ops),
@@ -287,13 +300,13 @@ def _outer_programs(config: Qwen2Config, dtype: str, ops: Ops) -> dict[str, Any]
 
 
 @functools.cache
-def _layer_program(config: Qwen2Config, dtype: str, ops: Ops, record: frozenset[str]) -> Any:
+def _layer_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, record: frozenset[str]) -> Any:
     """One layer that records and forces: compiled once, called for every layer.
 
     Each stage is fenced off from the next, so that its rounding depends neither on what is recorded nor on what is
     forced: without the fence XLA fuses across stages and contracts products into sums.
     """
-    graph = _layer_graph(config, dtype)
+    graph = _layer_graph(config, dtype, fused)
 
     def layer(
         parameters: Parameters, x: Array, step: Step, forced: Mapping[str, Array]
@@ -303,7 +316,9 @@ def _layer_program(config: Qwen2Config, dtype: str, ops: Ops, record: frozenset[
         def tap(stage: str, value: Array) -> Array:
             value = jax.lax.optimization_barrier(value)
             recorded[stage] = value
-            return jax.lax.optimization_barrier(forced[stage].reshape(value.shape)) if stage in forced else value
+            if stage not in forced:
+                return value
+            return jax.lax.optimization_barrier(forced[stage].astype(value.dtype).reshape(value.shape))
 
         x, _ = nnx.merge(graph, parameters)(x, step, ops=ops, tap=tap)
         if "attn_scores" in recorded:

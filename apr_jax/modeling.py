@@ -48,12 +48,14 @@ def at_least_float32(x: Array) -> Array:
 # --- Operations ------------------------------------------------------------------------------------------------------
 
 
-def dot(spec: str, a: Array, b: Array, precision: lax.PrecisionLike = lax.Precision.HIGHEST) -> Array:
-    """Contracts `a` and `b` as the einsum `spec` says; the result has their dtype.
+def dot(
+    spec: str, a: Array, b: Array, dtype: Any = None, precision: lax.PrecisionLike = lax.Precision.HIGHEST
+) -> Array:
+    """Contracts `a` and `b` as the einsum `spec` says; the result has `dtype`, or theirs if None is given.
 
     The precision is part of the program, never a process-wide flag: HIGHEST keeps float32 from becoming TF32 on CUDA.
     """
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=a.dtype)
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype or a.dtype)
 
 
 def embed(ids: Array, table: Array) -> Array:
@@ -68,20 +70,24 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return weight * (wide * lax.rsqrt(mean_square + eps)).astype(x.dtype)
 
 
-def linear(ops: Ops, x: Array, weight: Array) -> Array:
-    """x [B, T, in] times weight [out, in], no bias -> [B, T, out]."""
-    return ops.dot("bti,oi->bto", x, weight)
+def linear(ops: Ops, x: Array, weight: Array, dtype: Any = None) -> Array:
+    """x [B, T, in] times weight [out, in], no bias -> [B, T, out] in `dtype`, or in x's if None is given."""
+    return ops.dot("bti,oi->bto", x, weight, dtype)
 
 
 def add_bias(x: Array, bias: Array) -> Array:
-    """x [B, T, out] + bias [out]."""
-    return x + bias
+    """x [B, T, out] + bias [out], in the bias's dtype: a product that was kept wider is rounded once, after the sum."""
+    return (x + bias.astype(x.dtype)).astype(bias.dtype)
 
 
 def qkv(ops: Ops, x: Array, weights: Attention, tap: Tap) -> tuple[Array, Array, Array]:
-    """Projects x [B, T, D] to q [B, T, N, H], k and v [B, T, K, H], biases added."""
-    projections = (weights.q_proj, weights.k_proj, weights.v_proj)
-    product = jnp.concatenate([ops.linear(ops, x, p.weight[...]) for p in projections], axis=-1)
+    """Projects x [B, T, D] to q [B, T, N, H], k and v [B, T, K, H], biases added.
+
+    The stage `qkv_matmul` is at least float32: as in a GEMM with a bias, only the sum is rounded to x's dtype.
+    """
+    projections = weights.projections()
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    product = jnp.concatenate([ops.linear(ops, x, p.weight[...], wide) for p in projections], axis=-1)
     product = tap("qkv_matmul", product)
     biased = ops.add_bias(product, jnp.concatenate([p.bias[...] for p in projections]))
     biased = tap("qkv_bias", biased)
@@ -163,10 +169,28 @@ def multiply(a: Array, b: Array) -> Array:
 
 def glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
     """SwiGLU before the down projection (arXiv:2002.05202): x [B, T, D] -> silu(gate) * up, [B, T, F]."""
-    gate = tap("ffn_gate", ops.linear(ops, x, weights.gate_proj.weight[...]))
-    up = tap("ffn_up", ops.linear(ops, x, weights.up_proj.weight[...]))
+    if weights.fused:
+        gate, up = jnp.split(ops.linear(ops, x, weights.gate_up_proj.weight[...]), 2, axis=-1)
+    else:
+        gate, up = (ops.linear(ops, x, p.weight[...]) for p in (weights.gate_proj, weights.up_proj))
+    gate, up = tap("ffn_gate", gate), tap("ffn_up", up)
     activated = tap("ffn_silu", ops.activation(gate))
     return tap("ffn_swigl", ops.multiply(activated, up))
+
+
+def attention_block(
+    ops: Ops, x: Array, layer: DecoderLayer, step: Step, cache: LayerCache | None, tap: Tap
+) -> tuple[Array, LayerCache | None]:
+    """The first half of a layer: residual stream x [B, T, D] -> x + attention(norm(x)), and the cache with the keys."""
+    normed = tap("attn_norm", layer.input_layernorm(x, ops))
+    attended, cache = layer.self_attn(normed, step, cache, ops, tap)
+    return tap("post_attn_residual", ops.residual(x, attended)), cache
+
+
+def mlp_block(ops: Ops, x: Array, layer: DecoderLayer, tap: Tap) -> Array:
+    """The second half of a layer: residual stream x [B, T, D] -> x + mlp(norm(x))."""
+    normed = tap("ffn_norm", layer.post_attention_layernorm(x, ops))
+    return tap("post_ffn_residual", ops.residual(x, layer.mlp(normed, ops, tap)))
 
 
 def head(ops: Ops, x: Array, weight: Array) -> Array:
@@ -178,14 +202,15 @@ def head(ops: Ops, x: Array, weight: Array) -> Array:
 class Ops:
     """The operations of a layer and of the model around the layers; each field is a function of this module's name.
 
-    Composite operations (`qkv`, `attention`, `glu`) take the table itself and call its elementary ones, so a variant
-    replaces as much or as little as it means to. A composite that is fused need not report its inner stages.
+    Composite operations (`qkv`, `attention`, `glu`, and the two blocks of a layer) take the table itself and call its
+    elementary ones, so a variant replaces as much or as little as it means to. A composite that is fused need not
+    report its inner stages.
     """
 
-    dot: Callable[[str, Array, Array], Array] = dot
+    dot: Callable[..., Array] = dot
     embed: Callable[[Array, Array], Array] = embed
     rms_norm: Callable[[Array, Array, float], Array] = rms_norm
-    linear: Callable[[Ops, Array, Array], Array] = linear
+    linear: Callable[..., Array] = linear
     add_bias: Callable[[Array, Array], Array] = add_bias
     qkv: Callable[[Ops, Array, Attention, Tap], tuple[Array, Array, Array]] = qkv
     rope: Callable[[Array, Array, Array], Array] = rope
@@ -197,6 +222,8 @@ class Ops:
     activation: Callable[[Array], Array] = silu
     multiply: Callable[[Array, Array], Array] = multiply
     glu: Callable[[Ops, Array, MLP, Tap], Array] = glu
+    attention_block: Callable[..., tuple[Array, LayerCache | None]] = attention_block
+    mlp_block: Callable[[Ops, Array, DecoderLayer, Tap], Array] = mlp_block
     head: Callable[[Ops, Array, Array], Array] = head
 
 
@@ -254,26 +281,35 @@ class Step(NamedTuple):
       sin: sin of the rotary angles, float32 [B, T, H/2].
       q_positions: Positions of the tokens, int32 [B, T]; -1 is padding.
       kv_positions: Positions of the keys, int32 [B, S]: the tokens themselves, or every slot of the cache.
-      slot: First cache slot that the tokens are written to, int32 scalar; None without a cache.
+      slot: First cache slot that the tokens are written to, int32 scalar; None without a cache. The Python integer 0
+        says that the cache was empty: the tokens see nothing but each other.
     """
 
     cos: Array
     sin: Array
     q_positions: Array
     kv_positions: Array
-    slot: Array | None
+    slot: Array | int | None
 
 
 class Attention(nnx.Module):
-    """Self-attention: q, k and v with bias, o without."""
+    """Self-attention: q, k and v with bias, as three projections or fused into one; o without."""
 
-    def __init__(self, config: Qwen2Config, dtype: Any):
+    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False):
         self.config = config
+        self.fused = fused
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, q_width, bias=True, dtype=dtype)
-        self.k_proj = Linear(config.hidden_size, kv_width, bias=True, dtype=dtype)
-        self.v_proj = Linear(config.hidden_size, kv_width, bias=True, dtype=dtype)
+        if fused:
+            self.qkv_proj = Linear(config.hidden_size, q_width + 2 * kv_width, bias=True, dtype=dtype)
+        else:
+            self.q_proj = Linear(config.hidden_size, q_width, bias=True, dtype=dtype)
+            self.k_proj = Linear(config.hidden_size, kv_width, bias=True, dtype=dtype)
+            self.v_proj = Linear(config.hidden_size, kv_width, bias=True, dtype=dtype)
         self.o_proj = Linear(q_width, config.hidden_size, bias=False, dtype=dtype)
+
+    def projections(self) -> tuple[Linear, ...]:
+        """The projections that give q, k and v, in this order."""
+        return (self.qkv_proj,) if self.fused else (self.q_proj, self.k_proj, self.v_proj)
 
     def __call__(
         self, x: Array, step: Step, cache: LayerCache | None, ops: Ops, tap: Tap
@@ -282,20 +318,27 @@ class Attention(nnx.Module):
         q = _tap_heads(tap, "q_post_rope", ops.rope(q, step.cos, step.sin))
         k = _tap_heads(tap, "k_post_rope", ops.rope(k, step.cos, step.sin))
         if cache is not None and step.slot is not None:
-            k = lax.dynamic_update_slice_in_dim(cache.keys, k, step.slot, axis=1)
-            v = lax.dynamic_update_slice_in_dim(cache.values, v, step.slot, axis=1)
-            cache = LayerCache(k, v)
+            cache = LayerCache(
+                lax.dynamic_update_slice_in_dim(cache.keys, k, step.slot, axis=1),
+                lax.dynamic_update_slice_in_dim(cache.values, v, step.slot, axis=1),
+            )
+            if not isinstance(step.slot, int):
+                k, v = cache
         values = ops.attention(ops, q, k, v, step.q_positions, step.kv_positions, tap)
         return tap("attn_out", ops.linear(ops, values, self.o_proj.weight[...])), cache
 
 
 class MLP(nnx.Module):
-    """The gated feed-forward block."""
+    """The gated feed-forward block: gate and up as two projections or fused into one."""
 
-    def __init__(self, config: Qwen2Config, dtype: Any):
+    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False):
         hidden, ffn = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(hidden, ffn, bias=False, dtype=dtype)
-        self.up_proj = Linear(hidden, ffn, bias=False, dtype=dtype)
+        self.fused = fused
+        if fused:
+            self.gate_up_proj = Linear(hidden, 2 * ffn, bias=False, dtype=dtype)
+        else:
+            self.gate_proj = Linear(hidden, ffn, bias=False, dtype=dtype)
+            self.up_proj = Linear(hidden, ffn, bias=False, dtype=dtype)
         self.down_proj = Linear(ffn, hidden, bias=False, dtype=dtype)
 
     def __call__(self, x: Array, ops: Ops, tap: Tap) -> Array:
@@ -305,22 +348,18 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One layer: attention and MLP, each behind a norm and beside the residual stream."""
 
-    def __init__(self, config: Qwen2Config, dtype: Any):
+    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype)
+        self.self_attn = Attention(config, dtype, fused)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = MLP(config, dtype)
+        self.mlp = MLP(config, dtype, fused)
 
     def __call__(
         self, x: Array, step: Step, cache: LayerCache | None = None, ops: Ops = OPS, tap: Tap = pass_on
     ) -> tuple[Array, LayerCache | None]:
         """Takes the residual stream [B, T, D] through the layer; returns it with the cache that holds the new keys."""
-        normed = tap("attn_norm", self.input_layernorm(x, ops))
-        attended, cache = self.self_attn(normed, step, cache, ops, tap)
-        x = tap("post_attn_residual", ops.residual(x, attended))
-        normed = tap("ffn_norm", self.post_attention_layernorm(x, ops))
-        x = tap("post_ffn_residual", ops.residual(x, self.mlp(normed, ops, tap)))
-        return x, cache
+        x, cache = ops.attention_block(ops, x, self, step, cache, tap)
+        return ops.mlp_block(ops, x, self, tap), cache
 
 
 class Cache(NamedTuple):
@@ -347,21 +386,22 @@ class Cache(NamedTuple):
 class Decoder(nnx.Module):
     """Embedding, layers and final norm: what HuggingFace's checkpoints call `model`."""
 
-    def __init__(self, config: Qwen2Config, dtype: Any):
+    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([DecoderLayer(config, dtype) for _ in range(config.num_layers)])
+        self.layers = nnx.List([DecoderLayer(config, dtype, fused) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
 
 class Qwen2ForCausalLM(nnx.Module):
     """Qwen2 with its language-model head; `lm_head` is absent where the head is tied to the embedding.
 
-    Freshly made it has zero weights: parameters come from a checkpoint (`apr_jax.load_model`).
+    Freshly made it has zero weights: parameters come from a checkpoint (`apr_jax.load_model`). With `fused` each layer
+    has one leaf for q, k and v and one for gate and up: fewer, larger products, the same values.
     """
 
-    def __init__(self, config: Qwen2Config, dtype: Any = jnp.float32):
+    def __init__(self, config: Qwen2Config, dtype: Any = jnp.float32, fused: bool = False):
         self.config = config
-        self.model = Decoder(config, dtype)
+        self.model = Decoder(config, dtype, fused)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
 
@@ -374,6 +414,7 @@ class Qwen2ForCausalLM(nnx.Module):
         cache: Cache | None = None,
         ops: Ops = OPS,
         layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
+        first: bool = False,
     ) -> tuple[Array, Cache | None]:
         """Computes next-token logits.
 
@@ -385,21 +426,36 @@ class Qwen2ForCausalLM(nnx.Module):
           cache: Keys and values of earlier tokens; the new ones are added.
           ops: The table of operations.
           layer_ops: Tables for single layers, by index.
+          first: The cache is empty, so that the tokens need not look into it.
 
         Returns:
           Logits [B, T, V] in the parameters' dtype, and the cache after this step (None without one).
         """
-        step, filled = make_step(positions, cos, sin, cache)
+        x, cache = self.hidden(input_ids, positions, cos, sin, cache, ops, layer_ops, first)
+        return self.project(x, ops), cache
+
+    def hidden(
+        self,
+        input_ids: Array,
+        positions: Array,
+        cos: Array,
+        sin: Array,
+        cache: Cache | None = None,
+        ops: Ops = OPS,
+        layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
+        first: bool = False,
+    ) -> tuple[Array, Cache | None]:
+        """As `__call__`, up to the final norm: hidden states [B, T, D] for `project`, and the cache."""
+        step, filled = make_step(positions, cos, sin, cache, first)
         x = self.embed(input_ids, ops)
         layers = []
         for index, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[index]
             x, layer_cache = layer(x, step, layer_cache, layer_ops.get(index, ops))
             layers.append(layer_cache)
-        logits = self.project(self.norm(x, ops), ops)
-        if cache is None:
-            return logits, None
-        return logits, Cache(tuple(layers), filled, cache.length + jnp.int32(input_ids.shape[1]))
+        if cache is not None:
+            cache = Cache(tuple(layers), filled, cache.length + jnp.int32(input_ids.shape[1]))
+        return self.norm(x, ops), cache
 
     def embed(self, input_ids: Array, ops: Ops = OPS) -> Array:
         """Token ids [B, T] -> residual stream [B, T, D]."""
@@ -415,18 +471,22 @@ class Qwen2ForCausalLM(nnx.Module):
         return ops.head(ops, x, source.weight[...])
 
 
-def make_step(positions: Array, cos: Array, sin: Array, cache: Cache | None = None) -> tuple[Step, Array]:
-    """Gathers the rotary tables [P, H/2] at `positions` [B, T] and places the tokens in the cache.
+def make_step(
+    positions: Array, cos: Array, sin: Array, cache: Cache | None = None, first: bool = False
+) -> tuple[Step, Array]:
+    """Gathers the rotary tables [P, H/2] at `positions` [B, T] and places the tokens in the cache, empty if `first`.
 
     Returns:
       The step, and the positions of all keys after it, int32 [B, S].
     """
     rows = jnp.maximum(positions, 0)
-    slot, keys = None, positions
+    slot: Array | int | None = None
+    filled = positions
     if cache is not None:
-        slot = cache.length
-        keys = lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
-    return Step(jnp.take(cos, rows, axis=0), jnp.take(sin, rows, axis=0), positions, keys, slot), keys
+        slot = 0 if first else cache.length
+        filled = lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
+    keys = positions if first else filled
+    return Step(jnp.take(cos, rows, axis=0), jnp.take(sin, rows, axis=0), positions, keys, slot), filled
 
 
 def _tap_heads(tap: Tap, stage: str, x: Array) -> Array:

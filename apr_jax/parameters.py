@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,9 @@ _CHUNK_BYTES = 16 << 20
 _ALIGNMENT = 64
 
 
-def load_parameters(checkpoint: Checkpoint, config: Qwen2Config, dtype: str, device: jax.Device) -> Parameters:
+def load_parameters(
+    checkpoint: Checkpoint, config: Qwen2Config, dtype: str, device: jax.Device, fused: bool = False
+) -> Parameters:
     """Reads every tensor of a checkpoint, casts it to `dtype` and puts it on `device`.
 
     Args:
@@ -33,6 +36,7 @@ def load_parameters(checkpoint: Checkpoint, config: Qwen2Config, dtype: str, dev
       config: The model's configuration.
       dtype: "float32", "bfloat16" or "float64".
       device: Where the arrays go.
+      fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
 
     Returns:
       The nested parameters. Peak host memory is that of the parameters (none for another device than the CPU), the
@@ -57,25 +61,48 @@ def load_parameters(checkpoint: Checkpoint, config: Qwen2Config, dtype: str, dev
     parameters: Parameters = {}
     x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
     with x64:
-        for name in config.tensor_shapes():
-            *parents, leaf = (int(part) if part.isdigit() else part for part in name.split("."))
+        for path, names in parameter_sources(config, fused).items():
+            *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("."))
             node = parameters
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[leaf] = _put(read_as(checkpoint.tensors[name], dtype), device)
+            node[leaf] = _put(read_as([checkpoint.tensors[name] for name in names], dtype), device)
     return parameters
 
 
-def read_as(tensor: Tensor, dtype: str) -> np.ndarray:
-    """Reads a tensor as `dtype`, by chunks of rows; a narrowing cast rounds to nearest even."""
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""The modules of a layer that a fused model holds as one, in the order of their rows."""
+
+
+def parameter_sources(config: Qwen2Config, fused: bool) -> dict[str, tuple[str, ...]]:
+    """Returns for each parameter, by its dotted path, the tensors whose rows it holds, one behind the other."""
+    module_of = {part: module for module, parts in FUSED.items() for part in parts} if fused else {}
+    sources = {}
+    for name in config.tensor_shapes():
+        *parents, part, leaf = name.split(".")
+        module = module_of.get(part, part)
+        names = (".".join((*parents, each, leaf)) for each in FUSED.get(module, (part,)))
+        sources[".".join((*parents, module, leaf))] = tuple(names)
+    return sources
+
+
+def read_as(tensors: Sequence[Tensor], dtype: str) -> np.ndarray:
+    """Reads tensors as `dtype` into one array, rows behind rows, by chunks; a narrowing cast rounds to nearest even."""
     target = jnp.dtype(dtype)
-    out = _aligned_empty(tensor.shape, target)
+    out = _aligned_empty((sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]), target)
+    start = 0
+    for tensor in tensors:
+        _read_into(out[start : start + tensor.shape[0]], tensor)
+        start += tensor.shape[0]
+    return out
+
+
+def _read_into(out: np.ndarray, tensor: Tensor) -> None:
     # Quantised tensors are read as float32: their values need more room than their bytes.
     nbytes = max(tensor.nbytes, 4 * out.size)
     rows = max(1, _CHUNK_BYTES // max(1, nbytes // max(1, tensor.shape[0]))) if tensor.shape else 1
     for start in range(0, tensor.shape[0], rows):
-        out[start : start + rows] = _rounded(tensor.read((slice(start, start + rows),)), target)
-    return out
+        out[start : start + rows] = _rounded(tensor.read((slice(start, start + rows),)), out.dtype)
 
 
 def _rounded(values: np.ndarray, target: np.dtype) -> np.ndarray:

@@ -219,7 +219,54 @@ class TraceTest(parameterized.TestCase):
         np.testing.assert_allclose(np.asarray(stepped), expected, rtol=1e-4, atol=1e-4)
 
 
+class FusedTest(parameterized.TestCase):
+    @parameterized.parameters("gqa_tied_bf16", "mha_untied_f32_sharded", "mqa_f16", "odd_sizes")
+    def test_fused_parameters_are_the_rows_of_the_separate_ones(self, name):
+        separate, fused = (load_model(paths.checkpoint(name), fused=fused).parameters for fused in (False, True))
+        one, other = separate["model"]["layers"][1], fused["model"]["layers"][1]
+        for leaf in ("weight", "bias"):
+            rows = np.concatenate([one["self_attn"][part][leaf] for part in ("q_proj", "k_proj", "v_proj")])
+            np.testing.assert_array_equal(other["self_attn"]["qkv_proj"][leaf], rows)
+        rows = np.concatenate([one["mlp"][part]["weight"] for part in ("gate_proj", "up_proj")])
+        np.testing.assert_array_equal(other["mlp"]["gate_up_proj"]["weight"], rows)
+        self.assertEqual(*(sum(x.size for x in jax.tree.leaves(tree)) for tree in (separate, fused)))
+        self.assertLen(jax.tree.leaves(separate), len(jax.tree.leaves(fused)) + 5 * len(separate["model"]["layers"]))
+
+    @parameterized.product(name=["gqa_tied_bf16", "mha_untied_f32_sharded"], dtype=["float32", "bfloat16", "float64"])
+    def test_a_fused_model_computes_the_same_stages(self, name, dtype):
+        separate, fused = (load_model(paths.checkpoint(name), dtype, fused=fused) for fused in (False, True))
+        inputs = padded(separate.config.vocab_size)
+        theirs = fused.trace(inputs)
+        bound = {"float32": 1e-6, "bfloat16": 2e-3, "float64": 1e-14}[dtype]
+        for key, ours in separate.trace(inputs, force=theirs).items():
+            # Which sums a product of other width is cut into is the backend's choice, a rounding here and there.
+            self.assertLessEqual(relative_l2(*(x.astype(np.float64) for x in (theirs[key], ours))), bound, key)
+
+    @parameterized.parameters("float32", "bfloat16")
+    def test_a_fused_model_steps_as_it_forwards(self, dtype):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"), dtype, fused=True)
+        inputs = seeded(model.config.vocab_size, 2, 20)
+        whole, cache = model.step(inputs, model.empty_cache(2, 32))
+        parts, cache = [], model.empty_cache(2, 32)
+        for start, end in ((0, 13), (13, 14), (14, 20)):
+            part = Inputs.of(inputs.input_ids[:, start:end], position_ids=inputs.positions()[:, start:end])
+            logits, cache = model.step(part, cache)
+            parts.append(np.asarray(logits, np.float64))
+        bound = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
+        self.assertLessEqual(relative_l2(np.concatenate(parts, axis=1), np.asarray(whole, np.float64)), bound)
+
+
 class ModelTest(parameterized.TestCase):
+    def test_a_bias_is_added_before_bfloat16_rounds(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"), "bfloat16")
+        keys = ("stage.0.qkv_matmul", "stage.0.qkv_bias")
+        product, biased = (model.trace(seeded(model.config.vocab_size), keys)[key] for key in keys)
+        attention = model.parameters["model"]["layers"][0]["self_attn"]
+        bias = np.concatenate([attention[part]["bias"] for part in ("q_proj", "k_proj", "v_proj")]).astype(np.float32)
+        self.assertEqual(product.dtype, np.float32)
+        np.testing.assert_array_equal(biased, (product + bias).astype(biased.dtype))
+        self.assertTrue((biased != product.astype(biased.dtype) + bias.astype(biased.dtype)).any())
+
     @parameterized.parameters("float32", "bfloat16", "float64")
     def test_parameters_and_logits_have_the_dtype_asked_for(self, dtype):
         model = load_model(paths.checkpoint("mixed_dtypes"), dtype)

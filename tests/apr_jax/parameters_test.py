@@ -114,7 +114,7 @@ class LoadingTest(parameterized.TestCase):
         path = pathlib.Path(self.create_tempdir().full_path, "x.safetensors")
         safetensors.numpy.save_file({"x": values}, path)
         with open_checkpoint(path) as checkpoint:
-            self.assertEqual(float(read_as(checkpoint.tensors["x"], "bfloat16")[0, 0]), 1.0078125)
+            self.assertEqual(float(read_as([checkpoint.tensors["x"]], "bfloat16")[0, 0]), 1.0078125)
 
     def test_narrowing_rounds_to_nearest_even_whatever_the_chunks(self):
         values = np.random.default_rng(0).normal(size=(5000, 33)).astype(np.float32)
@@ -122,13 +122,13 @@ class LoadingTest(parameterized.TestCase):
         path = pathlib.Path(self.create_tempdir().full_path, "x.safetensors")
         safetensors.numpy.save_file({"x": values}, path)
         with open_checkpoint(path) as checkpoint, absltest.mock.patch("apr_jax.parameters._CHUNK_BYTES", 10_000):
-            read = read_as(checkpoint.tensors["x"], "bfloat16")
+            read = read_as([checkpoint.tensors["x"]], "bfloat16")
         np.testing.assert_array_equal(read.view(np.uint16), values.astype(ml_dtypes.bfloat16).view(np.uint16))
         self.assertEqual([float(x) for x in read[0, :2]], [1.0, 1.015625])
 
     def test_the_cpu_backend_takes_host_arrays_over_without_a_copy(self):
         with open_checkpoint(SAMPLE) as checkpoint:
-            array = read_as(checkpoint.tensors["model.embed_tokens.weight"], "float32")
+            array = read_as([checkpoint.tensors["model.embed_tokens.weight"]], "float32")
         kept = jax.device_put(array, jax.devices("cpu")[0], may_alias=True)
         self.assertEqual(kept.unsafe_buffer_pointer(), array.ctypes.data)
 

@@ -44,7 +44,7 @@ class QuantisedTest(parameterized.TestCase):
     def test_weights_are_decoded_into_every_dtype(self, dtype):
         with open_checkpoint(DATA / "apr" / "tiny_f32_tied-int8.apr") as opened:
             for tensor in opened.tensors.values():
-                found = read_as(tensor, dtype)
+                found = read_as([tensor], dtype)
                 self.assertEqual(found.dtype.name, dtype)
                 np.testing.assert_array_equal(found, tensor.read().astype(found.dtype))
 
