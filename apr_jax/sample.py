@@ -31,7 +31,6 @@ from converters.output import OutputFolder, atomic_folder
 from converters.qwen2 import FINAL_NORM, Qwen2Config
 
 _PIECE = 1 << 20  # elements drawn at once
-_TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 # Standard deviation times sqrt(columns) of the matrices: activations of order one inside a block, and blocks that add a
 # few times the embedding to the residual stream, so that a mistake in either of them shows in the logits.
@@ -448,7 +447,7 @@ def _hf_config(sample: Sample, end_of_text: int) -> dict[str, Any]:
         values["head_dim"] = config.head_dim
     if sample.nest_rope:
         values |= {
-            "dtype": _TORCH_NAMES[sample.matrix_dtype],
+            "dtype": dtypes.by_name(sample.matrix_dtype).torch,
             "layer_types": ["full_attention"] * config.num_layers,
             "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
             "sliding_window": None,
@@ -458,7 +457,7 @@ def _hf_config(sample: Sample, end_of_text: int) -> dict[str, Any]:
         values |= {
             "rope_theta": config.rope_theta,
             "sliding_window": config.max_position_embeddings,
-            "torch_dtype": _TORCH_NAMES[sample.matrix_dtype],
+            "torch_dtype": dtypes.by_name(sample.matrix_dtype).torch,
             "transformers_version": "4.45.0",
             "use_mrope": False,
         }

@@ -30,9 +30,9 @@ from converters.tensor_pairs import (
     TensorComparison,
     compare_bytes,
     compare_values,
-    equal_values,
     in_threads,
 )
+from converters.tied_heads import same_values
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -209,7 +209,7 @@ def _compare_names(a: Checkpoint, b: Checkpoint) -> tuple[tuple[str, ...], tuple
     for label, other, checkpoint, only in (("A", "B", a, only_in_a), ("B", "A", b, only_in_b)):
         if HEAD not in only or EMBEDDING not in checkpoint.tensors:
             continue
-        if equal_values(checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]):
+        if same_values(checkpoint.tensors[EMBEDDING], checkpoint.tensors[HEAD]):
             only.remove(HEAD)
             notes.append(f"{HEAD} is only in {label} and equals the embedding there: both heads are tied")
         else:

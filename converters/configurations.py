@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.errors import AprJaxError
 from converters.qwen2 import EMBEDDING, HEAD, Qwen2Config
-from converters.tensor_pairs import equal_values
+from converters.tied_heads import same_values
 
 if TYPE_CHECKING:
     from converters.checkpoint import Checkpoint
@@ -97,4 +97,4 @@ def _has_own_head(checkpoint: Checkpoint) -> bool:
     tensors = checkpoint.tensors
     if HEAD not in tensors or EMBEDDING not in tensors:
         return False
-    return not equal_values(tensors[EMBEDDING], tensors[HEAD])
+    return not same_values(tensors[EMBEDDING], tensors[HEAD])

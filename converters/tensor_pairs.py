@@ -224,14 +224,5 @@ def _value_work(pairs: Sequence[Pair]) -> Iterable[tuple[Pair, list[tuple[int, i
             yield pair, parts[first : first + _PARTS_AT_ONCE]
 
 
-def equal_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of whatever names have the same shape and values."""
-    pair = Pair(a, b)
-    compare_bytes([pair], None)
-    if not pair.identical and pair.same_shape:
-        compare_values([pair], None)
-    return pair.verdict in (IDENTICAL, EQUAL_VALUES)
-
-
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
