@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apr_jax import upload
 from converters import casts
 from converters.checkpoint import Checkpoint, Tensor
 from converters.errors import RefusedError
@@ -21,7 +24,8 @@ DTYPES = ("float32", "bfloat16", "float64")
 Parameters = dict[Any, Any]
 """Arrays in nested dicts, keyed as the attributes of `Qwen2ForCausalLM`: HuggingFace's names, split at the dots."""
 
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
+_THREADS = min(4, os.cpu_count() or 1)
 # XLA:CPU takes over a host array without copying it if it is aligned so.
 _ALIGNMENT = 64
 
@@ -39,8 +43,8 @@ def load_parameters(
       fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
 
     Returns:
-      The nested parameters. Peak host memory is that of the parameters (none for another device than the CPU), the
-      largest one and some chunks.
+      The nested parameters. Peak host memory is that of the parameters, the largest one and some chunks; for another
+      device than the CPU what `upload.upload` says.
 
     Raises:
       RefusedError: Tensors that are missing, unexpected or mis-shaped, all named; a tied head that is another matrix;
@@ -58,15 +62,36 @@ def load_parameters(
         )
     if config.tie_word_embeddings and HEAD in checkpoint.tensors:
         _check_tied_head(checkpoint)
-    parameters: Parameters = {}
+    sources = {
+        path: [checkpoint.tensors[name] for name in names] for path, names in parameter_sources(config, fused).items()
+    }
     x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
     with x64:
-        for path, names in parameter_sources(config, fused).items():
-            *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("."))
-            node = parameters
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = _put(read_as([checkpoint.tensors[name] for name in names], dtype), device)
+        return _nested(_load(sources, dtype, device))
+
+
+def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device) -> dict[str, jax.Array]:
+    def read(path: str) -> np.ndarray:
+        return read_as(sources[path], dtype)
+
+    if device.platform == "cpu":
+        # The system clears the pages of a new array when they are first written to: that is what several threads share.
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return {path: _put(array, device) for path, array in zip(sources, threads.map(read, sources), strict=True)}
+    there = {path: tensors for path, tensors in sources.items() if upload.can_upload(tensors, dtype)}
+    return {path: _put(read(path), device) for path in sources if path not in there} | upload.upload(
+        there, dtype, device
+    )
+
+
+def _nested(arrays: Mapping[str, jax.Array]) -> Parameters:
+    parameters: Parameters = {}
+    for path, array in arrays.items():
+        *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("."))
+        node = parameters
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
     return parameters
 
 
@@ -98,6 +123,9 @@ def read_as(tensors: Sequence[Tensor], dtype: str) -> np.ndarray:
 
 
 def _read_into(out: np.ndarray, tensor: Tensor) -> None:
+    if not tensor.dtype.is_block and tensor.dtype.numpy == out.dtype:
+        tensor.readinto(out.reshape(-1).view("u1").data)
+        return
     # Quantised tensors are read as float32: their values need more room than their bytes.
     nbytes = max(tensor.nbytes, 4 * out.size)
     rows = max(1, _CHUNK_BYTES // max(1, nbytes // max(1, tensor.shape[0]))) if tensor.shape else 1

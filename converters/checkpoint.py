@@ -1,4 +1,5 @@
-"""One way into every kind of checkpoint: a HuggingFace folder, one safetensors file, a sharded index, an `.apr`.
+"""One way into every kind of checkpoint: a HuggingFace folder, one safetensors file, a sharded index, an `.apr`, a
+folder that `checkpoint save` prepared.
 
 Opening reads headers only. Tensors come as bytes in a stream, as rows, or as numpy arrays, each from the file that was
 opened at the beginning; side files (config.json, tokenizer) are read when they are asked for.
@@ -17,11 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from converters import apr_format, file_names, safetensors_format, strict_json
+from converters import apr_format, file_names, prepared_format, safetensors_format, strict_json
 from converters.counting import counted
 from converters.dtypes import DType, Legacy, element_count
 from converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, StorageError
-from converters.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
+from converters.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, PREPARED_NAME, SINGLE_NAME
 from converters.qwen2 import HEAD, Qwen2Config
 from converters.source import SourceFile, refuse_foreign
 
@@ -73,7 +74,19 @@ class Tensor:
         if view.nbytes != self.nbytes:
             raise ValueError(f"tensor {self.name!r} has {self.nbytes} bytes, the buffer {view.nbytes}")
         if self.nbytes:
-            self._fill(0, view)
+            self.readinto_at(0, view)
+
+    def readinto_at(self, begin: int, buffer: bytearray | memoryview) -> None:
+        """Fills the whole buffer with the tensor's bytes from number `begin` on, as many as it has room for.
+
+        Raises:
+          StorageError: The file cannot be read.
+        """
+        try:
+            self.source.readinto_at(self.offset + begin, buffer)
+        except AprJaxError as error:
+            error.tensor = self.name
+            raise
 
     def stream(self, chunk_bytes: int = 1 << 20) -> Iterator[memoryview]:
         """Yields the bytes in order, in chunks; every chunk is overwritten by the next one.
@@ -84,7 +97,7 @@ class Tensor:
         buffer = memoryview(bytearray(min(chunk_bytes, self.nbytes)))
         for begin in range(0, self.nbytes, chunk_bytes):
             chunk = buffer[: min(chunk_bytes, self.nbytes - begin)]
-            self._fill(begin, chunk)
+            self.readinto_at(begin, chunk)
             yield chunk
 
     def raw(self, rows: slice | None = None) -> bytes:
@@ -101,7 +114,7 @@ class Tensor:
             width = self._row_bytes()
             begin, end = first * width, last * width
         data = bytearray(end - begin)
-        self._fill(begin, memoryview(data))
+        self.readinto_at(begin, memoryview(data))
         return bytes(data)
 
     def read(self, slices: tuple[slice, ...] | None = None) -> np.ndarray:
@@ -188,7 +201,7 @@ class Tensor:
     def _read_range(self, values: np.ndarray, begin: int) -> None:
         """Reads the flat `values` from element `begin` on; of a row-padded K-quant only whole rows."""
         if not self.dtype.is_block:
-            self._fill(begin * values.itemsize, _bytes_of(values))
+            self.readinto_at(begin * values.itemsize, _bytes_of(values))
             return
         columns = self.dtype.padded_columns(self.shape, self.nbytes)
         if columns is None:
@@ -227,16 +240,9 @@ class Tensor:
         prefix = codec.prefix_bytes
         blocks = -(-values.size // self.dtype.block_elements)
         data = memoryview(bytearray(prefix + blocks * width))
-        self._fill(0, data[:prefix])
-        self._fill(prefix + first * width, data[prefix:])
+        self.readinto_at(0, data[:prefix])
+        self.readinto_at(prefix + first * width, data[prefix:])
         codec.decode(data, values)
-
-    def _fill(self, begin: int, view: memoryview) -> None:
-        try:
-            self.source.readinto_at(self.offset + begin, view)
-        except AprJaxError as error:
-            error.tensor = self.name
-            raise
 
     def _rows(self) -> int:
         if not self.shape:
@@ -263,7 +269,7 @@ class Checkpoint:
 
     Attributes:
       path: As it was given.
-      kind: "apr" or "safetensors".
+      kind: "apr", "safetensors" or "prepared".
       tensors: Name -> tensor, sorted by the names' UTF-8 bytes.
       placeholders: Name -> shape of heads that an `.apr` lists without data: the embedding stands for them.
       files: Side files by name, read when asked for.
@@ -384,8 +390,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False, lega
     """Opens a checkpoint and reads its headers.
 
     Args:
-      path: A HuggingFace folder, a safetensors file, a `*.safetensors.index.json`, or an `.apr` file. What a file is,
-        its content decides.
+      path: A HuggingFace folder, a safetensors file, a `*.safetensors.index.json`, an `.apr` file, or a prepared
+        checkpoint (`prepared_format`). What a file is, its content decides.
       lenient: Whether to let oddities of `.apr` files pass with a warning: no footer, unaligned or unsorted parts, the
         magic of 2025, reserved bytes, unknown flags.
       legacy: Whether to read dtype ids of an `.apr` as older and other writers meant them, where the size leaves one
@@ -598,6 +604,8 @@ def _open_single(path: str, source: SourceFile, side_files: SideFiles, warnings:
 
 def _open_folder(path: str) -> Checkpoint:
     present = _listed(path)
+    if PREPARED_NAME in present:
+        return _open_prepared(path)
     shards = [name for name in present if name.endswith(".safetensors")]
     indices = [name for name in present if name.endswith(INDEX_SUFFIX)]
     if SINGLE_NAME in shards or (len(shards) == 1 and not indices):
@@ -615,6 +623,7 @@ def _open_folder(path: str) -> Checkpoint:
         with _inside(path, name, []) as source:
             index = _parse_index(source)
         return _open_sharded(index, path)
+    prepared_format.refuse_orbax(path, present)
     others = [name for name in present if name.endswith((".apr", ".bin", ".gguf", ".pth", ".pt", ".safetensors"))]
     raise MissingFileError(
         "the folder holds no checkpoint that can be told apart",
@@ -624,6 +633,29 @@ def _open_folder(path: str) -> Checkpoint:
         expected=f"{SINGLE_NAME} or {INDEX_NAME}",
         hint="Give the path of the file itself" if others else None,
     )
+
+
+def _open_prepared(path: str) -> Checkpoint:
+    description = prepared_format.read(path)
+    tensors = []
+    with _closing_on_error() as opened:
+        for parameter in description.parameters:
+            source = opened.enter_context(prepared_format.open_parameter(path, description, parameter))
+            begin = 0
+            for name, shape in parameter.tensors.items():
+                nbytes = description.stored.nbytes(shape)
+                tensors.append(Tensor(name, description.stored, shape, nbytes, source, begin))
+                begin += nbytes
+        return Checkpoint(
+            path,
+            "prepared",
+            tensors=tensors,
+            files=_side_files(path),
+            metadata=dict(description.metadata or {}),
+            sources=dict.fromkeys(tensor.source for tensor in tensors),
+            warnings=(),
+            has_metadata=description.metadata is not None,
+        )
 
 
 # --- shards

@@ -631,7 +631,7 @@ def _safetensors_metadata(
     checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]
 ) -> tuple[dict[str, str] | None, dict[str, bytes]]:
     """Returns the strings for `__metadata__`, and the side files."""
-    if checkpoint.kind == "safetensors":
+    if checkpoint.kind != "apr":
         return _strings(checkpoint), dict(checkpoint.files)
     if SOURCE_FILES_KEY in checkpoint.metadata:
         return _kept_strings(checkpoint), dict(checkpoint.files)

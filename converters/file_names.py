@@ -9,6 +9,9 @@ SINGLE_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX_NAME = "model" + INDEX_SUFFIX
 CONFIG_NAME = "config.json"
+# A prepared checkpoint (`prepared_format`): what describes it, and the folder of its parameters.
+PREPARED_NAME = "prepared.json"
+PREPARED_FOLDER = "parameters"
 
 # Names by which a file is known to belong to a checkpoint, wherever it lies.
 _KNOWN = (
@@ -50,8 +53,8 @@ def can_go_along(name: str) -> bool:
 
 
 def is_tensors(name: str) -> bool:
-    """Whether a file of this name holds tensors, or says which files do."""
-    return name.lower().endswith((".safetensors", ".index.json"))
+    """Whether a file or folder of this name holds tensors, or says which files do."""
+    return name.lower().endswith((".safetensors", ".index.json")) or name in (PREPARED_NAME, PREPARED_FOLDER)
 
 
 def is_side_file(name: str) -> bool:

@@ -98,11 +98,16 @@ class OutputFile:
 
 
 class OutputFolder:
-    """A folder being written."""
+    """A folder being written.
+
+    Attributes:
+      path: The final path, for messages.
+      temporary: Where it is until it is whole, for what is written there by others.
+    """
 
     def __init__(self, temporary: str, path: str):
         self.path = path
-        self._temporary = temporary
+        self.temporary = temporary
 
     @contextlib.contextmanager
     def create(self, name: str, size: int) -> Iterator[OutputFile]:
@@ -118,7 +123,7 @@ class OutputFolder:
         """
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise UsageError("this is no name of a file in the folder", code="file-name", file=self.path, found=name)
-        shown, place = os.path.join(self.path, name), os.path.join(self._temporary, name)
+        shown, place = os.path.join(self.path, name), os.path.join(self.temporary, name)
         with _as_storage_error(shown):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

@@ -186,8 +186,6 @@ def _page(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, 
 
 
 def _print(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str] | None) -> None:
-    import os
-
     from converters.commands.tables import print_table
 
     for warning in checkpoint.warnings:
@@ -195,7 +193,7 @@ def _print(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str,
     print(printable(checkpoint.path))
     header = _header(checkpoint)
     files = header.pop("files", {})
-    header |= {os.path.basename(file): f"{size} bytes" for file, size in files.items()}
+    header |= {_within(checkpoint, file): f"{size} bytes" for file, size in files.items()}
     print_table(("header", "value"), [(printable(name), _short(value)) for name, value in header.items()])
     print()
     rows = [(printable(name), _short(value)) for name, value in checkpoint.metadata.items()]
@@ -216,9 +214,14 @@ def _print(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str,
     print(f"{totals['tensors']} tensors ({types}), {totals['elements']} elements, {totals['bytes']} bytes")
 
 
-def _print_tensors(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
+def _within(checkpoint: Checkpoint, file: str) -> str:
+    """Returns a file's name: within the folder, where it is one (a prepared checkpoint has folders in it)."""
     import os
 
+    return os.path.relpath(file, checkpoint.path) if os.path.isdir(checkpoint.path) else os.path.basename(file)
+
+
+def _print_tensors(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
     from converters.commands.tables import print_table
 
     several = len(checkpoint.sources) > 1
@@ -227,7 +230,7 @@ def _print_tensors(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
             *_description(tensor),
             tensor.offset,
             tensor.nbytes,
-            *([printable(os.path.basename(tensor.source.path))] if several else []),
+            *([printable(_within(checkpoint, tensor.source.path))] if several else []),
         )
         for tensor in listed
     ]

@@ -1,0 +1,95 @@
+"""`checkpoint save MODEL DIR` and `checkpoint restore DIR`: a model prepared once, cast and fused, kept by Orbax."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from converters.commands import cli
+from converters.errors import printable
+
+if TYPE_CHECKING:
+    from converters.prepared_format import Description
+
+_EPILOG = """\
+save writes the parameters of a model, cast to --dtype and with --fused as few large matrices, by Orbax, with
+config.json, the tokenizer's files and prepared.json, which says where they came from: path, hashes, versions. DIR then
+stands for the model wherever one is opened (golden, parity, generate, show, load_model), and is whole or not there.
+
+restore puts the parameters of DIR on the device and compares the SHA-256 of each one there with what was saved. Of DIR
+convert makes safetensors or an .apr again: `convert --to safetensors DIR -o OUT`.
+
+examples:
+  %(prog)s save Qwen2.5-Coder-0.5B prepared --dtype bfloat16 --fused
+  %(prog)s restore prepared --device cuda
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = cli.make_parser(argv[0], "Prepare a model for a fast start, or check one that was prepared.", _EPILOG)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="save|restore")
+    save = commands.add_parser("save", help="write a prepared checkpoint")
+    save.add_argument("model", metavar="MODEL", help=".apr file, HuggingFace folder, .safetensors file or shard index")
+    save.add_argument("folder", metavar="DIR", help="folder to write")
+    save.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="default float32")
+    save.add_argument("--fused", action="store_true", help="one matrix for q, k and v, and one for gate and up")
+    save.add_argument("--force", action="store_true", help="replace a prepared checkpoint that is there")
+    cli.add_checkpoint_arguments(save)
+    restore = commands.add_parser("restore", help="restore one on a device and compare it with what was saved")
+    restore.add_argument("folder", metavar="DIR", help="what save wrote")
+    restore.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: JAX's own choice)")
+    for each in (save, restore):
+        each.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv[1:])
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code.
+
+    Raises:
+      AprJaxError: As `apr_jax.prepared.save` and `check`.
+    """
+    from apr_jax import prepared
+
+    started = time.perf_counter()
+    if args.command == "save":
+        with cli.open_from(args, args.model) as checkpoint:
+            for warning in checkpoint.warnings:
+                cli.say(f"warning: {warning}")
+            description = prepared.save(
+                checkpoint, args.folder, dtype=args.dtype, fused=args.fused, force=args.force, notice=cli.say
+            )
+        done = "saved"
+    else:
+        description = prepared.check(args.folder, args.device)
+        done = "restored, every parameter as it was saved"
+    result = _summary(description) | {"folder": args.folder, "seconds": round(time.perf_counter() - started, 3)}
+    if args.json:
+        cli.print_json(result)
+        return 0
+    lines = (
+        f"{args.folder}: {done} ({result['seconds']:.1f} s)",
+        f"  {result['parameters']} parameters of {result['tensors']} tensors, {result['bytes']:,} bytes,"
+        f" {description.dtype}, {'fused' if description.fused else 'not fused'}",
+        f"  from {description.source['path']} ({description.source['kind']}),"
+        f" weights' SHA-256 {description.source['weights_sha256']}",
+        "  by " + ", ".join(f"{name} {version}" for name, version in description.versions.items()),
+    )
+    print("\n".join(map(printable, lines)))
+    return 0
+
+
+def _summary(description: Description) -> dict[str, Any]:
+    stored = description.stored
+    return {
+        "dtype": description.dtype,
+        "fused": description.fused,
+        "parameters": len(description.parameters),
+        "tensors": sum(len(parameter.tensors) for parameter in description.parameters),
+        "bytes": sum(stored.nbytes(parameter.shape) for parameter in description.parameters),
+        "source": dict(description.source),
+        "versions": dict(description.versions),
+    }

@@ -1,0 +1,254 @@
+"""Prepared checkpoints: parameters as a model holds them, in Orbax's format, beside a description of what they are.
+
+    DIR/prepared.json                        what is in it and where it came from
+    DIR/parameters/                          an Orbax checkpoint, as `orbax.checkpoint.PyTreeCheckpointer` restores it
+    DIR/parameters/NAME/.zarray              of one parameter: shape and type (Zarr 2)
+    DIR/parameters/NAME/0.0                  its values: one chunk, not compressed
+    DIR/config.json, tokenizer files, ...    verbatim
+
+One uncompressed chunk is the array itself, so that it is read as fast as any tensor, without Orbax. Several tensors of
+HuggingFace's may lie in one parameter, rows behind rows (q, k and v of a fused model): each is a range of its bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from converters import dtypes, file_names, strict_json
+from converters.dtypes import DType
+from converters.errors import BrokenContainerError, MissingFileError, RefusedError
+from converters.file_names import PREPARED_FOLDER, PREPARED_NAME
+from converters.source import SourceFile
+
+FORMAT = "apr_jax.prepared/1"
+
+_TYPES = {"float32": ("f32", "<f4"), "float64": ("f64", "<f8"), "bfloat16": ("bf16", "bfloat16")}
+"""JAX's name of the dtype -> its name in the registry, and in `.zarray`."""
+_MAX_DESCRIPTION_BYTES = 64 << 20
+_NOT_WHOLE = "The checkpoint is not whole: prepare it anew from its source"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a prepared checkpoint.
+
+    Attributes:
+      name: Its path in the model, with dots.
+      shape: Its dimensions.
+      sha256: Of its bytes.
+      tensors: HuggingFace's names and shapes of what lies in it, in the order of the rows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sha256: str
+    tensors: Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The content of prepared.json.
+
+    Attributes:
+      dtype: "float32", "bfloat16" or "float64": of all parameters.
+      fused: Whether q, k and v of a layer are one parameter, and gate and up another.
+      devices: How many devices the parameters were saved from.
+      source: Where they came from: "path", "kind", "files" (name -> bytes) and "weights_sha256".
+      versions: Of the packages that wrote them.
+      metadata: `__metadata__` of the source, or None.
+      parameters: All of them.
+    """
+
+    dtype: str
+    fused: bool
+    devices: int
+    source: Mapping[str, Any]
+    versions: Mapping[str, str]
+    metadata: Mapping[str, str] | None
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def stored(self) -> DType:
+        """The parameters' type in the registry."""
+        return dtypes.by_name(_TYPES[self.dtype][0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of prepared.json."""
+        parameters = {
+            parameter.name: {
+                "shape": list(parameter.shape),
+                "sha256": parameter.sha256,
+                "tensors": {name: list(shape) for name, shape in parameter.tensors.items()},
+            }
+            for parameter in self.parameters
+        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"format": FORMAT, **fields, "parameters": parameters}
+
+
+def read(folder: str) -> Description:
+    """Reads prepared.json.
+
+    Raises:
+      BrokenContainerError: It is not what it should be.
+      RefusedError: Code "prepared-format": of another version; "device-count": saved from several devices.
+    """
+    path = os.path.join(folder, PREPARED_NAME)
+    with SourceFile(path) as source:
+        if source.size > _MAX_DESCRIPTION_BYTES:
+            raise BrokenContainerError("the description is too large", code="prepared-size", file=path)
+        text = bytes(source.read_at(0, source.size))
+    content = strict_json.loads(text, what=PREPARED_NAME, max_bytes=_MAX_DESCRIPTION_BYTES, file=path)
+    if not isinstance(content, dict) or not isinstance(content.get("format"), str):
+        raise BrokenContainerError("this describes no prepared checkpoint", code="prepared-content", file=path)
+    if content["format"] != FORMAT:
+        raise RefusedError(
+            "a prepared checkpoint of another version",
+            code="prepared-format",
+            file=path,
+            found=content["format"][:100],
+            expected=FORMAT,
+            hint="Prepare it anew from its source",
+        )
+    try:
+        description = _parsed(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BrokenContainerError(
+            "the description lacks something, or has it in another form",
+            code="prepared-content",
+            file=path,
+            found=f"{type(error).__name__}: {error}"[:200],
+        ) from None
+    if description.devices != 1:
+        raise RefusedError(
+            "the parameters were saved from several devices",
+            code="device-count",
+            file=path,
+            found=description.devices,
+            expected=1,
+        )
+    return description
+
+
+def open_parameter(folder: str, description: Description, parameter: Parameter) -> SourceFile:
+    """Opens the values of a parameter.
+
+    Raises:
+      MissingFileError: They are not there: the checkpoint is not whole.
+      BrokenContainerError: They have another size, and perhaps another shape or type, than the description says.
+      RefusedError: Code "prepared-chunks": they are compressed or in several chunks.
+    """
+    place = os.path.join(folder, PREPARED_FOLDER, parameter.name)
+    nbytes = description.stored.nbytes(parameter.shape)
+    try:
+        source = SourceFile(os.path.join(place, ".".join("0" for _ in parameter.shape)))
+    except MissingFileError as error:
+        check_layout(folder, description, parameter)
+        error.hint = _NOT_WHOLE
+        raise
+    if source.size != nbytes:
+        source.close()
+        check_layout(folder, description, parameter)
+        raise BrokenContainerError(
+            "the parameter's file has another size",
+            code="prepared-size",
+            file=source.path,
+            tensor=parameter.name,
+            found=f"{source.size} bytes",
+            expected=f"{nbytes} bytes",
+        )
+    return source
+
+
+def check_layout(folder: str, description: Description, parameter: Parameter) -> None:
+    """Checks what Orbax says about a parameter against the description.
+
+    Raises:
+      As `open_parameter`.
+    """
+    place = os.path.join(folder, PREPARED_FOLDER, parameter.name)
+    layout = _layout(os.path.join(place, ".zarray"))
+    expected = {"shape": list(parameter.shape), "dtype": _TYPES[description.dtype][1]}
+    found = {key: layout.get(key) for key in expected}
+    if found != expected:
+        raise BrokenContainerError(
+            "the parameter is not the one that was saved",
+            code="prepared-parameter",
+            file=place,
+            tensor=parameter.name,
+            found=found,
+            expected=expected,
+        )
+    plain = {"chunks": list(parameter.shape), "compressor": None, "filters": None, "order": "C", "zarr_format": 2}
+    if any(layout.get(key) != value for key, value in plain.items()):
+        raise RefusedError(
+            "the parameter is compressed or in several chunks (saved from several devices?)",
+            code="prepared-chunks",
+            file=place,
+            tensor=parameter.name,
+            hint="orbax.checkpoint restores such a checkpoint; here, prepare it anew from its source",
+        )
+
+
+def refuse_orbax(folder: str, listed: list[str]) -> None:
+    """Raises RefusedError, code "foreign-orbax", if this is an Orbax checkpoint that was not prepared here."""
+    within = os.path.join(folder, PREPARED_FOLDER)
+    names = {*listed, *(os.listdir(within) if os.path.isdir(within) else ())}
+    if not names & {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}:
+        return
+    raise RefusedError(
+        f"this is an Orbax checkpoint without {PREPARED_NAME}: nothing says which model its arrays are",
+        code="foreign-orbax",
+        file=folder,
+        hint="Give the folder above it, if `checkpoint save` wrote it; else convert it to safetensors",
+    )
+
+
+def _layout(path: str) -> Mapping[str, Any]:
+    try:
+        with SourceFile(path) as source:
+            text = bytes(source.read_at(0, min(source.size, 1 << 16)))
+    except MissingFileError as error:
+        error.hint = _NOT_WHOLE
+        raise
+    layout = strict_json.loads(text, what=".zarray", max_bytes=1 << 16, file=path)
+    if not isinstance(layout, dict):
+        raise BrokenContainerError("this describes no Zarr array", code="prepared-parameter", file=path)
+    return layout
+
+
+def _parsed(content: Mapping[str, Any]) -> Description:
+    if content["dtype"] not in _TYPES or type(content["fused"]) is not bool or type(content["devices"]) is not int:
+        raise ValueError("dtype, fused or devices")
+    metadata = content["metadata"]
+    if metadata is not None and not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("metadata")
+    parameters = tuple(_parameters(content["parameters"]))
+    names = [name for parameter in parameters for name in parameter.tensors]
+    if len(set(names)) != len(names):
+        raise ValueError("a tensor in two parameters")
+    return Description(
+        content["dtype"],
+        content["fused"],
+        content["devices"],
+        dict(content["source"]),
+        dict(content["versions"]),
+        metadata,
+        parameters,
+    )
+
+
+def _parameters(content: Mapping[str, Any]) -> Iterator[Parameter]:
+    for name, fields in content.items():
+        shape = tuple(fields["shape"])
+        tensors = {tensor: tuple(part) for tensor, part in fields["tensors"].items()}
+        dtypes.element_count(shape)
+        rows = sum(part[0] for part in tensors.values())
+        alike = all(part[1:] == shape[1:] for part in tensors.values())
+        if not file_names.is_plain(name) or not shape or not math.prod(shape) or rows != shape[0] or not alike:
+            raise ValueError(f"parameter {name!r}")
+        yield Parameter(name, shape, str(fields["sha256"]), tensors)

@@ -1,0 +1,12 @@
+"""Prepares a model for a fast start, or checks one that was prepared: `python tools/checkpoint.py --help`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from apr_jax.commands import checkpoint
+from converters.commands import cli
+
+if __name__ == "__main__":
+    cli.start(checkpoint.parse, checkpoint.main)
