@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint test-reference test-cuda bench-convert bench-load bench-verify damage-battery parity-battery clean
+.PHONY: demo test lint test-reference test-cuda bench bench-report bench-convert bench-load bench-verify damage-battery parity-battery parity-budgets soak clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,16 @@ test-reference: $(VENV)/reference-installed
 test-cuda:
 	$(PYTHON) -m pytest tests/cuda
 
+# Speed of the 0.5B shape on the CPU beside HuggingFace and, where APR_BIN names it, the genuine `apr`; 5 minutes, 6 GB.
+# Other shapes, cases and devices: `tools/bench.py --help`; the figures of an H200: `tests/bench/on_gpu.py DIR`.
+bench: $(VENV)/reference-installed
+	$(BIN)/python tools/bench.py 0.5b --cases decode-1x128,decode-4x128,prefill-1x128,prefill-1x512,decode-1x2048,start-up \
+	  -o tests/bench/results/cpu-0.5b-float32.json
+
+# The README's performance tables and pictures, from tests/bench/results/*.json.
+bench-report: $(VENV)/installed
+	$(BIN)/python tests/bench/bench_report.py
+
 # 1 GB between files on tmpfs beside a plain copy: speed, memory, bytes read and written.
 bench-convert: $(VENV)/installed
 	$(BIN)/python tests/bench/convert_bench.py
@@ -62,9 +72,19 @@ bench-verify: $(VENV)/installed
 damage-battery: $(VENV)/installed
 	$(BIN)/python tests/battery/damage_battery.py
 
-# Every mistake of the fault table, planted by a NumPy engine and looked for, alone and stacked; about 15 minutes.
-parity-battery: $(VENV)/installed
+# Every mistake of the fault table, planted by a NumPy engine and looked for, alone and stacked; then right programs run
+# (ours, NumPy, HuggingFace, the genuine `apr` where APR_BIN names it), in which nothing may be found.
+parity-battery: $(VENV)/reference-installed
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/parity_battery.py
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/clean_runs.py
+
+# Budgets hold right programs and flag three times themselves, over widths, lengths, weight scales and seeds.
+parity-budgets: $(VENV)/reference-installed
+	$(BIN)/python tests/battery/budgets.py
+
+# 500 generations of random lengths in one process, twice: compiled programs and memory; MODEL and DEVICE=cuda as you like.
+soak: $(VENV)/installed
+	$(BIN)/python tests/bench/generate_soak.py $(MODEL) $(if $(DEVICE),--device $(DEVICE))
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

@@ -2,15 +2,15 @@
 
 One file a stage: magic `APRT`, u32 layer (0xFFFFFFFF: the whole model), u32 element count, then float32, little-endian,
 in C order. The file says neither shape nor token ids: the shape follows from the stage and the configuration, and the
-ids lie beside the dump as `token_ids.json` (a JSON list). Paths: `layer-N/STAGE.bin`, `layer-0/embedding.bin`,
-`final_norm.bin` and `lm_head.bin`. One dump is one sequence without padding. `lm_head.bin` holds the last position
-only, as `apr` writes it; a dump with all positions is read as well.
+ids lie beside the dump as `token_ids.json` (a JSON list), or as `golden.py --export-inputs` writes them. Paths:
+`layer-N/STAGE.bin`, `layer-0/embedding.bin`, `final_norm.bin` and `lm_head.bin`. `lm_head.bin` holds the last position
+only, as `apr` writes it; a dump with all positions is read as well. What is written is one sequence without padding;
+read are batches too, one row behind the other.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
 import re
@@ -18,18 +18,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from apr_jax import stages
-from apr_jax.inputs import Inputs
-from converters import strict_json
-from converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
+from apr_jax import rows, stages
+from apr_jax.inputs import TOKEN_IDS, Inputs, beside
+from converters.errors import BrokenContainerError, RefusedError, UsageError
 from converters.output import FolderKind, atomic_folder
 from converters.qwen2 import Qwen2Config
 
 MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF
-TOKEN_IDS = "token_ids.json"
 _HEADER_BYTES = 12
-_MAX_IDS_BYTES = 64 << 20
 _OUTER_PATHS = {
     stages.EMBEDDING: "layer-0/embedding.bin",
     stages.FINAL_NORM: "final_norm.bin",
@@ -114,37 +111,38 @@ def write(folder: str | os.PathLike[str], inputs: Inputs, trace: Mapping[str, np
 
 
 def read(
-    folder: str | os.PathLike[str], config: Qwen2Config, inputs: Inputs | None = None
+    folder: str | os.PathLike[str],
+    config: Qwen2Config,
+    inputs: Inputs | None = None,
+    columns: np.ndarray | None = None,
 ) -> tuple[Inputs, dict[str, np.ndarray]]:
     """Reads a folder of APRT files.
 
     Args:
       folder: The dump.
       config: The model's configuration, which gives the shapes.
-      inputs: The sequence that was run; None reads `token_ids.json` beside the dump.
+      inputs: The batch that was run; None takes what lies beside the dump (`inputs.beside`).
+      columns: The columns [B, R] of the batch that a dump of some positions stands for.
 
     Returns:
-      The sequence and key -> float32 array with a leading batch axis of 1; logits [1, positions, V] hold the last
-      position only, or all.
+      The batch, and key -> float32 array [B, T, ...], or [B, R, ...] at `columns`; logits may hold the last position
+      only.
 
     Raises:
-      MissingFileError: No such folder, or no token ids.
+      MissingFileError: No such folder, or no inputs.
       BrokenContainerError: A file that is no APRT dump.
-      RefusedError: A size or a layer that does not fit the model and the sequence; or nothing that could be compared.
+      RefusedError: A size or a layer that does not fit the model and the tokens; or nothing that could be compared.
     """
     root = pathlib.Path(folder)
-    if not root.is_dir():
-        raise MissingFileError("no such folder", code="file-missing", file=root)
     if inputs is None:
-        inputs = _token_ids(root)
-    length = inputs.input_ids.shape[1]
+        inputs = beside(root)
     trace: dict[str, np.ndarray] = {}
     for key in stages.trace_keys(config.num_layers):
         path = root / path_of(key)
         aliases = [path.with_name(f"{alias}.bin") for alias, stage in _ALIASES.items() if stage == path.stem]
         for candidate in (path, *aliases):
             if candidate.is_file():
-                trace[key] = _load(candidate, config, key, length)
+                trace[key] = _load(candidate, config, key, inputs, columns)
                 break
     if not trace:
         raise RefusedError(
@@ -175,7 +173,7 @@ def unknown_files(folder: str | os.PathLike[str], config: Qwen2Config) -> list[s
     )
 
 
-def _load(path: pathlib.Path, config: Qwen2Config, key: str, length: int) -> np.ndarray:
+def _load(path: pathlib.Path, config: Qwen2Config, key: str, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
     layer, values = decode(path.read_bytes(), str(path))
     if layer != _layer_of(key):
         raise RefusedError(
@@ -186,31 +184,4 @@ def _load(path: pathlib.Path, config: Qwen2Config, key: str, length: int) -> np.
             found=layer,
             expected=_layer_of(key),
         )
-    shape = stages.shape(config, stages.stage_of(key), length)
-    if key == stages.LOGITS and values.size == config.vocab_size:
-        shape = (1, config.vocab_size)
-    if values.size != math.prod(shape):
-        raise RefusedError(
-            "the number of elements does not fit this model and these token ids",
-            code="aprt-size",
-            file=path,
-            offset=8,
-            found=values.size,
-            expected=f"{math.prod(shape)}, that is {list(shape)}",
-        )
-    return values.reshape(1, *shape)
-
-
-def _token_ids(root: pathlib.Path) -> Inputs:
-    path = root / TOKEN_IDS
-    if not path.is_file():
-        raise MissingFileError(
-            f"the dump has no {TOKEN_IDS}",
-            code="token-ids-missing",
-            file=path,
-            hint="Say which tokens were run with --input-ids FILE.",
-        )
-    ids = strict_json.loads(path.read_bytes(), what="token ids", max_bytes=_MAX_IDS_BYTES, file=str(path))
-    if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
-        raise BrokenContainerError("not a list of token ids", code="token-ids", file=path)
-    return Inputs.of([ids])
+    return values.reshape(rows.fit(config, key, values.size, inputs, columns, path))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax import stages
+from apr_jax import rows, stages
 from apr_jax.inputs import Inputs
 from converters.errors import RefusedError
 
@@ -70,14 +70,16 @@ def compare(
     right: Mapping[str, np.ndarray],
     inputs: Inputs,
     bar: Callable[[str], float],
+    columns: np.ndarray | None = None,
 ) -> list[Comparison]:
     """Compares every tensor of the reference; the left side may hold more.
 
     Args:
       left: key -> array with leading axes [B, T] (attention stages [B, N, T, T]).
-      right: The reference. Its logits may hold the last position of each row only: [B, 1, V].
+      right: The reference; may hold the positions at `columns` only, and of the logits the last token's: [B, 1, V].
       inputs: The batch that both were computed from; positions with mask 1 are compared.
       bar: Gives the largest relative L2 that is let through for a key.
+      columns: Columns of the batch, [B, R].
 
     Raises:
       RefusedError: The reference is empty, holds a tensor that the left side lacks, or shapes differ: what is not
@@ -100,16 +102,15 @@ def compare(
     results = []
     for key in keys:
         ours, theirs = left[key], right[key]
-        if key == stages.LOGITS and theirs.shape == (ours.shape[0], 1, ours.shape[-1]) != ours.shape:
-            ours, theirs = _at_last_token(ours, inputs), theirs[:, 0]
-        elif ours.shape != theirs.shape:
+        chosen = compared_positions(key, inputs, ours.shape)
+        if theirs.ndim == ours.ndim:
+            part = rows.columns_of(key, theirs.shape[rows.axis_of(key)], inputs, columns)
+            ours, chosen = (rows.gather(key, x, part) for x in (ours, chosen))
+        if ours.shape != theirs.shape:
             raise RefusedError(
                 "shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape
             )
-        else:
-            chosen = compared_positions(key, inputs, theirs.shape)
-            ours, theirs = ours[chosen], theirs[chosen]
-        results.append(_compare_one(key, ours, theirs, bar(key)))
+        results.append(_compare_one(key, ours[chosen], theirs[chosen], bar(key)))
     return results
 
 
@@ -184,12 +185,6 @@ def _compare_logits(left: np.ndarray, right: np.ndarray) -> dict[str, float]:
 def _parts(count: int, size: int = 64) -> Iterator[slice]:
     """Slices of `size` positions: a vocabulary in float64 is more than a megabyte a position."""
     return (slice(start, start + size) for start in range(0, count, size))
-
-
-def _at_last_token(logits: np.ndarray, inputs: Inputs) -> np.ndarray:
-    positions = np.arange(inputs.input_ids.shape[1])
-    last = np.where(inputs.attention_mask == 1, positions, -1).max(axis=1)
-    return logits[np.arange(len(last)), last]
 
 
 def compared_positions(key: str, inputs: Inputs, shape: tuple[int, ...]) -> np.ndarray:

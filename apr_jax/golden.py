@@ -3,7 +3,8 @@
 Content (B rows, T positions): `input_ids`, `attention_mask`, `position_ids` int32 [B, T]; `logits` float32 [B, T, V]
 (float64 where computed so); `loss_nats` float64 [1]; `hidden.{layer}` and `hidden.final_norm` [B, T, D] on request;
 `stage.*` on request, in the shapes of `stages.shape` behind a batch axis. Values computed in bfloat16 are stored as
-float32, which holds them exactly. At padding the values mean nothing.
+float32, which holds them exactly. At padding the values mean nothing. A file with `positions` int32 [R] or [B, R] holds
+the values of those positions only, [B, R, ...]: such are made by engines that decode.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax import stages
+from apr_jax import rows, stages
 from apr_jax.compare import loss_nats
-from apr_jax.inputs import Inputs
+from apr_jax.inputs import Inputs, beside, from_json
 from converters import dtypes, safetensors_format
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.errors import RefusedError
@@ -30,6 +31,7 @@ from converters.qwen2 import Qwen2Config
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _LOSS = "loss_nats"
+_POSITIONS = "positions"
 FORMAT = "apr_jax golden 1"
 
 
@@ -41,11 +43,13 @@ class Golden:
       inputs: The batch.
       values: Trace key -> float32 or float64 array.
       metadata: Provenance: witness, dtype, versions, device, precision, weights' hash, configuration.
+      positions: The positions that the values stand for, [R] or [B, R]; None is all of them.
     """
 
     inputs: Inputs
     values: Mapping[str, np.ndarray]
     metadata: Mapping[str, str]
+    positions: rows.Positions | None = None
 
 
 def with_hidden_states(trace: Mapping[str, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
@@ -139,10 +143,24 @@ def read(path: str | os.PathLike[str]) -> Golden:
             "this is no golden file: it holds no input_ids", code="golden-inputs", file=path, found=sorted(arrays)[:5]
         )
     inputs = Inputs.of(*(arrays.get(name) for name in _INPUTS))
-    values = {name: array for name, array in arrays.items() if name not in (*_INPUTS, _LOSS)}
+    positions = None
+    if _POSITIONS in arrays:
+        positions = rows.checked(arrays[_POSITIONS].tolist(), path)
+    values = {name: array for name, array in arrays.items() if name not in (*_INPUTS, _LOSS, _POSITIONS)}
     if not values:
         raise RefusedError("the golden file holds no values", code="nothing-compared", file=path)
-    return Golden(inputs, values, metadata)
+    return Golden(inputs, values, metadata, positions)
+
+
+def read_inputs(path: str | os.PathLike[str]) -> Inputs:
+    """Reads the batch that `--input-ids` names: a golden file's, a folder's (`inputs.beside`), or a JSON list of lists.
+
+    Raises:
+      AprJaxError: As these do.
+    """
+    if os.path.isdir(path):
+        return beside(path)
+    return read(path).inputs if os.fspath(path).endswith(".safetensors") else from_json(path)
 
 
 def summary(logits: np.ndarray | None, inputs: Inputs, config: Qwen2Config) -> dict[str, Any] | None:

@@ -229,6 +229,7 @@ def _hidden_states(model: Any, taken: dict[str, np.ndarray]) -> contextlib.Abstr
 def _trace(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
     hooks = [_output(taken, "stage.embedding", model.model.embed_tokens)]
     parts: dict[str, np.ndarray] = {}
+    products: list[Any] = []
     for index, layer in enumerate(model.model.layers):
         stage = f"stage.{index}."
         for key, module in (
@@ -248,27 +249,57 @@ def _trace(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
             ("ffn_swigl", layer.mlp.down_proj),
         ):
             hooks.append(_input(taken, stage + key, module))
-        hooks.extend(_projection(parts, taken, stage, name, layer.self_attn) for name in "qkv")
+        for name in "qkv":
+            hooks.extend(_projection(parts, products, taken, stage, name, layer.self_attn))
     hooks.append(_output(taken, "stage.final_norm", model.model.norm))
-    with _hooks(*hooks), _attention_internals(model, taken):
+    with _hooks(*hooks), _unbiased(products), _attention_internals(model, taken):
+        yield
+
+
+@contextlib.contextmanager
+def _unbiased(products: list[Any]) -> Iterator[None]:
+    """Keeps, of the latest product with a bias, what it is without: no module's output. It is taken of the very
+    arguments that torch got, by the very function, so that a mistake in either shows here and not at the bias."""
+    import torch
+
+    functional = torch.nn.functional
+    linear = functional.linear
+
+    def wrapped(x: Any, weight: Any, bias: Any = None) -> Any:
+        products[:] = [linear(x, weight)]
+        return products[0] if bias is None else linear(x, weight, bias)
+
+    with mock.patch.object(functional, "linear", wrapped):
         yield
 
 
 def _projection(
-    parts: dict[str, np.ndarray], taken: dict[str, np.ndarray], stage: str, name: str, attention: Any
-) -> Any:
-    """Hooks one of q_proj, k_proj, v_proj; the last of them joins the three. The product without bias is no output of
-    the module: it is the same product of the module's own input and weight, taken again."""
-    import torch
+    parts: dict[str, np.ndarray],
+    products: list[Any],
+    taken: dict[str, np.ndarray],
+    stage: str,
+    name: str,
+    attention: Any,
+) -> Iterator[Any]:
+    """Hooks one of q_proj, k_proj, v_proj; the last of them joins the three."""
+    module = getattr(attention, f"{name}_proj")
 
-    def take(module: Any, args: Any, output: Any) -> None:
+    def forget(_module: Any, _args: Any) -> None:
+        products.clear()
+
+    def take(_module: Any, _args: Any, output: Any) -> None:
         parts[f"qkv_bias.{name}"] = _numpy(output)
-        parts[f"qkv_matmul.{name}"] = _numpy(torch.nn.functional.linear(args[0], module.weight))
+        parts.update({f"qkv_matmul.{name}": _numpy(product) for product in products})
         if name == "v":
             for key in ("qkv_matmul", "qkv_bias"):
-                taken[stage + key] = np.concatenate([parts.pop(f"{key}.{part}") for part in "qkv"], -1)
+                names = [f"{key}.{part}" for part in "qkv"]
+                # A projection that never called torch's product has none to show.
+                if set(names) <= set(parts):
+                    taken[stage + key] = np.concatenate([parts[part] for part in names], -1)
+            parts.clear()
 
-    return getattr(attention, f"{name}_proj").register_forward_hook(take)
+    yield module.register_forward_pre_hook(forget)
+    yield module.register_forward_hook(take)
 
 
 @contextlib.contextmanager
@@ -277,7 +308,8 @@ def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[N
     import torch
     from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-    rotations = iter(range(len(model.model.layers)))
+    # Counted in execution: a module's own number says where it stood when the model was built.
+    rotations, attentions = iter(range(len(model.model.layers))), iter(range(len(model.model.layers)))
     softmax_inputs: list[Any] = []
 
     def after(function: Callable[..., Any], record: Callable[..., None]) -> Callable[..., Any]:
@@ -295,11 +327,13 @@ def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[N
             taken[f"stage.{index}.{name}_post_rope"] = _numpy(value.transpose(1, 2).flatten(2))
 
     def attended(args: Any, result: Any) -> None:
-        module, _query, _key, _value, mask = args[:5]
-        scores = softmax_inputs.pop()
-        # The mask has been added to the scores: plus 0 where the key is visible, a huge negative value elsewhere.
-        taken[f"stage.{module.layer_idx}.attn_scores"] = _numpy(torch.where(mask == 0, scores, 0))
-        taken[f"stage.{module.layer_idx}.attn_softmax"] = _numpy(result[1])
+        mask, index = args[4], next(attentions)
+        if softmax_inputs:
+            scores = softmax_inputs.pop()
+            # The mask has been added to the scores: plus 0 where the key is visible, a huge negative value elsewhere.
+            seen = scores if mask is None else torch.where(mask == 0, scores, 0)
+            taken[f"stage.{index}.attn_scores"] = _numpy(seen)
+        taken[f"stage.{index}.attn_softmax"] = _numpy(result[1])
 
     functional = torch.nn.functional
     with (

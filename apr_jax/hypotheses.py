@@ -1,8 +1,8 @@
-"""What may have gone wrong at a stage: for each stage the mistakes that touch it, alone and stacked.
+"""What may have gone wrong at a stage: for each stage the sets of mistakes that touch it, fewest first.
 
-A hypothesis computes the stage under its mistakes from the other side's own inputs; whether it is true is for `explain`
-to find out. Parameters that are numbers (a base, an eps, a scale, a shift) are solved for from the other side's values
-and not guessed.
+Whether one is true is for `explain` to find out, with the formulas of `mistakes`. Parameters that are numbers (a base,
+an eps, a scale, a shift) are solved for from the other side's values and not guessed: in closed form where the stage
+was dumped, else by how well a later stage is reproduced.
 """
 
 from __future__ import annotations
@@ -10,121 +10,179 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 
 from apr_jax import rotation
-from apr_jax.scene import (
-    QKV,
-    Scene,
-    Value,
-    head_weight,
-    join_heads,
-    product,
-    scores,
-    split_heads,
-    unjoin,
+from apr_jax.localise import EPSILON
+from apr_jax.mistakes import (
+    ACTIVATIONS,
+    DOTS,
+    NORMS,
+    PRODUCTS,
+    Made,
+    Mistake,
+    bias_was_added,
+    name_rotation,
+    norm_input,
+    norm_name,
+    under,
+    visible,
 )
-from converters import codecs, dtypes
+from apr_jax.scene import QKV, Scene, Value, head_name, split, unjoin
+from converters import codecs
+
+Mistakes = tuple[Mistake, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Mistake:
-    """A named mistake with its parameters.
+class Question:
+    """A wrong stage.
 
     Attributes:
-      name: Its name in the fault table.
-      parameters: Sorted (name, value) pairs.
+      scene: The scene with all positions.
+      probe: The scene with some positions, which most hypotheses are judged on.
+      key: The stage's key in a trace.
+      theirs: The other side's values.
+      right: What they should be, from the other side's own inputs.
+      tokens: Which positions are theirs and no padding, bool [B, T].
+      given: Mistakes that are supposed to have been made before.
+      dtype: What the other side declares to compute in.
     """
 
-    name: str
-    parameters: tuple[tuple[str, Any], ...] = ()
+    scene: Scene
+    probe: Scene
+    key: str
+    theirs: np.ndarray
+    right: np.ndarray
+    tokens: np.ndarray
+    given: Mistakes = ()
+    dtype: str = "float32"
 
-    @classmethod
-    def of(cls, name: str, **parameters: Any) -> Mistake:
-        """Builds one from keyword parameters."""
-        return cls(name, tuple(sorted(parameters.items())))
+    @property
+    def layer(self) -> int:
+        """The layer, -1 outside the layers."""
+        return split(self.key)[0]
+
+    @property
+    def stage(self) -> str:
+        """The bare stage name."""
+        return split(self.key)[1]
+
+    @property
+    def nothing(self) -> float:
+        """Relative difference below which values are taken for right ones, rounded."""
+        return max(_NOTHING, 4 * EPSILON[self.dtype])
+
+    def all(self) -> Scene:
+        """The scene with all positions in which the given mistakes are made."""
+        return self._inputs_of(self.scene)
+
+    def some(self) -> Scene:
+        """The same with some positions."""
+        return self._inputs_of(self.probe)
+
+    def _inputs_of(self, scene: Scene) -> Scene:
+        return dataclasses.replace(under(scene, self.given), target=split(self.key), composed={})
+
+    def their_rows(self) -> Value:
+        """Their values at the probe's positions, float64."""
+        return self.probe.look(self.stage, self.theirs)
+
+    def value(self, mistakes: Mistakes) -> Value:
+        """The stage at the probe's positions, with these mistakes beside the given ones."""
+        return under(self.probe, self.given + mistakes).compute(self.key)
+
+    def misfit(self, mistakes: Mistakes) -> float:
+        """|theirs - the stage with these mistakes| at the probe's positions, over what is compared."""
+        difference = self.their_rows() - self.value(mistakes)
+        if self.stage in ("attn_scores", "attn_softmax"):
+            difference = difference * visible(Made(()), self.probe)[:, None]
+        return float(np.linalg.norm(difference[self._counted(difference)]))
+
+    def _counted(self, values: Value) -> np.ndarray:
+        tokens = self.tokens[:, self.probe.columns()]
+        if self.stage in ("attn_scores", "attn_softmax"):
+            return np.broadcast_to(tokens[:, None], values.shape[:3])
+        return tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class Hypothesis:
-    """A set of mistakes and what the stage would be under them.
+Generator = Callable[[Question], Iterator[Mistakes]]
 
-    Attributes:
-      mistakes: What is supposed to be wrong.
-      value: Computes the stage, float64.
-    """
-
-    mistakes: tuple[Mistake, ...]
-    value: Callable[[], Value]
+_SLIGHT = 0.03
+"""Relative L2 below which no other matrix is meant: only the same one, rounded or multiplied less precisely."""
+_NOTHING = 1e-6
+"""The least relative difference that counts, however fine the dtype."""
+_QUIET_ROWS = 64
+"""How many positions eps is solved from: those of the smallest activations feel it most."""
+PRECISIONS = [mistake for mistake, _ in DOTS]
 
 
-def _same(value: Value) -> Value:
-    return value
+def other_weights(scene: Scene, layer: int, tensor: str, slight: bool = False) -> Iterator[Mistake]:
+    """What may stand in a tensor's place: itself quantised and, unless only a slight difference is sought, the same
+    one of another layer, or its bytes under another label."""
+    right = scene.weight(layer, tensor)
+    with np.errstate(over="ignore"):
+        half = right.astype(np.float16)
+    if np.isfinite(half).all() and (half != right).any():
+        yield Mistake.of("weights-quantised", tensor=tensor, codec="fp16")
+    if not codecs.stays_float(tensor, right.size):
+        for codec in ("int8", "int4", "q4_k"):
+            yield Mistake.of("weights-quantised", tensor=tensor, codec=codec)
+    if slight:
+        return
+    for direction in ("bf16-as-f16", "f16-as-bf16"):
+        yield Mistake.of("weights-relabelled", tensor=tensor, direction=direction)
+    for other in range(scene.config.num_layers if layer >= 0 else 0):
+        if other != layer:
+            yield Mistake.of("weights-from-another-layer", tensor=tensor, layer=other)
 
 
-Generator = Callable[[Scene, int, str, Value], Iterator[Hypothesis]]
-"""(scene, layer, stage, their value) -> hypotheses, those with fewer mistakes first."""
-
-_NORM_WEIGHTS = {
-    "attn_norm": "input_layernorm.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "final_norm": "model.norm.weight",
-}
+# --- Norms -----------------------------------------------------------------------------------------------------------
 
 
-def norms(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+def norms(question: Question) -> Iterator[Mistakes]:
     """Another eps, weights left out or plus one, a mean subtracted; a final norm that is missing; another weight."""
-    x = (
-        scene.get(layer, "post_attn_residual")
-        if stage == "ffn_norm"
-        else scene.residual(_position(scene, layer, stage))
-    )
-    name = _NORM_WEIGHTS[stage]
-    where = name.removesuffix(".weight").removeprefix("model.")
-    right = scene.weight(layer, name)
+    scene, stage, layer = question.all(), question.stage, question.layer
+    tokens = question.tokens
+    x = norm_input(scene, layer, stage)[tokens]
+    quiet = np.argsort((x * x).mean(axis=-1))[:_QUIET_ROWS]
+    x, theirs = x[quiet], np.asarray(question.theirs, np.float64)[tokens][quiet]
     if stage == "final_norm":
-        yield Hypothesis((Mistake.of("final-norm-missing"),), partial(_same, x))
-    eps = scene.config.rms_norm_eps
-    tokens = scene.inputs.attention_mask == 1
-    shapes: list[tuple[Mistake | None, Value]] = [
-        (None, right),
-        (Mistake.of("norm-weight-missing"), np.ones_like(right)),
-        (Mistake.of("norm-weight-plus-one"), 1 + right),
-        *other_weights(scene, layer, name),
+        yield (Mistake.of("final-norm-missing"),)
+    found: list[Mistakes] = []
+    labels = [
+        None,
+        Mistake.of("norm-weight-missing"),
+        Mistake.of("norm-weight-plus-one"),
+        *other_weights(scene, layer, NORMS[stage]),
     ]
-    found: list[tuple[tuple[Mistake, ...], Value]] = []
-    for (label, weight), centred in itertools.product(shapes, (False, True)):
+    for label, centred in itertools.product(labels, (False, True)):
+        mistakes: Mistakes = () if label is None else (label,)
+        mistakes += (Mistake.of("norm-mean-subtracted"),) if centred else ()
+        weight = _norm_weight(Made(mistakes), scene, layer, NORMS[stage])
         base = x - x.mean(axis=-1, keepdims=True) if centred else x
-        mistakes = [] if label is None else [label]
-        mistakes += [Mistake.of("norm-mean-subtracted")] if centred else []
-        for solved in (eps, *_solve_eps(base[tokens], weight, theirs[tokens], eps)):
-            changed = [] if solved == eps else [Mistake.of("rms-norm-eps", eps=solved, norms=(where,))]
-            if mistakes or changed:
-                found.append(((*mistakes, *changed), _scaled(base, weight, solved)))
-    for stack, value in sorted(found, key=lambda pair: len(pair[0])):
-        yield Hypothesis(stack, partial(_same, value))
+        found += [mistakes] if mistakes else []
+        for eps in _solve_eps(base, weight, theirs, scene.config.rms_norm_eps):
+            found.append((*mistakes, Mistake.of("rms-norm-eps", eps=eps, norms=(norm_name(stage),))))
+    yield from sorted(found, key=len)
 
 
-def _scaled(x: Value, weight: Value, eps: float) -> Value:
-    return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
+def _norm_weight(made: Made, scene: Scene, layer: int, tensor: str) -> Value:
+    weight = made.weight(scene, layer, tensor)
+    if made.has("norm-weight-missing"):
+        return np.ones_like(weight)
+    return 1 + weight if made.has("norm-weight-plus-one") else weight
 
 
 def _solve_eps(x: Value, weight: Value, theirs: Value, right: float) -> list[float]:
     """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it."""
-    base = weight * x
-    power = (base * base).sum(axis=-1)
-    usable = power > 0
-    if not usable.any():
-        return []
-    r = (theirs * base).sum(axis=-1)[usable] / power[usable]
-    mean_square = (x * x).mean(axis=-1)[usable]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        eps = 1 / (r * r) - mean_square
+    with np.errstate(all="ignore"):
+        base = weight * x
+        power = (base * base).sum(axis=-1)
+        r = (theirs * base).sum(axis=-1) / power
+        eps = 1 / (r * r) - (x * x).mean(axis=-1)
         # Rows of small activations feel eps most: its error there is that of 1 / r^2.
         weights = (1 / (r * r)) ** -2.0
     good = np.isfinite(eps) & np.isfinite(weights)
@@ -136,526 +194,55 @@ def _solve_eps(x: Value, weight: Value, theirs: Value, right: float) -> list[flo
     return list(dict.fromkeys([float(f"{solved:.0e}"), float(f"{solved:.2e}"), solved]))
 
 
-def _position(scene: Scene, layer: int, stage: str) -> int:
-    return scene.config.num_layers if stage == "final_norm" else layer
+# --- Products --------------------------------------------------------------------------------------------------------
+
+TRANSPOSED = {"attn_out": "o-proj-transposed", "ffn_out": "down-proj-transposed"}
 
 
-def products(tensor: str, mistakes: Mapping[str, str]) -> Generator:
-    """Hypotheses about x W^T for one weight: transposed, swapped, relabelled, another layer's, rounded inputs."""
-    sources = {
-        "self_attn.o_proj.weight": "attention",
-        "mlp.gate_proj.weight": "ffn_norm",
-        "mlp.up_proj.weight": "ffn_norm",
-        "mlp.down_proj.weight": "ffn_swigl",
-    }
-
-    def generate(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-        x, right = scene.get(layer, sources[tensor]), scene.weight(layer, tensor)
-        weights: list[tuple[Mistake, Value]] = []
-
-        def others(slight: bool) -> list[tuple[Mistake, Value]]:
-            return ([] if slight else weights) + other_weights(scene, layer, tensor, slight)
-
-        if "transposed" in mistakes:
-            name = mistakes["transposed"]
-            if right.shape[0] == right.shape[1]:
-                weights.append((Mistake.of(name), right.T))
-            else:
-                weights.append((Mistake.of(name), right.T.reshape(right.shape)))
-                weights.append((Mistake.of(name, buffer="file"), right.reshape(right.shape[::-1]).T))
-        if "swapped" in mistakes:
-            weights.append((Mistake.of("gate-up-swapped"), scene.weight(layer, mistakes["swapped"])))
-        yield from _products(x, right, theirs, others)
-
-    return generate
+def products(question: Question) -> Iterator[Mistakes]:
+    """One weight: transposed, swapped, relabelled, another layer's; dot products computed less precisely; both."""
+    scene, stage = question.scene, question.stage
+    tensor = PRODUCTS[stage][1]
+    special: list[Mistake] = []
+    if stage in TRANSPOSED:
+        special.append(Mistake.of(TRANSPOSED[stage]))
+        rows, columns = scene.weight(question.layer, tensor).shape
+        special += [Mistake.of(TRANSPOSED[stage], buffer="file")] if rows != columns else []
+    if stage in ("ffn_gate", "ffn_up"):
+        special.append(Mistake.of("gate-up-swapped"))
+    yield from _imprecise(_is_slight(question), special, scene, question.layer, tensor)
 
 
-_NOTHING = 1e-6
-"""Relative L2 below which one of three parts is taken for right."""
-_SLIGHT = 0.03
-"""Relative L2 below which no other matrix is meant: only the same one, rounded or multiplied less precisely."""
-
-
-def _products(
-    x: Value, right: Value, theirs: Value, weights: Callable[[bool], Iterable[tuple[Mistake, Value]]]
-) -> Iterator[Hypothesis]:
-    """Dot products computed less precisely, each other weight, then both together.
-
-    Args:
-      x: The inputs [B, T, in].
-      right: The weight [out, in].
-      theirs: What is to be explained [B, T, out].
-      weights: Gives other weights; its argument says whether only slightly different ones come into question.
-    """
-    difference = float(np.linalg.norm(product(x, right) - theirs))
-    slight = difference < _SLIGHT * float(np.linalg.norm(theirs))
-    others = list(weights(slight))
+def _imprecise(slight: bool, special: Sequence[Mistake], scene: Scene, layer: int, tensor: str) -> Iterator[Mistakes]:
+    """Dot products computed less precisely, each other weight, then two of them together."""
     if slight:
-        for mistake, dot in DOTS:
-            yield Hypothesis((mistake,), partial(dot, x, right))
-    for mistake, weight in others:
-        yield Hypothesis((mistake,), partial(product, x, weight))
-    for (mistake, weight), (precision, dot) in itertools.product(others, DOTS[:3]):
-        yield Hypothesis((mistake, precision), partial(dot, x, weight))
-
-
-def other_weights(scene: Scene, layer: int, tensor: str, slight: bool = False) -> list[tuple[Mistake, Value]]:
-    """What may stand in a tensor's place: itself quantised and, unless only a slight difference is sought, the same
-    one of another layer, or its bytes under another label."""
-    right = scene.weight(layer, tensor)
-    found = [
-        (Mistake.of("weights-quantised", tensor=tensor, codec=codec), value)
-        for codec, value in _quantised(tensor, right)
-    ]
-    if slight:
-        return found
-    for direction, (stored, read) in _LABELS.items():
-        misread = right.astype(stored).view(read).astype(np.float64)
-        if np.isfinite(misread).all():
-            found.append((Mistake.of("weights-relabelled", tensor=tensor, direction=direction), misread))
-    if layer >= 0:
-        for other in range(scene.config.num_layers):
-            if other != layer:
-                mistake = Mistake.of("weights-from-another-layer", tensor=tensor, layer=other)
-                found.append((mistake, scene.weight(other, tensor)))
-    return found
-
-
-_CODECS = {"int8": "apr_q8", "int4": "apr_q4", "q4_k": "q4_k"}
-
-
-def _quantised(tensor: str, weight: Value) -> Iterator[tuple[str, Value]]:
-    """The values that a weight has after `apr import --quantize`, where that would touch it."""
-    with np.errstate(over="ignore"):
-        half = weight.astype(np.float16).astype(np.float64)
-    if (half != weight).any() and np.isfinite(half).all():
-        yield "fp16", half
-    if codecs.stays_float(tensor, weight.size):
-        return
-    for name, type_name in _CODECS.items():
-        dtype = dtypes.by_name(type_name)
-        payload = codecs.quantise(weight.astype(np.float32), type_name, weight.shape)
-        columns = dtype.padded_columns(weight.shape, len(payload))
-        width = weight.shape[-1] if columns is None else columns + -columns % dtype.block_elements
-        out = np.empty(weight.size // weight.shape[-1] * width, np.float32)
-        dtype.codec.decode(payload, out)
-        yield name, out.reshape(-1, width)[:, : weight.shape[-1]].reshape(weight.shape).astype(np.float64)
-
-
-_LABELS = {"bf16-as-f16": (ml_dtypes.bfloat16, np.float16), "f16-as-bf16": (np.float16, ml_dtypes.bfloat16)}
-
-
-def _tf32_round(x: Value) -> Value:
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-
-
-def _tf32_truncate(x: Value) -> Value:
-    return (x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-
-
-def _q8_k(x: Value) -> Value:
-    """Blocks of 256 in int8 with one scale each (GGML's Q8_K), as engines round what they multiply with Q4_K."""
-    columns = x.shape[-1]
-    blocks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -columns % 256)]).reshape(*x.shape[:-1], -1, 256)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
-    rounded = np.rint(blocks / np.where(scale > 0, scale, 1)) * scale
-    return rounded.reshape(*x.shape[:-1], -1)[..., :columns]
-
-
-def _in_bf16(chunk: int) -> Callable[[Value, Value], Value]:
-    """x W^T whose running sum is rounded to bf16 after every `chunk` terms."""
-
-    def dot(x: Value, weight: Value) -> Value:
-        total = np.zeros((*x.shape[:-1], weight.shape[0]), np.float32)
-        for start in range(0, x.shape[-1], chunk):
-            part = x[..., start : start + chunk] @ weight[:, start : start + chunk].T
-            total = (total + part.astype(np.float32)).astype(ml_dtypes.bfloat16).astype(np.float32)
-        return total.astype(np.float64)
-
-    return dot
-
-
-DOTS: list[tuple[Mistake, Callable[[Value, Value], Value]]] = [
-    (Mistake.of("tf32-dots", mode="round"), lambda x, w: product(_tf32_round(x), _tf32_round(w))),
-    (Mistake.of("tf32-dots", mode="truncate"), lambda x, w: product(_tf32_truncate(x), _tf32_truncate(w))),
-    (Mistake.of("activations-quantised", codec="q8_k"), lambda x, w: product(_q8_k(x), w)),
-    *((Mistake.of("bf16-accumulation", chunk=1 << power), _in_bf16(1 << power)) for power in range(9, 2, -1)),
-]
-
-
-def projections(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """q, k and v products: each of the three on its own, so that three mistakes are three answers."""
-    x = scene.get(layer, "attn_norm")
-
-    def options(tensor: str, part: Value) -> list[Option]:
-        right = scene.weight(layer, tensor)
-        if np.linalg.norm(product(x, right) - part) < _NOTHING * np.linalg.norm(part):
-            return [((), product(x, right))]
-        wrong = _products(x, right, part, lambda slight: other_weights(scene, layer, tensor, slight))
-        return [((), product(x, right)), *((hypothesis.mistakes, hypothesis.value()) for hypothesis in wrong)]
-
-    tensors = [f"self_attn.{name}.weight" for name in QKV]
-    ends = np.cumsum([len(scene.weight(layer, tensor)) for tensor in tensors])[:-1]
-    parts = np.split(theirs, ends, axis=-1)
-    yield _by_part(scene, theirs, [options(*pair) for pair in zip(tensors, parts, strict=True)])
-
-
-def biases(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """Biases of q, k and v: each there, missing, or another one."""
-    sums: list[list[Option]] = []
-    start, base = 0, scene.get(layer, "qkv_matmul")
-    for name in QKV:
-        tensor = f"self_attn.{name}.bias"
-        right = scene.weight(layer, tensor)
-        part = base[..., start : start + len(right)]
-        start += len(right)
-        others = [((mistake,), part + bias) for mistake, bias in other_weights(scene, layer, tensor)]
-        sums.append([((), part + right), ((Mistake.of(f"{name[0]}-bias-missing"),), part), *others])
-    yield _by_part(scene, theirs, sums)
-
-
-Option = tuple[tuple[Mistake, ...], Value]
-
-
-def _by_part(scene: Scene, theirs: Value, parts: Sequence[Sequence[Option]]) -> Hypothesis:
-    """Chooses for each part of the last axis what is nearest to their values, and joins the parts."""
-    chosen, start = [], 0
-    for options in parts:
-        width = options[0][1].shape[-1]
-        chosen.append(_closest(options, theirs[..., start : start + width], scene))
-        start += width
-    mistakes = tuple(dict.fromkeys(mistake for stack, _ in chosen for mistake in stack))
-    return Hypothesis(mistakes, partial(np.concatenate, [value for _, value in chosen], -1))
-
-
-def _closest(options: Sequence[Option], theirs: Value, scene: Scene) -> Option:
-    """The option nearest to their values; one with more mistakes has to be clearly nearer."""
-    tokens = scene.inputs.attention_mask == 1
-    best, least = options[0], math.inf
-    for option in options:
-        distance = float(np.linalg.norm((option[1] - theirs)[tokens]))
-        if distance < 0.3 * least or (distance < least and len(option[0]) <= len(best[0])):
-            best, least = option, distance
-    return best
-
-
-def ropes(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """Rotations that are not the right one, and biases added behind the rotation."""
-    which = 0 if stage == "q_post_rope" else 1
-    name = QKV[which]
-    before, after = scene.heads(layer)[which], unjoin(theirs, scene.config)
-    bias = scene.weight(layer, f"self_attn.{name}.bias").reshape(-1, scene.config.head_dim)
-    late = Mistake.of("bias-after-rope")
-    # The dump may show the input of the rotation with the bias or, rightly for this engine, without it.
-    none = np.zeros_like(bias)
-    variants = [((), before, none), ((late,), before, bias), ((late,), before - bias, bias)]
-    found = []
-    for extra, x, added in variants:
-        for turn in rotation.candidates(x, after - added, scene.inputs.positions(), scene.config.rope_theta):
-            mistakes = (*extra, *name_rotation(turn, name[0]))
-            if mistakes:
-                found.append((mistakes, x, added, turn))
-    for mistakes, x, added, turn in sorted(found, key=lambda item: len(item[0])):
-        yield Hypothesis(mistakes, partial(_rotated, scene, x, added, turn))
-
-
-def _rotated(scene: Scene, x: Value, added: Value, turn: rotation.Rotation) -> Value:
-    return join_heads(turn.apply(x, scene.inputs.positions(), scene.config.rope_theta) + added)
-
-
-def name_rotation(turn: rotation.Rotation, projection: str) -> list[Mistake]:
-    """Returns the mistakes that a rotation consists of."""
-    if turn.none:
-        return [Mistake.of(f"rope-not-on-{projection}")]
-    named = []
-    if turn.adjacent:
-        named.append(Mistake.of("rope-adjacent-pairs"))
-    if turn.half:
-        named.append(Mistake.of("rope-half-dims"))
-    if turn.negated:
-        named.append(Mistake.of("rope-sign"))
-    if turn.theta is not None:
-        named.append(Mistake.of("rope-theta", theta=turn.theta))
-    if turn.shift:
-        named.append(Mistake.of("rope-position", shift=turn.shift))
-    if turn.restart:
-        named.append(Mistake.of("rope-position", restart=turn.restart))
-    return named
-
-
-def all_scores(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """Another scale, KV heads read in another order, or entries that the engine's own mask left at zero."""
-    seen = masks(scene)["right"][:, None]
-    maps: dict[tuple[Mistake, ...], Value] = {
-        (): scores(scene, layer),
-        (Mistake.of("kv-heads-interleaved"),): _interleaved_scores(scene, layer),
-    }
-    found: list[Option] = []
-    for mapped, raw in maps.items():
-        power = float((raw * raw * seen).sum())
-        ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
-        if mapped:
-            found.append((mapped, raw))
-        if abs(ratio - 1) > 1e-3:
-            for scale in _near(ratio * scene.config.head_dim**-0.5):
-                scaled = raw * (scale * scene.config.head_dim**0.5)
-                found.append(((*mapped, Mistake.of("softmax-scale", scale=scale)), scaled))
-    for mistake, dot in DOTS:
-        found.append(((mistake,), _scores_by(scene, layer, dot)))
-    for stack, value in sorted(found, key=lambda pair: len(pair[0])):
-        yield Hypothesis(stack, partial(_same, value))
-    yield from _stale_scores(scene, theirs, maps[()])
-    for mistake, visible in wrong_masks(scene, theirs):
-        for mapped, raw in maps.items():
-            hidden = np.where(visible[:, None], raw, 0.0)
-            yield Hypothesis((*mapped, mistake), partial(_same, hidden))
-
-
-_SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
-
-
-def _cache_mistakes(length: int, first: int) -> Iterator[tuple[Mistake, np.ndarray]]:
-    """Caches written or read at position + n: which token each query finds at each column, [T, S], -1 for none."""
-    for shift, side in itertools.product(_SHIFTS, ("write", "read")):
-        tokens = np.tile(np.arange(length), (length, 1))
-        slots = np.where(np.arange(length) < first, np.arange(length), -1)
-        for token in range(first, length):
-            slot = token + shift if side == "write" else token
-            if 0 <= slot < length:
-                slots[slot] = token
-            at = np.arange(length) + (shift if side == "read" else 0)
-            tokens[token] = np.where((at >= 0) & (at < length), slots[np.clip(at, 0, length - 1)], -1)
-        yield Mistake.of("cache-position", shift=shift, side=side, prefill=first), tokens
-
-
-def _found(values: Value, tokens: np.ndarray) -> Value:
-    """Gathers columns: values [B, N, T, S] at tokens [T, S], 0 where there is none."""
-    gathered = np.take_along_axis(values, np.maximum(tokens, 0)[None, None], axis=-1)
-    return np.where(tokens >= 0, gathered, 0.0)
-
-
-def _stale_scores(scene: Scene, theirs: Value, raw: Value) -> Iterator[Hypothesis]:
-    """Scores of decoding steps that find other tokens in the cache than they should."""
-    seen = masks(scene)["right"][:, None]
-    wrong = np.abs(np.where(seen, theirs - raw, 0)).max(axis=(0, 1, 3)) > 1e-3 * np.abs(raw[np.isfinite(raw)]).max()
-    first = int(np.argmax(wrong))
-    if not wrong[first:].any() or first == 0:
-        return
-    for mistake, tokens in _cache_mistakes(theirs.shape[-1], first):
-        yield Hypothesis((mistake,), partial(_found, raw, tokens))
-
-
-def _stale_values(scene: Scene, theirs: Value, shares: Value, heads: Value) -> Iterator[Hypothesis]:
-    """The same for the values: shares [B, N, T, S] belong to columns, not to tokens."""
-    right = _weighted(shares, heads, product)
-    wrong = np.abs(theirs - right).max(axis=(0, 2)) > 1e-3 * np.abs(right).max()
-    first = int(np.argmax(wrong))
-    if not wrong.any() or first == 0:
-        return
-    length = shares.shape[-1]
-    for mistake, tokens in _cache_mistakes(length, first):
-        by_token = np.zeros((*shares.shape[:3], length + 1))
-        for query in range(length):
-            for column, token in enumerate(tokens[query]):
-                by_token[:, :, query, token] += shares[:, :, query, column]
-        yield Hypothesis((mistake,), partial(_weighted, by_token[..., :length], heads, product))
-
-
-def _near(value: float) -> list[float]:
-    return list(dict.fromkeys([*(float(f"{value:.{digits}e}") for digits in (0, 1, 2, 4)), value]))
-
-
-def _scores_by(scene: Scene, layer: int, dot: Callable[[Value, Value], Value]) -> Value:
-    """Scores whose dot products are computed by `dot`."""
-    config = scene.config
-    q, k = (unjoin(scene.get(layer, name), config) for name in ("q_post_rope", "k_post_rope"))
-    group = config.num_heads // config.num_kv_heads
-    rows = [
-        [dot(q[b, :, h], k[b, :, h // group]) * config.head_dim**-0.5 for h in range(config.num_heads)]
-        for b in range(len(q))
-    ]
-    return np.array(rows)
-
-
-def _interleaved_scores(scene: Scene, layer: int) -> Value:
-    config = scene.config
-    q, k = (unjoin(scene.get(layer, name), config) for name in ("q_post_rope", "k_post_rope"))
-    return np.einsum("btnh,bsnh->bnts", q, _interleave(k, config.num_heads), optimize=True) * config.head_dim**-0.5
-
-
-def _interleave(x: Value, heads: int) -> Value:
-    return x[:, :, np.arange(heads) % x.shape[2]]
-
-
-def masks(scene: Scene) -> dict[str, Value]:
-    """The right mask and its parts, bool [B, T, S]: by column, as engines build them."""
-    tokens = scene.inputs.attention_mask == 1
-    length = tokens.shape[1]
-    query, key = np.arange(length)[:, None], np.arange(length)
-    own = key == query
-    return {
-        "right": (key <= query) & (tokens[:, None, :] | own),
-        "tokens": tokens[:, None, :] | own,
-        "causal": np.broadcast_to(key <= query, (len(tokens), length, length)),
-    }
-
-
-def wrong_masks(scene: Scene, theirs: Value) -> Iterator[tuple[Mistake, Value]]:
-    """Masks that are not the right one; a window's width is read off their values [B, N, T, S]."""
-    parts = masks(scene)
-    length = theirs.shape[-1]
-    query, key = np.arange(length)[:, None], np.arange(length)
-    yield Mistake.of("mask-not-causal"), np.broadcast_to(parts["tokens"], parts["causal"].shape)
-    for last in (-1, 1):
-        yield Mistake.of("mask-off-by-one", last=last), (key <= query + last) & parts["tokens"]
-    if (scene.inputs.attention_mask == 0).any():
-        yield Mistake.of("padding-attended"), parts["causal"]
-    tokens = scene.inputs.attention_mask == 1
-    widths = (np.abs(theirs).max(axis=1) > 0) & parts["right"]
-    distance = np.where(widths & tokens[:, :, None], query - key + 1, 0)
-    window = int(distance.max(initial=0))
-    if 0 < window < length:
-        yield Mistake.of("mask-window", window=window), parts["right"] & (key > query - window)
-
-
-def softmaxes(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """Wrong masks, and a sum over part of the keys."""
-    raw = scene.get(layer, "attn_scores")
-    right = masks(scene)["right"]
-    warp = Mistake.of("softmax-partial-warp")
-    single = list(wrong_masks(scene, theirs))
-    for mistake, seen in single:
-        for empty in ("uniform", "self", "zero"):
-            value = softmax(raw, seen[:, None], empty=empty)
-            yield Hypothesis((mistake,), partial(_same, value))
-            if seen[scene.inputs.attention_mask == 1].any(axis=-1).all():
-                break
-    yield Hypothesis((warp,), partial(softmax, raw, right[:, None], lanes=True))
-    for mistake, seen in single:
-        value = softmax(raw, seen[:, None], lanes=True)
-        yield Hypothesis((mistake, warp), partial(_same, value))
-
-
-def softmax(raw: Value, seen: Value, lanes: bool = False, empty: str = "uniform") -> Value:
-    """Softmax of [B, N, T, S] over the keys seen; `lanes` takes maximum and sum over the first 32 of every 64."""
-    length = raw.shape[-1]
-    summed = seen & (np.arange(length) % 64 < 32) if lanes else seen
-    summed = np.where(summed.any(axis=-1, keepdims=True), summed, seen)
-    top = np.where(summed, raw, -np.inf).max(axis=-1, keepdims=True)
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        powers = np.where(seen, np.exp(raw - top), 0.0)
-        shares = powers / np.where(summed, powers, 0.0).sum(axis=-1, keepdims=True)
-    square = (length, length)
-    instead = {"uniform": np.full(square, 1 / length), "self": np.eye(length), "zero": np.zeros(square)}[empty]
-    return np.where(seen.any(axis=-1, keepdims=True), shares, instead)
-
-
-def attentions(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """Values of other heads than the right ones."""
-    shares, config = scene.get(layer, "attn_softmax"), scene.config
-    v = split_heads(scene.get(layer, "qkv_bias"), config)[2]
-    group = config.num_heads // config.num_kv_heads
-    swapped, interleaved = Mistake.of("v-heads-swapped"), Mistake.of("kv-heads-interleaved")
-    spread: list[Option] = [
-        ((swapped,), np.repeat(v[:, :, ::-1], group, axis=2)),
-        ((interleaved,), _interleave(v, config.num_heads)),
-        ((swapped, interleaved), _interleave(v[:, :, ::-1], config.num_heads)),
-    ]
-    for mistakes, heads in spread:
-        yield Hypothesis(mistakes, partial(_weighted, shares, heads, product))
-    for mistake, dot in DOTS:
-        yield Hypothesis((mistake,), partial(_weighted, shares, np.repeat(v, group, axis=2), dot))
-    yield from _stale_values(scene, theirs, shares, np.repeat(v, group, axis=2))
-
-
-def _weighted(shares: Value, heads: Value, dot: Callable[[Value, Value], Value]) -> Value:
-    """[B, N, T, S] times one v for each query head [B, S, N, H] -> [B, T, N * H]."""
-    batch, count = shares.shape[:2]
-    rows = [[dot(shares[b, h], heads[b, :, h].T) for h in range(count)] for b in range(batch)]
-    return join_heads(np.array(rows).transpose(0, 2, 1, 3))
-
-
-def residual_missing(name: str, update: str) -> Generator:
-    """The stream is replaced by the update."""
-
-    def generate(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-        yield Hypothesis((Mistake.of(name),), partial(scene.get, layer, update))
-
-    return generate
-
-
-def _gelu(x: Value) -> Value:
-    return x * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
-
-
-def _gelu_tanh(x: Value) -> Value:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _silu(x: Value) -> Value:
-    return x / (1 + np.exp(-x))
-
-
-_ACTIVATIONS = {
-    "": _silu,
-    "activation-gelu": _gelu,
-    "activation-gelu-tanh": _gelu_tanh,
-    "activation-relu": lambda x: np.maximum(x, 0.0),
-}
-
-
-def activations(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """Another function than silu, on the gate or on up."""
-    on_up = Mistake.of("activation-on-up")
-    for extra, source in (((), "ffn_gate"), ((on_up,), "ffn_up")):
-        for name, function in _ACTIVATIONS.items():
-            mistakes = (*extra, *([Mistake.of(name)] if name else []))
-            if mistakes:
-                yield Hypothesis(mistakes, partial(function, scene.get(layer, source)))
-
-
-def gated(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """The gate where up belongs."""
-    value = scene.get(layer, "ffn_silu") * scene.get(layer, "ffn_gate")
-    yield Hypothesis((Mistake.of("activation-on-up"),), partial(_same, value))
-
-
-def embeddings(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
-    """Neighbouring rows, or a table read under another label."""
-    table = scene.weight(-1, "model.embed_tokens.weight")
-    ids = (scene.inputs.input_ids + 1) % len(table)
-    yield Hypothesis((Mistake.of("embedding-row-off-by-one"),), partial(_same, table[ids]))
-    for mistake, other in other_weights(scene, -1, "model.embed_tokens.weight"):
-        yield Hypothesis((mistake,), partial(_same, other[scene.inputs.input_ids]))
-
-
-def logits(scene: Scene, layer: int, stage: str, theirs: Value) -> Iterator[Hypothesis]:
+        yield from ((precision,) for precision in PRECISIONS)
+    found = list(other_weights(scene, layer, tensor, slight))
+    others = found if slight else [*special, *found]
+    yield from ((other,) for other in others)
+    yield from itertools.product(others, PRECISIONS[:3])
+    if not slight:
+        quantised = [mistake for mistake in found if mistake.name == "weights-quantised"]
+        yield from itertools.product(special, quantised)
+
+
+def _is_slight(question: Question) -> bool:
+    theirs = question.their_rows()
+    counted = question._counted(theirs)
+    return question.misfit(()) < _SLIGHT * float(np.linalg.norm(theirs[counted]))
+
+
+def logits(question: Question) -> Iterator[Mistakes]:
     """A head that is missing, transposed or relabelled; a buffer that is shifted."""
-    x, right = scene.get(-1, "final_norm"), head_weight(scene)
-    if theirs.shape[1] == 1:
-        x = _last_tokens(x, scene)
-    name = "model.embed_tokens.weight" if scene.config.tie_word_embeddings else "lm_head.weight"
-    if not theirs.any():
-        yield Hypothesis((Mistake.of("head-missing"),), partial(_same, np.zeros_like(theirs)))
+    if not np.any(question.theirs):
+        yield (Mistake.of("head-missing"),)
         return
-    plain = product(x, right)
-    if plain.shape == theirs.shape and (shift := _roll(plain, theirs)):
-        moved = np.roll(plain.ravel(), shift).reshape(plain.shape)
-        yield Hypothesis((Mistake.of("logits-shifted", shift=shift),), partial(_same, moved))
-    transposed = [
-        (Mistake.of("head-transposed"), right.reshape(right.shape[::-1]).T),
-        (Mistake.of("head-transposed", buffer="transposed"), right.T.reshape(right.shape)),
-    ]
-    yield from _products(
-        x, right, theirs, lambda slight: ([] if slight else transposed) + other_weights(scene, -1, name, slight)
-    )
-
-
-def _last_tokens(x: Value, scene: Scene) -> Value:
-    """The last token of each row, [B, 1, D]."""
-    last = np.where(scene.inputs.attention_mask == 1, np.arange(x.shape[1]), -1).max(axis=1)
-    return x[np.arange(len(x)), last][:, None]
+    slight = _is_slight(question)
+    if not slight:
+        shift = _roll(question.right, question.theirs)
+        yield from [(Mistake.of("logits-shifted", shift=shift),)] if shift else []
+    special = [Mistake.of("head-transposed", buffer="file"), Mistake.of("head-transposed", buffer="transposed")]
+    yield from _imprecise(slight, special, question.scene, -1, head_name(question.scene.config))
 
 
 def _roll(ours: Value, theirs: Value) -> int:
@@ -666,9 +253,217 @@ def _roll(ours: Value, theirs: Value) -> int:
     return shift - size if shift > size // 2 else shift
 
 
-GENERATORS: dict[str, Generator] = {
+# --- q, k and v ------------------------------------------------------------------------------------------------------
+
+_Option = tuple[Mistakes, Value]
+
+
+def projections(question: Question) -> Iterator[Mistakes]:
+    """q, k and v products: each of the three on its own, so that three mistakes are three answers."""
+    scene = question.some()
+    x = scene.get(question.layer, "attn_norm")
+    parts = []
+    for tensor, theirs in zip(_tensors("weight"), _parts(question), strict=True):
+        plain = Made(()).dot(x, scene.weight(question.layer, tensor))
+        options: list[_Option] = [((), plain)]
+        distance, norm = np.linalg.norm(plain - theirs), np.linalg.norm(theirs)
+        if distance >= question.nothing * norm:
+            wrong = _imprecise(bool(distance < _SLIGHT * norm), (), scene, question.layer, tensor)
+            options += [(m, Made(m).dot(x, Made(m).weight(scene, question.layer, tensor))) for m in wrong]
+        parts.append((options, theirs))
+    yield _by_part(question, parts)
+
+
+def biases(question: Question) -> Iterator[Mistakes]:
+    """Biases of q, k and v: each there, missing, or another one; over wrong products too, if those were not dumped."""
+    scene = question.some()
+    bases = np.split(scene.get(question.layer, "qkv_matmul"), _ends(question), axis=-1)
+    composed = not scene.dumped((question.layer, "qkv_matmul"))
+    parts = []
+    for name, base, theirs in zip(QKV, bases, _parts(question), strict=True):
+        weight, bias = f"self_attn.{name}.weight", f"self_attn.{name}.bias"
+        right, missing = scene.weight(question.layer, bias), (Mistake.of(f"{name[0]}-bias-missing"),)
+        options: list[_Option] = [((), base + right), (missing, base)]
+        for other in other_weights(scene, question.layer, bias):
+            options.append(((other,), base + Made((other,)).weight(scene, question.layer, bias)))
+        if composed and _distance(options[:2], theirs) >= question.nothing * np.linalg.norm(theirs):
+            x, slight = scene.get(question.layer, "attn_norm"), _distance(options[:2], theirs)
+            wrong = _imprecise(bool(slight < _SLIGHT * np.linalg.norm(theirs)), (), scene, question.layer, weight)
+            for mistakes in wrong:
+                value = Made(mistakes).dot(x, Made(mistakes).weight(scene, question.layer, weight))
+                options += [(mistakes, value + right), (mistakes + missing, value)]
+        parts.append((options, theirs))
+    yield _by_part(question, parts)
+
+
+def _distance(options: Sequence[_Option], theirs: Value) -> float:
+    """How far the nearest option is."""
+    return min(float(np.linalg.norm(value - theirs)) for _, value in options)
+
+
+def _tensors(kind: str) -> list[str]:
+    return [f"self_attn.{name}.{kind}" for name in QKV]
+
+
+def _ends(question: Question) -> np.ndarray:
+    return np.cumsum([len(question.scene.weight(question.layer, tensor)) for tensor in _tensors("bias")])[:-1]
+
+
+def _parts(question: Question) -> list[Value]:
+    return np.split(question.their_rows(), _ends(question), axis=-1)
+
+
+def _by_part(question: Question, parts: Sequence[tuple[Sequence[_Option], Value]]) -> Mistakes:
+    """Chooses for each part of the last axis what is nearest to their values."""
+    tokens = question.tokens[:, question.probe.columns()]
+    chosen = [_closest(options, theirs, tokens) for options, theirs in parts]
+    return tuple(dict.fromkeys(mistake for stack in chosen for mistake in stack))
+
+
+def _closest(options: Sequence[_Option], theirs: Value, tokens: np.ndarray) -> Mistakes:
+    """The option nearest to their values; one with more mistakes has to be clearly nearer."""
+    best, least = options[0][0], math.inf
+    for mistakes, value in options:
+        with np.errstate(invalid="ignore"):
+            distance = float(np.linalg.norm((value - theirs)[tokens]))
+        if distance < 0.3 * least or (distance < least and len(mistakes) <= len(best)):
+            best, least = mistakes, distance
+    return best
+
+
+def ropes(question: Question) -> Iterator[Mistakes]:
+    """Rotations that are not the right one, and biases added behind the rotation."""
+    scene, which = question.all(), 0 if question.stage == "q_post_rope" else 1
+    name, late = QKV[which], Mistake.of("bias-after-rope")
+    positions = np.where(question.tokens, scene.positions(), -1)
+    after = unjoin(np.asarray(question.theirs, np.float64), scene.config)
+    found: list[Mistakes] = []
+    for extra in ((), (late,)):
+        added: Value | float = 0.0
+        inner = dataclasses.replace(question, given=question.given + extra).all()
+        before = inner.heads(question.layer)[which]
+        if extra:
+            added = scene.weight(question.layer, f"self_attn.{name}.bias").reshape(-1, scene.config.head_dim)
+            before = before - added if bias_was_added(inner, question.layer, which) else before
+        for turn in rotation.candidates(before, after - added, positions, scene.config.rope_theta):
+            found.append((*extra, *name_rotation(turn, name[0])))
+    yield from sorted(filter(None, found), key=len)
+
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+INTERLEAVED = Mistake.of("kv-heads-interleaved")
+SWAPPED = Mistake.of("v-heads-swapped")
+WARP = Mistake.of("softmax-partial-warp")
+_SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
+
+
+def all_scores(question: Question) -> Iterator[Mistakes]:
+    """Another scale, KV heads read in another order, or entries that the engine's own mask left at zero."""
+    tokens = question.tokens[:, question.probe.columns()]
+    theirs, seen = question.their_rows(), (visible(Made(()), question.probe) & tokens[:, :, None])[:, None]
+    found: list[Mistakes] = []
+    for mapped in ((), (INTERLEAVED,)):
+        raw = question.value(mapped)
+        power = float((raw * raw * seen).sum())
+        ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
+        found += [mapped] if mapped else []
+        if abs(ratio - 1) > 1e-3:
+            scales = near(ratio * question.scene.config.head_dim**-0.5)
+            found += [(*mapped, Mistake.of("softmax-scale", scale=scale)) for scale in scales]
+    found += [(precision,) for precision in PRECISIONS]
+    yield from sorted(found, key=len)
+    tokens = question.tokens[:, None, :, None]
+    off = np.where(visible(Made(()), question.scene)[:, None] & tokens, question.theirs - question.right, 0)
+    yield from caches(question, np.abs(off).max(axis=(0, 1, 3)), float(np.abs(question.right).max()))
+    for mask in wrong_masks(question):
+        yield (mask,)
+        yield INTERLEAVED, mask
+
+
+def caches(question: Question, off: np.ndarray, size: float) -> Iterator[Mistakes]:
+    """Caches written or read at position + n, where positions are right up to some column.
+
+    Args:
+      question: The wrong stage.
+      off: By how much each column is off, [T].
+      size: The largest right value.
+    """
+    # What the first wrong column is off by may be little more than rounding.
+    nothings = [max(1e-3, times * EPSILON[question.dtype]) for times in (1.25, 2.5, 5.0)]
+    firsts = dict.fromkeys(int(np.argmax(off > nothing * size)) for nothing in nothings)
+    for first, shift, side in itertools.product(firsts, _SHIFTS, ("write", "read")):
+        if first:
+            yield (Mistake.of("cache-position", shift=shift, side=side, prefill=first),)
+
+
+def near(value: float) -> list[float]:
+    """Returns round numbers near a solved one, then itself: engines hold round ones."""
+    return list(dict.fromkeys([*(float(f"{value:.{digits}e}") for digits in (0, 1, 2, 4)), value]))
+
+
+def wrong_masks(question: Question) -> Iterator[Mistake]:
+    """Masks that are not the right one; a window's width is read off their values [B, N, T, S]."""
+    scene = question.scene
+    yield from fixed_masks(scene)
+    columns = scene.columns()
+    shown = (np.abs(question.theirs).max(axis=1) > 0) & visible(Made(()), scene) & question.tokens[:, :, None]
+    window = int(np.where(shown, columns[:, None] - columns + 1, 0).max(initial=0))
+    if 0 < window < len(columns):
+        yield Mistake.of("mask-window", window=window)
+
+
+def fixed_masks(scene: Scene) -> Iterator[Mistake]:
+    """Wrong masks without a number to find."""
+    yield Mistake.of("mask-not-causal")
+    for last in (-1, 1):
+        mask = Mistake.of("mask-off-by-one", last=last)
+        yield mask
+        if not visible(Made((mask,)), scene)[scene.tokens()].any(axis=-1).all():
+            # What a query that sees nothing gets depends on how the engine masks.
+            yield from (Mistake.of("mask-off-by-one", last=last, empty=empty) for empty in ("self", "zero"))
+    if (scene.inputs.attention_mask == 0).any():
+        yield Mistake.of("padding-attended")
+
+
+def softmaxes(question: Question) -> Iterator[Mistakes]:
+    """Wrong masks, and a sum over part of the keys."""
+    masks = list(wrong_masks(question))
+    yield from ((mask,) for mask in masks)
+    yield (WARP,)
+    yield from ((mask, WARP) for mask in masks)
+
+
+def attentions(question: Question) -> Iterator[Mistakes]:
+    """Values of other heads than the right ones."""
+    yield (SWAPPED,)
+    yield (INTERLEAVED,)
+    yield from ((precision,) for precision in PRECISIONS)
+    off = np.where(question.tokens, np.abs(question.theirs - question.right).max(axis=-1), 0)
+    yield from caches(question, off.max(axis=0), float(np.abs(question.right).max()))
+    yield SWAPPED, INTERLEAVED
+
+
+# --- The rest --------------------------------------------------------------------------------------------------------
+
+
+def _listed(*mistakes: Mistakes) -> Generator:
+    return lambda question: iter(mistakes)
+
+
+ON_UP = Mistake.of("activation-on-up")
+OTHER_ACTIVATIONS = [Mistake.of(name) for name in ACTIVATIONS]
+
+
+def embeddings(question: Question) -> Iterator[Mistakes]:
+    """Neighbouring rows, or a table read under another label."""
+    yield (Mistake.of("embedding-row-off-by-one"),)
+    yield from ((other,) for other in other_weights(question.scene, -1, "model.embed_tokens.weight"))
+
+
+GENERATORS: Mapping[str, Generator] = {
     "embedding": embeddings,
-    "attn_norm": norms,
+    **dict.fromkeys(NORMS, norms),
     "qkv_matmul": projections,
     "qkv_bias": biases,
     "q_post_rope": ropes,
@@ -676,15 +471,13 @@ GENERATORS: dict[str, Generator] = {
     "attn_scores": all_scores,
     "attn_softmax": softmaxes,
     "attention": attentions,
-    "attn_out": products("self_attn.o_proj.weight", {"transposed": "o-proj-transposed"}),
-    "post_attn_residual": residual_missing("attention-residual-missing", "attn_out"),
-    "ffn_norm": norms,
-    "ffn_gate": products("mlp.gate_proj.weight", {"swapped": "mlp.up_proj.weight"}),
-    "ffn_up": products("mlp.up_proj.weight", {"swapped": "mlp.gate_proj.weight"}),
-    "ffn_silu": activations,
-    "ffn_swigl": gated,
-    "ffn_out": products("mlp.down_proj.weight", {"transposed": "down-proj-transposed"}),
-    "post_ffn_residual": residual_missing("mlp-residual-missing", "ffn_out"),
-    "final_norm": norms,
+    **dict.fromkeys(PRODUCTS, products),
+    "post_attn_residual": _listed((Mistake.of("attention-residual-missing"),)),
+    "ffn_silu": _listed(
+        *((other,) for other in OTHER_ACTIVATIONS), (ON_UP,), *((ON_UP, other) for other in OTHER_ACTIVATIONS)
+    ),
+    "ffn_swigl": _listed((ON_UP,)),
+    "post_ffn_residual": _listed((Mistake.of("mlp-residual-missing"),)),
     "logits": logits,
 }
+"""For each dumped stage the hypotheses about it."""

@@ -1,19 +1,37 @@
-"""Token inputs: ids, mask and positions of a batch, from lists, arrays or files, checked before anything computes."""
+"""Token inputs: ids, mask and positions of a batch, from lists, arrays or files, checked before anything computes.
+
+For programs that read nothing else a batch is also written as plain files (`write_plain`): each of `input_ids`,
+`attention_mask` and `position_ids` as little-endian integers [B, T] in C order, `NAME.2x64.i32` and `NAME.2x64.i64` for
+two rows of 64 tokens, and all of them in `inputs.json`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from converters import strict_json
-from converters.errors import MissingFileError, UsageError
+from converters.errors import BrokenContainerError, MissingFileError, UsageError
+from converters.output import FolderKind, atomic_folder
 
 _MAX_BYTES = 256 << 20
+TOKEN_IDS = "token_ids.json"
+"""The token ids of one sequence as `apr` and others leave them beside a dump: a JSON list."""
+PLAIN = "inputs.json"
+_NAMES = ("input_ids", "attention_mask", "position_ids")
+_RAW = re.compile(rf"({'|'.join(_NAMES)})\.(\d+)x(\d+)\.i(32|64)")
+PLAIN_FOLDER = FolderKind(
+    "folder of inputs",
+    holds=lambda name: name == PLAIN or _RAW.fullmatch(name) is not None,
+    shows=lambda name: name == PLAIN,
+)
 MAX_POSITIONS = 1 << 20
 """Rotary tables are as long as the largest position; no Qwen2 reaches farther."""
 
@@ -131,6 +149,86 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
     ):
         raise UsageError("not a list of lists of token ids", code="input-ids", file=path)
     return Inputs.of(rows)
+
+
+def write_plain(folder: str | os.PathLike[str], inputs: Inputs, force: bool = False) -> None:
+    """Writes a batch as plain files, atomically.
+
+    Raises:
+      UsageError: The folder exists and `force` is not given, or it holds something else.
+    """
+    arrays = {name: getattr(inputs, name) for name in _NAMES}
+    batch, length = inputs.input_ids.shape
+    content = {"shape": [batch, length]} | {name: array.tolist() for name, array in arrays.items()}
+    files = {PLAIN: json.dumps(content).encode()}
+    for name, array in arrays.items():
+        for bits in (32, 64):
+            files[f"{name}.{batch}x{length}.i{bits}"] = array.astype(f"<i{bits // 8}").tobytes()
+    with atomic_folder(os.fspath(folder), sum(map(len, files.values())), kind=PLAIN_FOLDER, force=force) as output:
+        for name, data in files.items():
+            with output.create(name, len(data)) as file:
+                file.write_at(data, 0)
+
+
+def beside(folder: str | os.PathLike[str]) -> Inputs:
+    """Reads the inputs that lie in a folder: `token_ids.json`, `inputs.json`, or integers as `write_plain` writes them.
+
+    Raises:
+      MissingFileError: No such folder, or none of these in it.
+      BrokenContainerError, UsageError: They hold something else.
+    """
+    root = pathlib.Path(folder)
+    if not root.is_dir():
+        raise MissingFileError("no such folder", code="file-missing", file=root)
+    if (path := root / TOKEN_IDS).is_file():
+        return _token_ids(path)
+    if (path := root / PLAIN).is_file():
+        return from_mapping(
+            strict_json.loads(path.read_bytes(), what="inputs", max_bytes=_MAX_BYTES, file=os.fspath(path)), path
+        )
+    arrays = {}
+    for path in sorted(root.iterdir()):
+        if (found := _RAW.fullmatch(path.name)) and path.is_file():
+            arrays[found[1]] = _raw(path, int(found[2]), int(found[3]), int(found[4]) // 8)
+    if "input_ids" not in arrays:
+        raise MissingFileError(
+            "the tokens that were run are not there",
+            code="token-ids-missing",
+            file=root,
+            expected=f"{TOKEN_IDS}, or what golden.py --export-inputs writes",
+            hint="Or say which tokens were run with --input-ids FILE.",
+        )
+    return Inputs.of(*(arrays.get(name) for name in _NAMES))
+
+
+def from_mapping(content: Any, file: str | os.PathLike[str]) -> Inputs:
+    """Takes a batch out of a JSON object: "input_ids" and, where given, "attention_mask" and "position_ids"."""
+    if not isinstance(content, dict) or "input_ids" not in content:
+        raise BrokenContainerError('no "input_ids" in it', code="token-ids", file=file)
+    try:
+        return Inputs.of(*(content.get(name) for name in _NAMES))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BrokenContainerError(f"not a batch of tokens: {error}", code="token-ids", file=file) from None
+
+
+def _token_ids(path: pathlib.Path) -> Inputs:
+    ids = strict_json.loads(path.read_bytes(), what="token ids", max_bytes=_MAX_BYTES, file=os.fspath(path))
+    if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+        raise BrokenContainerError("not a list of token ids", code="token-ids", file=path)
+    return Inputs.of([ids])
+
+
+def _raw(path: pathlib.Path, batch: int, length: int, width: int) -> np.ndarray:
+    data = path.read_bytes()
+    if len(data) != batch * length * width:
+        raise BrokenContainerError(
+            "the size is not what the name says",
+            code="inputs-size",
+            file=path,
+            found=f"{len(data)} bytes",
+            expected=f"{batch} x {length} integers of {width} bytes",
+        )
+    return np.frombuffer(data, f"<i{width}").reshape(batch, length)
 
 
 def _like(values: Any, ids: np.ndarray, name: str) -> np.ndarray:

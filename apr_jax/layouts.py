@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from apr_jax import stages
+from apr_jax import rows, stages
 from apr_jax.inputs import Inputs
 from apr_jax.model import LanguageModel
 from apr_jax.scene import Scene
@@ -20,6 +20,8 @@ from converters.qwen2 import Qwen2Config
 
 _FAR = 0.3
 """Relative L2 from which a stage's layout is doubted."""
+_POSITIONS = 32
+"""How many positions of a sequence are looked at."""
 _CLOSER = 0.1
 """What a reordering has to leave of the difference."""
 
@@ -41,38 +43,52 @@ class Layout:
 
 
 def undo(
-    exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray]
+    exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray], columns: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], list[Layout]]:
     """Brings a dump into the layout of the stage table.
 
     Args:
       exact: The model in float64.
       inputs: The batch.
-      theirs: Trace key -> array [B, T, ...].
+      theirs: Trace key -> array [B, T, ...], or rows [B, R, ...].
+      columns: Which columns of the batch such rows stand for, [B, R].
 
     Returns:
       The dump with every stage in the right order, and what was reordered.
     """
     values, found = dict(theirs), []
-    tokens = inputs.attention_mask == 1
+    whole, parts = rows.complete(theirs, inputs, columns, lambda: exact.trace(inputs))
     for key in stages.trace_keys(exact.config.num_layers):
-        if key not in values or values[key].ndim != 3 or values[key].shape[1] != tokens.shape[1]:
+        part = parts.get(key)
+        if key not in values or values[key].ndim != 3 or (part is not None and key == stages.LOGITS):
             continue
-        if not np.isfinite(values[key]).all():
+        if whole[key].shape[1] != inputs.input_ids.shape[1] or not np.isfinite(values[key]).all():
             continue
-        right = Scene(exact.config, exact.parameters, inputs, values).compute(key)
-        before = _distance(values[key], right, tokens)
+        few, tokens = _looked_at(inputs, part)
+        shown = whole[key][:, few]
+        right = Scene(exact.config, exact.parameters, inputs, whole, rows=few).compute(key)
+        before = _distance(shown, right, tokens)
         if before <= _FAR * float(np.linalg.norm(right[tokens])):
             continue
         for kind, reorder in _reorderings(exact.config, stages.stage_of(key)).items():
-            other = reorder(values[key])
+            reordered = reorder(values[key])
+            moved = reordered if part is None else rows.scatter(key, whole[key], reordered, part)
+            other = moved[:, few]
             if _distance(other, right, tokens) <= _CLOSER * before or _same_norms(
-                kind, exact.config, values[key], other, right, tokens
+                kind, exact.config, shown, other, right, tokens
             ):
-                values[key] = other
+                values[key], whole[key] = reordered, moved
                 found.append(Layout(key, kind))
                 break
     return values, found
+
+
+def _looked_at(inputs: Inputs, part: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """A few columns, and which of their positions count; they tell: other layouts put other tokens' values there."""
+    dumped = rows.tokens(inputs, part)
+    known = np.flatnonzero(dumped.any(axis=0))
+    few = known[np.unique(np.linspace(0, len(known) - 1, _POSITIONS).astype(int))]
+    return few, dumped[:, few]
 
 
 def _distance(x: np.ndarray, y: np.ndarray, tokens: np.ndarray) -> float:

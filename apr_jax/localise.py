@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from apr_jax import stages
+from apr_jax import rows, stages
 from apr_jax.compare import compared_positions
 from apr_jax.inputs import Inputs
 from apr_jax.model import LanguageModel
@@ -49,6 +49,7 @@ class Site:
       budget: What `error` may be.
       norm: |float64|.
       worst: The largest error of a position over that position's budget.
+      row_budgets: What each position may be off (L2 over the last axis), in the shape of the stage without that axis.
       elements: Number of elements compared.
       finite: Whether all of theirs are finite.
       constant: Whether all of theirs are one value, where ours are not.
@@ -60,6 +61,7 @@ class Site:
     budget: float
     norm: float
     worst: float
+    row_budgets: np.ndarray = dataclasses.field(repr=False, compare=False)
     elements: int
     finite: bool
     constant: bool
@@ -76,6 +78,13 @@ class Site:
         return int(parts[1]) if len(parts) == 3 else None
 
     @property
+    def share(self) -> float:
+        """How much of its budget the error takes, over the whole stage or at its worst position; 0 without an error."""
+        if not self.error:
+            return 0.0
+        return max(self.error / self.budget if self.budget else float("inf"), self.worst)
+
+    @property
     def wrong(self) -> bool:
         """Whether the stage is beyond rounding."""
         return not (self.finite and not self.constant and self.error <= self.budget and self.worst <= 1.0)
@@ -89,15 +98,23 @@ class Localisation:
       sites: One for every stage that the other side dumped, in order of execution.
       reference: Every stage in float64, recomputed from the other side's inputs.
       dtype: The dtype that the other side was judged in.
+      theirs: The other side's values, [B, T, ...]; positions that it did not dump hold ours.
+      columns: For the stages of which it dumped some positions only: which, [B, R].
     """
 
     sites: tuple[Site, ...]
     reference: Mapping[str, np.ndarray]
     dtype: str
+    theirs: Mapping[str, np.ndarray]
+    columns: Mapping[str, np.ndarray]
 
 
 def infer_dtype(values: Mapping[str, np.ndarray]) -> str:
-    """Returns the coarsest dtype that holds all of the values: what the other side seems to compute in."""
+    """Returns the coarsest dtype that holds all of the values: what the other side seems to compute in.
+
+    `qkv_matmul` does not count: a 16-bit engine may well keep that sum in float32 until the bias is added.
+    """
+    values = {key: array for key, array in values.items() if stages.stage_of(key) != "qkv_matmul"}
     if any(array.dtype == np.float64 and (array != array.astype(np.float32)).any() for array in values.values()):
         return "float64"
     singles = [np.ascontiguousarray(array, np.float32) for array in values.values()]
@@ -107,7 +124,11 @@ def infer_dtype(values: Mapping[str, np.ndarray]) -> str:
 
 
 def localise(
-    exact: LanguageModel, same: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray]
+    exact: LanguageModel,
+    same: LanguageModel,
+    inputs: Inputs,
+    theirs: Mapping[str, np.ndarray],
+    columns: np.ndarray | None = None,
 ) -> Localisation:
     """Judges every stage of a dump.
 
@@ -115,61 +136,81 @@ def localise(
       exact: The model in float64.
       same: The model in the dtype that the other side computes in.
       inputs: The batch.
-      theirs: Trace key -> array; may be partial. Logits may hold the last position only.
+      theirs: Trace key -> array [B, T, ...], or rows [B, R, ...]; stages may be missing. Logits may hold the last
+        position only.
+      columns: Which columns of the batch those rows stand for, [B, R]. Before them the forced runs go on with values
+        of their own, so that the budget holds what keys and values of the other side's dtype may be off.
     """
     known = list(stages.trace_keys(exact.config.num_layers))
-    forced = {key: value for key, value in theirs.items() if key in known and key != stages.LOGITS}
-    finite = {key: np.where(np.isfinite(value), value, 0).astype(value.dtype) for key, value in forced.items()}
     keys = [key for key in known if key in theirs]
-    reference = exact.trace(inputs, force=finite)
-    own = same.trace(inputs, keys, force=finite)
+    theirs = {key: theirs[key] for key in keys}
+    whole, parts = rows.complete(theirs, inputs, columns, lambda: exact.trace(inputs))
+    rounded, _ = rows.complete(theirs, inputs, columns, lambda: same.trace(inputs))
+    reference = exact.trace(inputs, force=_to_force(whole))
+    own = same.trace(inputs, keys, force=_to_force(rounded))
     sites, judged = [], inputs
     for key in keys:
-        sites.append(judge(key, theirs[key], reference[key], own[key], judged, same.dtype))
-        judged = _before_the_first_nan(judged, theirs[key])
-    return Localisation(tuple(sites), reference, same.dtype)
+        sites.append(judge(key, whole[key], reference[key], own[key], judged, same.dtype, parts.get(key)))
+        judged = _before_the_first_nan(key, judged, whole[key])
+    return Localisation(tuple(sites), reference, same.dtype, whole, parts)
 
 
-def _before_the_first_nan(inputs: Inputs, theirs: np.ndarray) -> Inputs:
+def _to_force(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a run is forced with: finite, and without the logits, which nothing follows."""
+    return {
+        key: value if np.isfinite(value).all() else np.where(np.isfinite(value), value, 0).astype(value.dtype)
+        for key, value in values.items()
+        if key != stages.LOGITS
+    }
+
+
+def _before_the_first_nan(key: str, inputs: Inputs, theirs: np.ndarray) -> Inputs:
     """Leaves out, for the stages that follow, what a value that is not finite has gone into: it and all behind it."""
     finite = np.isfinite(theirs)
-    if finite.all() or theirs.shape[1] != inputs.input_ids.shape[1]:
+    if finite.all():
         return inputs
-    sound = np.logical_and.accumulate(finite.all(axis=tuple(range(2, theirs.ndim))), axis=1)
+    axes = tuple(axis for axis in range(1, theirs.ndim) if axis != rows.axis_of(key))
+    sound = np.logical_and.accumulate(finite.all(axis=axes) | (inputs.attention_mask == 0), axis=1)
     return dataclasses.replace(inputs, attention_mask=inputs.attention_mask * sound)
 
 
-def judge(key: str, theirs: np.ndarray, reference: np.ndarray, own: np.ndarray, inputs: Inputs, dtype: str) -> Site:
-    """Judges one stage: theirs [B, T, ...] against float64, with our own error in their dtype as the measure."""
-    if theirs.shape[1] == 1 and inputs.input_ids.shape[1] > 1:
-        last = np.where(inputs.attention_mask == 1, np.arange(inputs.input_ids.shape[1]), -1).max(axis=1)
-        rows = np.arange(len(last))
-        reference, own = (x if x.shape[1] == 1 else x[rows, last][:, None] for x in (reference, own))
-        mask = np.ones(theirs.shape[:2], bool)
-        positions = np.take_along_axis(inputs.positions(), last[:, None], axis=1)
-    else:
-        mask = compared_positions(key, inputs, theirs.shape)
-        positions = inputs.positions()
+def judge(
+    key: str,
+    theirs: np.ndarray,
+    reference: np.ndarray,
+    own: np.ndarray,
+    inputs: Inputs,
+    dtype: str,
+    columns: np.ndarray | None = None,
+) -> Site:
+    """Judges one stage: theirs [B, T, ...] against float64, with our own error in their dtype as the measure.
+
+    With `columns` [B, R] only those positions are judged; values may be whole or hold just them.
+    """
+    axis, positions = rows.axis_of(key), inputs.positions()
+    mask = compared_positions(key, inputs, (*theirs.shape[:axis], positions.shape[1], *theirs.shape[axis + 1 :]))
+    if columns is None:
+        columns = rows.columns_of(key, theirs.shape[axis], inputs, None)
+    if columns is not None:
+        theirs, reference, own, mask = (rows.gather(key, x, columns) for x in (theirs, reference, own, mask))
+        positions = np.take_along_axis(positions, columns, axis=1)
     finite = bool(np.isfinite(theirs[mask]).all())
-    error = _rows(theirs.astype(np.float64) - reference, mask)
-    self_error = _rows(own.astype(np.float64) - reference, mask)
-    size = _rows(reference, mask)
-    rounding = size * _rounding(key, dtype, positions, error.shape)
-    factor = FACTORS[CLASS_OF[stages.stage_of(key)]]
-    own_total, rounding_total = float(np.linalg.norm(self_error)), float(np.linalg.norm(rounding))
-    # A position where we happen to round well is no measure: the stage's typical error is the floor.
-    typical = own_total / max(1, int(np.count_nonzero(size))) ** 0.5
-    row_budget = ROW_FACTOR * factor * np.maximum(np.maximum(self_error, rounding), typical)
+    error = row_norms(theirs.astype(np.float64) - reference, mask)
+    self_error = row_norms(own.astype(np.float64) - reference, mask)
+    size = row_norms(reference, mask)
+    own_total = float(np.linalg.norm(self_error))
+    budget, row_budget = budgets(key, dtype, self_error, size, positions)
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(error > 0, error / row_budget, 0.0)
     chosen = theirs[mask]
     return Site(
         key,
         error=float(np.linalg.norm(error)) if finite else float("inf"),
-        own=float(own_total),
-        budget=float(factor * max(own_total, rounding_total)),
+        own=own_total,
+        budget=budget,
         norm=float(np.linalg.norm(size)),
         worst=float(shares.max()) if finite else float("inf"),
+        row_budgets=row_budget,
         elements=int(chosen.size),
         finite=finite,
         constant=finite
@@ -179,11 +220,30 @@ def judge(key: str, theirs: np.ndarray, reference: np.ndarray, own: np.ndarray, 
     )
 
 
-def _rows(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """L2 over the last axis, with what is not compared left out."""
+def budgets(key: str, dtype: str, own: np.ndarray, size: np.ndarray, positions: np.ndarray) -> tuple[float, np.ndarray]:
+    """What a stage may be off as a whole, and each of its rows.
+
+    Args:
+      key: Its key in a trace.
+      dtype: The dtype that is judged in.
+      own: Our own error in that dtype, row by row.
+      size: L2 of each row of the right values, in the same shape.
+      positions: Positions of the rows, [B, T].
+    """
+    rounding = size * _rounding(key, dtype, positions, size.shape)
+    factor = FACTORS[CLASS_OF[stages.stage_of(key)]]
+    own_total, rounding_total = float(np.linalg.norm(own)), float(np.linalg.norm(rounding))
+    # A position where we happen to round well is no measure: the stage's typical error is the floor.
+    typical = own_total / max(1, int(np.count_nonzero(size))) ** 0.5
+    return factor * max(own_total, rounding_total), ROW_FACTOR * factor * np.maximum(np.maximum(own, rounding), typical)
+
+
+def row_norms(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """L2 over the last axis of float64 values, with what is not compared left out."""
     if mask.ndim == values.ndim:
-        return np.linalg.norm(np.where(mask, values, 0.0), axis=-1)
-    return np.linalg.norm(values, axis=-1) * mask
+        values = np.where(mask, values, 0.0)
+        return np.sqrt(np.einsum("...i,...i->...", values, values))
+    return np.where(mask, np.sqrt(np.einsum("...i,...i->...", values, values)), 0.0)
 
 
 def _rounding(key: str, dtype: str, positions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -167,8 +167,8 @@ def _fit_theta(turn: np.ndarray, positions: np.ndarray, period: int) -> float | 
             slope = -lag * exponents * speed
             weight = np.abs(measured)
             denominator = float((weight * slope**2).sum())
-            if denominator == 0:
-                return None
+            if denominator == 0:  # no two of the positions are that far apart
+                break
             logarithm += float((weight * slope * missing).sum()) / denominator
         lag *= 2
     return float(np.exp(np.clip(logarithm, *_LOGARITHMS)))
@@ -180,12 +180,15 @@ def _fit_positions(turn: np.ndarray, positions: np.ndarray, theta: float, rotati
     frequencies = rotary.inverse_frequencies(theta if rotation.theta is None else rotation.theta, 2 * pairs)
     speeds = (-1.0 if rotation.negated else 1.0) * frequencies.astype(np.float64)
     steps = np.maximum(positions, 0)
-    unturned = (turn * np.exp(-1j * steps[..., None] * speeds)).sum(axis=(0, 1))
+    by_step = np.zeros((int(steps.max()) + 1, pairs), complex)
+    np.add.at(by_step, steps, turn)
+    unturning = np.exp(-1j * np.arange(len(by_step))[:, None] * speeds)
+    unturned = (by_step * unturning).sum(axis=0)
     reach = np.arange(-4 * length, 4 * length + 1)
     shift = int(reach[np.argmax((unturned * np.exp(-1j * reach[:, None] * speeds)).real.sum(axis=1))])
+    # The turns at all positions that a restart every so many makes one, unturned as that one is.
     alignment = [
-        (turn * np.exp(-1j * (steps % period)[..., None] * speeds)).real.sum()
-        for period in range(1, int(steps.max()) + 1)
+        (by_step * unturning[np.arange(len(by_step)) % period]).real.sum() for period in range(1, len(by_step))
     ]
     found = [dataclasses.replace(rotation, shift=shift)] if shift else []
     if alignment and np.argmax(alignment) > 0:

@@ -1,32 +1,35 @@
 """The stage functions one by one, in float64, on the other side's own values: what hypotheses about mistakes are built
 from.
 
-The right formulas are those of `modeling.OPS`. A stage that the other side did not dump is computed from the nearest
-ones that it did, so that a hypothesis about it is composed over the gap.
+The right formulas are those of `modeling.OPS` in NumPy, for some positions at a time; a test holds them against a
+float64 trace. A stage that the other side did not dump is computed from the nearest
+ones that it did, so that a hypothesis about it is composed over the gap. A scene may look at some positions only: most
+hypotheses are wrong, and a few positions show it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from apr_jax import rotary, stages
 from apr_jax.inputs import Inputs
-from apr_jax.modeling import OPS, attention_scores, attention_values
 from apr_jax.parameters import Parameters
 from converters.qwen2 import Qwen2Config
 
 Value = np.ndarray
+Node = tuple[int, str]
+"""A stage of a layer; layer -1 is outside the layers."""
 Formula = Callable[["Scene", int], Value]
-"""Computes a stage of a layer (-1 outside the layers); asks the scene for its inputs."""
+"""Computes a stage of a layer; asks the scene for its inputs."""
+
+_BY_PAIRS = ("attn_scores", "attn_softmax")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Scene:
     """Everything that a stage can be computed from.
 
@@ -35,34 +38,100 @@ class Scene:
       parameters: Its parameters in float64, nested as in `LanguageModel`.
       inputs: The batch.
       theirs: The other side's values.
-      overrides: Formulas of a hypothesis, by stage name, in place of the right ones.
-      target: The key that is being computed and so not taken from `theirs`.
+      formulas: Formulas of a hypothesis, by stage name, in place of the right ones.
+      target: The stage that is being computed and so not taken from `theirs`.
+      rows: The positions that are looked at; None is all of them. Keys and values are always there for all.
+      memo: What was computed once and does not depend on `formulas`.
+      composed: What does, within one computation.
     """
 
     config: Qwen2Config
     parameters: Parameters
     inputs: Inputs
     theirs: Mapping[str, np.ndarray]
-    overrides: Mapping[str, Formula] = dataclasses.field(default_factory=dict)
-    target: str = ""
+    formulas: Mapping[str, Formula] = dataclasses.field(default_factory=dict)
+    target: Node | None = None
+    rows: np.ndarray | None = None
+    memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
-    def compute(self, key: str, overrides: Mapping[str, Formula] | None = None) -> Value:
-        """Computes one stage from the other side's values, under a hypothesis."""
-        scene = dataclasses.replace(self, overrides=overrides or {}, target=key)
-        layer, stage = _split(key)
-        with jax.enable_x64(True):
-            return scene.formula(stage)(scene, layer)
+    def compute(self, key: str) -> Value:
+        """Computes one stage from the other side's values, under the scene's formulas."""
+        layer, stage = node = split(key)
+        return self.formula(stage)(dataclasses.replace(self, target=node, composed={}), layer)
 
     def formula(self, stage: str) -> Formula:
         """Returns the formula of a stage: the hypothesis' or the right one."""
-        return self.overrides.get(stage, FORMULAS[stage])
+        return self.formulas.get(stage) or FORMULAS[stage]
 
     def get(self, layer: int, stage: str) -> Value:
         """Returns an input of the stage that is being computed, float64: theirs, or computed where they lack it."""
-        key = _key(layer, stage)
-        if key in self.theirs and key != self.target:
-            return np.asarray(self.theirs[key], np.float64)
-        return self.formula(stage)(self, layer)
+        if self.dumped((layer, stage)):
+            return self.look(stage, self.theirs[key_of(layer, stage)])
+        # In order of execution, so that a long gap is no deep recursion.
+        for node in self.undumped((layer, stage)):
+            value = self._composed(node)
+        return value
+
+    def _composed(self, node: Node) -> Value:
+        """Computes an undumped stage once: for good, or for this hypothesis where it depends on that."""
+        free = self.formulas.keys().isdisjoint(name for _, name in self.undumped(node))
+        store: dict[Hashable, Any] = self.memo if free else self.composed
+        name = (node, None if self.rows is None else self.rows.tobytes())
+        if name not in store:
+            store[name] = self.formula(node[1])(self, node[0])
+        return store[name]
+
+    def look(self, stage: str, values: np.ndarray) -> Value:
+        """Returns the scene's positions of a stage's values, float64."""
+        if self.rows is not None:
+            values = values[:, :, self.rows] if stage in _BY_PAIRS else values[:, self.rows]
+        return np.asarray(values, np.float64)
+
+    def remember(self, what: Hashable, compute: Callable[[], Any]) -> Any:
+        """Computes something once; what it depends on besides the other side's values is in its name."""
+        if what not in self.memo:
+            self.memo[what] = compute()
+        return self.memo[what]
+
+    @property
+    def whole(self) -> Scene:
+        """The scene with all positions."""
+        return self if self.rows is None else dataclasses.replace(self, rows=None)
+
+    def dumped(self, node: Node) -> bool:
+        """Whether a stage is known from the other side."""
+        return node != self.target and key_of(*node) in self.theirs
+
+    def undumped(self, node: Node) -> list[Node]:
+        """Returns a stage and what has to be computed before it because it was not dumped, in order of execution."""
+        known = ("undumped", node, self.target)
+        if known in self.memo:
+            return self.memo[known]
+        found: dict[Node, None] = {}
+
+        def visit(at: Node) -> None:
+            for source in self.sources(at):
+                if source not in found and not self.dumped(source):
+                    visit(source)
+            found[at] = None
+
+        visit(node)
+        self.memo[known] = list(found)
+        return self.memo[known]
+
+    def sources(self, node: Node) -> Iterator[Node]:
+        """Yields the stages that a stage is computed from."""
+        layer, stage = node
+        for name in _SOURCES[stage]:
+            if name == "final_norm":
+                yield -1, name
+            elif name != "residual":
+                yield layer, name
+            elif (place := self.config.num_layers if stage == "final_norm" else layer) > 0:
+                yield place - 1, "post_ffn_residual"
+            else:
+                yield -1, "embedding"
 
     def residual(self, layer: int) -> Value:
         """Returns the input of a layer, or of the final norm for layer = number of layers."""
@@ -79,10 +148,25 @@ class Scene:
         """Returns q [B, T, N, H], k and v [B, T, K, H] before rotation."""
         return split_heads(self.get(layer, "qkv_bias"), self.config)
 
+    def positions(self) -> np.ndarray:
+        """Positions in the sequence, int [B, T], -1 at padding."""
+        positions = self.inputs.positions()
+        return positions if self.rows is None else positions[:, self.rows]
+
+    def tokens(self) -> np.ndarray:
+        """Which positions are no padding, bool [B, T]."""
+        tokens = self.inputs.attention_mask == 1
+        return tokens if self.rows is None else tokens[:, self.rows]
+
+    def columns(self) -> np.ndarray:
+        """The columns of the batch that are looked at, int [T]."""
+        return np.arange(self.inputs.input_ids.shape[1]) if self.rows is None else self.rows
+
     def rotary(self) -> tuple[Value, Value]:
-        """Returns cos and sin at the batch's positions, [B, T, H/2]."""
-        positions = np.maximum(self.inputs.positions(), 0)
-        cos, sin = rotary.tables(self.config.rope_theta, self.config.head_dim, int(positions.max()) + 1)
+        """Returns cos and sin at the scene's positions, [B, T, H/2]."""
+        last = int(self.inputs.positions().max())
+        cos, sin = rotary.tables(self.config.rope_theta, self.config.head_dim, last + 1)
+        positions = np.maximum(self.positions(), 0)
         return cos[positions].astype(np.float64), sin[positions].astype(np.float64)
 
 
@@ -121,48 +205,68 @@ def qkv_biases(scene: Scene, layer: int) -> list[Value]:
     return [scene.weight(layer, f"self_attn.{name}.bias") for name in QKV]
 
 
-def head_weight(scene: Scene) -> Value:
-    """The head, or the embedding where it is tied, [V, D]."""
-    return scene.weight(-1, "model.embed_tokens.weight" if scene.config.tie_word_embeddings else "lm_head.weight")
+def head_name(config: Qwen2Config) -> str:
+    """The tensor that the head multiplies with: the embedding where it is tied."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+
+
+def head_input(scene: Scene) -> Value:
+    """What the head multiplies with: the last token of each row [B, 1, D] where only its logits were dumped."""
+    x, logits = scene.get(-1, "final_norm"), scene.theirs.get(stages.LOGITS)
+    if logits is None or logits.shape[1] != 1:
+        return x
+    last = np.where(scene.inputs.attention_mask == 1, np.arange(x.shape[1]), -1).max(axis=1)
+    return x[np.arange(len(x)), last][:, None]
 
 
 def _norm(scene: Scene, x: Value, weight: Value) -> Value:
-    return np.asarray(OPS.rms_norm(jnp.asarray(x), jnp.asarray(weight), scene.config.rms_norm_eps))
+    return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + scene.config.rms_norm_eps))
 
 
 def _rope(scene: Scene, x: Value) -> Value:
-    cos, sin = (jnp.asarray(table) for table in scene.rotary())
-    return join_heads(np.asarray(OPS.rope(jnp.asarray(x), cos, sin)))
+    cos, sin = (table[:, :, None, :] for table in scene.rotary())
+    low, high = np.split(x, 2, axis=-1)
+    return join_heads(np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1))
 
 
-def scores(scene: Scene, layer: int) -> Value:
-    """q k^T / sqrt(H), [B, N, T, T]."""
-    q, k = (jnp.asarray(unjoin(scene.get(layer, name), scene.config)) for name in ("q_post_rope", "k_post_rope"))
-    return np.asarray(attention_scores(OPS, q, k))
+def _scores(scene: Scene, layer: int) -> Value:
+    q, k = scene.get(layer, "q_post_rope"), scene.whole.get(layer, "k_post_rope")
+    q, k = (unjoin(x, scene.config).swapaxes(1, 2) for x in (q, k))
+    return q @ by_query_head(k, scene.config).swapaxes(2, 3) * scene.config.head_dim**-0.5
 
 
 def _softmax(scene: Scene, layer: int) -> Value:
-    positions = jnp.asarray(scene.inputs.positions())
-    return np.asarray(OPS.attention_softmax(jnp.asarray(scene.get(layer, "attn_scores")), positions, positions))
+    queries, keys = scene.positions()[:, None, :, None], scene.inputs.positions()[:, None, None, :]
+    seen = (keys >= 0) & (keys <= queries)
+    scores = np.where(seen, scene.get(layer, "attn_scores"), np.finfo(np.float64).min)
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def _attention(scene: Scene, layer: int) -> Value:
-    weights, v = jnp.asarray(scene.get(layer, "attn_softmax")), jnp.asarray(scene.heads(layer)[2])
-    return join_heads(np.asarray(attention_values(OPS, weights, v)))
+    v = by_query_head(scene.whole.heads(layer)[2].swapaxes(1, 2), scene.config)
+    return join_heads((scene.get(layer, "attn_softmax") @ v).swapaxes(1, 2))
 
 
-def _silu(x: Value) -> Value:
-    return np.asarray(OPS.activation(jnp.asarray(x)))
+def by_query_head(x: Value, config: Qwen2Config) -> Value:
+    """[B, K, T, H] -> [B, N, T, H]: query head h reads KV head h // G."""
+    return np.repeat(x, config.num_heads // config.num_kv_heads, axis=1)
+
+
+def silu(x: Value) -> Value:
+    """x * sigmoid(x)."""
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-x))
 
 
 FORMULAS: dict[str, Formula] = {
-    "embedding": lambda s, _: s.weight(-1, "model.embed_tokens.weight")[s.inputs.input_ids],
+    "embedding": lambda s, _: s.weight(-1, "model.embed_tokens.weight")[s.inputs.input_ids[:, s.columns()]],
     "attn_norm": lambda s, i: _norm(s, s.residual(i), s.weight(i, "input_layernorm.weight")),
     "qkv_matmul": lambda s, i: product(s.get(i, "attn_norm"), np.concatenate(qkv_weights(s, i))),
     "qkv_bias": lambda s, i: s.get(i, "qkv_matmul") + np.concatenate(qkv_biases(s, i)),
     "q_post_rope": lambda s, i: _rope(s, s.heads(i)[0]),
     "k_post_rope": lambda s, i: _rope(s, s.heads(i)[1]),
-    "attn_scores": scores,
+    "attn_scores": _scores,
     "attn_softmax": _softmax,
     "attention": _attention,
     "attn_out": lambda s, i: product(s.get(i, "attention"), s.weight(i, "self_attn.o_proj.weight")),
@@ -170,21 +274,46 @@ FORMULAS: dict[str, Formula] = {
     "ffn_norm": lambda s, i: _norm(s, s.get(i, "post_attn_residual"), s.weight(i, "post_attention_layernorm.weight")),
     "ffn_gate": lambda s, i: product(s.get(i, "ffn_norm"), s.weight(i, "mlp.gate_proj.weight")),
     "ffn_up": lambda s, i: product(s.get(i, "ffn_norm"), s.weight(i, "mlp.up_proj.weight")),
-    "ffn_silu": lambda s, i: _silu(s.get(i, "ffn_gate")),
+    "ffn_silu": lambda s, i: silu(s.get(i, "ffn_gate")),
     "ffn_swigl": lambda s, i: s.get(i, "ffn_silu") * s.get(i, "ffn_up"),
     "ffn_out": lambda s, i: product(s.get(i, "ffn_swigl"), s.weight(i, "mlp.down_proj.weight")),
     "post_ffn_residual": lambda s, i: s.get(i, "post_attn_residual") + s.get(i, "ffn_out"),
     "final_norm": lambda s, _: _norm(s, s.residual(s.config.num_layers), s.weight(-1, "model.norm.weight")),
-    "logits": lambda s, _: product(s.get(-1, "final_norm"), head_weight(s)),
+    "logits": lambda s, _: product(head_input(s), s.weight(-1, head_name(s.config))),
+}
+
+_SOURCES: dict[str, tuple[str, ...]] = {
+    "embedding": (),
+    "attn_norm": ("residual",),
+    "qkv_matmul": ("attn_norm",),
+    "qkv_bias": ("qkv_matmul",),
+    "q_post_rope": ("qkv_bias",),
+    "k_post_rope": ("qkv_bias",),
+    "attn_scores": ("q_post_rope", "k_post_rope"),
+    "attn_softmax": ("attn_scores",),
+    "attention": ("attn_softmax", "qkv_bias"),
+    "attn_out": ("attention",),
+    "post_attn_residual": ("residual", "attn_out"),
+    "ffn_norm": ("post_attn_residual",),
+    "ffn_gate": ("ffn_norm",),
+    "ffn_up": ("ffn_norm",),
+    "ffn_silu": ("ffn_gate",),
+    "ffn_swigl": ("ffn_silu", "ffn_up"),
+    "ffn_out": ("ffn_swigl",),
+    "post_ffn_residual": ("post_attn_residual", "ffn_out"),
+    "final_norm": ("residual",),
+    "logits": ("final_norm",),
 }
 
 
-def _key(layer: int, stage: str) -> str:
+def key_of(layer: int, stage: str) -> str:
+    """Returns the trace key of a stage."""
     return {"embedding": stages.EMBEDDING, "final_norm": stages.FINAL_NORM, "logits": stages.LOGITS}.get(
         stage
     ) or stages.layer_key(layer, stage)
 
 
-def _split(key: str) -> tuple[int, str]:
+def split(key: str) -> Node:
+    """Returns layer (-1 outside the layers) and stage of a trace key."""
     parts = key.split(".")
     return (int(parts[1]) if len(parts) == 3 else -1), parts[-1]

@@ -47,13 +47,15 @@ _TEXTS = {
     "logits-shifted": "the flat logits buffer is rolled by {shift} elements",
     "weights-relabelled": "{tensor}: its bytes are read under another dtype ({direction})",
     "weights-from-another-layer": "{tensor} is layer {layer}'s",
-    "weights-quantised": "{tensor} is quantised ({codec})",
+    "weights-quantised": "{tensor} {verb} quantised ({codec})",
     "cache-position": "decoding steps {side} the cache at position {shift:+d}",
     "layout": "not a mistake, undone: the dump is {kind} there",
     "activations-quantised": "activations are rounded to {codec} before the products, as `apr` does beside Q4_K",
     "tf32-dots": "dot inputs are TF32 ({mode}), float32 was declared",
     "bf16-accumulation": "partial sums are kept in bf16 (every {chunk} terms)",
     "non-finite": "values are not finite",
+    "constant": "all values are {value:.6g}",
+    "positions-permuted": "the values of {moved} positions are right ones of other positions",
     "unknown": "wrong, and no known mistake explains it",
 }
 
@@ -98,4 +100,5 @@ def _text(fault: str, parameters: Mapping[str, Any]) -> str:
     if isinstance(tensors, tuple | list):
         shown = ", ".join(tensors) if len(tensors) < 3 else f"{len(tensors)} kinds of tensors ({tensors[0]}, ...)"
         parameters = {**parameters, "tensor": shown}
-    return _TEXTS[fault].format(**parameters)
+    verb = "are" if isinstance(tensors, tuple | list) and len(tensors) > 1 else "is"
+    return _TEXTS[fault].format(**parameters, verb=verb)

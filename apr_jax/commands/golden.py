@@ -33,6 +33,7 @@ examples:
   golden.py model.apr -o dump/ --trace --prompt "What is 2+2?"   every stage as APRT files, as `apr trace` writes them
   golden.py model.apr --check golden.safetensors                 recompute with the file's inputs and compare
   golden.py model.apr --check dump/                              the same against a dump of another engine
+  golden.py model.apr --export-inputs inputs/                    token ids and positions as plain files, for an engine
 
 exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O,
   130 interrupted
@@ -48,13 +49,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "-o", "--output", metavar="OUT", help="golden file to write, or with --trace a folder of APRT files (OUT/)"
     )
     mode.add_argument("--check", metavar="GOLDEN", help="golden file or APRT folder to compare with")
+    mode.add_argument(
+        "--export-inputs",
+        metavar="DIR",
+        help="folder to write input_ids, attention_mask and position_ids to, as raw integers and as JSON",
+    )
     parser.add_argument("--reference", choices=("jax", "hf"), default="jax", help="who computes (default: jax)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of weights and computation"
     )
     tokens = parser.add_mutually_exclusive_group()
-    tokens.add_argument("--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file")
+    tokens.add_argument(
+        "--input-ids", metavar="FILE", help="JSON list of lists of token ids, a golden file, or a folder of inputs"
+    )
     tokens.add_argument(
         "--prompt", metavar="TEXT", action="append", help="text for the checkpoint's tokenizer (repeatable)"
     )
@@ -65,14 +73,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv[1:])
     if args.check and (args.hidden_states or args.trace or args.prompt or args.force):
         parser.error("--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace and --force out")
+    if args.export_inputs and (args.hidden_states or args.trace):
+        parser.error("--export-inputs computes nothing: leave --hidden-states and --trace out")
     return args
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from apr_jax import compilation_cache
     from converters.output import termination_as_interrupt
 
     with termination_as_interrupt():
+        compilation_cache.enable()
+        if args.export_inputs:
+            return _export(args)
         return _check(args) if args.check else _make(args)
 
 
@@ -111,6 +125,23 @@ def _make(args: argparse.Namespace) -> int:
         )
         if summary:
             print(_loss_line(summary))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from apr_jax import inputs
+    from converters.checkpoint import open_checkpoint
+
+    with open_checkpoint(args.model) as checkpoint:
+        # One sequence, as most engines run: the first row of what a golden file is made from by default.
+        batch = _inputs(args, checkpoint, batch=1)
+        batch.check_vocabulary(checkpoint.model_config().vocab_size)
+    inputs.write_plain(args.export_inputs, batch, force=args.force)
+    rows, length = batch.input_ids.shape
+    if args.json:
+        cli.print_json({"output": args.export_inputs, "shape": [rows, length], "tokens": batch.tokens})
+    else:
+        print(f"{args.export_inputs}: {rows} x {length} positions, {batch.tokens} of them tokens")
     return 0
 
 
@@ -177,35 +208,24 @@ def _inputs(args: argparse.Namespace, checkpoint: Checkpoint, batch: int) -> Inp
     from apr_jax import golden, inputs
 
     if args.input_ids is not None:
-        if args.input_ids.endswith(".safetensors"):
-            return golden.read(args.input_ids).inputs
-        return inputs.from_json(args.input_ids)
+        return golden.read_inputs(args.input_ids)
     if args.prompt:
-        return inputs.Inputs.of([_encode(checkpoint, prompt) for prompt in args.prompt])
+        return inputs.Inputs.of(_encode(checkpoint, args.prompt))
     return inputs.seeded(checkpoint.model_config().vocab_size, batch, DEFAULT_LENGTH)
 
 
-def _encode(checkpoint: Checkpoint, prompt: str) -> list[int]:
-    import tokenizers
+def _encode(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
+    from apr_jax.tokenizer import Tokenizer
 
-    source = checkpoint.files.get("tokenizer.json")
-    if source is None:
+    tokenizer = Tokenizer.of(checkpoint)
+    if tokenizer is None:
         raise RefusedError(
             "the checkpoint has no tokenizer.json",
             code="tokenizer-missing",
             file=checkpoint.path,
             hint="Give token ids with --input-ids FILE.",
         )
-    try:
-        prompt.encode()
-        ids: list[int] = tokenizers.Tokenizer.from_str(source.decode()).encode(prompt).ids
-    except UnicodeEncodeError:
-        raise UsageError("the prompt is not UTF-8", code="prompt") from None
-    except Exception as error:  # the package raises bare Exception for whatever it cannot parse
-        raise RefusedError(
-            f"tokenizer.json cannot be used: {error}", code="tokenizer-broken", file=checkpoint.path
-        ) from None
-    return ids
+    return [tokenizer.encode(prompt) for prompt in prompts]
 
 
 # --- Checking --------------------------------------------------------------------------------------------------------
@@ -246,6 +266,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> _Report:
     from apr_jax import compare, golden, stages
+    from apr_jax.rows import find_columns
     from converters.checkpoint import open_checkpoint
 
     with open_checkpoint(args.model) as checkpoint:
@@ -256,7 +277,8 @@ def _compare(args: argparse.Namespace) -> _Report:
         warnings = _warnings(reference, checkpoint)
         ours = _recompute(args, args.dtype, reference)
         bar = _bar(args, reference)
-        comparisons = compare.compare(ours, reference.values, inputs, bar)
+        columns = None if reference.positions is None else find_columns(reference.positions, inputs)
+        comparisons = compare.compare(ours, reference.values, inputs, bar, columns)
     ours_summary, theirs_summary = (
         golden.summary(values.get(stages.LOGITS), inputs, config) for values in (ours, reference.values)
     )

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from converters.commands import cli
-from converters.errors import UsageError
+from converters.errors import MissingFileError, UsageError
 
 if TYPE_CHECKING:
     from apr_jax.dumps import Dump
     from apr_jax.explain import Diagnosis, Finding
     from apr_jax.inputs import Inputs
     from apr_jax.model import LanguageModel
+    from converters.qwen2 import Qwen2Config
 
 _SIDES = ("cpu", "cuda", "hf")
 _EPILOG = """\
@@ -25,10 +26,14 @@ examples:
   parity.py model.apr --right dump/                 a dump of your engine (docs/dumps.md) against the model in JAX
   parity.py model.apr --right golden.safetensors    a golden file with stages (golden.py --trace)
   parity.py model.apr --left cpu --right cuda       both backends in one process
-  parity.py model.apr --right hf                    HuggingFace transformers (extra: reference)
+  parity.py model/ --right hf                       HuggingFace transformers (extra: reference)
+  parity.py model.apr --right steps/ --positions 64-71
+                                                    rows of eight decoding steps; the token ids are those of 0-71
 
 Every stage is recomputed in float64 from the other side's own inputs, so that a mistake shows where it is made and
 stacked ones show one by one. Rounding is judged by what the left side itself loses in the other side's dtype.
+A dump is a golden file, a folder of APRT files, or .npy and raw files with a dump.json: docs/dumps.md. Its token ids
+lie beside it (token_ids.json, or what golden.py --export-inputs writes), or --input-ids names them.
 
 exit codes: 0 equal or rounding, 1 a mistake, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O,
   130 interrupted
@@ -39,36 +44,73 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
     parser.add_argument("model", metavar="MODEL", help="an .apr file, a HuggingFace folder or a .safetensors file")
-    parser.add_argument("--left", choices=("cpu", "cuda"), default="cpu", help="where the right values are computed")
     parser.add_argument("--right", metavar="cpu|cuda|hf|DUMP", required=True, help="what is examined")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="for --right cpu, cuda, hf")
+    parser.add_argument(
+        "--left", choices=("cpu", "cuda"), default="cpu", help="where rounding is measured (default: cpu)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of --right cpu, cuda and hf (default: float32)"
+    )
     parser.add_argument(
         "--right-dtype",
         choices=("float32", "bfloat16", "float64"),
-        help="what the dump was computed in (default: inferred)",
+        help="what the dump was computed in (default: what it says, else inferred from its values)",
     )
-    parser.add_argument("--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file")
+    parser.add_argument(
+        "--input-ids",
+        metavar="FILE",
+        help="tokens that were run: a JSON list of lists, a golden file, or a folder of golden.py --export-inputs",
+    )
+    parser.add_argument(
+        "--positions",
+        metavar="LIST|FILE",
+        help="positions whose rows the dump holds, where it does not hold all: 64-71 or 0,64-71, both ends included,"
+        " or a JSON file",
+    )
     parser.add_argument("--check-upload", action="store_true", help="read every parameter back and compare it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    computed = args.right in _SIDES
+    for given, applies, to in (
+        ("dtype", computed, "--right cpu, cuda and hf; a dump's is --right-dtype"),
+        ("right_dtype", not computed, "dumps; for --right cpu, cuda and hf it is --dtype"),
+        ("positions", not computed, "dumps"),
+    ):
+        if getattr(args, given) is not None and not applies:
+            parser.error(f"--{given.replace('_', '-')} is for {to}")
+    return args
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from apr_jax import compilation_cache
     from apr_jax.explain import diagnose
     from apr_jax.localise import infer_dtype
     from apr_jax.model import load_model
+    from apr_jax.parameters import DTYPES
+    from converters.checkpoint import open_checkpoint
 
+    compilation_cache.enable()
+    with open_checkpoint(args.model) as checkpoint:
+        config = checkpoint.model_config()
+    dump = _right(args, config)
+    dump.inputs.check_vocabulary(config.vocab_size)
     exact = load_model(args.model, "float64", "cpu")
-    dump = _right(args, exact)
-    dump.inputs.check_vocabulary(exact.config.vocab_size)
     dtype = args.right_dtype or dump.dtype or infer_dtype(dump.values)
+    if dtype not in DTYPES:
+        raise UsageError(
+            "dumps of this dtype cannot be judged",
+            code="dtype",
+            file=args.right,
+            found=dtype,
+            hint="Say with --right-dtype as what it shall be judged.",
+        )
     same = load_model(args.model, dtype, args.left)
     notes = _notes(args, dump, exact)
-    if args.check_upload:
-        notes.append(_check_upload(args, dtype))
-    diagnosis = diagnose(exact, same, dump.inputs, dump.values)
+    diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns)
     diagnosis = _without_expected(args, diagnosis, notes)
+    if args.check_upload:
+        diagnosis = _with_upload(args, dtype, diagnosis, notes)
     report = _report(diagnosis, dump, exact, dtype, notes)
     if args.json:
         cli.print_json(report)
@@ -92,26 +134,34 @@ def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: lis
     return Diagnosis(findings, diagnosis.localisation, frozenset({"activations-quantised"}))
 
 
-def _right(args: argparse.Namespace, exact: LanguageModel) -> Dump:
-    from apr_jax import dumps, golden, inputs
+def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
+    """Reads or computes what is examined."""
+    from apr_jax import dumps, golden, inputs, rows
 
-    batch: Inputs | None = None
-    if args.input_ids:
-        from_golden = args.input_ids.endswith(".safetensors")
-        batch = golden.read(args.input_ids).inputs if from_golden else inputs.from_json(args.input_ids)
+    batch = golden.read_inputs(args.input_ids) if args.input_ids else None
     if args.right not in _SIDES:
-        return dumps.read(args.right, exact.config, batch)
-    batch = batch or inputs.seeded(exact.config.vocab_size)
+        if not os.path.exists(args.right):
+            raise MissingFileError(
+                "no such dump",
+                code="file-missing",
+                file=args.right,
+                expected=f"{', '.join(_SIDES)}, a file or a folder",
+            )
+        positions = None if args.positions is None else rows.parse(args.positions)
+        return dumps.read(args.right, config, batch, positions)
+    batch = batch or inputs.seeded(config.vocab_size)
+    batch.check_vocabulary(config.vocab_size)
+    dtype = args.dtype or "float32"
     if args.right == "hf":
-        values = _huggingface(args, batch)
+        values = _huggingface(args, batch, dtype)
     else:
         from apr_jax.model import load_model
 
-        values = golden.stored(load_model(args.model, args.dtype, args.right).trace(batch))
-    return dumps.Dump(batch, values, args.dtype)
+        values = golden.stored(load_model(args.model, dtype, args.right).trace(batch))
+    return dumps.Dump(batch, values, dtype)
 
 
-def _huggingface(args: argparse.Namespace, batch: Inputs) -> dict[str, Any]:
+def _huggingface(args: argparse.Namespace, batch: Inputs, dtype: Any) -> dict[str, Any]:
     from apr_jax import hf_reference
 
     if not os.path.isdir(args.model):
@@ -122,44 +172,63 @@ def _huggingface(args: argparse.Namespace, batch: Inputs) -> dict[str, Any]:
             hint="Convert it with convert.py.",
         )
     return hf_reference.run(
-        args.model, batch.input_ids, batch.attention_mask, batch.position_ids, dtype=args.dtype, trace=True
+        args.model, batch.input_ids, batch.attention_mask, batch.position_ids, dtype=dtype, trace=True
     )
 
 
 def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[str]:
-    notes = []
-    if int(dump.inputs.positions().max()) == 0:
+    """What the reader of the answer has to know: what this comparison cannot see."""
+    from apr_jax import golden, rows, stages
+    from converters.checkpoint import open_checkpoint
+
+    notes, length = [], int(dump.inputs.positions().max()) + 1
+    if length == 1:
         notes.append(
             "one token at position 0: RoPE is the identity there, and neither masking nor attention over several keys"
             " is seen. Use at least 64 positions."
         )
-    elif dump.inputs.input_ids.shape[1] < 64:
-        notes.append(f"only {dump.inputs.input_ids.shape[1]} positions: mistakes that need more of them are not seen")
+    elif length < 64:
+        notes.append(f"only {length} positions: mistakes that need more of them are not seen")
+    if dump.columns is not None:
+        notes.append(
+            f"only positions {rows.shown(dump.inputs, dump.columns)} were dumped: what earlier ones left in the cache"
+            " of keys and values is taken to be right but for the mistakes that are found, and was not examined"
+        )
     if not any(key.startswith("stage.") for key in dump.values):
         notes.append("no stages were dumped: the mistake cannot be named from logits or layer outputs alone yet")
-    del args, exact
+    if dump.strangers:
+        notes.append(f"not read, no stage of this model: {', '.join(dump.strangers[:8])}")
+    if beyond := set(dump.values) - set(stages.trace_keys(exact.config.num_layers)):
+        notes.append(f"the dump has a layer more than the model ({len(beyond)} stages)")
+    if dump.weights_sha256 is not None:
+        with open_checkpoint(args.model) as checkpoint:
+            if golden.weights_sha256(checkpoint) != dump.weights_sha256:
+                notes.append("the golden file was made from other weights than this model's (dtype, shape or bytes)")
     return notes
 
 
-def _check_upload(args: argparse.Namespace, dtype: str) -> str:
+def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, notes: list[str]) -> Diagnosis:
+    """Reads every parameter back from the device; one that differs is a finding."""
     import jax
     import numpy as np
 
+    from apr_jax.explain import Finding
     from apr_jax.model import load_model
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
     there = jax.tree.leaves(load_model(args.model, dtype, device).parameters)
     here = jax.tree.leaves(load_model(args.model, dtype, "cpu").parameters)
     same = sum(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
-    return f"upload to {device}: {same} of {len(here)} parameters read back bit for bit" + (
-        "" if same == len(here) else " - THE UPLOAD IS WRONG"
-    )
+    text = f"upload to {device}: {same} of {len(here)} parameters read back bit for bit"
+    notes.append(text)
+    if same == len(here):
+        return diagnosis
+    wrong = Finding("upload", (), "", {"different": len(here) - same}, float("nan"), None, (), "certain", text)
+    return dataclasses.replace(diagnosis, findings=(wrong, *diagnosis.findings))
 
 
 def _report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, dtype: str, notes: Sequence[str]) -> dict[str, Any]:
-    from apr_jax import stages
-
-    sites = diagnosis.localisation.sites
+    sites = [site for site in diagnosis.localisation.sites if site.elements]
     mistakes = [finding for finding in diagnosis.findings if finding.fault != "layout"]
     exactly = all(site.error == 0 for site in sites)
     unexplained = any(site.wrong for site in sites) and not diagnosis.by_design
@@ -169,13 +238,41 @@ def _report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, dtype: str, 
         "compared": {
             "stages": len(sites),
             "elements": sum(site.elements for site in sites),
-            "positions": dump.inputs.tokens,
+            "positions": _compared_positions(diagnosis, dump),
         },
         "dtype": dtype,
-        "unexamined": [key for key in stages.trace_keys(exact.config.num_layers) if key not in dump.values],
+        "unexamined": _unexamined(diagnosis, dump, exact),
         "findings": [_to_json(finding) for finding in diagnosis.findings],
         "notes": list(notes),
     }
+
+
+def _compared_positions(diagnosis: Diagnosis, dump: Dump) -> int:
+    """The number of positions of which some stage was compared."""
+    import numpy as np
+
+    from apr_jax import rows
+
+    partial, seen = diagnosis.localisation.columns, np.zeros(dump.inputs.input_ids.shape, bool)
+    for site in diagnosis.localisation.sites:
+        if site.elements:
+            seen = seen | rows.tokens(dump.inputs, partial.get(site.key))
+    return int(seen.sum())
+
+
+def _unexamined(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel) -> list[str]:
+    """Stages that were not dumped, or only behind a value that is not finite; positions that were not dumped."""
+    import numpy as np
+
+    from apr_jax import rows, stages
+
+    judged = {site.key for site in diagnosis.localisation.sites if site.elements}
+    keys = [key for key in stages.trace_keys(exact.config.num_layers) if key not in judged]
+    if dump.columns is None:
+        return keys
+    others = np.delete(np.arange(dump.inputs.input_ids.shape[1]), np.unique(dump.columns))
+    missing = rows.shown(dump.inputs, np.tile(others, (len(dump.columns), 1)))
+    return [*keys, f"positions {missing}"] if missing else keys
 
 
 def _to_json(finding: Finding) -> dict[str, Any]:
@@ -189,15 +286,17 @@ def _to_json(finding: Finding) -> dict[str, Any]:
 def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
     for note in report["notes"]:
         print(f"note: {note}", file=sys.stderr)
-    compared = report["compared"]
+    compared, dtype = report["compared"], report["dtype"]
+    mistakes = sum(finding["fault"] != "layout" for finding in report["findings"])
     words = {
         "equal": "equal: every stage is bit for bit what float64 gives",
-        "rounding": f"rounding: every stage is as right as {report['dtype']} can be",
-        "mistake": f"mistake: {len(report['findings'])} found",
+        "rounding": f"rounding: every stage is as right as {dtype} can be"
+        + (", but for what the file asks for (see the notes)" if diagnosis.by_design else ""),
+        "mistake": f"mistake: {mistakes} found",
     }
     print(
         f"{words[report['verdict']]} ({compared['stages']} stages, {compared['elements']} elements,"
-        f" {compared['positions']} positions compared, judged as {report['dtype']})"
+        f" {compared['positions']} positions compared, judged as {dtype})"
     )
     for finding in report["findings"]:
         also = f" [or: {', '.join(finding['alternatives'])}]" if finding["alternatives"] else ""
@@ -205,19 +304,21 @@ def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
     if report["unexamined"]:
         shown = ", ".join(report["unexamined"][:6])
         more = f" and {len(report['unexamined']) - 6} more" if len(report["unexamined"]) > 6 else ""
-        print(f"not dumped, so not examined on their own: {shown}{more}")
+        print(f"not examined on their own: {shown}{more}")
     _print_grid(diagnosis)
 
 
 def _print_grid(diagnosis: Diagnosis) -> None:
-    """Layers by stages: '.' right, 'X' wrong, ' ' not dumped."""
+    """Layers by stages: '.' right, 'X' wrong, '?' not finite before it already, ' ' not dumped."""
     from apr_jax import stages
 
     by_key = {site.key: site for site in diagnosis.localisation.sites}
     layers = sorted({site.layer for site in by_key.values() if site.layer is not None})
 
     def mark(key: str) -> str:
-        return " " if key not in by_key else ("X" if by_key[key].wrong else ".")
+        if key not in by_key:
+            return " "
+        return "?" if not by_key[key].elements else ("X" if by_key[key].wrong else ".")
 
     names = stages.LAYER_STAGES
     print()

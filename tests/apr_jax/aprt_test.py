@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest
 
-from apr_jax import aprt, stages
+from apr_jax import aprt, rows, stages
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.model import load_model
 from converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
@@ -93,14 +93,14 @@ class AprtTest(absltest.TestCase):
             (data[:-1], BrokenContainerError, "aprt-length"),
             (data + b"\0", BrokenContainerError, "aprt-length"),
             (data[:7], BrokenContainerError, "aprt-length"),
-            (aprt.encode(aprt.WHOLE_MODEL, np.zeros(64)), RefusedError, "aprt-size"),
+            (aprt.encode(aprt.WHOLE_MODEL, np.zeros(64)), RefusedError, "dump-size"),
             (aprt.encode(0, self.trace[stages.FINAL_NORM]), RefusedError, "aprt-layer"),
         ):
             norm.write_bytes(content)
             self.assertIn("final_norm.bin", self.raises(kind, code, aprt.read, self.dump, config))
         norm.write_bytes(data)
         other = load_model(paths.checkpoint("odd_sizes")).config
-        self.raises(RefusedError, "aprt-size", aprt.read, self.dump, other)
+        self.raises(RefusedError, "dump-size", aprt.read, self.dump, other)
 
     def test_a_dump_without_stages_or_token_ids_is_refused(self):
         config = self.model.config
@@ -111,6 +111,24 @@ class AprtTest(absltest.TestCase):
         for content, code in (("{}", "token-ids"), ("[]", "token-ids"), ("[1.5]", "token-ids"), ("[", "json-syntax")):
             (self.dump / "token_ids.json").write_text(content)
             self.raises(BrokenContainerError, code, aprt.read, self.dump, config)
+
+    def test_a_batch_and_some_positions_of_it_are_read(self):
+        batch = seeded(self.model.config.vocab_size, 2, 9)
+        columns = np.array([[4, 5], [4, 5]])
+        trace = self.model.trace(batch)
+        for name, kept in (("whole", None), ("steps", columns)):
+            for key, value in trace.items():
+                path = self.folder / name / aprt.path_of(key)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                outer = 0 if key == stages.EMBEDDING else aprt.WHOLE_MODEL
+                layer = int(key.split(".")[1]) if key.count(".") == 2 else outer
+                path.write_bytes(aprt.encode(layer, rows.gather(key, value, kept)))
+            _, values = aprt.read(self.folder / name, self.model.config, batch, kept)
+            self.assertEqual(list(values), list(trace))
+            for key, value in values.items():
+                np.testing.assert_array_equal(value, rows.gather(key, trace[key], kept), key)
+        with self.assertRaisesRegex(RefusedError, "--positions"):
+            aprt.read(self.folder / "steps", self.model.config, batch)
 
     def test_files_that_are_no_stage_are_named(self):
         aprt.write(self.dump, self.inputs, self.trace)

@@ -1,15 +1,26 @@
 """Mistakes planted by the NumPy engine are named; clean dumps have none. The whole battery: make parity-battery."""
 
+import dataclasses
 import pathlib
 import sys
+import tempfile
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from apr_jax import sample
+from apr_jax.compare import compared_positions
 from apr_jax.explain import diagnose
+from apr_jax.inputs import seeded
 from apr_jax.localise import infer_dtype
+from apr_jax.model import load_model
+from apr_jax.rows import axis_of
+from apr_jax.scene import Scene
+from apr_jax.search import Search
+from tests import oracle
 from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import REAL_CASE, Bench, matches
 
@@ -27,6 +38,19 @@ CASES = {
     "quantised": [Planted("weights-quantised", None, {"tensor": "mlp.down_proj.weight", "codec": "int8"})],
     "tf32": [Planted("tf32-dots", None, {"mode": "round"})],
     "real_case": list(REAL_CASE),
+}
+FUSED = ("attn_norm", "attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_out", "post_ffn_residual")
+"""What an engine with fused attention and fused GLU has at hand."""
+SPARSE = ("q_post_rope", "k_post_rope", "attention", "attn_out", "post_attn_residual", "ffn_out", "post_ffn_residual")
+"""The same with rotation apart and norms fused into the products behind them."""
+UNSEEN = {
+    "theta": (FUSED.__contains__, Planted("rope-theta", None, {"theta": 5e5}), "attention"),
+    "bias": (FUSED.__contains__, Planted("k-bias-missing"), "attention"),
+    "window": (FUSED.__contains__, Planted("mask-window", (1,), {"window": 16}), "attention"),
+    "activation": (FUSED.__contains__, Planted("activation-gelu-tanh"), "ffn_out"),
+    "scale": (SPARSE.__contains__, Planted("softmax-scale", None, {"scale": 1.0}), "attention"),
+    "q_bias": (SPARSE.__contains__, Planted("q-bias-missing"), "q_post_rope"),
+    "eps": (SPARSE.__contains__, Planted("rms-norm-eps", (0,), {"eps": 1e-4}), "q_post_rope"),
 }
 
 
@@ -48,6 +72,17 @@ class ExplainTest(parameterized.TestCase):
     def test_a_clean_dump_has_no_finding(self):
         self.assertEqual(self.bench.diagnose(self.bench.dump(())).findings, ())
 
+    @parameterized.parameters((None,), (range(20, 40),))
+    def test_the_scene_computes_every_stage_as_the_model_does_in_float64(self, rows):
+        trace = self.bench.exact.trace(self.bench.inputs)
+        columns = np.arange(80) if rows is None else np.array(rows)
+        scene = Scene(self.bench.exact.config, self.bench.exact.parameters, self.bench.inputs, trace, rows=columns)
+        for key, value in trace.items():
+            axis, counted = axis_of(key), compared_positions(key, self.bench.inputs, value.shape)
+            right, counted = (np.take(x, columns, axis) for x in (value, counted))
+            difference = (scene.compute(key) - right)[counted]
+            self.assertLess(np.linalg.norm(difference), 1e-13 * np.linalg.norm(right[counted]), key)
+
     def test_a_layout_is_said_and_undone_before_a_mistake_is_looked_for(self):
         dump = self.bench.dump([Planted("layout", None, {"kind": "heads-major"}), Planted("rope-sign")])
         self.assertEqual({f.fault for f in self.bench.diagnose(dump).findings}, {"layout", "rope-sign"})
@@ -65,6 +100,80 @@ class ExplainTest(parameterized.TestCase):
         findings = self.bench.diagnose(dump).findings
         self.assertEqual({f.fault for f in findings}, {"unknown"})
         self.assertIn("row 1 position 40", findings[0].sentence)
+
+    def test_a_constant_stage_is_a_finding_of_its_own(self):
+        dump = self.bench.dump(())
+        dump["stage.1.ffn_silu"][:] = 0.25
+        finding = next(f for f in self.bench.diagnose(dump).findings if f.stage == "ffn_silu")
+        self.assertEqual((finding.fault, finding.layers, finding.parameters), ("constant", (1,), {"value": 0.25}))
+        self.assertEqual(finding.certainty, "unexplained")
+
+    def test_right_values_at_other_positions_are_a_finding_of_its_own(self):
+        dump = self.bench.dump(())
+        dump["stage.0.attn_out"][1, [30, 31]] = dump["stage.0.attn_out"][1, [31, 30]]
+        (finding,) = [f for f in self.bench.diagnose(dump).findings if f.stage == "attn_out"]
+        self.assertEqual(
+            (finding.fault, finding.layers, finding.parameters), ("positions-permuted", (0,), {"moved": 2})
+        )
+        self.assertIn("row 1 position 30 holds 31", finding.sentence)
+
+    def test_mistakes_that_cannot_be_told_apart_behind_a_gap_are_named_as_alternatives(self):
+        fused = {k: v for k, v in self.bench.dump([Planted("gate-up-swapped")]).items() if k.split(".")[-1] in FUSED}
+        (finding,) = self.bench.diagnose(fused).findings
+        self.assertEqual((finding.fault, finding.layers, finding.stage), ("gate-up-swapped", "all", "ffn_out"))
+        self.assertEqual((finding.alternatives, finding.certainty), (("activation-on-up",), "ambiguous"))
+
+    def test_what_explained_one_layer_is_tried_in_the_others_before_a_search(self):
+        dump = self.bench.dump([Planted("rope-theta", None, {"theta": 5e5})])
+        with mock.patch.object(Search, "run", autospec=True, side_effect=Search.run) as searched:
+            (finding,) = self.bench.diagnose(dump).findings
+        self.assertEqual((finding.fault, finding.layers), ("rope-theta", "all"))
+        self.assertEqual(
+            [call.args[0].site.key for call in searched.call_args_list], ["stage.0.q_post_rope", "stage.0.k_post_rope"]
+        )
+
+    def test_a_mistake_before_a_gap_is_named_in_its_own_layer(self):
+        dump = self.bench.dump([Planted("mlp-residual-missing", (0,))])
+        (finding,) = self.bench.diagnose({k: v for k, v in dump.items() if "post_ffn_residual" not in k}).findings
+        self.assertEqual((finding.fault, finding.layers, finding.stage), ("mlp-residual-missing", (0,), "attn_norm"))
+
+    @parameterized.parameters(list(UNSEEN))
+    def test_a_mistake_inside_a_fused_kernel_is_named_where_its_result_shows(self, case):
+        shown, planted, stage = UNSEEN[case]
+        dump = {k: v for k, v in self.bench.dump([planted]).items() if shown(k.split(".")[-1])}
+        (finding,) = self.bench.diagnose(dump).findings
+        self.assertTrue(matches(self.bench, planted, finding), finding.sentence)
+        self.assertEqual((finding.stage, finding.certainty), (stage, "certain"))
+
+    def test_what_two_unseen_mistakes_make_together_is_named(self):
+        planted = [Planted("softmax-scale", None, {"scale": 0.2}), Planted("mask-window", None, {"window": 16})]
+        dump = {k: v for k, v in self.bench.dump(planted).items() if "attn_s" not in k}
+        findings = self.bench.diagnose(dump).findings
+        self.assertEqual({f.fault for f in findings}, {"softmax-scale", "mask-window"})
+
+    def test_what_nothing_explains_behind_a_gap_says_what_was_not_dumped(self):
+        dump = {k: v for k, v in self.bench.dump(()).items() if "attn_s" not in k}
+        dump["stage.0.attention"][1, 40] *= 1.01
+        (finding,) = [f for f in self.bench.diagnose(dump).findings if f.stage == "attention"]
+        self.assertEqual((finding.fault, finding.certainty), ("unknown", "unexplained"))
+        self.assertIn("not dumped before it: attn_scores, attn_softmax", finding.sentence)
+
+    def test_tf32_is_named_where_tensor_cores_cut_off_its_sums_over_896_columns(self):
+        base = sample.SAMPLES["qwen2_0.5b"]
+        config = dataclasses.replace(base.config, num_layers=1, vocab_size=300, intermediate_size=128)
+        narrow = dataclasses.replace(base, config=config, tokenizer="small")
+        with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(sample.SAMPLES, {"narrow": narrow}):
+            folder = pathlib.Path(scratch, "hf")
+            sample.write_sample("narrow", folder)
+            exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
+            bench = Bench("narrow", *oracle.load(folder), seeded(300, 1, 24), exact, same)
+        dump = bench.dump([Planted("tf32-dots", None, {"mode": "round", "sums": "truncated"})])
+        (finding,) = bench.diagnose(dump).findings
+        self.assertEqual(
+            (finding.fault, finding.parameters, finding.alternatives), ("tf32-dots", {"mode": "round"}, ())
+        )
+        # More than rounded sums leave: it was cut off indeed.
+        self.assertGreater(finding.residual_after, 1e-6)
 
     def test_stages_that_were_not_dumped_are_composed_over(self):
         dump = {k: v for k, v in self.bench.dump(REAL_CASE).items() if "attn_s" not in k and "ffn_silu" not in k}

@@ -128,8 +128,9 @@ FAULTS: Mapping[str, Kind] = {
         {"tensor": "all", "codec": "int8"},
     ),
     "tf32-dots": Kind(
-        "inputs of every product with 10 mantissa bits: `mode` round (to nearest, ties away, as cvt.rna) or truncate",
-        {"mode": "round"},
+        "inputs of every product with 10 mantissa bits: `mode` round (to nearest, ties away, as cvt.rna) or truncate; "
+        "`sums` float32, or truncated: the running sum is cut off to float32 after every 8 products (tensor cores)",
+        {"mode": "round", "sums": "float32"},
     ),
     "bf16-accumulation": Kind("the running sum of every product is rounded to bf16 each `chunk` terms", {"chunk": 32}),
     "cache-position": Kind(
@@ -304,6 +305,15 @@ def to_tf32(x: np.ndarray, mode: str) -> np.ndarray:
     bits = bits + bits.dtype.type({"round": 1 << (dropped - 1), "truncate": 0}[mode])
     kept = (bits >> bits.dtype.type(dropped)) << bits.dtype.type(dropped)
     return np.where(np.isfinite(x), kept.view(x.dtype), x)
+
+
+def _truncating_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a [..., T, n] times b [..., n, m]; after every 8 products what float32 cannot hold is cut off, towards zero."""
+    total = np.zeros(())
+    for start in range(0, a.shape[-1], 8):
+        total = total + a[..., start : start + 8] @ b[..., start : start + 8, :]
+        total = (total.view(np.uint64) & ~np.uint64((1 << 29) - 1)).view(f64)
+    return total
 
 
 def relabel(values: np.ndarray, direction: str) -> np.ndarray:
@@ -600,6 +610,8 @@ class _Engine:
         """a [..., T, n] times b [..., n, m], summed in the wide type."""
         if tf32 := self._of("tf32-dots", layer):
             a, b = to_tf32(a, tf32["mode"]), to_tf32(b, tf32["mode"])
+            if tf32["sums"] == "truncated":
+                return _truncating_sum(a.astype(f64), b.astype(f64)).astype(self.wide)
         partial = self._of("bf16-accumulation", layer)
         if partial is None:
             return a @ b

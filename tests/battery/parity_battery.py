@@ -4,8 +4,14 @@
     python tests/battery/parity_battery.py --dump DIR      # only writes the dump of docs/bug-hunt.md
 
 A case counts if its effect in float64 is at least ten times the budget of some stage; the others are printed with
-the reason, and have to get no wrong name. Exits 1 if a counted case is not detected, if fewer than 95 % of single ones
-or 90 % of the stacked ones are named exactly, or if a clean run or an uncounted case has a finding that is not there.
+the reason, and have to get no wrong name. The single ones are planted once more in an engine that declares bfloat16,
+whose budgets are some ten thousand times as wide: a mistake counts there if it is ten budgets at the stage that makes
+it, has to be named in the layers where it is, and a mistake that gives the same values there may be named with it as
+the alternative. And once more in two engines with fused kernels, which dump few stages: a mistake has to be named at
+the first stage that shows it, itself or as an alternative to one that gives the same values there.
+Exits 1 if a counted case is not detected, if fewer than 95 % of single ones or 90 % of the stacked and the fused ones
+are named exactly, if one behind fused kernels is taken for another ("unknown" is none), or if a clean run or an
+uncounted case has a finding that is not there.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
+from apr_jax import stages
 from apr_jax.explain import Diagnosis, diagnose
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import localise
@@ -32,14 +39,22 @@ from tests import oracle, paths
 from tests.battery.faulty_forward import Planted, forward, write_aprt
 
 CONFIGS = ("gqa_tied_bf16", "mha_untied_f32_sharded")
+STACKED_BEHIND_FUSED = 8
 ROWS, LENGTH, PADDED = 2, 80, 9
+FUSED = {
+    "fused attention": frozenset(stages.LAYER_STAGES) - {"qkv_matmul", "attn_scores", "attn_softmax", "ffn_silu"},
+    "fused blocks": frozenset(
+        ("attn_norm", "attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_out", "post_ffn_residual")
+    ),
+}
+"""Stages of the layers that engines with fused kernels have at hand."""
 COUNTS = 10.0
 """Times a budget that an effect has to be."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A checkpoint, a batch and the models to judge with."""
+    """A checkpoint, a batch, the models to judge with, and the stages of the layers that are dumped."""
 
     name: str
     weights: Mapping[str, np.ndarray]
@@ -47,19 +62,26 @@ class Bench:
     inputs: Inputs
     exact: LanguageModel
     same: LanguageModel
+    shown: frozenset[str] = frozenset(stages.LAYER_STAGES)
 
     @classmethod
-    def of(cls, name: str) -> Bench:
+    def of(cls, name: str, dtype: str = "float32") -> Bench:
         folder = paths.checkpoint(name)
-        exact, same = load_model(folder, "float64", "cpu"), load_model(folder, "float32", "cpu")
+        exact, same = load_model(folder, "float64", "cpu"), load_model(folder, dtype, "cpu")
         mask = np.ones((ROWS, LENGTH), np.int32)
         mask[0, :PADDED] = 0
         ids = seeded(exact.config.vocab_size, ROWS, LENGTH).input_ids
         return cls(name, *oracle.load(folder), Inputs.of(ids, mask), exact, same)
 
-    def dump(self, faults: Sequence[Planted], dtype: str = "float32") -> dict[str, np.ndarray]:
-        i = self.inputs
-        return forward(self.weights, self.config, i.input_ids, i.attention_mask, i.position_ids, faults, dtype)
+    def dump(self, faults: Sequence[Planted], dtype: str | None = None) -> dict[str, np.ndarray]:
+        i, dtype = self.inputs, dtype or self.same.dtype
+        dump = forward(self.weights, self.config, i.input_ids, i.attention_mask, i.position_ids, faults, dtype)
+        return {key: value for key, value in dump.items() if key.count(".") < 2 or key.split(".")[-1] in self.shown}
+
+    @property
+    def partial(self) -> bool:
+        """Whether some stages are not dumped."""
+        return len(self.shown) < len(stages.LAYER_STAGES)
 
     def diagnose(self, dump: Mapping[str, np.ndarray]) -> Diagnosis:
         return diagnose(self.exact, self.same, self.inputs, dump)
@@ -192,7 +214,17 @@ def expected(bench: Bench, planted: Planted) -> tuple[str, Any, dict[str, Any]]:
 
 def matches(bench: Bench, planted: Planted, finding: Any) -> bool:
     name, layers, parameters = expected(bench, planted)
-    if finding.fault != name or (layers is not None and finding.layers != layers):
+    if bench.same.dtype == "bfloat16":
+        if name not in (finding.fault, *finding.alternatives) or not _where_it_shows(bench, planted, finding.layers):
+            return False
+        layers = None
+    if (
+        name != finding.fault
+        and not (name in finding.alternatives and bench.partial)
+        and bench.same.dtype != "bfloat16"
+    ):
+        return False
+    if layers is not None and finding.layers != layers:
         return False
     for key, value in parameters.items():
         given = finding.parameters.get(key)
@@ -206,8 +238,34 @@ def matches(bench: Bench, planted: Planted, finding: Any) -> bool:
     return True
 
 
+def local_effects(bench: Bench, planted: Planted) -> dict[int | None, float]:
+    """For each layer, and None for what is outside: how many budgets the mistake is at the stages that make it."""
+    wrong = bench.dump([planted], "float64")
+    if len(wrong) != len(bench.dump((), "float64")):
+        return {None: math.inf}
+    largest: dict[int | None, float] = {}
+    for site in localise(bench.exact, bench.same, bench.inputs, wrong).sites:
+        share = site.error / site.budget if site.budget else math.inf * bool(site.error)
+        largest[site.layer] = max(largest.get(site.layer, 0.0), share)
+    return largest
+
+
+def _where_it_shows(bench: Bench, planted: Planted, layers: Any) -> bool:
+    """Whether these are layers that the mistake was planted in, all those among them in which it counts."""
+    _, everywhere, _ = expected(bench, planted)
+    if everywhere is None or everywhere == ():
+        return everywhere is None or layers == ()
+    every = range(bench.exact.config.num_layers)
+    meant, named = (set(every if where == "all" else where) for where in (everywhere, layers))
+    counted = {layer for layer, share in local_effects(bench, planted).items() if share >= COUNTS and layer in meant}
+    return counted <= named <= meant
+
+
 def effect(bench: Bench, faults: Sequence[Planted]) -> float:
-    """The largest effect of the mistakes in float64, as a multiple of a stage's budget."""
+    """The largest effect of the mistakes in float64, as a multiple of a stage's budget; in bfloat16, where rounding
+    alone grows to several budgets on its way through the layers, where it is made."""
+    if bench.same.dtype == "bfloat16":
+        return max(share for fault in faults for share in local_effects(bench, fault).values())
     right, wrong = bench.dump((), "float64"), bench.dump(faults, "float64")
     if set(right) != set(wrong):
         return math.inf
@@ -234,6 +292,7 @@ class Tally:
     exact: int = 0
     uncounted: int = 0
     wrong_names: int = 0
+    mistaken: int = 0
 
 
 def run_case(bench: Bench, faults: Sequence[Planted], tally: Tally) -> None:
@@ -246,7 +305,7 @@ def run_case(bench: Bench, faults: Sequence[Planted], tally: Tally) -> None:
         tally.uncounted += 1
         wrong = [finding for finding in findings if not any(matches(bench, fault, finding) for fault in faults)]
         tally.wrong_names += len(wrong)
-        verdict = f"not counted: effect {size:.1g} budgets" + (f"; WRONG NAME {wrong[0].sentence}" if wrong else "")
+        verdict = f"not counted: effect {size:.2g} budgets" + (f"; WRONG NAME {wrong[0].sentence}" if wrong else "")
     else:
         tally.counted += 1
         tally.detected += bool(findings)
@@ -254,8 +313,9 @@ def run_case(bench: Bench, faults: Sequence[Planted], tally: Tally) -> None:
         extra = [f for f in findings if not any(matches(bench, fault, f) for fault in faults)]
         exact = all(found) and not extra
         tally.exact += exact
+        tally.mistaken += any(finding.fault != "unknown" for finding in extra)
         verdict = "exact" if exact else "NOT EXACT: " + "; ".join(f.sentence for f in findings)[:400]
-    print(f"{bench.name:24} {label:70} {seconds:5.1f} s  {verdict}", flush=True)
+    print(f"{bench.name:24} {bench.same.dtype:8} {label:70} {seconds:5.1f} s  {verdict}", flush=True)
 
 
 def _shown(fault: Planted) -> str:
@@ -275,30 +335,44 @@ def main() -> int:
         ids = seeded(288, 1, LENGTH).input_ids
         write_aprt(args.dump, forward(*oracle.load(folder), ids, faults=REAL_CASE), ids)
         return 0
-    single, stacked = Tally(), Tally()
+    single, narrow, stacked, partial = Tally(), Tally(), Tally(), Tally()
     benches = [Bench.of(name) for name in CONFIGS]
-    for bench in benches:
+    for bench, tally in [*((b, single) for b in benches), *((Bench.of(name, "bfloat16"), narrow) for name in CONFIGS)]:
         if not args.only:
-            run_case(bench, (), single)
+            run_case(bench, (), tally)
         for planted in singles(bench.exact.config.num_layers, bench.exact.config.head_dim):
             if args.only in planted.name:
-                run_case(bench, (planted,), single)
+                run_case(bench, (planted,), tally)
     if not args.only:
         for faults, bench in zip(stacks(args.stacked, args.seed), itertools.cycle(benches), strict=False):
             halved = any(fault.name == "rope-half-dims" for fault in faults)
             # Half of an odd number of pairs is no number of pairs.
             fitting = benches[0] if halved and bench.exact.config.head_dim % 4 else bench
             run_case(fitting, faults, stacked)
-    for label, tally, share in (("single", single, 0.95), ("stacked", stacked, 0.90)):
+        for label, shown in FUSED.items():
+            fused = dataclasses.replace(benches[0], name=label, shown=shown)
+            for planted in singles(fused.exact.config.num_layers, fused.exact.config.head_dim):
+                if planted.layers is None:
+                    run_case(fused, (planted,), partial)
+            for faults in stacks(STACKED_BEHIND_FUSED, args.seed + 1):
+                run_case(fused, faults, partial)
+    totals = (
+        ("single", single, 0.95),
+        ("single, bfloat16", narrow, 0.95),
+        ("stacked", stacked, 0.90),
+        ("fused", partial, 0.90),
+    )
+    for label, tally, share in totals:
         print(
             f"{label}: {tally.counted} counted, {tally.detected} detected, {tally.exact} named exactly"
             f" (at least {share:.0%} needed); {tally.uncounted} not counted, {tally.wrong_names} wrong names there"
         )
+    print(f"fused: {partial.mistaken} taken for another mistake")
     good = all(
         tally.detected == tally.counted and tally.exact >= share * tally.counted and not tally.wrong_names
-        for tally, share in ((single, 0.95), (stacked, 0.90))
+        for _, tally, share in totals
     )
-    return 0 if good else 1
+    return 0 if good and not partial.mistaken else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest
 
-from apr_jax import golden
+from apr_jax import golden, inputs, rows
 from tests import paths
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
@@ -106,6 +106,38 @@ class GoldenCommandTest(absltest.TestCase):
         self.ran(SAMPLE, "-o", path, "--input-ids", ids, "--force")
         self.assertNotIn("loss_nats", safetensors.numpy.load_file(path), "a single token predicts nothing")
 
+    def test_inputs_are_exported_as_plain_files_and_taken_back(self):
+        folder = self.folder / "inputs"
+        self.assertIn("1 x 64 positions", self.ran(SAMPLE, "--export-inputs", folder).stdout)
+        raw = np.fromfile(folder / "input_ids.1x64.i32", "<i4")
+        np.testing.assert_array_equal(raw[None], inputs.seeded(288, 1, 64).input_ids)
+        np.testing.assert_array_equal(np.fromfile(folder / "position_ids.1x64.i64", "<i8"), np.arange(64))
+        self.assertEqual(json.loads((folder / "inputs.json").read_text())["input_ids"], [raw.tolist()])
+        self.assertIn("output exists", self.ran(SAMPLE, "--export-inputs", folder, code=2).stderr)
+        self.ran(SAMPLE, "--export-inputs", folder, "--input-ids", paths.golden("gqa_tied_bf16"), "--force")
+        path = self.folder / "g.safetensors"
+        self.ran(SAMPLE, "-o", path, "--input-ids", folder)
+        expected = golden.read(paths.golden("gqa_tied_bf16")).inputs
+        found = golden.read(path).inputs
+        np.testing.assert_array_equal(found.input_ids, expected.input_ids)
+        np.testing.assert_array_equal(found.positions(), expected.positions())
+
+    def test_a_golden_file_of_some_positions_is_checked_at_these(self):
+        whole = golden.read(paths.golden("gqa_tied_bf16"))
+        positions = [3, 20]
+        columns = rows.find_columns(positions, whole.inputs)
+        arrays = {key: rows.gather(key, value, columns) for key, value in whole.values.items()}
+        given = {name: getattr(whole.inputs, name) for name in ("input_ids", "attention_mask", "position_ids")}
+        arrays |= given | {"positions": np.array(positions, np.int32)}
+        path = self.folder / "steps.safetensors"
+        safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path, dict(whole.metadata))
+        result = json.loads(self.ran(SAMPLE, "--check", path, "--json").stdout)
+        logits = next(tensor for tensor in result["tensors"] if tensor["key"] == "logits")
+        self.assertEqual((result["within"], logits["elements"]), (True, 2 * len(whole.inputs.input_ids) * 288))
+        arrays["logits"] = np.ascontiguousarray(arrays["logits"][:, ::-1])
+        safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, path, dict(whole.metadata))
+        self.ran(SAMPLE, "--check", path, code=1)
+
     def test_mistakes_are_one_line_with_their_exit_code(self):
         other = self.folder / "x.safetensors"
         safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, other)
@@ -114,6 +146,7 @@ class GoldenCommandTest(absltest.TestCase):
             ((SAMPLE, "-o", self.folder / "g", "--check", "g"), 2),
             ((SAMPLE, "--check", "g", "--trace"), 2),
             ((SAMPLE, "-o", f"{self.folder}/dump/"), 2),
+            ((SAMPLE, "--export-inputs", self.folder / "in", "--trace"), 2),
             ((self.folder / "none", "-o", self.folder / "g"), 3),
             ((SAMPLE, "--check", self.folder / "none"), 3),
             ((SAMPLE, "--check", SAMPLE / "tokenizer.json"), 4),

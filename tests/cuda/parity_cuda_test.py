@@ -1,21 +1,33 @@
-"""Parity on an NVIDIA GPU: float32 and bfloat16 are rounding, TF32 is named; --half-billion for the true 0.5B shape."""
+"""Parity on an NVIDIA GPU: float32 and bfloat16 are rounding, TF32 is named.
 
+python tests/cuda/parity_cuda_test.py --half-billion [RESULTS.json]      # the same at the true 0.5B shape
+"""
+
+import dataclasses
+import itertools
+import json
+import os
 import pathlib
+import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 from absl.testing import absltest, parameterized
 
-from apr_jax.explain import diagnose
+from apr_jax import explain, sample
 from apr_jax.golden import stored
 from apr_jax.inputs import seeded
 from apr_jax.model import load_model
 from apr_jax.modeling import OPS, TF32_OPS
 from tests import paths
+from tests.battery import clean_runs
 
 
 def cuda_devices() -> list[jax.Device]:
@@ -30,7 +42,7 @@ def examine(folder, dtype, ops, batch, length):
     exact, same = load_model(folder, "float64", "cpu"), load_model(folder, dtype, "cpu")
     inputs = seeded(exact.config.vocab_size, batch, length)
     theirs = stored(load_model(folder, dtype, "cuda", ops).trace(inputs))
-    return diagnose(exact, same, inputs, theirs)
+    return explain.diagnose(exact, same, inputs, theirs)
 
 
 def worst(diagnosis):
@@ -56,28 +68,73 @@ class ParityCudaTest(parameterized.TestCase):
             print(f"{name}, TF32: {finding.sentence}")
         self.assertEqual({finding.fault for finding in diagnosis.findings}, {"tf32-dots"})
 
+    def test_no_clean_run_of_any_checkpoint_batch_or_dtype_has_a_finding(self):
+        self.assertEqual(clean_runs.main(["--sides", "CUDA"]), 0)
 
-def half_billion() -> None:
-    """The 0.5B shape with Qwen2.5's statistics, 2 x 512 positions."""
-    from apr_jax.sample import write_sample
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch, "hf")
-        write_sample("qwen2_0.5b", folder)
-        for label, dtype, ops in (
-            ("float32", "float32", OPS),
-            ("TF32", "float32", TF32_OPS),
-            ("bfloat16", "bfloat16", OPS),
-        ):
-            started = time.perf_counter()
-            diagnosis = examine(folder, dtype, ops, 2, 512)
-            print(f"0.5B, 2 x 512, {label}: {time.perf_counter() - started:.0f} s; {worst(diagnosis)}", flush=True)
-            for finding in diagnosis.findings:
-                print(f"  {finding.sentence}", flush=True)
+RUNS = (("float32", "float32", OPS), ("TF32", "float32", TF32_OPS), ("bfloat16", "bfloat16", OPS))
+
+
+def half_billion(
+    results: pathlib.Path | None, chosen: Sequence[str], layers: int = 24, length: int = 512, device: str = "cuda"
+) -> None:
+    """The 0.5B shape with Qwen2.5's statistics, 2 x 512 positions: figures as they come, and as JSON into a file."""
+    name, report = (
+        "qwen2_0.5b",
+        {"jax": jax.__version__, "device": str(jax.devices(device)[0]), "cores": os.cpu_count()},
+    )
+    base = sample.SAMPLES[name]
+    shape = dataclasses.replace(base, config=dataclasses.replace(base.config, num_layers=layers), tokenizer="small")
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(sample.SAMPLES, {name: shape}):
+        folder, started = pathlib.Path(scratch, "hf"), time.perf_counter()
+        sample.write_sample(name, folder)
+        exact = load_model(folder, "float64", "cpu")
+        report["made_and_loaded_s"] = round(time.perf_counter() - started, 1)
+        print(f"0.5B made and loaded in float64: {report['made_and_loaded_s']} s", flush=True)
+        inputs = seeded(exact.config.vocab_size, 2, length)
+        for label, dtype, ops in (run for run in RUNS if run[0] in chosen or not chosen):
+            report[label] = one_run(folder, exact, inputs, dtype, device, ops)
+            print(f"0.5B, 2 x {length}, {label}: {json.dumps(report[label], indent=1)}", flush=True)
+            if results:
+                results.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def one_run(folder, exact, inputs, dtype, device, ops) -> dict[str, Any]:
+    """Traces on the device and diagnoses; returns what it took and what was found."""
+    clock = {"started": time.perf_counter()}
+    theirs = stored(load_model(folder, dtype, device, ops).trace(inputs))
+    clock["traced"] = time.perf_counter()
+    same = load_model(folder, dtype, "cpu")
+    clock["loaded"] = time.perf_counter()
+    with mock.patch.object(explain, "localise", stopped(explain.localise, clock)):
+        diagnosis = explain.diagnose(exact, same, inputs, theirs)
+    clock["explained"] = time.perf_counter()
+    marks = ("started", "traced", "loaded", "localising", "localised", "explained")
+    return {
+        "seconds": {b: round(clock[b] - clock[a], 1) for a, b in itertools.pairwise(marks)},
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+        "worst": worst(diagnosis),
+        "wrong_stages": sum(site.wrong for site in diagnosis.localisation.sites),
+        "findings": [finding.sentence for finding in diagnosis.findings],
+        "alternatives": [list(finding.alternatives) for finding in diagnosis.findings],
+    }
+
+
+def stopped(function, clock):
+    """Notes when a function begins and ends: before it layouts and the order of layers, behind it the explanation."""
+
+    def run(*args):
+        clock["localising"] = time.perf_counter()
+        result = function(*args)
+        clock["localised"] = time.perf_counter()
+        return result
+
+    return run
 
 
 if __name__ == "__main__":
     if "--half-billion" in sys.argv:
-        half_billion()
+        named = sys.argv[sys.argv.index("--half-billion") + 1 :]
+        half_billion(pathlib.Path(named[0]) if named else None, named[1:])
     else:
         absltest.main()

@@ -1,0 +1,224 @@
+"""Dumps of some positions only: decoding steps, or the logits of the last token.
+
+Their values are rows [B, R, ...] (attention stages [B, N, R, T]: every row has all keys). `columns` [B, R] say where in
+the batch the rows stand. To be judged they are completed to the whole length: what the other side did not dump is ours,
+so that its rows are computed from its own values at the dumped positions and from right ones before them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from apr_jax import stages
+from apr_jax.inputs import Inputs
+from converters import strict_json
+from converters.errors import MissingFileError, RefusedError, UsageError
+from converters.qwen2 import Qwen2Config
+
+_MAX_BYTES = 64 << 20
+_ATTENTION = ("attn_scores", "attn_softmax")
+
+Positions = Sequence[int] | Sequence[Sequence[int]]
+"""Positions of the dumped rows: one list for all rows of the batch, or one for each."""
+
+
+def parse(text: str) -> Positions:
+    """Reads what `--positions` says: "64-71", "0,64-71" (both ends included), or the name of a JSON file.
+
+    Raises:
+      MissingFileError: It is no list, and no such file exists.
+      BrokenContainerError: The file is not JSON.
+      UsageError: A range that goes backwards, or a file that holds something else.
+    """
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        return from_json(text)
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise UsageError("a range of positions goes backwards", code="positions", found=text, expected="such as 64-71")
+    return found
+
+
+def from_json(path: str | os.PathLike[str]) -> Positions:
+    """Reads a JSON list of positions, or a list of such lists, one for each row of the batch."""
+    try:
+        data = pathlib.Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise MissingFileError(
+            "neither a list of positions nor a file", code="positions", file=path, expected="64-71, or a JSON file"
+        ) from None
+    return checked(strict_json.loads(data, what="positions", max_bytes=_MAX_BYTES, file=os.fspath(path)), path)
+
+
+def checked(value: object, file: str | os.PathLike[str]) -> Positions:
+    """Returns `value` if it is a list of positions, or of such lists; else raises UsageError."""
+    lists = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
+    if all(isinstance(one, list) and one and all(type(position) is int for position in one) for one in lists):
+        return value  # type: ignore[return-value]
+    raise UsageError("not a list of positions", code="positions", file=file, expected="such as [64, 65, 66]")
+
+
+def find_columns(positions: Positions, inputs: Inputs) -> np.ndarray:
+    """Returns the columns of the batch at which each of its rows has these positions, int [B, R].
+
+    Raises:
+      UsageError: A position that a row does not have; positions that do not rise; lists of unequal length.
+    """
+    batch = len(inputs.input_ids)
+    same = [position for position in positions if isinstance(position, int)]
+    given = [list(one) for one in positions if isinstance(one, Sequence)] or [same] * batch
+    if len(given) != batch or len({len(one) for one in given}) != 1:
+        raise UsageError(
+            "the positions do not fit the batch",
+            code="positions",
+            found=f"{len(given)} lists of {sorted({len(one) for one in given})} positions",
+            expected=f"one list for all rows, or {batch} of the same length",
+        )
+    columns = []
+    for row, (wanted, known) in enumerate(zip(given, inputs.positions(), strict=True)):
+        where = {int(position): column for column, position in enumerate(known) if position >= 0}
+        strange = [position for position in wanted if position not in where]
+        if strange or any(second <= first for first, second in itertools.pairwise(wanted)):
+            raise UsageError(
+                f"not positions of the tokens in row {row}, rising",
+                code="positions",
+                found=(strange or wanted)[:8],
+                expected=f"of {min(where)} to {max(where)}",
+            )
+        columns.append([where[position] for position in wanted])
+    return np.array(columns)
+
+
+def last_columns(inputs: Inputs) -> np.ndarray:
+    """Returns the column of the last token of each row, int [B, 1]."""
+    return np.where(inputs.attention_mask == 1, np.arange(inputs.input_ids.shape[1]), -1).max(axis=1)[:, None]
+
+
+def shown(inputs: Inputs, columns: np.ndarray) -> str:
+    """Returns the positions at `columns` as text, in ranges: "64-71"."""
+    positions = sorted(set(np.take_along_axis(inputs.positions(), columns, axis=1).ravel().tolist()) - {-1})
+    ranges: list[list[int]] = []
+    for position in positions:
+        if ranges and position == ranges[-1][1] + 1:
+            ranges[-1][1] = position
+        else:
+            ranges.append([position, position])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
+
+
+def axis_of(key: str) -> int:
+    """Returns the axis of a stage's values that runs over positions, batch axis counted."""
+    return 2 if stages.stage_of(key) in _ATTENTION else 1
+
+
+def columns_of(key: str, count: int, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray | None:
+    """Returns the columns that `count` rows of a stage stand for; None if they are all there, or fit nothing."""
+    if count == inputs.input_ids.shape[1]:
+        return None
+    if columns is not None and count == columns.shape[1]:
+        return columns
+    return last_columns(inputs) if key == stages.LOGITS and count == 1 else None
+
+
+def fit(
+    config: Qwen2Config,
+    key: str,
+    size: int,
+    inputs: Inputs,
+    columns: np.ndarray | None,
+    file: str | os.PathLike[str],
+) -> tuple[int, ...]:
+    """Returns the shape [B, T or R, ...] of a stage of which a file holds `size` elements.
+
+    Raises:
+      RefusedError: Neither all positions, nor those at `columns`, nor the last token's logits have that many.
+    """
+    batch, length = inputs.input_ids.shape
+    counts = [length, *([] if columns is None else [columns.shape[1]]), *([1] if key == stages.LOGITS else [])]
+    whole, axis = (batch, *stages.shape(config, stages.stage_of(key), length)), axis_of(key)
+    shapes = [(*whole[:axis], count, *whole[axis + 1 :]) for count in counts]
+    for shape in shapes:
+        if math.prod(shape) == size:
+            return shape
+    raise RefusedError(
+        "the number of elements does not fit this model and these tokens",
+        code="dump-size",
+        file=file,
+        tensor=key,
+        found=size,
+        expected=" or ".join(f"{math.prod(shape)}, that is {list(shape)}" for shape in dict.fromkeys(shapes)),
+        hint=None if columns is not None else "If it holds some positions only, say which with --positions.",
+    )
+
+
+def gather(key: str, values: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
+    """Returns the rows of a stage's whole values [B, T, ...], or of a mask of them, that stand at `columns`.
+
+    Values that are such rows already are returned as they are, and so is everything without `columns`.
+    """
+    if columns is None or values.shape[axis_of(key)] == columns.shape[1]:
+        return values
+    index = columns[:, None, :, None] if axis_of(key) == 2 else columns[..., *([None] * (values.ndim - 2))]
+    return np.take_along_axis(values, index, axis=axis_of(key))
+
+
+def scatter(key: str, whole: np.ndarray, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Returns `whole` [B, T, ...] with rows [B, R, ...] put in at `columns`, in their dtype."""
+    made = whole.astype(values.dtype)
+    index = columns[:, None, :, None] if axis_of(key) == 2 else columns[..., *([None] * (values.ndim - 2))]
+    np.put_along_axis(made, index, values, axis=axis_of(key))
+    return made
+
+
+def complete(
+    theirs: Mapping[str, np.ndarray],
+    inputs: Inputs,
+    columns: np.ndarray | None,
+    ours: Callable[[], Mapping[str, np.ndarray]],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Completes a dump to the whole length.
+
+    Args:
+      theirs: Trace key -> rows.
+      inputs: The batch.
+      columns: Which columns the rows of a partial dump stand for, [B, R].
+      ours: Gives a trace for what the other side did not dump; called only if something is missing. Logits are no
+        stage's input: what is missing of them is zero.
+
+    Returns:
+      Trace key -> values [B, T, ...], and for those that were completed the columns that are the other side's.
+    """
+    counts = {key: value.shape[axis_of(key)] for key, value in theirs.items()}
+    parts = {key: columns_of(key, count, inputs, columns) for key, count in counts.items()}
+    missing = {key: part for key, part in parts.items() if part is not None}
+    trace = ours() if missing.keys() - {stages.LOGITS} else {}
+    whole = dict(theirs)
+    for key, part in missing.items():
+        values = theirs[key]
+        shape = list(values.shape)
+        shape[axis_of(key)] = inputs.input_ids.shape[1]
+        base = trace[key] if key in trace and key != stages.LOGITS else np.zeros(shape, values.dtype)
+        whole[key] = scatter(key, base, values, part)
+    return whole, missing
+
+
+def tokens(inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
+    """Returns which positions hold a token and are the other side's, bool [B, T]."""
+    real = inputs.attention_mask == 1
+    if columns is None:
+        return real
+    dumped = np.zeros_like(real)
+    np.put_along_axis(dumped, columns, True, axis=1)
+    return real & dumped

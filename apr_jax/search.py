@@ -1,0 +1,266 @@
+"""The search for the mistakes behind one wrong stage.
+
+Most hypotheses are wrong, and a few positions show it: each is judged on a sample first, and only what survives on all
+positions. A mistake that explained the same stage of another layer is tried before anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from apr_jax import rows
+from apr_jax.compare import compared_positions
+from apr_jax.gaps import hypotheses
+from apr_jax.hypotheses import Mistakes, Question
+from apr_jax.localise import Localisation, Site, budgets, row_norms
+from apr_jax.mistakes import DOTS, drift, touches, under
+from apr_jax.scene import Scene, split
+
+_SLACK = 1.5
+"""A hypothesis may be this much farther off than a right stage: the mistake's own rounding is not ours."""
+_SURE = 1.0
+"""What explained another layer is taken at once where it leaves no more than a right stage may be off."""
+_SAMPLED = 3.0
+"""How much farther off a sample of the positions may be than all of them."""
+_STEPPED = ("bf16-accumulation", "activations-quantised", "tf32-dots")
+_CHAOTIC = 0.1
+"""What sums in bf16 and activations in int8 may leave unexplained: a rounding that falls the other way moves a whole
+step, so that such mistakes are told by most values, not by all. So it is with TF32 where what is rounded was not dumped
+and is known nearly; elsewhere it has to fit and to leave no more than this."""
+_BETTER = 0.7
+"""What a hypothesis leaves at most of the difference that it is to explain."""
+
+_MOST_POSITIONS, _FEWEST_POSITIONS = 32, 8
+_SAMPLE_ELEMENTS = 1 << 21
+_PRECISIONS = {(mistake,) for mistake, _ in DOTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The mistakes that explain a stage.
+
+    Attributes:
+      mistakes: What was made.
+      error: |theirs - the stage with these mistakes|.
+      alternatives: Names of other mistakes that give the same values.
+    """
+
+    mistakes: Mistakes
+    error: float
+    alternatives: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Known:
+    """What explained the stages before.
+
+    Attributes:
+      answers: By stage name, the answers that a search among all hypotheses gave.
+    """
+
+    answers: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
+
+    def at(self, stage: str) -> list[Answer]:
+        """Returns what explained this stage in other layers, the last first."""
+        return self.answers.get(stage, [])[::-1]
+
+    def blames_precision(self, mistakes: Mistakes) -> bool:
+        """Whether another stage was explained by the same way of multiplying: that concerns all products."""
+        return mistakes in _PRECISIONS and any(a.mistakes == mistakes for found in self.answers.values() for a in found)
+
+    def add(self, stage: str, answer: Answer) -> None:
+        """Keeps an answer."""
+        self.answers.setdefault(stage, []).append(answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How well a hypothesis reproduces their values.
+
+    Attributes:
+      error: |theirs - value| over what is compared.
+      budget: What that may be.
+      worst: The largest error of a position over that position's budget.
+    """
+
+    error: float
+    budget: float
+    worst: float
+
+    def within(self, slack: float) -> bool:
+        """Whether what is left is rounding."""
+        return self.error <= slack * self.budget and self.worst <= 2 * slack
+
+
+class _Look:
+    """One stage's values at the positions of a scene, ready to judge hypotheses with.
+
+    Attributes:
+      scene: The scene.
+      theirs: Their values, float64.
+      before: How well the right values fit.
+    """
+
+    def __init__(self, scene: Scene, site: Site, located: Localisation):
+        self.scene, self._site, self._dtype = scene, site, located.dtype
+        self.theirs = scene.look(site.stage, located.theirs[site.key])
+        columns, axis = scene.columns(), rows.axis_of(site.key)
+        mask = compared_positions(site.key, scene.inputs, located.theirs[site.key].shape)
+        counted = rows.tokens(scene.inputs, located.columns.get(site.key))[:, columns]
+        self._mask = mask.take(columns, axis) & (counted[:, None, :, None] if axis == 2 else counted)
+        self._positions = scene.positions()
+        reference = scene.look(site.stage, located.reference[site.key])
+        self._norm = float(np.linalg.norm(row_norms(reference, self._mask)))
+        self.before = self.fit(reference)
+
+    def fit(self, value: np.ndarray, drift: float = 0.0) -> Fit:
+        """Judges values as a right stage's are: by our own error there, carried over to the size of these.
+
+        Args:
+          value: The values, at the scene's positions.
+          drift: What the mistake's own way of adding may move a position by, relative to it, beside the budget.
+        """
+        with np.errstate(all="ignore"):
+            error = row_norms(self.theirs - value, self._mask)
+            size = row_norms(value, self._mask)
+            if not np.isfinite(error).all():
+                return Fit(math.inf, 0.0, math.inf)
+            scale = max(1.0, float(np.linalg.norm(size)) / max(self._norm, 1e-300))
+            own = size * (scale * self._site.own / self._site.norm if self._site.norm else 0.0)
+            budget, each = budgets(self._site.key, self._dtype, own, size, self._positions)
+            worst = float(np.where(error > 0, error / (each + drift * size), 0.0).max())
+        return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst)
+
+    def judge(self, mistakes: Mistakes) -> Fit:
+        """Judges a hypothesis."""
+        return self.fit(
+            under(self.scene, mistakes).compute(self._site.key), drift(mistakes, self.scene, self._site.key)
+        )
+
+
+class Search:
+    """The search at one stage.
+
+    Attributes:
+      closest: Names of the hypothesis that came nearest without explaining it, and what share of the difference it
+        leaves; None before `run`.
+    """
+
+    def __init__(self, scene: Scene, site: Site, located: Localisation):
+        self.site, self.located = site, located
+        self.closest: tuple[str, float] | None = None
+        self._left: dict[Mistakes, float] = {}
+        self._scene = dataclasses.replace(scene, memo={})
+
+    def replay(self, known: Known) -> Answer | None:
+        """Tries what explained the same stage in other layers; None if nothing of it surely explains this one."""
+        for answer in known.at(self.site.stage):
+            fit = self._judge(answer.mistakes)
+            if fit is not None and fit.within(_SURE):
+                return dataclasses.replace(answer, error=fit.error)
+        return None
+
+    def run(self, known: Known) -> Answer | None:
+        """Looks among all hypotheses, and keeps what it finds in `known`; None if nothing explains the stage."""
+        accepted: list[tuple[Mistakes, Fit]] = []
+        for mistakes in hypotheses(self._question(), self._left):
+            if accepted and len(mistakes) > len(accepted[0][0]):
+                break
+            if not mistakes or (fit := self._judge(mistakes)) is None:
+                continue
+            accepted.append((mistakes, fit))
+            if fit.within(_SURE) and known.blames_precision(mistakes):
+                break
+        if not accepted:
+            return None
+        answer = self._choose(accepted)
+        known.add(self.site.stage, answer)
+        return answer
+
+    def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
+        """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, the one before."""
+        nodes = self._scene.undumped(split(self.site.key))
+        made = {}
+        for mistake in mistakes:
+            where = touches(mistake, self._scene)
+            made[mistake.name] = tuple(sorted({layer for layer, stage in nodes if stage in where and layer >= 0}))
+        return made
+
+    def permuted(self) -> np.ndarray | None:
+        """Returns which column each position's values belong to, [B, T], if right values stand at wrong positions."""
+        theirs, right = self._all.theirs, self.located.reference[self.site.key]
+        if theirs.ndim != 3 or theirs.shape != right.shape or not np.isfinite(theirs).all():
+            return None
+        squares = (right * right).sum(axis=-1)
+        nearest = np.argmin(squares[:, None, :] - 2 * theirs @ right.swapaxes(1, 2), axis=-1)
+        moved = np.take_along_axis(right, nearest[..., None], axis=1)
+        fit = self._all.fit(moved)
+        return nearest if fit.within(_SLACK) and fit.error <= _CHAOTIC * self._all.before.error else None
+
+    def _question(self) -> Question:
+        key = self.site.key
+        theirs, right = self.located.theirs[key], self.located.reference[key]
+        tokens = rows.tokens(self._scene.inputs, self.located.columns.get(key))
+        return Question(self._scene, self._some.scene, key, theirs, right, tokens, dtype=self.located.dtype)
+
+    def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]]) -> Answer:
+        """The first that is about as near as the nearest; the others of its kind are alternatives."""
+        pairs = [(mistakes, fit.error) for mistakes, fit in accepted]
+        least, budget = min(error for _, error in pairs), self.site.budget
+        chosen, error = next(pair for pair in pairs if pair[1] <= 2 * least + 0.5 * budget)
+        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * budget}
+        return Answer(chosen, error, tuple(sorted(others - {names(chosen)})))
+
+    def _judge(self, mistakes: Mistakes) -> Fit | None:
+        """Returns how well a hypothesis fits if it explains the stage: on a sample, then on everything."""
+        sampled = self._some.judge(mistakes)
+        left = sampled.error / self._some.before.error if self._some.before.error else math.inf
+        self._left[mistakes] = left
+        if math.isfinite(left) and (self.closest is None or left < self.closest[1]):
+            self.closest = names(mistakes), left
+        if not self._explains(mistakes, sampled, self._some, _SAMPLED):
+            return None
+        fit = self._all.judge(mistakes)
+        return fit if self._explains(mistakes, fit, self._all, 1.0) else None
+
+    def _explains(self, mistakes: Mistakes, fit: Fit, look: _Look, leniency: float) -> bool:
+        # A stage that single positions give away need not come nearer as a whole.
+        single = look.before.error <= look.before.budget and fit.worst <= leniency * _BETTER * look.before.worst
+        near = fit.within(leniency * _SLACK) and (single or fit.error <= leniency * _BETTER * look.before.error)
+        rest = tuple(mistake for mistake in mistakes if mistake.name not in _STEPPED)
+        tf32 = any(mistake.name == "tf32-dots" for mistake in mistakes)
+        if len(rest) == len(mistakes) or (near and not tf32):
+            return near
+        if not near and tf32 and not self._composed:
+            return False
+        # Of what the other mistakes leave, not of the whole: else any step would do beside a large mistake.
+        without = look.judge(rest) if rest else look.before
+        return fit.error <= leniency * _CHAOTIC * without.error
+
+    @functools.cached_property
+    def _composed(self) -> bool:
+        """Whether the stage is computed over others that were not dumped: what is rounded is then known but nearly."""
+        return len(self._scene.undumped(split(self.site.key))) > 1
+
+    @functools.cached_property
+    def _all(self) -> _Look:
+        return _Look(self._scene, self.site, self.located)
+
+    @functools.cached_property
+    def _some(self) -> _Look:
+        columns = np.flatnonzero(rows.tokens(self._scene.inputs, self.located.columns.get(self.site.key)).any(axis=0))
+        shape = self.located.theirs[self.site.key].shape
+        per_position = max(1, math.prod(shape) // shape[rows.axis_of(self.site.key)])
+        count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
+        chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
+        return _Look(dataclasses.replace(self._scene, rows=columns[chosen]), self.site, self.located)
+
+
+def names(mistakes: Mistakes) -> str:
+    """The names of some mistakes in a phrase."""
+    return " and ".join(sorted({mistake.name for mistake in mistakes}))

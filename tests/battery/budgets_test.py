@@ -1,0 +1,90 @@
+"""Budgets bite and transfer, on a small part of what `make parity-budgets` sweeps."""
+
+import contextlib
+import io
+import pathlib
+import sys
+import tempfile
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from absl.testing import absltest
+
+from apr_jax import hf_reference, localise, stages
+from apr_jax.model import load_model
+from tests.battery import budgets
+
+WIDTH, LENGTH, SEED = 64, 40, 0
+
+
+def sweep() -> tuple[dict[tuple[str, str], budgets.Tally], str]:
+    """One width, length, scale and seed, without HuggingFace; returns what was seen and the table."""
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+        mock.patch.object(budgets, "LENGTHS", (LENGTH,)),
+        mock.patch.object(budgets, "SCALES", (3.0,)),
+        mock.patch.object(hf_reference, "available", return_value=False),
+    ):
+        tallies = budgets.sweep([WIDTH], 1)
+        budgets.report(tallies)
+    return tallies, printed.getvalue()
+
+
+class BudgetsTest(absltest.TestCase):
+    def test_every_class_holds_a_right_program_and_flags_three_times_its_budget_in_both_dtypes(self):
+        tallies, printed = sweep()
+        self.assertEqual(set(tallies), {(name, dtype) for name in localise.FACTORS for dtype in budgets.DTYPES})
+        self.assertEqual(sum(tally.stages for tally in tallies.values()), 2 * 37)
+        for key, tally in tallies.items():
+            self.assertEqual((key, tally.beyond, tally.missed), (key, [], []))
+            self.assertEqual(tally.disturbed, 2 * tally.stages)
+            self.assertLess(tally.share, 0.6, key)
+        self.assertNotIn("WRONG", printed)
+
+    def test_constants_that_are_too_small_or_too_large_are_told(self):
+        with mock.patch.dict(localise.FACTORS, {"product": 0.5}):
+            tallies, printed = sweep()
+        self.assertNotEmpty(tallies["product", "float32"].beyond)
+        self.assertIn("WRONG: width 64, length 40, scale 3.0, seed 0, NumPy float32, stage.", printed)
+        with mock.patch.object(budgets, "DISTURBANCE", 0.3):
+            tallies, printed = sweep()
+        for key, tally in tallies.items():
+            self.assertNotEmpty(tally.missed, key)
+        self.assertIn("WRONG", printed)
+
+    def test_a_disturbance_that_the_engine_goes_on_with_is_flagged_at_its_own_stage_alone(self):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = pathlib.Path(scratch)
+            budgets.write_checkpoint(folder, WIDTH, 1.0, SEED)
+            exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
+        inputs = budgets.batch(LENGTH, SEED)
+        clean = same.trace(inputs)
+        sites = {site.key: site for site in localise.localise(exact, same, inputs, clean).sites}
+        generator = np.random.default_rng(SEED)
+        for stage in ("attn_norm", "qkv_matmul", "k_post_rope", "attn_scores", "attn_softmax", "ffn_silu", "ffn_out"):
+            key = stages.layer_key(0, stage)
+            noise = budgets.disturbances(sites[key], clean[key], inputs, "float32", generator)
+            for where, disturbed in noise:
+                dump = gone_on_with(same, inputs, clean, key, disturbed)
+                wrong = [site.key for site in localise.localise(exact, same, inputs, dump).sites if site.wrong]
+                self.assertEqual(wrong, [key], where)
+
+
+def gone_on_with(model, inputs, clean, key, value):
+    """The dump of an engine that computes `value` at `key` and everything behind it from that."""
+    dump = dict(clean) | {key: value}
+    behind = list(clean)[list(clean).index(key) + 1 :]
+    while True:
+        recomputed = model.trace(inputs, force={k: x for k, x in dump.items() if k != stages.LOGITS})
+        settled = all(np.array_equal(dump[k], recomputed[k]) for k in behind)
+        dump |= {k: recomputed[k] for k in behind}
+        if settled:
+            return dump
+
+
+if __name__ == "__main__":
+    absltest.main()

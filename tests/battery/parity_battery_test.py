@@ -1,0 +1,74 @@
+"""The battery's own rules, and mistakes in an engine that declares bfloat16."""
+
+import dataclasses
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from absl.testing import absltest, parameterized
+
+from tests.battery import parity_battery
+from tests.battery.faulty_forward import Planted
+from tests.battery.parity_battery import Bench, matches
+
+CASES = {
+    "relabelled": Planted(
+        "weights-relabelled", None, {"tensor": "self_attn.v_proj.weight", "direction": "f16-as-bf16"}
+    ),
+    "other_layer": Planted("weights-from-another-layer", (0,), {"tensor": "self_attn.k_proj.weight", "layer": 1}),
+    "cache": Planted("cache-position", None, {"shift": -1, "prefill": 40, "side": "read"}),
+    "eps": Planted("rms-norm-eps", None, {"eps": 1e-4}),
+}
+
+
+@dataclasses.dataclass
+class Found:
+    """What `matches` looks at of a finding."""
+
+    fault: str
+    layers: tuple[int, ...] | str
+    parameters: dict[str, float]
+    alternatives: tuple[str, ...] = ()
+
+
+class Bfloat16Test(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.bench = Bench.of("gqa_tied_bf16", "bfloat16")
+
+    @parameterized.parameters(list(CASES))
+    def test_a_mistake_is_named_and_the_rounding_of_results_to_bfloat16_is_none(self, case):
+        findings = self.bench.diagnose(self.bench.dump([CASES[case]])).findings
+        sentences = [finding.sentence for finding in findings]
+        self.assertEqual([finding.fault for finding in findings], [CASES[case].name], sentences)
+        self.assertTrue(matches(self.bench, CASES[case], findings[0]), sentences)
+
+    def test_it_has_to_be_named_in_the_layers_where_it_counts_and_in_none_where_it_is_not(self):
+        everywhere = Planted("rms-norm-eps", None, {"eps": 1e-4})
+        effects = parity_battery.local_effects(self.bench, everywhere)
+        self.assertGreater(effects[0], parity_battery.COUNTS)
+        self.assertLess(effects[1], parity_battery.COUNTS)
+        for planted, layers, expected in (
+            (everywhere, "all", True),
+            (everywhere, (0,), True),
+            (everywhere, (1,), False),
+            (Planted("rms-norm-eps", (0,), {"eps": 1e-4}), "all", False),
+        ):
+            found = Found("rms-norm-eps", layers, {"eps": 1e-4})
+            self.assertEqual(matches(self.bench, planted, found), expected, (planted, layers))
+
+    def test_an_alternative_counts_in_bfloat16_and_layers_and_names_are_strict_in_float32(self):
+        planted = Planted("activation-gelu-tanh")
+        either = Found("activation-gelu", "all", {}, alternatives=("activation-gelu-tanh",))
+        self.assertTrue(matches(self.bench, planted, either))
+        self.assertFalse(matches(self.bench, Planted("activation-relu"), either))
+        exact = Bench.of("gqa_tied_bf16")
+        self.assertFalse(matches(exact, planted, either))
+        self.assertTrue(matches(exact, planted, Found("activation-gelu-tanh", "all", {})))
+        self.assertFalse(matches(exact, planted, Found("activation-gelu-tanh", (0,), {})))
+
+
+if __name__ == "__main__":
+    absltest.main()
