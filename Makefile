@@ -31,7 +31,7 @@ demo: $(VENV)/installed
 	$(BIN)/python tools/golden.py $(OUT)/model.apr --check $(GOLDEN)
 
 test: lint
-	$(BIN)/python -m pytest tests --ignore=tests/reference --ignore=tests/cuda
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore=tests/reference --ignore=tests/cuda
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

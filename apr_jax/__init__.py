@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apr_jax.generation import Generator as Generator
+    from apr_jax.generation import load_generator as load_generator
     from apr_jax.inputs import Inputs as Inputs
     from apr_jax.model import LanguageModel as LanguageModel
     from apr_jax.model import load_model as load_model
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 # PEP 562: `import apr_jax` costs nothing, jax is imported when something that needs it is asked for.
 _HOMES = {
+    "Generator": "apr_jax.generation",
+    "load_generator": "apr_jax.generation",
     "Inputs": "apr_jax.inputs",
     "LanguageModel": "apr_jax.model",
     "load_model": "apr_jax.model",

@@ -22,8 +22,8 @@ from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.errors import UsageError
 from converters.qwen2 import Qwen2Config
 
-# Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32.
-_COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+"""Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32."""
 
 
 def load_model(
@@ -122,13 +122,13 @@ class LanguageModel:
     def logits(self, inputs: Inputs) -> Array:
         """Computes logits [B, T, V]; those at padding mean nothing."""
         inputs.check_vocabulary(self.config.vocab_size)
-        with self._scope():
+        with self.scope():
             program = _forward_program(*self._key())
             return program(self.parameters, inputs.input_ids, inputs.positions(), *self._rotary(inputs))
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a KV cache for `batch` rows of up to `capacity` tokens, padding included."""
-        with self._scope():
+        with self.scope():
             return Cache.empty(self.config, batch, capacity, jnp.dtype(self.dtype))
 
     def step(self, inputs: Inputs, cache: Cache) -> tuple[Array, Cache]:
@@ -159,8 +159,10 @@ class LanguageModel:
             raise ValueError(
                 f"the cache holds {filled} of {capacity} tokens: no room for {inputs.input_ids.shape[1]} more"
             )
-        with self._scope():
-            program = _step_program(*self._key(), first=filled == 0)
+        with self.scope():
+            # What runs first tokens alone may take the mask as causal along the row: padding has to stand behind.
+            behind = bool(((positions[:, 1:] < 0) | (positions[:, :-1] >= 0)).all())
+            program = _step_program(*self._key(), first=filled == 0 and behind)
             tables = self._rotary(inputs, at_least=capacity)
             return program(self.parameters, inputs.input_ids, inputs.positions(), *tables, cache)
 
@@ -192,7 +194,7 @@ class LanguageModel:
             if value.shape != shape:
                 raise ValueError(f"{key} to force has shape {value.shape}, expected {shape}")
         wanted = set(known if keys is None else keys)
-        with self._scope():
+        with self.scope():
             recorded = self._run_traced(inputs, wanted, force or {})
         return {key: recorded[key] for key in known if key in recorded}
 
@@ -229,13 +231,17 @@ class LanguageModel:
         return (batch, *stages.shape(self.config, stages.stage_of(key), length))
 
     @contextlib.contextmanager
-    def _scope(self) -> Iterator[None]:
+    def scope(self) -> Iterator[None]:
+        """Where programs of this model are compiled and called: its device, and 64 bits only for float64."""
         with jax.default_device(self.device), jax.enable_x64(self.dtype == "float64"):
             yield
 
-    def _rotary(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
-        length = max(at_least, int(inputs.positions().max()) + 1)
+    def rotary_tables(self, length: int) -> tuple[Array, Array]:
+        """Returns cos and sin for at least `length` positions, float32 [P, H/2], P a power of two."""
         return _rotary_tables(self.config.rope_theta, self.config.head_dim, _round_up(length), self.device)
+
+    def _rotary(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
+        return self.rotary_tables(max(at_least, int(inputs.positions().max()) + 1))
 
 
 @functools.lru_cache(maxsize=8)
@@ -250,7 +256,8 @@ def _round_up(length: int) -> int:
 
 
 @functools.cache
-def _graph(config: Qwen2Config, dtype: str, fused: bool) -> nnx.GraphDef:
+def model_graph(config: Qwen2Config, dtype: str, fused: bool) -> nnx.GraphDef:
+    """Returns what `nnx.merge(graph, parameters)` makes a `Qwen2ForCausalLM` from, inside a program."""
     return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
 
 
@@ -264,18 +271,18 @@ LayerOps = tuple[tuple[int, Ops], ...]
 
 @functools.cache
 def _forward_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, layer_ops: LayerOps) -> Any:
-    graph = _graph(config, dtype, fused)
+    graph = model_graph(config, dtype, fused)
 
     def forward(parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array) -> Array:
         model = nnx.merge(graph, parameters)
         return model(ids, positions, cos, sin, ops=ops, layer_ops=dict(layer_ops))[0]
 
-    return jax.jit(forward, compiler_options=_COMPILER_OPTIONS)
+    return jax.jit(forward, compiler_options=COMPILER_OPTIONS)
 
 
 @functools.cache
 def _step_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, layer_ops: LayerOps, first: bool) -> Any:
-    graph = _graph(config, dtype, fused)
+    graph = model_graph(config, dtype, fused)
 
     def step(
         parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array, cache: Cache
@@ -283,20 +290,20 @@ def _step_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, layer_
         model = nnx.merge(graph, parameters)
         return model(ids, positions, cos, sin, cache, ops, dict(layer_ops), first)
 
-    return jax.jit(step, compiler_options=_COMPILER_OPTIONS, donate_argnames="cache")
+    return jax.jit(step, compiler_options=COMPILER_OPTIONS, donate_argnames="cache")
 
 
 @functools.cache
 def _outer_programs(config: Qwen2Config, dtype: str, fused: bool, ops: Ops) -> dict[str, Any]:
     """What stands around the layers of a traced run: rotary gather, embedding, final norm and head."""
-    graph = _graph(config, dtype, fused)
+    graph = model_graph(config, dtype, fused)
     programs: dict[str, Callable[..., Any]] = {
         "step": lambda positions, cos, sin: make_step(positions, cos, sin)[0],
         "embed": lambda parameters, ids: nnx.merge(graph, parameters).embed(ids, ops),
         "norm": lambda parameters, x: nnx.merge(graph, parameters).norm(x, ops),
         "project": lambda parameters, x: nnx.merge(graph, parameters).project(x, ops),
     }
-    return {name: jax.jit(function, compiler_options=_COMPILER_OPTIONS) for name, function in programs.items()}
+    return {name: jax.jit(function, compiler_options=COMPILER_OPTIONS) for name, function in programs.items()}
 
 
 @functools.cache
@@ -326,4 +333,4 @@ def _layer_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, recor
             recorded["attn_scores"] = jnp.where(seen, recorded["attn_scores"], jnp.zeros((), x.dtype))
         return x, {stage: value for stage, value in recorded.items() if stage in record}
 
-    return jax.jit(layer, compiler_options=_COMPILER_OPTIONS)
+    return jax.jit(layer, compiler_options=COMPILER_OPTIONS)

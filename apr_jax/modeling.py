@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -193,6 +193,22 @@ def mlp_block(ops: Ops, x: Array, layer: DecoderLayer, tap: Tap) -> Array:
     return tap("post_ffn_residual", ops.residual(x, layer.mlp(normed, ops, tap)))
 
 
+def decoder_layers(
+    ops: Ops,
+    x: Array,
+    layers: Sequence[DecoderLayer],
+    step: Step,
+    caches: Sequence[LayerCache | None],
+    layer_ops: Mapping[int, Ops],
+) -> tuple[Array, tuple[Any, ...]]:
+    """Takes the residual stream x [B, T, D] through all layers; `layer_ops` has tables for single layers, by index."""
+    after = []
+    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+        x, cache = layer(x, step, cache, layer_ops.get(index, ops))
+        after.append(cache)
+    return x, tuple(after)
+
+
 def head(ops: Ops, x: Array, weight: Array) -> Array:
     """Final hidden states [B, T, D] with the head or the embedding [V, D] -> logits [B, T, V]."""
     return ops.linear(ops, x, weight)
@@ -202,9 +218,9 @@ def head(ops: Ops, x: Array, weight: Array) -> Array:
 class Ops:
     """The operations of a layer and of the model around the layers; each field is a function of this module's name.
 
-    Composite operations (`qkv`, `attention`, `glu`, and the two blocks of a layer) take the table itself and call its
-    elementary ones, so a variant replaces as much or as little as it means to. A composite that is fused need not
-    report its inner stages.
+    Composite operations (`qkv`, `attention`, `glu`, the two blocks of a layer, and all layers) take the table itself
+    and call its elementary ones, so a variant replaces as much or as little as it means to. A composite that is fused
+    need not report its inner stages.
     """
 
     dot: Callable[..., Array] = dot
@@ -224,6 +240,7 @@ class Ops:
     glu: Callable[[Ops, Array, MLP, Tap], Array] = glu
     attention_block: Callable[..., tuple[Array, LayerCache | None]] = attention_block
     mlp_block: Callable[[Ops, Array, DecoderLayer, Tap], Array] = mlp_block
+    layers: Callable[..., tuple[Array, tuple[Any, ...]]] = decoder_layers
     head: Callable[[Ops, Array, Array], Array] = head
 
 
@@ -448,13 +465,10 @@ class Qwen2ForCausalLM(nnx.Module):
         """As `__call__`, up to the final norm: hidden states [B, T, D] for `project`, and the cache."""
         step, filled = make_step(positions, cos, sin, cache, first)
         x = self.embed(input_ids, ops)
-        layers = []
-        for index, layer in enumerate(self.model.layers):
-            layer_cache = None if cache is None else cache.layers[index]
-            x, layer_cache = layer(x, step, layer_cache, layer_ops.get(index, ops))
-            layers.append(layer_cache)
+        caches = (None,) * self.config.num_layers if cache is None else cache.layers
+        x, layers = ops.layers(ops, x, self.model.layers, step, caches, layer_ops)
         if cache is not None:
-            cache = Cache(tuple(layers), filled, cache.length + jnp.int32(input_ids.shape[1]))
+            cache = Cache(layers, filled, cache.length + jnp.int32(input_ids.shape[1]))
         return self.norm(x, ops), cache
 
     def embed(self, input_ids: Array, ops: Ops = OPS) -> Array:

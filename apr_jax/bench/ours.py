@@ -1,0 +1,152 @@
+"""The model as a contestant: the programs that generation runs, with random weights made on the device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from apr_jax.bench.cases import PREFILL, Case
+from apr_jax.decoding import BLOCK, Choice, Programs, State, bucket
+from apr_jax.generation_config import GenerationConfig
+from apr_jax.model import LanguageModel
+from apr_jax.modeling import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
+from apr_jax.parameters import Parameters
+from apr_jax.sampling import Method, Numbers
+from converters.qwen2 import Qwen2Config
+
+Calls = Callable[[int], float]
+"""Makes so many calls back to back, waits for the last one, and returns the seconds that they took."""
+
+_GREEDY = Method(sampled=False, candidates=0, penalised=False)
+_STANDARD_DEVIATION = 0.02
+
+
+class Ours:
+    """apr_jax.
+
+    Attributes:
+      name: In tables.
+      model: What is measured, with its table of operations.
+    """
+
+    name = "apr_jax"
+
+    def __init__(self, model: LanguageModel):
+        self.model = model
+
+    def prepare(self, case: Case, steps: int) -> tuple[Calls, dict[str, Any]]:
+        """Compiles what the case needs.
+
+        Args:
+          case: What to measure.
+          steps: Tokens that one call makes for each row, in a decode.
+
+        Returns:
+          The calls, and what is known before any: seconds of compiling, bytes of memory that the program needs.
+        """
+        model = self.model
+        # Not the shared ones: what they have compiled already would not be compiled here.
+        programs = Programs(model.config, model.dtype, model.fused, model.ops, (), model.device)
+        calls = self._prefill(programs, case) if case.kind == PREFILL else self._decode(programs, case, steps)
+        calls(1)
+        return calls, {"compile_seconds": programs.compile_seconds, "memory_bytes": programs.peak_bytes()}
+
+    def last_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Returns logits of the last position of every row of ids [B, T], for comparison with a peer's."""
+        return np.asarray(self.model(ids)[:, -1].astype(jnp.float32))
+
+    def _prefill(self, programs: Programs, case: Case) -> Calls:
+        parameters, tables = self.model.parameters, self.model.rotary_tables(case.length)
+        shape = (case.batch, case.length)
+        ids, positions, last, choice = jax.device_put(
+            (
+                tokens(self.model.config, *shape),
+                np.broadcast_to(np.arange(case.length, dtype=np.int32), shape),
+                np.full(case.batch, case.length - 1, np.int32),
+                _choice(),
+            ),
+            self.model.device,
+        )
+
+        def calls(count: int) -> float:
+            begun = time.perf_counter()
+            for _ in range(count):
+                _, hidden = programs.first_prefill(parameters, ids, positions, last, tables, case.length)
+                token = programs.first_token(parameters, hidden, None, choice, _GREEDY)
+            jax.block_until_ready(token)
+            return time.perf_counter() - begun
+
+        return calls
+
+    def _decode(self, programs: Programs, case: Case, steps: int) -> Calls:
+        capacity = bucket(case.length + steps, BLOCK)
+        tables, parameters = self.model.rotary_tables(capacity), self.model.parameters
+        layers = self._filled(case.batch, capacity)
+        places = np.broadcast_to(np.arange(capacity, dtype=np.int32), (case.batch, capacity))
+        going = np.zeros(case.batch, bool)
+        small = (
+            np.where(places < case.length, places, NO_POSITION).astype(np.int32),
+            np.asarray(case.length, np.int32),
+            tokens(self.model.config, case.batch, 1)[:, 0],
+            np.full(case.batch, case.length, np.int32),
+            np.asarray(1, np.int32),
+            going,
+        )
+        choice = jax.device_put(_choice(), self.model.device)
+
+        def calls(count: int) -> float:
+            nonlocal layers
+            begun = time.perf_counter()
+            for _ in range(count):
+                # Fresh each time: the program takes them over.
+                filled, length, token, position, index, done = jax.device_put(small, self.model.device)
+                state = State(Cache(layers, filled, length), token, position, index, done, None)
+                state, block = programs.decode(parameters, state, going, steps, choice, tables, _GREEDY)
+                layers = state.cache.layers
+            jax.block_until_ready(block)
+            return time.perf_counter() - begun
+
+        return calls
+
+    def _filled(self, batch: int, capacity: int) -> tuple[LayerCache, ...]:
+        """Makes caches with something in every slot: zeros would cost a GPU less power than numbers do."""
+        config, dtype = self.model.config, jnp.dtype(self.model.dtype)
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        draw = jax.jit(lambda key: jax.random.normal(key, shape, jnp.float32).astype(dtype))
+        with self.model.scope():
+            keys = jax.random.split(jax.random.key(1), (config.num_layers, 2))
+            return tuple(LayerCache(draw(key), draw(value)) for key, value in keys)
+
+
+def random_parameters(config: Qwen2Config, dtype: str, fused: bool, device: jax.Device) -> Parameters:
+    """Draws parameters on the device: norms 1, everything else normal with deviation 0.02."""
+    with jax.default_device(device), jax.enable_x64(dtype == "float64"):
+        shapes = nnx.state(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
+        leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(shapes))
+        draw = jax.jit(_draw, static_argnums=(1, 2))
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        values = [
+            jnp.ones(leaf.shape, leaf.dtype) if "norm" in jax.tree_util.keystr(path) else draw(key, leaf.shape, dtype)
+            for key, (path, leaf) in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(tree, values)
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return (_STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def tokens(config: Qwen2Config, batch: int, length: int) -> np.ndarray:
+    """Returns random token ids, int32 [batch, length]."""
+    return np.random.default_rng(0).integers(config.vocab_size, size=(batch, length), dtype=np.int32)
+
+
+def _choice() -> Choice:
+    greedy = Numbers.of(GenerationConfig(), _GREEDY)
+    return Choice(greedy, np.asarray(0, np.uint32), np.full(8, -1, np.int32))

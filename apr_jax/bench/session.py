@@ -1,0 +1,222 @@
+"""One run of the benchmark: limits of the machine, contestants, cases, start-up; results as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from apr_jax import bars, hf_reference, variants
+from apr_jax.bench import ceilings, genuine, machine, measure, report, start_up
+from apr_jax.bench.cases import DECODE, Case, Ceilings, work
+from apr_jax.bench.measure import Contestant, Plan
+from apr_jax.bench.ours import Ours, random_parameters, tokens
+from apr_jax.model import LanguageModel, find_device, load_model
+from apr_jax.sample import SAMPLES, write_sample
+from converters import conversion
+
+SHAPES = {"0.5b": "qwen2_0.5b", "1.5b": "qwen2_1.5b", "7b": "qwen2_7b"}
+START_UP = "start-up"
+
+# On a GPU a step takes a millisecond, on a CPU a tenth of a second.
+_PLANS = {
+    "gpu": Plan(rounds=3, seconds=0.2, steps=32, best=False),
+    "cpu": Plan(rounds=5, seconds=0.3, steps=8, best=True),
+}
+_START_UP_ROUNDS = 2
+_PROMPT = (2, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+      model: A key of `SHAPES`, for random weights, or a checkpoint.
+      device: "cpu" or "cuda".
+      dtype: Of parameters and computation.
+      cases: In this order.
+      start_up: Whether whole processes are measured as well.
+      peers: Whether peers that are installed take part.
+      compiled: Cases that HuggingFace is compiled for.
+      seconds: No case begins later than this; None means no end.
+      quick: One short turn each.
+      scratch: Folder for checkpoints of a shape; None means the system's.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    cases: tuple[Case, ...]
+    start_up: bool
+    peers: bool
+    compiled: tuple[Case, ...]
+    seconds: float | None
+    quick: bool
+    scratch: str | None
+
+
+Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
+Alone = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def run(settings: Settings, say: Say, keep: Keep, alone: Alone = contextlib.nullcontext) -> dict[str, Any]:
+    """Measures everything.
+
+    Args:
+      settings: What.
+      say: Gets a line for people whenever there is one.
+      keep: Gets the results so far after every case.
+      alone: Is entered whenever figures are taken, not while something is compiled: for runs side by side.
+
+    Returns:
+      The results, as committed under tests/bench/results.
+    """
+    begun = time.perf_counter()
+    device = find_device(settings.device)
+    results: dict[str, Any] = {
+        "model": SHAPES.get(settings.model, os.path.basename(os.path.normpath(settings.model))),
+        "dtype": settings.dtype,
+        **machine.describe(device),
+        "cases": [],
+    }
+
+    def late(what: str) -> bool:
+        over = settings.seconds is not None and time.perf_counter() - begun > settings.seconds
+        if over:
+            results.setdefault("left_out", []).append(what)
+            say(f"{what}: left out, {settings.seconds:g} s are over")
+        return over
+
+    if settings.cases:
+        ours = Ours(_model(settings, device))
+        contestants = _contestants(settings, ours, results, say)
+        for case in settings.cases:
+            if late(case.name):
+                continue
+            chosen = [c for c in contestants if not getattr(c, "compiled", False) or case in settings.compiled]
+            measurement = measure.Measurement(case, chosen, _plan(settings, device))
+            with alone():
+                if "ceilings" not in results:
+                    results["ceilings"] = dataclasses.asdict(ceilings.measure(device, settings.dtype))
+                    say(report.heading(results))
+                measurement.take_turns()
+            results["cases"].append(_entry(ours.model, case, Ceilings(**results["ceilings"]), measurement.rows))
+            say(_line(results["cases"][-1]))
+            keep(results)
+    _measure_files(settings, results, late, say)
+    keep(results)
+    return results
+
+
+def agrees(results: report.Results) -> bool:
+    """Returns whether apr_jax and HuggingFace computed the same, as far as the dtype allows; True without it."""
+    bar = bars.FLOAT32 if results["dtype"] == "float32" else bars.BFLOAT16_LIMIT
+    return bool(results.get("relative_l2_to_huggingface", 0.0) <= bar)
+
+
+def _model(settings: Settings, device: jax.Device) -> LanguageModel:
+    """Loads or makes the model, with the parameters and the table of operations that are fastest on the device."""
+    fused = device.platform == "gpu"
+    if settings.model in SHAPES:
+        config = SAMPLES[SHAPES[settings.model]].config
+        model = LanguageModel(config, random_parameters(config, settings.dtype, fused, device), device)
+    else:
+        model = load_model(settings.model, settings.dtype, device, fused=fused)
+    return model.with_ops(variants.ops_for(model.config, model.dtype, device, fused))
+
+
+def _contestants(settings: Settings, ours: Ours, results: dict[str, Any], say: Say) -> list[Contestant]:
+    if not settings.peers or not hf_reference.available():
+        return [ours]
+    from apr_jax.bench.huggingface import HuggingFace
+
+    eager, compiled = HuggingFace.over(ours.model)
+    apart = measure.agreement(ours, eager, tokens(ours.model.config, *_PROMPT))
+    results["relative_l2_to_huggingface"] = apart
+    say(f"apr_jax and HuggingFace on the same weights: relative L2 of logits {apart:.1e}")
+    return [ours, eager, compiled]
+
+
+def _entry(model: LanguageModel, case: Case, found: Ceilings, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what the results say about a case: its least work, the machine's limit, and the contestants' rows."""
+    least = work(model.config, case, jax.numpy.dtype(model.dtype).itemsize)
+    return {
+        "case": case.name,
+        "flops": least.flops,
+        "bytes": least.bytes,
+        "limit_milliseconds": found.floor(least) * 1e3,
+        "bound": found.bound(least),
+        "rows": rows,
+    }
+
+
+def _line(entry: dict[str, Any]) -> str:
+    rows = (
+        f"{row['contestant']} " + (f"{row['milliseconds']:.3f}" if "milliseconds" in row else row["error"])
+        for row in entry["rows"]
+    )
+    reached = report.share(entry, report.OURS)
+    end = "" if reached is None else f"; {reached:.0%} of the limit"
+    return f"{entry['case']}, ms: limit {entry['limit_milliseconds']:.3f} ({entry['bound']}), {', '.join(rows)}{end}"
+
+
+def _plan(settings: Settings, device: jax.Device) -> Plan:
+    plan = _PLANS["cpu" if device.platform == "cpu" else "gpu"]
+    return dataclasses.replace(plan, rounds=1, seconds=0.0) if settings.quick else plan
+
+
+def _case_for_genuine(settings: Settings, results: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the shortest decode of one row, which the genuine `apr` goes beside; None if it takes no part."""
+    if not settings.peers or settings.device != "cpu" or genuine.program() is None:
+        return None
+    cases = {Case.parse(entry["case"]): entry for entry in results["cases"]}
+    return min(
+        ((case, entry) for case, entry in cases.items() if (case.kind, case.batch) == (DECODE, 1)),
+        key=lambda pair: pair[0],
+        default=(None, None),
+    )[1]
+
+
+def _add_genuine(settings: Settings, path: str, beside: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
+        file = path
+        if not path.endswith(".apr"):
+            file = os.path.join(folder, "model.apr")
+            conversion.convert(path, file, to="apr")
+        beside["rows"].append(genuine.run(file))
+
+
+def _measure_files(settings: Settings, results: dict[str, Any], late: Callable[[str], bool], say: Say) -> None:
+    """Measures what needs a file: the genuine `apr`, and whole processes to the first token."""
+    beside = _case_for_genuine(settings, results)
+    if beside is None and not settings.start_up:
+        return
+    with _checkpoint(settings) as path:
+        if beside is not None and not late("apr"):
+            _add_genuine(settings, path, beside)
+            say(_line(beside))
+        if settings.start_up and not late(START_UP):
+            rounds = 1 if settings.quick else _START_UP_ROUNDS
+            peers = settings.peers and hf_reference.available() and os.path.isdir(path)
+            results["start_up"] = start_up.run(path, settings.device, settings.dtype, rounds, peers)
+
+
+@contextlib.contextmanager
+def _checkpoint(settings: Settings) -> Iterator[str]:
+    """Yields a checkpoint of the model; one of a shape is written for the time being."""
+    if settings.model not in SHAPES:
+        yield settings.model
+        return
+    with tempfile.TemporaryDirectory(dir=settings.scratch) as folder:
+        path = str(pathlib.Path(folder, "hf"))
+        write_sample(SHAPES[settings.model], path)
+        yield path

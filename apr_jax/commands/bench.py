@@ -1,0 +1,106 @@
+"""bench: how fast a model runs, beside its peers and beside what the machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from converters.commands import cli
+
+_EPILOG = """\
+MODEL is a shape, 0.5b, 1.5b or 7b, which gets random weights, or a checkpoint. Cases:
+  prefill-BxT   B prompts of T tokens go through the model; logits of the last ones
+  decode-BxS    a token for each of B rows, S tokens before it
+  start-up      whole processes, to the first token: compilation cache empty, then filled (needs a checkpoint, or
+                writes one of the shape to --scratch)
+Peers, where they are installed: HuggingFace on the same arrays, as it is and through torch.compile with a static
+cache; the genuine apr where $APR_BIN names it (CPU; one row, short prompt). The limit is the larger of arithmetic at
+the rate of a large product of matrices and bytes (weights and cache once) at the rate of a large copy or sum, both
+measured in the same run. Contestants take turns. A turn makes calls back to back and waits for the last; on CUDA the
+median turn counts, on a CPU, which others use as well, the fastest.
+
+examples:
+  bench.py 0.5b                                          on the CPU, float32
+  bench.py 7b --device cuda --dtype bfloat16 --cases decode-1x128,prefill-4x2048 -o 7b.json
+  bench.py model.apr --cases start-up --json
+
+exit codes: 0 fine, 1 apr_jax and HuggingFace do not compute the same, 2 usage, 3 file not found, 4 broken container,
+  5 refused, 7 I/O, 130 interrupted
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="0.5b, 1.5b, 7b, or a checkpoint")
+    parser.add_argument("--cases", metavar="LIST", help="comma-separated; default: a set for the device")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument("--no-peers", action="store_true", help="apr_jax and the machine's limits alone")
+    parser.add_argument(
+        "--compiled",
+        metavar="LIST",
+        help="cases that HuggingFace is compiled for (default: all on CUDA, none on a CPU)",
+    )
+    parser.add_argument("--seconds", metavar="S", type=float, help="begin no case after so long")
+    parser.add_argument("--quick", action="store_true", help="one short turn each: to see that it works")
+    parser.add_argument("--scratch", metavar="DIR", help="where checkpoints of a shape are written (default: /tmp)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the results as JSON, after every case")
+    parser.add_argument("--svg", metavar="FILE", help="draw the roofline picture")
+    parser.add_argument("--json", action="store_true", help="print JSON at the end, progress on stderr")
+    return parser.parse_args(argv[1:])
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    # Peers use the same GPU; JAX would take three quarters of its memory at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from apr_jax.bench import report, roofline, session
+
+    def keep(results: dict[str, Any]) -> None:
+        if args.output:
+            with open(args.output, "w", encoding="utf-8") as file:
+                file.write(json.dumps(results, indent=1) + "\n")
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    results = session.run(_settings(args), say, keep)
+    if args.json:
+        cli.print_json(results)
+    else:
+        for table in (report.cases(results), report.start_up(results)):
+            if table:
+                say("\n" + report.text(table))
+    if args.svg and results["cases"]:
+        with open(args.svg, "w", encoding="utf-8") as file:
+            file.write(roofline.svg(results))
+    return 0 if session.agrees(results) else cli.EXIT_DIFFERS
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from apr_jax.bench import session
+    from apr_jax.bench.cases import ALL, CPU, Case
+
+    cuda = args.device == "cuda"
+    names = args.cases.split(",") if args.cases else [case.name for case in (ALL if cuda else CPU)]
+    cases = tuple(Case.parse(name) for name in names if name != session.START_UP)
+    compiled = cases if cuda else ()
+    if args.compiled is not None:
+        compiled = tuple(Case.parse(name) for name in args.compiled.split(",") if name)
+    return session.Settings(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        cases=cases,
+        start_up=session.START_UP in names,
+        peers=not args.no_peers,
+        compiled=compiled,
+        seconds=args.seconds,
+        quick=args.quick,
+        scratch=args.scratch,
+    )

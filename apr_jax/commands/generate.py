@@ -1,0 +1,249 @@
+"""generate: write text with a Qwen2 model."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from converters.commands import cli
+from converters.errors import MissingFileError, UsageError, printable
+
+if TYPE_CHECKING:
+    from apr_jax.generation import Delta, Generation, Generator, Stream
+
+_MAX_BYTES = 256 << 20
+_EPILOG = """\
+examples:
+  generate.py model.apr --prompt "def fib(n):" --greedy          the text goes on, printed as it is made
+  generate.py model.apr --chat "What is 2+2?" --system "Be brief."   by the checkpoint's chat template
+  generate.py model.apr --prompt "A" --prompt "Once upon" --json     a batch; one JSON object at the end
+  generate.py model.apr --prompts prompts.json --device cuda --dtype bfloat16
+
+Settings are those of generation_config.json, with the meaning and the defaults that they have for HuggingFace's
+`generate`: a checkpoint that says do_sample is sampled. Options go before it; one of --temperature, --top-k and --top-p
+asks for sampling. The same seed gives the same text. A text ends at an end token, with the token that completes a stop
+string, after --max-new-tokens (256 unless the checkpoint says otherwise), or where max_position_embeddings ends.
+FILE of --prompts is a JSON list of texts and of conversations ([{"role": "user", "content": "..."}, ...]).
+
+exit codes: 0 fine, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O, 130 interrupted (what was
+  generated is printed)
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="an .apr file, a HuggingFace folder, or what `checkpoint` saved")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", action="append", help="text to go on from (repeatable: a batch)")
+    prompts.add_argument("--chat", metavar="TEXT", action="append", help="what the user says (repeatable: a batch)")
+    prompts.add_argument("--prompts", metavar="FILE", help="JSON list of texts or conversations: a batch")
+    prompts.add_argument(
+        "--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file: a batch"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message before --chat")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help="most tokens to generate")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", metavar="T", type=float, help="divides the logits; 0 is greedy")
+    parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens; 0: no limit")
+    parser.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest that together reach P")
+    parser.add_argument(
+        "--repetition-penalty", metavar="R", type=float, help="above 1: tokens that occurred less often"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--stop", metavar="TEXT", action="append", help="end after this string as well (repeatable)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float64"),
+        default="float32",
+        help="of weights and computation (default: float32)",
+    )
+    cli.add_checkpoint_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    args = parser.parse_args(argv[1:])
+    if args.system is not None and not args.chat:
+        parser.error("--system belongs to --chat")
+    if args.greedy and any(value is not None for value in (args.temperature, args.top_k, args.top_p)):
+        parser.error("--greedy draws nothing: leave --temperature, --top-k and --top-p out")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    from apr_jax import compilation_cache
+    from apr_jax.commands import patience
+    from apr_jax.generation_config import GenerationConfig
+
+    settings = _settings(args)
+    GenerationConfig().but(**settings)
+    prompts = _read_prompts(args.prompts) if args.prompts else []
+    output = _Output(args)
+    with patience.bounded(output.interrupted):
+        compilation_cache.enable()
+        from apr_jax.generation import load_generator
+
+        begun = time.perf_counter()
+        with cli.open_from(args, args.model) as checkpoint:
+            for warning in checkpoint.warnings:
+                cli.say(f"warning: {warning}")
+            generator = load_generator(checkpoint, args.dtype, args.device)
+        if args.stop:
+            settings["stop_strings"] = (*generator.generation_config.stop_strings, *args.stop)
+        stream = generator.stream(_prompts(args, prompts, generator), seed=args.seed, **settings)
+        output.begin(generator, stream, time.perf_counter() - begun)
+        for delta in stream:
+            output.show(delta)
+        output.end()
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    draws = any(value is not None for value in (args.temperature, args.top_k, args.top_p))
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": False if args.greedy else True if draws else None,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "repetition_penalty": args.repetition_penalty,
+        "stop_strings": args.stop,
+    }
+
+
+def _prompts(
+    args: argparse.Namespace, items: Sequence[Any], generator: Generator
+) -> Sequence[str] | Sequence[Sequence[int]]:
+    from apr_jax import golden
+
+    if args.input_ids:
+        batch = golden.read_inputs(args.input_ids)
+        return [row[mask == 1].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+    if args.prompt:
+        return list(args.prompt)
+    if args.chat:
+        system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        items = [[*system, {"role": "user", "content": text}] for text in args.chat]
+    return [item if isinstance(item, str) else generator.chat_prompt(item) for item in items]
+
+
+def _read_prompts(path: str) -> list[Any]:
+    from converters import strict_json
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise MissingFileError("no such file", code="file-missing", file=path) from None
+    items = strict_json.loads(data, what="prompts", max_bytes=_MAX_BYTES, file=path)
+    if not isinstance(items, list) or not items or not all(isinstance(item, str | list) for item in items):
+        raise UsageError("not a list of texts or conversations", code="prompts", file=path)
+    return items
+
+
+class _Output:
+    """What the user sees: the text of a single prompt as it is made, the rows of a batch as they end."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self._escaped = sys.stdout.isatty()
+        self._begun = False
+        self._line_open = False
+
+    def begin(self, generator: Generator, stream: Stream, load_seconds: float) -> None:
+        """Says what will be shown."""
+        self._generator, self._stream, self._load_seconds = generator, stream, load_seconds
+        self._single = stream.timing.rows == 1
+        self._begun = True
+
+    def show(self, delta: Delta) -> None:
+        """Prints what a row gained."""
+        if self._args.json:
+            return
+        if self._single:
+            self._write(self._text(delta))
+        elif delta.finish_reason is not None:
+            self._show_row(delta.index, self._stream.results()[delta.index])
+
+    def end(self) -> None:
+        """Prints what is said at the end: the time that it took on stderr, or one JSON object."""
+        if self._args.json:
+            cli.print_json(self._report(interrupted=False))
+            return
+        self._close_line()
+        print(self._rates(), file=sys.stderr)
+
+    def interrupted(self) -> None:
+        """Prints what there is so far and was not shown yet."""
+        if not self._begun:
+            return
+        if self._args.json:
+            cli.print_json(self._report(interrupted=True))
+        elif not self._single:
+            for index, row in enumerate(self._stream.results()):
+                if row.finish_reason is None:
+                    self._show_row(index, row)
+        self._close_line()
+
+    def _show_row(self, index: int, row: Generation) -> None:
+        self._write(f"[{index}] {self._text(row)}")
+        self._close_line()
+
+    def _text(self, made: Delta | Generation) -> str:
+        if self._generator.tokenizer is None:
+            return "".join(f"{token} " for token in made.token_ids)
+        return made.text
+
+    def _write(self, text: str) -> None:
+        if not text:
+            return
+        # A terminal obeys control characters, and the text is whatever the model makes of its prompt.
+        shown = "".join(c if c in "\n\t" else printable(c) for c in text) if self._escaped else text
+        sys.stdout.write(shown)
+        sys.stdout.flush()
+        self._line_open = not shown.endswith("\n")
+
+    def _close_line(self) -> None:
+        if self._line_open:
+            self._write("\n")
+
+    def _rates(self) -> str:
+        timing = self._stream.timing
+        return (
+            f"prompt: {timing.prompt_tokens} tokens in {timing.prefill_seconds:.2f} s"
+            f" ({timing.prefill_rate:.1f} tokens/s); new: {timing.new_tokens} tokens,"
+            f" {timing.decode_rate:.1f} tokens/s after the first; load {self._load_seconds:.1f} s,"
+            f" compile {timing.compile_seconds:.1f} s"
+        )
+
+    def _report(self, interrupted: bool) -> dict[str, Any]:
+        model, timing = self._generator.model, self._stream.timing
+        rows = [
+            {
+                "index": index,
+                "prompt_tokens": len(row.prompt_ids),
+                "token_ids": list(row.token_ids),
+                "text": row.text,
+                "finish_reason": row.finish_reason,
+            }
+            for index, row in enumerate(self._stream.results())
+        ]
+        return {
+            "model": self._args.model,
+            "device": f"{model.device.platform} ({model.device.device_kind})",
+            "dtype": model.dtype,
+            "seed": self._args.seed,
+            "settings": dataclasses.asdict(self._stream.settings),
+            "generations": rows,
+            "interrupted": interrupted,
+            "timing": dataclasses.asdict(timing)
+            | {
+                "load_seconds": self._load_seconds,
+                "prefill_tokens_per_second": timing.prefill_rate,
+                "decode_tokens_per_second": timing.decode_rate,
+            },
+        }

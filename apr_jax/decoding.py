@@ -1,0 +1,310 @@
+"""The compiled programs that generate tokens: prefill in chunks, and a decode loop that runs on the device.
+
+What is compiled, each for one batch size:
+
+    first prefill   for a length of the prompt's first chunk and a capacity of the cache
+    later prefill   for a length of a later chunk and a capacity: only prompts of more than one chunk need it
+    first token     head and sampling on the prompt's last hidden states; for a method of picking
+    decode          a loop that makes up to `BLOCK` tokens a row and ends early when all rows have ended; for a capacity
+                    and a method of picking
+
+Lengths and capacities are rounded up to powers of two and to three quarters of them (`bucket`), so that there are two
+for each doubling. All other numbers are arguments: steps, temperature, seed, stop tokens, positions. The first prefill
+makes the cache, one pair of arrays a layer; every other program gets it donated and writes into it, so that it is never
+copied.
+
+Rows of unequal prompts are padded on the right, at position -1, which attention never sees. Decoding goes on behind the
+longest prompt, in the same slot for all rows; masks come from positions.
+
+Letters in shapes: B batch, T tokens of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from apr_jax.model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
+from apr_jax.modeling import NO_POSITION, Cache, Ops, Qwen2ForCausalLM
+from apr_jax.parameters import Parameters
+from apr_jax.sampling import Method, Numbers, pick, row_keys
+from converters.qwen2 import Qwen2Config
+
+BLOCK = 64
+"""Most tokens that one call of the decode loop makes for each row."""
+
+NO_TOKEN = -1
+"""What stands in a block for rows that have ended, and for steps that were not made."""
+
+
+def bucket(length: int, least: int) -> int:
+    """Rounds a length up to a power of two or three quarters of one, from `least`, a power of two, on."""
+    power = max(least, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > least and length <= power * 3 // 4 else power
+
+
+class State(NamedTuple):
+    """Where the rows of a batch stand between two blocks; donated to the next.
+
+    Attributes:
+      cache: Keys and values of all tokens but the last of each row.
+      token: The last token of each row, int32 [B].
+      position: Its position, int32 [B].
+      made: How many tokens were made for each row, int32 scalar.
+      done: Rows that have ended, bool [B].
+      seen: Tokens that occurred in each row, bool [B, V]; None where nothing is penalised.
+    """
+
+    cache: Cache
+    token: Array
+    position: Array | np.ndarray
+    made: Array | np.ndarray
+    done: Array
+    seen: Array | None
+
+
+class Choice(NamedTuple):
+    """How tokens are picked and which ones end a row.
+
+    Attributes:
+      numbers: Temperature and so on.
+      seed: uint32 scalar.
+      stop: Tokens that end a row, int32; -1 fills it up.
+    """
+
+    numbers: Numbers
+    seed: np.ndarray
+    stop: np.ndarray
+
+
+class Programs:
+    """The programs of one model, compiled when first needed and kept.
+
+    Attributes:
+      compile_seconds: How long compiling them took, or getting them from the persistent cache.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        dtype: str,
+        fused: bool,
+        ops: Ops,
+        layer_ops: LayerOps,
+        device: jax.Device,
+    ):
+        self._device, self._dtype, self._config = device, dtype, config
+        with self.scope():
+            self._merge = functools.partial(nnx.merge, model_graph(config, dtype, fused))
+        self._ops, self._layer_ops = ops, dict(layer_ops)
+        self._compiled: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+
+    @property
+    def compiled(self) -> int:
+        """How many were compiled so far."""
+        return len(self._compiled)
+
+    def peak_bytes(self) -> int:
+        """Returns the most memory that a call of one of the programs needs, parameters and cache included."""
+        return max((_needed_bytes(program.memory_analysis()) for program in self._compiled.values()), default=0)
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """As `LanguageModel.scope`."""
+        with jax.default_device(self._device), jax.enable_x64(self._dtype == "float64"):
+            yield
+
+    def first_prefill(
+        self,
+        parameters: Parameters,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        tables: Any,
+        capacity: int,
+    ) -> tuple[Cache, Array]:
+        """Makes a cache and fills it with the first chunk of the prompts.
+
+        Args:
+          parameters: Of the model.
+          ids: Tokens, int32 [B, T].
+          positions: Their positions, int32 [B, T]; -1 is padding.
+          last: Where in the chunk each row's prompt ends, int32 [B]; rows that go on may say anything.
+          tables: cos and sin for all slots of the cache.
+          capacity: Number of the cache's slots.
+
+        Returns:
+          The cache, and normed hidden states at `last`, [B, D].
+        """
+
+        def program(parameters: Parameters, ids: Array, positions: Array, last: Array, tables: Any) -> Any:
+            model = self._merge(parameters)
+            cache = Cache.empty(self._config, ids.shape[0], capacity, jnp.dtype(self._dtype))
+            x, cache = self._hidden(model, ids, positions, tables, cache, first=True)
+            return cache, _at(x, last)
+
+        return self._call(("first prefill", ids.shape, capacity), program, (), parameters, ids, positions, last, tables)
+
+    def later_prefill(
+        self,
+        parameters: Parameters,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        tables: Any,
+        cache: Cache,
+        hidden: Array,
+    ) -> tuple[Cache, Array]:
+        """Adds a later chunk; `last` is -1 for rows that do not end in it, and those keep their `hidden`."""
+
+        def program(
+            parameters: Parameters, ids: Array, positions: Array, last: Array, tables: Any, cache: Cache, hidden: Array
+        ) -> Any:
+            model = self._merge(parameters)
+            x, cache = self._hidden(model, ids, positions, tables, cache, first=False)
+            return cache, jnp.where(last[:, None] >= 0, _at(x, jnp.maximum(last, 0)), hidden)
+
+        capacity = cache.positions.shape[1]
+        return self._call(
+            ("later prefill", ids.shape, capacity),
+            program,
+            (5, 6),
+            parameters,
+            ids,
+            positions,
+            last,
+            tables,
+            cache,
+            hidden,
+        )
+
+    def first_token(
+        self, parameters: Parameters, hidden: Array, seen: np.ndarray | None, choice: Choice, method: Method
+    ) -> tuple[Array, Array, Array | None]:
+        """Picks the first token of every row from its prompt's last hidden states [B, D]: token, done and seen."""
+
+        def program(parameters: Parameters, hidden: Array, seen: Array | None, choice: Choice) -> Any:
+            logits = self._merge(parameters).project(hidden[:, None], self._ops)[:, 0]
+            token = pick(logits, row_keys(choice.seed, len(hidden)), jnp.int32(0), seen, choice.numbers, method)
+            return token, _ends(token, choice.stop), _with(seen, token)
+
+        key = ("first token", hidden.shape, len(choice.stop), method)
+        return self._call(key, program, (), parameters, hidden, seen, choice)
+
+    def decode(
+        self,
+        parameters: Parameters,
+        state: State,
+        stopped: np.ndarray,
+        limit: int,
+        choice: Choice,
+        tables: Any,
+        method: Method,
+    ) -> tuple[State, Array]:
+        """Makes up to `limit` tokens for every row that goes on.
+
+        Args:
+          parameters: Of the model.
+          state: Where the rows stand; donated.
+          stopped: Rows that have ended for a reason the device does not know of, bool [B].
+          limit: At most `BLOCK`.
+          choice: How tokens are picked.
+          tables: cos and sin for all slots of the cache.
+          method: As for `first_token`.
+
+        Returns:
+          The state, and the tokens, int32 [B, BLOCK], `NO_TOKEN` where there is none.
+        """
+
+        def program(
+            parameters: Parameters, state: State, stopped: Array, limit: Array, choice: Choice, tables: Any
+        ) -> Any:
+            model = self._merge(parameters)
+            keys = row_keys(choice.seed, len(stopped))
+
+            def goes_on(carry: tuple[State, Array, Array]) -> Array:
+                state, steps, _ = carry
+                return (steps < limit) & ~jnp.all(state.done)
+
+            def step(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+                state, steps, block = carry
+                positions = jnp.where(state.done, NO_POSITION, state.position)[:, None]
+                x, cache = self._hidden(model, state.token[:, None], positions, tables, state.cache, first=False)
+                logits = model.project(x, self._ops)[:, 0]
+                token = pick(logits, keys, state.made, state.seen, choice.numbers, method)
+                shown = jnp.where(state.done, NO_TOKEN, token)
+                block = lax.dynamic_update_slice_in_dim(block, shown[:, None], steps, axis=1)
+                done = state.done | _ends(token, choice.stop)
+                seen = _with(state.seen, token)
+                return State(cache, token, state.position + 1, state.made + 1, done, seen), steps + 1, block
+
+            block = jnp.full((len(stopped), BLOCK), NO_TOKEN, jnp.int32)
+            state = state._replace(done=state.done | stopped)
+            state, _, block = lax.while_loop(goes_on, step, (state, jnp.int32(0), block))
+            return state, block
+
+        key = ("decode", state.cache.positions.shape, len(choice.stop), method)
+        return self._call(key, program, (1,), parameters, state, stopped, np.int32(limit), choice, tables)
+
+    def _hidden(
+        self,
+        model: Qwen2ForCausalLM,
+        ids: Array,
+        positions: Array,
+        tables: Any,
+        cache: Cache,
+        first: bool,
+    ) -> tuple[Array, Cache]:
+        cos, sin = tables
+        x, filled = model.hidden(ids, positions, cos, sin, cache, self._ops, self._layer_ops, first)
+        assert filled is not None
+        return x, filled
+
+    def _call(self, key: Any, program: Callable[..., Any], donated: tuple[int, ...], *arguments: Any) -> Any:
+        """Calls the program of this key; compiled ahead of time, so that it is known when and how long."""
+        with self.scope():
+            if key not in self._compiled:
+                begun = time.perf_counter()
+                jitted = jax.jit(program, donate_argnums=donated, compiler_options=COMPILER_OPTIONS)
+                self._compiled[key] = jitted.lower(*arguments).compile()
+                self.compile_seconds += time.perf_counter() - begun
+            return self._compiled[key](*arguments)
+
+
+def programs_of(model: LanguageModel) -> Programs:
+    """Returns the programs of a model, shared by all models of its configuration, dtype, tables and device."""
+    layer_ops = tuple(model.layer_ops.items())
+    return _programs(model.config, model.dtype, model.fused, model.ops, layer_ops, model.device)
+
+
+_programs = functools.cache(Programs)
+
+
+def _needed_bytes(memory: Any) -> int:
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes
+
+
+def _at(x: Array, index: Array) -> Array:
+    """Picks one position of each row: x [B, T, D], index [B] -> [B, D]."""
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+
+
+def _ends(token: Array, stop: Array | np.ndarray) -> Array:
+    """Tells which tokens [B] are among `stop`, bool [B]."""
+    return jnp.any(token[:, None] == stop[None, :], axis=1)
+
+
+def _with(seen: Array | np.ndarray | None, token: Array) -> Array | None:
+    """Adds each row's token [B] to what it has seen [B, V]."""
+    return None if seen is None else jnp.asarray(seen).at[jnp.arange(len(token)), token].set(True)

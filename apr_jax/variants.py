@@ -1,0 +1,186 @@
+"""Which table of operations runs a model fastest where.
+
+On CUDA, bfloat16 with fused leaves: cuDNN's flash attention for prompts, and CUDA kernels (`apr_jax.cuda`) for residual
+with norm and for SwiGLU there, for the attention of decode steps, and, batch 1, for all layers of a token at once.
+Measured on one H200: tests/bench/decode_profile.md. CPUs take `cpu_ops.CPU_OPS`; everything else (float32, float64,
+other devices and shapes) takes `OPS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from apr_jax.cpu_ops import CPU_OPS
+from apr_jax.cuda import decode, nvrtc, rows
+from apr_jax.cuda.launch import SPLIT_HALVES, head_supported
+from apr_jax.modeling import (
+    MLP,
+    OPS,
+    Attention,
+    DecoderLayer,
+    LayerCache,
+    Ops,
+    Step,
+    Tap,
+    attention_block,
+    decoder_layers,
+    glu,
+    linear,
+    pass_on,
+)
+from converters.qwen2 import Qwen2Config
+
+COMPUTE_CAPABILITY = 9.0
+"""Of the devices that the kernels are written for: bulk copies, 227 KiB of shared memory a block."""
+
+_MOST_SLOTS = 1024  # beyond, one block a head does not keep up unless the batch fills the device
+_PROMPT_ROWS = 256  # below, XLA's own fusions of residual, norm and activation are as fast
+_LEAST_CUDNN_HEAD = 16  # the smallest head size that cuDNN was seen working with here
+_LONG_ROWS = 8192  # of a matrix that is multiplied with one vector
+_MOST_ROWS = 4 * 65_535  # of the SwiGLU kernel: four a block, and the blocks of a grid's second dimension
+
+
+def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool) -> Ops:
+    """Returns the fastest table of operations for a model.
+
+    Args:
+      config: Its configuration.
+      dtype: Of its parameters and of the computation.
+      device: That it is on.
+      fused: Whether it was loaded with fused leaves.
+
+    Returns:
+      `CPU_OPS` on a CPU. Elsewhere `OPS`, unless the model is bfloat16 and fused, on an NVIDIA device of compute
+      capability 9.0 with NVRTC installed, and of a head size that the kernels and cuDNN take.
+    """
+    if device.platform == "cpu":
+        return CPU_OPS
+    if device.platform != "gpu" or dtype != "bfloat16" or not fused:
+        return OPS
+    if float(getattr(device, "compute_capability", 0)) != COMPUTE_CAPABILITY or nvrtc.library() is None:
+        return OPS
+    if not head_supported(config) or config.head_dim > 128 or config.hidden_size % 8:
+        return OPS
+    return cuda_ops(device.core_count)
+
+
+@functools.cache
+def cuda_ops(multiprocessors: int, rotation: str = SPLIT_HALVES) -> Ops:
+    """Returns the table of CUDA kernels; the same object for the same arguments, so that programs are shared.
+
+    Args:
+      multiprocessors: Of the device.
+      rotation: RoPE in the kernels that rotate, an expression like `launch.SPLIT_HALVES`.
+    """
+    return dataclasses.replace(OPS, layers=functools.partial(cuda_layers, multiprocessors, rotation))
+
+
+def cuda_layers(
+    multiprocessors: int,
+    rotation: str,
+    ops: Ops,
+    x: Array,
+    layers: Sequence[DecoderLayer],
+    step: Step,
+    caches: Sequence[LayerCache | None],
+    layer_ops: Mapping[int, Ops],
+) -> tuple[Array, tuple[LayerCache | None, ...]]:
+    """`modeling.decoder_layers` in CUDA kernels; layers with tables of their own go to that function."""
+    if layer_ops:
+        return decoder_layers(ops, x, layers, step, caches, layer_ops)
+    config = layers[0].self_attn.config
+    one_token = x.shape[1] == 1 and step.slot is not None and not isinstance(step.slot, int)
+    held = [cache for cache in caches if cache is not None]
+    if one_token and x.shape[0] == 1 and decode.supports(config, multiprocessors):
+        return decode.decode(x, layers, step, held, multiprocessors, rotation)
+    table = dataclasses.replace(
+        ops,
+        attention_block=functools.partial(token_attention, multiprocessors, rotation) if one_token else attention_block,
+        linear=matvec_linear if one_token and x.shape[0] == 1 else linear,
+    )
+    if one_token or x.shape[0] * x.shape[1] < _PROMPT_ROWS:
+        return decoder_layers(table, x, layers, step, caches, layer_ops)
+    return _prompt_layers(dataclasses.replace(ops, qkv=qkv, glu=fused_glu), x, layers, step, caches)
+
+
+def _prompt_layers(
+    ops: Ops, x: Array, layers: Sequence[DecoderLayer], step: Step, caches: Sequence[LayerCache | None]
+) -> tuple[Array, tuple[LayerCache | None, ...]]:
+    """All layers over many rows: each residual is added in the kernel that norms the sum."""
+    if isinstance(step.slot, int) and layers[0].self_attn.config.head_dim >= _LEAST_CUDNN_HEAD:
+        ops = dataclasses.replace(ops, attention=causal_attention)
+    after: list[LayerCache | None] = []
+    normed = layers[0].input_layernorm(x, ops)
+    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+        norm = layer.post_attention_layernorm
+        update, cache = layer.self_attn(normed, step, cache, ops, pass_on)
+        x, normed = rows.add_norm(x, update, norm.weight[...], norm.eps)
+        update = layer.mlp(normed, ops, pass_on)
+        after.append(cache)
+        if index + 1 < len(layers):
+            norm = layers[index + 1].input_layernorm
+            x, normed = rows.add_norm(x, update, norm.weight[...], norm.eps)
+    return ops.residual(x, update), tuple(after)
+
+
+def token_attention(
+    multiprocessors: int,
+    rotation: str,
+    ops: Ops,
+    x: Array,
+    layer: DecoderLayer,
+    step: Step,
+    cache: LayerCache,
+    tap: Tap,
+) -> tuple[Array, LayerCache | None]:
+    """`modeling.attention_block` for one token a row, with one kernel between the two products."""
+    config, batch, projection = layer.self_attn.config, x.shape[0], layer.self_attn.qkv_proj
+    if cache.keys.shape[1] > _MOST_SLOTS and batch * config.num_heads < multiprocessors:
+        return attention_block(ops, x, layer, step, cache, tap)
+    product = ops.linear(ops, layer.input_layernorm(x, ops), projection.weight[...], jnp.float32)
+    values, cache = rows.attend(config, ops.add_bias(product, projection.bias[...]), step, cache, rotation)
+    return ops.residual(x, ops.linear(ops, values, layer.self_attn.o_proj.weight[...])), cache
+
+
+def matvec_linear(ops: Ops, x: Array, weight: Array, dtype: object = None) -> Array:
+    """`modeling.linear`, of one token: long rows go to a kernel of their own."""
+    if weight.shape[1] < _LONG_ROWS or weight.shape[1] % 8 or dtype is not None:
+        return linear(ops, x, weight, dtype)
+    return rows.matvec(weight, x)
+
+
+def fused_glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
+    """`modeling.glu`, the activation and the product in one kernel."""
+    gate_up = ops.linear(ops, x, weights.gate_up_proj.weight[...])
+    if gate_up.shape[2] % 16 or x.shape[0] * x.shape[1] > _MOST_ROWS:
+        return glu(ops, x, weights, tap)
+    return rows.swiglu(gate_up)
+
+
+def qkv(ops: Ops, x: Array, weights: Attention, tap: Tap) -> tuple[Array, Array, Array]:
+    """`modeling.qkv` in one GEMM with the bias in its epilogue: there too it is added before the sum is rounded."""
+    del tap
+    config, (batch, length) = weights.config, x.shape[:2]
+    (projection,) = weights.projections()
+    biased = ops.linear(ops, x, projection.weight[...]) + projection.bias[...]
+    q_end, k_end = config.num_heads, config.num_heads + config.num_kv_heads
+    heads = biased.reshape(batch, length, -1, config.head_dim)
+    return heads[:, :, :q_end], heads[:, :, q_end:k_end], heads[:, :, k_end:]
+
+
+def causal_attention(
+    ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array, tap: Tap
+) -> Array:
+    """cuDNN's flash attention of the first tokens of a cache over themselves: q [B, T, N, H], k, v [B, T, K, H].
+
+    Padding stands behind a row's tokens, so that a causal mask alone hides it from them.
+    """
+    del ops, q_positions, kv_positions, tap
+    values = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return values.reshape(*values.shape[:2], -1)

@@ -1,0 +1,211 @@
+"""The command as a user runs it: what it prints, streams and returns, and how it ends when it is interrupted."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from absl.testing import absltest, parameterized
+
+from tests import paths
+
+SAMPLE = paths.checkpoint("gqa_tied_bf16")
+GREEDY = ("--greedy", "--repetition-penalty", "1")
+
+
+class GenerateCommandTest(parameterized.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cache = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cache.cleanup)
+        cls.cache = pathlib.Path(cache.name)
+        cls.environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        cls.environment["XDG_CACHE_HOME"] = cache.name
+
+    def command(self, *args) -> list[str]:
+        return [str(part) for part in (sys.executable, paths.ROOT / "tools" / "generate.py", *args)]
+
+    def ran(self, *args, code=0) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            self.command(*args), capture_output=True, text=True, check=False, env=self.environment, timeout=300
+        )
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        return done
+
+    def file(self, content: str) -> pathlib.Path:
+        return pathlib.Path(self.create_tempfile(content=content).full_path)
+
+    def test_text_json_and_a_second_run_from_the_compilation_cache_agree(self):
+        done = self.ran(SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 20, *GREEDY)
+        self.assertRegex(done.stderr, r"prompt: 10 tokens in .* new: 20 tokens, .* tokens/s after the first")
+        kept = set((self.cache / "apr_jax" / "compiled").glob("*-cache"))
+        self.assertNotEmpty(kept, "programs are kept in the user's cache folder")
+        again = self.ran(SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 20, *GREEDY, "--json")
+        self.assertEqual(set((self.cache / "apr_jax" / "compiled").glob("*-cache")), kept)
+        result = json.loads(again.stdout)
+        (row,) = result["generations"]
+        self.assertEqual(row["text"].rstrip("\n") + "\n", done.stdout)
+        self.assertEqual((row["prompt_tokens"], len(row["token_ids"]), row["finish_reason"]), (10, 20, "length"))
+        self.assertEqual((result["interrupted"], result["settings"]["do_sample"]), (False, False))
+        self.assertGreater(result["timing"]["decode_tokens_per_second"], 0)
+
+    def test_a_batch_of_texts_and_conversations_is_what_its_parts_are_alone(self):
+        prompts = self.file(json.dumps(["Hello", [{"role": "user", "content": "What is 2+2?"}]]))
+        args = ("--max-new-tokens", 20, *GREEDY)
+        rows = json.loads(self.ran(SAMPLE, "--prompts", prompts, *args, "--json").stdout)["generations"]
+        chat = json.loads(self.ran(SAMPLE, "--chat", "What is 2+2?", *args, "--json").stdout)["generations"]
+        self.assertEqual(rows[1], {**chat[0], "index": 1})
+        shown = self.ran(SAMPLE, "--prompts", prompts, *args).stdout
+        for row in rows:
+            self.assertIn(f"[{row['index']}] {row['text']}", shown)
+        ids = self.file(json.dumps([[39, 68, 75, 75, 78]]))
+        alone = json.loads(self.ran(SAMPLE, "--input-ids", ids, *args, "--json").stdout)["generations"]
+        self.assertEqual(alone[0]["token_ids"], rows[0]["token_ids"])
+
+    def test_the_checkpoints_settings_rule_until_options_say_otherwise(self):
+        args = (SAMPLE, "--prompt", "A", "--max-new-tokens", 12, "--json")
+        drawn, other, high = (
+            json.loads(self.ran(*args, *more).stdout)
+            for more in ((), ("--seed", 7), ("--temperature", 3, "--stop", "e"))
+        )
+        self.assertEqual([drawn["settings"][k] for k in ("do_sample", "temperature", "top_k")], [True, 0.7, 20])
+        self.assertNotEqual(drawn["generations"], other["generations"])
+        self.assertEqual((high["settings"]["temperature"], high["settings"]["stop_strings"]), (3, ["e"]))
+
+    def test_mistakes_are_one_line_with_their_exit_code(self):
+        bare = pathlib.Path(self.create_tempdir().full_path)
+        for name in ("config.json", "model.safetensors"):
+            (bare / name).write_bytes((SAMPLE / name).read_bytes())
+        for args, code, message in (
+            ((SAMPLE,), 2, "required"),
+            ((SAMPLE, "--prompt", "a", "--chat", "b"), 2, "not allowed"),
+            ((SAMPLE, "--prompt", "a", "--system", "b"), 2, "belongs to --chat"),
+            ((SAMPLE, "--prompt", "a", "--greedy", "--top-k", 3), 2, "draws nothing"),
+            ((SAMPLE, "--prompt", "a", "--top-p", 2), 2, "top_p is out of range"),
+            ((SAMPLE, "--prompt", ""), 2, "prompt is empty"),
+            ((SAMPLE, "--prompts", self.file('["a", 1]')), 2, "not a list of texts"),
+            ((SAMPLE, "--input-ids", self.file("[[300]]")), 2, "beyond the vocabulary"),
+            ((SAMPLE, "--prompts", bare / "none"), 3, "no such file"),
+            ((bare / "none", "--prompt", "a"), 3, "no such"),
+            ((SAMPLE, "--prompts", self.file("[")), 4, "JSON"),
+            ((bare, "--prompt", "a"), 5, "no tokenizer.json"),
+        ):
+            with self.subTest(message):
+                lines = self.ran(*args, code=code).stderr.strip().splitlines()
+                self.assertIn(message, lines[-1])
+                self.assertIn("error", lines[-1])
+
+    def test_ids_work_without_a_tokenizer(self):
+        bare = pathlib.Path(self.create_tempdir().full_path)
+        for name in ("config.json", "model.safetensors"):
+            (bare / name).write_bytes((SAMPLE / name).read_bytes())
+        ids = self.file(json.dumps([[39, 68, 75, 75, 78]]))
+        done = self.ran(bare, "--input-ids", ids, "--greedy", "--max-new-tokens", 5)
+        self.assertLen(done.stdout.split(), 5)
+
+    def interrupted(self, process: subprocess.Popen, number: int = signal.SIGINT) -> tuple[str, str]:
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 130, errors)
+        self.assertEqual(errors.splitlines(), ["interrupted"])
+        return output, errors
+
+    def started(self, *args, patch: str = "") -> subprocess.Popen:
+        code = f"""
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from apr_jax.commands import generate
+from converters.commands import cli
+{patch}
+cli.start(generate.parse, generate.main, ["generate", *sys.argv[2:]])
+"""
+        command = [sys.executable, "-c", code, paths.ROOT, *args]
+        return subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=self.environment,
+        )
+
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM)
+    def test_an_interrupt_while_decoding_leaves_the_text_so_far(self, number):
+        args = (SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 4000, *GREEDY)
+        process = self.started(*args)
+        begun = process.stdout.read(5)
+        output, _ = self.interrupted(process, number)
+        text = begun + output.removesuffix("\n")
+        self.assertGreaterEqual(len(text), 5)
+        whole = self.ran(SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 4000, *GREEDY).stdout
+        self.assertLess(len(text), len(whole))
+        self.assertTrue(whole.startswith(text), "the beginning of what it would have printed")
+
+    def test_an_interrupt_while_decoding_a_batch_prints_every_row_and_json_says_so(self):
+        patch = """
+import signal
+from apr_jax.generation import _Row
+take = _Row.take
+def interrupting(self, index, tokens):
+    delta = take(self, index, tokens)
+    if index == 1 and len(self.result().token_ids) > 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return delta
+_Row.take = interrupting
+"""
+        args = (SAMPLE, "--prompt", "What is 2+2?", "--prompt", "A", "--max-new-tokens", 100, *GREEDY)
+        for more in ((), ("--json",)):
+            process = self.started(*args, *more, patch=patch)
+            output, errors = process.communicate(timeout=120)
+            self.assertEqual((process.returncode, errors), (130, "interrupted\n"))
+            if more:
+                result = json.loads(output)
+                self.assertTrue(result["interrupted"])
+                self.assertGreater(len(result["generations"][1]["token_ids"]), 3)
+                self.assertIsNone(result["generations"][1]["finish_reason"])
+            else:
+                self.assertRegex(output, r"(?s)\[0\] .*\n\[1\] .*\n$")
+
+    def test_an_interrupt_while_loading_prints_nothing(self):
+        patch = """
+import signal
+from converters.checkpoint import Tensor
+for name in ("readinto", "read", "raw"):
+    setattr(Tensor, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+"""
+        process = self.started(SAMPLE, "--prompt", "A", patch=patch)
+        output, errors = process.communicate(timeout=120)
+        self.assertEqual((process.returncode, output, errors), (130, "", "interrupted\n"))
+
+    def test_an_interrupt_that_the_compiler_does_not_notice_ends_it_all_the_same(self):
+        # A call into C that returns to nobody, like XLA in the midst of a long compilation.
+        patch = """
+import ctypes, signal, threading
+from apr_jax.decoding import Programs
+call, libc = Programs._call, ctypes.CDLL(None)
+def stuck(self, key, *rest):
+    if key[0] != "decode":
+        return call(self, key, *rest)
+    mutex = ctypes.create_string_buffer(128)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+Programs._call = stuck
+"""
+        args = (SAMPLE, "--input-ids", self.file("[[1, 2, 3]]"), "--json", "--max-new-tokens", 10, *GREEDY)
+        process = self.started(*args, patch=patch)
+        output, errors = process.communicate(timeout=120)
+        self.assertEqual((process.returncode, errors), (130, "interrupted\n"))
+        result = json.loads(output)
+        self.assertLen(result["generations"][0]["token_ids"], 1, "the first token was there already")
+
+
+if __name__ == "__main__":
+    absltest.main()

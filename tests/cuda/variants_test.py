@@ -1,0 +1,177 @@
+"""On an NVIDIA GPU of compute capability 9.0: the CUDA kernels against float64, and mistakes planted in them.
+
+The bar is that of any bfloat16 pass: twice the error that the plain operations have in bfloat16 on the same device.
+"""
+
+import functools
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from apr_jax import bars, variants
+from apr_jax.compare import relative_l2
+from apr_jax.cuda import decode, rows
+from apr_jax.inputs import Inputs, seeded
+from apr_jax.model import load_model
+from apr_jax.modeling import OPS, rms_norm, silu
+from tests import paths
+
+# Of the committed checkpoints, those with a head size of 8, 16 or 32.
+NAMES = ("gqa_tied_bf16", "head_dim_given", "mixed_dtypes", "mqa_f16")
+ADJACENT_PAIRS = "x[d] * cos[d / 2] + (d % 2 ? x[d - 1] : -x[d + 1]) * sin[d / 2]"
+# Two bfloat16 roundings of random values: 2.3e-3; one: 1.7e-3.
+ROUNDED_TWICE = 4e-3
+
+
+def hopper() -> jax.Device | None:
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
+    return device if float(device.compute_capability) == variants.COMPUTE_CAPABILITY else None
+
+
+@functools.cache
+def loaded(name, dtype, device):
+    return load_model(paths.checkpoint(name), dtype, device, fused=dtype == "bfloat16")
+
+
+@functools.cache
+def case(name, batch, prompt, steps):
+    """Token ids, mask and positions of rows of unequal prompts, padded behind, and their logits in float64."""
+    exact = loaded(name, "float64", "cpu")
+    ids = seeded(exact.config.vocab_size, batch, prompt + steps).input_ids
+    mask = np.ones_like(ids)
+    for row in range(batch):
+        mask[row, prompt - 7 * row : prompt] = 0
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    expected = [np.asarray(exact.logits(Inputs.of(ids[row : row + 1, mask[row] == 1])))[0] for row in range(batch)]
+    return ids, mask, positions, np.concatenate(expected)
+
+
+def prompt_then_steps(model, name, batch, prompt, steps):
+    """Logits of a prompt and of single tokens behind it, over a cache; at padding none."""
+    ids, mask, positions, _ = case(name, batch, prompt, steps)
+    cache, parts = model.empty_cache(batch, 64 if prompt < 50 else 1024), []
+    for begin, end in [(0, prompt), *((at, at + 1) for at in range(prompt, prompt + steps))]:
+        part = (ids[:, begin:end], mask[:, begin:end], positions[:, begin:end])
+        logits, cache = model.step(Inputs.of(*part), cache)
+        parts.append(np.asarray(logits, np.float64))
+    return np.concatenate(parts, axis=1)[mask == 1]
+
+
+@absltest.skipUnless(hopper(), "JAX finds no CUDA device of compute capability 9.0")
+class VariantsTest(parameterized.TestCase):
+    def assert_within_bar(self, run, name, expected):
+        model = loaded(name, "bfloat16", "cuda")
+        own = relative_l2(run(model.with_ops(OPS)), expected)
+        error = relative_l2(run(model.with_ops(self.table(model))), expected)
+        print(f"{self.id().rpartition('.')[2]}: kernels {error:.2e}, plain {own:.2e}")
+        self.assertLessEqual(error, bars.bfloat16(own))
+
+    def table(self, model):
+        table = variants.ops_for(model.config, model.dtype, model.device, fused=True)
+        self.assertIs(table, variants.cuda_ops(model.device.core_count))
+        return table
+
+    @parameterized.product(name=NAMES, batch=(1, 3))
+    def test_decode_steps_hold_the_bar_against_float64(self, name, batch):
+        shape = (name, batch, 30, 10)
+        self.assert_within_bar(lambda model: prompt_then_steps(model, *shape), name, case(*shape)[3])
+
+    @parameterized.parameters(*NAMES)
+    def test_prompt_through_cudnn_holds_the_bar_against_float64(self, name):
+        shape = (name, 3, 96, 2)
+        self.assert_within_bar(lambda model: prompt_then_steps(model, *shape), name, case(*shape)[3])
+
+    @parameterized.parameters(*NAMES)
+    def test_whole_forward_with_padding_on_either_side_holds_the_bar_against_float64(self, name):
+        ids, mask, positions, expected = case(name, 3, 96, 2)
+
+        def run(model, order):
+            inputs = Inputs.of(ids[:, order], mask[:, order], positions[:, order])
+            return np.asarray(model.logits(inputs), np.float64)[mask[:, order] == 1]
+
+        behind = np.arange(ids.shape[1])
+        self.assert_within_bar(lambda model: run(model, behind), name, expected)
+        # Rows whose padding stands in front: the tokens behind it, rolled to the end.
+        front = Inputs.of(np.roll(ids, 14, axis=1), np.roll(mask, 14, axis=1) * (np.arange(98) >= 14))
+        exact = np.asarray(loaded(name, "float64", "cpu").logits(front))[front.attention_mask == 1]
+        self.assert_within_bar(
+            lambda model: np.asarray(model.logits(front), np.float64)[front.attention_mask == 1], name, exact
+        )
+
+    def test_a_prompt_padded_in_front_into_an_empty_cache_holds_the_bar(self):
+        name = "gqa_tied_bf16"
+        exact = loaded(name, "float64", "cpu")
+        ids = seeded(exact.config.vocab_size, 3, 100).input_ids
+        mask = (np.arange(100) >= np.array([[0], [9], [20]])).astype(np.int32)
+        inputs = Inputs.of(ids, mask)
+        expected = np.asarray(exact.logits(inputs))[mask == 1]
+
+        def run(model):
+            return np.asarray(model.step(inputs, model.empty_cache(3, 128))[0], np.float64)[mask == 1]
+
+        self.assert_within_bar(run, name, expected)
+
+    def test_one_head_split_over_blocks_holds_the_bar(self):
+        shape = ("gqa_tied_bf16", 1, 700, 5)
+        self.assert_within_bar(lambda model: prompt_then_steps(model, *shape)[-5:], shape[0], case(*shape)[3][-5:])
+
+    @parameterized.product(name=NAMES, batch=(1, 3))
+    def test_adjacent_pair_rope_in_the_kernels_leaves_the_bar(self, name, batch):
+        model = loaded(name, "bfloat16", "cuda")
+        expected = case(name, batch, 30, 10)[3]
+        own = relative_l2(prompt_then_steps(model.with_ops(OPS), name, batch, 30, 10), expected)
+        planted = variants.cuda_ops(model.device.core_count, ADJACENT_PAIRS)
+        error = relative_l2(prompt_then_steps(model.with_ops(planted), name, batch, 30, 10), expected)
+        self.assertGreater(error, bars.bfloat16(own))
+
+    def test_decode_repeats_bit_for_bit(self):
+        model = loaded("gqa_tied_bf16", "bfloat16", "cuda")
+        model = model.with_ops(self.table(model))
+        self.assertTrue(decode.supports(model.config, model.device.core_count))
+        first = prompt_then_steps(model, "gqa_tied_bf16", 1, 30, 10)
+        for _ in range(5):
+            np.testing.assert_array_equal(prompt_then_steps(model, "gqa_tied_bf16", 1, 30, 10), first)
+
+    @parameterized.parameters((1, 48), (300, 896), (97, 1536), (33, 3584), (5, 8192))
+    def test_residual_with_norm_equals_the_separate_operations_but_for_a_rounding(self, count, width):
+        x, update = (normal(seed, 1, count, width) for seed in (1, 2))
+        weight = normal(3, width) + jnp.ones((width,), jnp.bfloat16)
+        total, normed = jax.jit(lambda *arrays: rows.add_norm(*arrays, 1e-6))(x, update, weight)
+        np.testing.assert_array_equal(np.asarray(total), np.asarray(x + update))
+        self.assertLessEqual(relative_l2(wide(normed), wide(rms_norm(x + update, weight, 1e-6))), 1e-3)
+
+    @parameterized.parameters((1, 96), (301, 4864), (6, 18944))
+    def test_swiglu_equals_float64_to_two_roundings(self, count, width):
+        gate_up = normal(4, 1, count, 2 * width)
+        gate, up = np.split(wide(gate_up), 2, axis=-1)
+        got = wide(jax.jit(rows.swiglu)(gate_up))
+        self.assertLessEqual(relative_l2(got, gate / (1 + np.exp(-gate)) * up), ROUNDED_TWICE)
+        self.assertLessEqual(relative_l2(got, wide(silu(gate_up[..., :width]) * gate_up[..., width:])), 1e-3)
+
+    @parameterized.parameters((48, 96), (896, 4864), (3584, 18944))
+    def test_matvec_equals_float64_to_one_rounding(self, count, width):
+        weight, x = normal(5, count, width), normal(6, 1, 1, width)
+        got = wide(jax.jit(rows.matvec)(weight, x))
+        self.assertLessEqual(relative_l2(got[0, 0], wide(weight) @ wide(x)[0, 0]), ROUNDED_TWICE / 2)
+
+
+def normal(seed, *shape):
+    device = jax.devices("cuda")[0]
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(jnp.bfloat16), device)
+
+
+def wide(x):
+    return np.asarray(x, np.float64)
+
+
+if __name__ == "__main__":
+    absltest.main()

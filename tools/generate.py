@@ -1,0 +1,12 @@
+"""Writes text with a Qwen2 model: `python tools/generate.py --help`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from apr_jax.commands import generate
+from converters.commands import cli
+
+if __name__ == "__main__":
+    cli.start(generate.parse, generate.main)
