@@ -40,7 +40,7 @@ lint: $(VENV)/installed
 
 # Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`.
 test-reference: $(VENV)/reference-installed
-	$(BIN)/python -m pytest tests/reference
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/reference
 
 # On a machine with an NVIDIA GPU; skips with a reason elsewhere. Uses the Python that is active, not the one in .venv.
 test-cuda:

@@ -69,26 +69,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
 
 
-def section(every: Iterable[Results], pictures: Mapping[str, str]) -> str:
-    """Returns the README's account of results files.
-
-    Args:
-      every: The results, in the order to show them.
-      pictures: For some results, by `label`, the path of their picture.
-    """
+def section(every: Iterable[tuple[Results, str | None]]) -> str:
+    """Returns the README's account of results files: each with the path of its picture, if it has one."""
     parts = []
-    for results in every:
+    for results, picture in every:
         parts.append(f"**{heading(results)}**")
-        if picture := pictures.get(label(results)):
+        if picture:
             parts.append(f"![Arithmetic a second over arithmetic a byte, beside the machine's limits]({picture})")
         parts += [markdown(rows) for rows in (cases(results), start_up(results)) if rows]
         parts.append(provenance(results))
     return "\n\n".join(parts)
-
-
-def label(results: Results) -> str:
-    """Returns model, dtype and platform, which name a results file."""
-    return f"{results['model']} {results['dtype']} {results['machine']['platform']}"
 
 
 def provenance(results: Results) -> str:

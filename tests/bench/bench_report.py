@@ -19,21 +19,20 @@ def results() -> dict[str, report.Results]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
+def picture(name: str, found: report.Results) -> str | None:
+    """Returns where the picture of a results file stands: a few cases make none."""
+    return f"docs/roofline-{name}.svg" if len(found["cases"]) > 3 else None
+
+
 def pictures() -> dict[pathlib.Path, str]:
-    """Returns the pictures, by path: one for every results file with more than a few cases."""
-    return {
-        ROOT / "docs" / f"roofline-{name}.svg": roofline.svg(found)
-        for name, found in results().items()
-        if len(found["cases"]) > 3
-    }
+    """Returns the pictures, by path."""
+    paths = {name: picture(name, found) for name, found in results().items()}
+    return {ROOT / path: roofline.svg(results()[name]) for name, path in paths.items() if path}
 
 
 def section() -> str:
     """Returns what stands in the README between the two marks."""
-    drawn = {path.stem.removeprefix("roofline-"): path.relative_to(ROOT).as_posix() for path in pictures()}
-    every = results()
-    paths = {report.label(every[name]): path for name, path in drawn.items()}
-    return report.section(every.values(), paths)
+    return report.section((found, picture(name, found)) for name, found in results().items())
 
 
 def main() -> int:
