@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,9 @@ class ParityTestCase(absltest.TestCase):
     def setUp(self):
         super().setUp()
         self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        # A command ends its process, and leaves signals ignored: here the process goes on.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
 
     def ran(self, *args, code):
         """Runs the command in this process; returns what it prints on stdout and on stderr."""
