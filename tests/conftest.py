@@ -1,17 +1,28 @@
 """Lets absltest suites run under pytest, and makes the runs independent of how pytest itself was started."""
 
 import os
+import shutil
 import signal
+import tempfile
 
+import pytest
 from absl import flags
 
 # NumPy's threads beside JAX's on two cores make the NumPy engine of the batteries several times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # pytest does not parse absl's flags.
     flags.FLAGS.mark_as_parsed()
     # A job in the background of a shell, or behind nohup, starts with these ignored and hands that on to its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # The tools keep compiled programs in the user's cache; those of tests are nobody's. Workers of xdist inherit it.
+    if not hasattr(config, "workerinput"):
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="apr_jax_tests_")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
