@@ -60,7 +60,9 @@ def quantised_activations(x):
     return rounded.reshape(*x.shape[:-1], -1)[..., :columns]
 
 
-AS_APR = dataclasses.replace(OPS, linear=lambda ops, x, weight: OPS.linear(ops, quantised_activations(x), weight))
+AS_APR = dataclasses.replace(
+    OPS, linear=lambda ops, x, weight, dtype=None: OPS.linear(ops, quantised_activations(x), weight, dtype)
+)
 # The products of a layer, and the weights that the engine needs in Q4_K to round the activations before them.
 PRODUCTS = {
     "qkv_matmul": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
