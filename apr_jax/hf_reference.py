@@ -121,14 +121,6 @@ def load(folder: str | os.PathLike[str], dtype: DType = "float32", device: str =
     return model.to(device).eval()
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of torch and transformers, for a golden file's metadata."""
-    torch = _torch()
-    import transformers
-
-    return {"torch": str(torch.__version__), "transformers": transformers.__version__}
-
-
 @contextlib.contextmanager
 def float64_patched() -> Iterator[None]:
     """Removes transformers' three casts to float32 for the time of the context: float64 is then float64 throughout.

@@ -443,7 +443,8 @@ class Qwen2ForCausalLM(nnx.Module):
           cache: Keys and values of earlier tokens; the new ones are added.
           ops: The table of operations.
           layer_ops: Tables for single layers, by index.
-          first: The cache is empty, so that the tokens need not look into it.
+          first: The cache is empty, so that the tokens need not look into it. Padding has to stand behind a row's
+            tokens: a kernel may take the mask as causal along the row.
 
         Returns:
           Logits [B, T, V] in the parameters' dtype, and the cache after this step (None without one).
