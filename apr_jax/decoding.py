@@ -150,8 +150,7 @@ class Programs:
         def program(parameters: Parameters, ids: Array, positions: Array, last: Array, tables: Any) -> Any:
             model = self._merge(parameters)
             cache = Cache.empty(self._config, ids.shape[0], capacity, jnp.dtype(self._dtype))
-            x, cache = self._hidden(model, ids, positions, tables, cache, first=True)
-            return cache, _at(x, last)
+            return self._hidden(model, ids, positions, tables, cache, True, jnp.maximum(last, 0))
 
         return self._call(("first prefill", ids.shape, capacity), program, (), parameters, ids, positions, last, tables)
 
@@ -171,8 +170,8 @@ class Programs:
             parameters: Parameters, ids: Array, positions: Array, last: Array, tables: Any, cache: Cache, hidden: Array
         ) -> Any:
             model = self._merge(parameters)
-            x, cache = self._hidden(model, ids, positions, tables, cache, first=False)
-            return cache, jnp.where(last[:, None] >= 0, _at(x, jnp.maximum(last, 0)), hidden)
+            cache, ended = self._hidden(model, ids, positions, tables, cache, False, jnp.maximum(last, 0))
+            return cache, jnp.where(last[:, None] >= 0, ended, hidden)
 
         capacity = cache.positions.shape[1]
         return self._call(
@@ -239,8 +238,8 @@ class Programs:
             def step(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
                 state, steps, block = carry
                 positions = jnp.where(state.done, NO_POSITION, state.position)[:, None]
-                x, cache = self._hidden(model, state.token[:, None], positions, tables, state.cache, first=False)
-                logits = model.project(x, self._ops)[:, 0]
+                cache, hidden = self._hidden(model, state.token[:, None], positions, tables, state.cache)
+                logits = model.project(hidden[:, None], self._ops)[:, 0]
                 token = pick(logits, keys, state.made, state.seen, choice.numbers, method)
                 shown = jnp.where(state.done, NO_TOKEN, token)
                 block = lax.dynamic_update_slice_in_dim(block, shown[:, None], steps, axis=1)
@@ -263,12 +262,14 @@ class Programs:
         positions: Array,
         tables: Any,
         cache: Cache,
-        first: bool,
-    ) -> tuple[Array, Cache]:
+        first: bool = False,
+        last: Array | None = None,
+    ) -> tuple[Cache, Array]:
+        """Fills the cache; returns it with the hidden states [B, D] of `last` [B] of each row, or of the only token."""
         cos, sin = tables
-        x, filled = model.hidden(ids, positions, cos, sin, cache, self._ops, self._layer_ops, first)
+        x, filled = model.hidden(ids, positions, cos, sin, cache, self._ops, self._layer_ops, first, last)
         assert filled is not None
-        return x, filled
+        return filled, x[:, 0]
 
     def _call(self, key: Any, program: Callable[..., Any], donated: tuple[int, ...], *arguments: Any) -> Any:
         """Calls the program of this key; compiled ahead of time, so that it is known when and how long."""
@@ -293,11 +294,6 @@ _programs = functools.cache(Programs)
 def _needed_bytes(memory: Any) -> int:
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return kept + memory.temp_size_in_bytes
-
-
-def _at(x: Array, index: Array) -> Array:
-    """Picks one position of each row: x [B, T, D], index [B] -> [B, D]."""
-    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
 
 
 def _ends(token: Array, stop: Array | np.ndarray) -> Array:

@@ -25,7 +25,7 @@ from apr_jax.model import LanguageModel, find_device, load_model
 from apr_jax.modeling import NO_POSITION, Cache
 from apr_jax.sampling import Method, Numbers
 from apr_jax.tokenizer import Detokenizer, StopStrings, Tokenizer
-from apr_jax.variants import ops_for
+from apr_jax.variants import ops_for, prompts_keep_no_scores
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.errors import RefusedError, UsageError
 
@@ -33,6 +33,8 @@ _LEAST_PROMPT, _LEAST_CAPACITY, _LEAST_STOP = 16, 64, 8
 _PREFILL_CHUNK = 2048
 # On CPU the scores of attention, [heads, chunk, keys], stay in reach of the caches and of a laptop's memory.
 _CPU_PREFILL_CHUNK = 512
+# Where a prompt's first chunk keeps no scores it may be long; later ones attend to the cache and keep them.
+_TOKENS_WITHOUT_SCORES = 32_768
 # A longer block makes the text stutter and an interrupt wait; a shorter one pays for its dispatch more often.
 _BLOCK_SECONDS = 0.05
 
@@ -137,7 +139,6 @@ class Generator:
       tokenizer: Its tokenizer; None leaves token ids.
       generation_config: The settings that calls start from.
       programs: What was compiled for it.
-      prefill_chunk: Most tokens of a prompt that go through the model at once.
     """
 
     def __init__(
@@ -151,7 +152,17 @@ class Generator:
         self.tokenizer = tokenizer
         self.generation_config = generation_config or GenerationConfig()
         self.programs = programs_of(model)
-        self.prefill_chunk = prefill_chunk or (_CPU_PREFILL_CHUNK if model.device.platform == "cpu" else _PREFILL_CHUNK)
+        self._prefill_chunk = prefill_chunk
+
+    def prefill_chunk(self, rows: int) -> int:
+        """Returns how many tokens of each of `rows` prompts go through the model at once, at most: a power of two."""
+        if self._prefill_chunk:
+            return self._prefill_chunk
+        if self.model.device.platform == "cpu":
+            return _CPU_PREFILL_CHUNK
+        if self.model.layer_ops or not prompts_keep_no_scores(self.model.config, self.model.ops):
+            return _PREFILL_CHUNK
+        return max(_PREFILL_CHUNK, 1 << (_TOKENS_WITHOUT_SCORES // rows).bit_length() - 1)
 
     def generate(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], seed: int = 0, **settings: Any
@@ -228,7 +239,7 @@ class Stream:
     ):
         self._model = generator.model
         self._programs = generator.programs
-        self._chunk = generator.prefill_chunk
+        self._chunk = generator.prefill_chunk(len(prompts))
         self._inputs = inputs
         self.settings = config
         self._new_tokens = _room(config, inputs.input_ids.shape[1], self._model.config.max_position_embeddings)

@@ -181,10 +181,13 @@ def glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
 def attention_block(
     ops: Ops, x: Array, layer: DecoderLayer, step: Step, cache: LayerCache | None, tap: Tap
 ) -> tuple[Array, LayerCache | None]:
-    """The first half of a layer: residual stream x [B, T, D] -> x + attention(norm(x)), and the cache with the keys."""
+    """The first half of a layer: residual stream x [B, T, D] -> x + attention(norm(x)), and the cache with the keys.
+
+    Of the tokens that the step keeps; keys and values come from all of them.
+    """
     normed = tap("attn_norm", layer.input_layernorm(x, ops))
     attended, cache = layer.self_attn(normed, step, cache, ops, tap)
-    return tap("post_attn_residual", ops.residual(x, attended)), cache
+    return tap("post_attn_residual", ops.residual(step.keep(x), attended)), cache
 
 
 def mlp_block(ops: Ops, x: Array, layer: DecoderLayer, tap: Tap) -> Array:
@@ -201,10 +204,14 @@ def decoder_layers(
     caches: Sequence[LayerCache | None],
     layer_ops: Mapping[int, Ops],
 ) -> tuple[Array, tuple[Any, ...]]:
-    """Takes the residual stream x [B, T, D] through all layers; `layer_ops` has tables for single layers, by index."""
+    """Takes the residual stream x [B, T, D] through all layers; `layer_ops` has tables for single layers, by index.
+
+    The last layer alone leaves out what the step does not keep: the others' outputs are keys and values for it.
+    """
     after = []
     for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-        x, cache = layer(x, step, cache, layer_ops.get(index, ops))
+        here = step if index + 1 == len(layers) else step._replace(kept=None)
+        x, cache = layer(x, here, cache, layer_ops.get(index, ops))
         after.append(cache)
     return x, tuple(after)
 
@@ -300,6 +307,7 @@ class Step(NamedTuple):
       kv_positions: Positions of the keys, int32 [B, S]: the tokens themselves, or every slot of the cache.
       slot: First cache slot that the tokens are written to, int32 scalar; None without a cache. The Python integer 0
         says that the cache was empty: the tokens see nothing but each other.
+      kept: The only token of each row that the result is asked for, int32 [B]; None means all.
     """
 
     cos: Array
@@ -307,6 +315,13 @@ class Step(NamedTuple):
     q_positions: Array
     kv_positions: Array
     slot: Array | int | None
+    kept: Array | None
+
+    def keep(self, x: Array) -> Array:
+        """Picks the tokens that are kept from x [B, T, ...]: [B, 1, ...], or all."""
+        if self.kept is None:
+            return x
+        return jnp.take_along_axis(x, self.kept.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
 
 class Attention(nnx.Module):
@@ -341,7 +356,7 @@ class Attention(nnx.Module):
             )
             if not isinstance(step.slot, int):
                 k, v = cache
-        values = ops.attention(ops, q, k, v, step.q_positions, step.kv_positions, tap)
+        values = ops.attention(ops, step.keep(q), k, v, step.keep(step.q_positions), step.kv_positions, tap)
         return tap("attn_out", ops.linear(ops, values, self.o_proj.weight[...])), cache
 
 
@@ -374,7 +389,10 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Array, step: Step, cache: LayerCache | None = None, ops: Ops = OPS, tap: Tap = pass_on
     ) -> tuple[Array, LayerCache | None]:
-        """Takes the residual stream [B, T, D] through the layer; returns it with the cache that holds the new keys."""
+        """Takes the residual stream [B, T, D] through the layer; returns it with the cache that holds the new keys.
+
+        Where the step keeps one token of each row, that alone is returned, [B, 1, D].
+        """
         x, cache = ops.attention_block(ops, x, self, step, cache, tap)
         return ops.mlp_block(ops, x, self, tap), cache
 
@@ -462,9 +480,13 @@ class Qwen2ForCausalLM(nnx.Module):
         ops: Ops = OPS,
         layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
         first: bool = False,
+        kept: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """As `__call__`, up to the final norm: hidden states [B, T, D] for `project`, and the cache."""
-        step, filled = make_step(positions, cos, sin, cache, first)
+        """As `__call__`, up to the final norm: hidden states [B, T, D] for `project`, and the cache.
+
+        With `kept`, int32 [B], they are those of one token of each row, [B, 1, D]: a prompt asks for no others.
+        """
+        step, filled = make_step(positions, cos, sin, cache, first, kept)
         x = self.embed(input_ids, ops)
         caches = (None,) * self.config.num_layers if cache is None else cache.layers
         x, layers = ops.layers(ops, x, self.model.layers, step, caches, layer_ops)
@@ -487,7 +509,12 @@ class Qwen2ForCausalLM(nnx.Module):
 
 
 def make_step(
-    positions: Array, cos: Array, sin: Array, cache: Cache | None = None, first: bool = False
+    positions: Array,
+    cos: Array,
+    sin: Array,
+    cache: Cache | None = None,
+    first: bool = False,
+    kept: Array | None = None,
 ) -> tuple[Step, Array]:
     """Gathers the rotary tables [P, H/2] at `positions` [B, T] and places the tokens in the cache, empty if `first`.
 
@@ -501,7 +528,7 @@ def make_step(
         slot = 0 if first else cache.length
         filled = lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
     keys = positions if first else filled
-    return Step(jnp.take(cos, rows, axis=0), jnp.take(sin, rows, axis=0), positions, keys, slot), filled
+    return Step(jnp.take(cos, rows, axis=0), jnp.take(sin, rows, axis=0), positions, keys, slot, kept), filled
 
 
 def _tap_heads(tap: Tap, stage: str, x: Array) -> Array:

@@ -18,7 +18,7 @@ from apr_jax.compare import compared_positions
 from apr_jax.gaps import hypotheses
 from apr_jax.hypotheses import Mistakes, Question
 from apr_jax.localise import Localisation, Site, budgets, row_norms
-from apr_jax.mistakes import DOTS, drift, touches, under
+from apr_jax.mistakes import DOTS, drift, touches, under, ways
 from apr_jax.scene import Scene, split
 
 _SLACK = 1.5
@@ -137,10 +137,10 @@ class _Look:
         return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst)
 
     def judge(self, mistakes: Mistakes) -> Fit:
-        """Judges a hypothesis."""
-        return self.fit(
-            under(self.scene, mistakes).compute(self._site.key), drift(mistakes, self.scene, self._site.key)
-        )
+        """Judges a hypothesis, made in the way that fits best."""
+        key, allowed = self._site.key, drift(mistakes, self.scene, self._site.key)
+        fits = (self.fit(under(self.scene, way).compute(key), allowed) for way in ways(mistakes))
+        return min(fits, key=lambda fit: fit.error)
 
 
 class Search:

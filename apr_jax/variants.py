@@ -28,6 +28,7 @@ from apr_jax.modeling import (
     Ops,
     Step,
     Tap,
+    attention,
     attention_block,
     decoder_layers,
     glu,
@@ -81,6 +82,11 @@ def cuda_ops(multiprocessors: int, rotation: str = SPLIT_HALVES) -> Ops:
     return dataclasses.replace(OPS, layers=functools.partial(cuda_layers, multiprocessors, rotation))
 
 
+def prompts_keep_no_scores(config: Qwen2Config, ops: Ops) -> bool:
+    """Whether the first chunk of a prompt goes through flash attention, which has no scores [N, T, S] in memory."""
+    return getattr(ops.layers, "func", None) is cuda_layers and config.head_dim >= _LEAST_CUDNN_HEAD
+
+
 def cuda_layers(
     multiprocessors: int,
     rotation: str,
@@ -113,14 +119,15 @@ def _prompt_layers(
     ops: Ops, x: Array, layers: Sequence[DecoderLayer], step: Step, caches: Sequence[LayerCache | None]
 ) -> tuple[Array, tuple[LayerCache | None, ...]]:
     """All layers over many rows: each residual is added in the kernel that norms the sum."""
-    if isinstance(step.slot, int) and layers[0].self_attn.config.head_dim >= _LEAST_CUDNN_HEAD:
+    if isinstance(step.slot, int) and prompts_keep_no_scores(layers[0].self_attn.config, ops):
         ops = dataclasses.replace(ops, attention=causal_attention)
     after: list[LayerCache | None] = []
     normed = layers[0].input_layernorm(x, ops)
     for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+        here = step if index + 1 == len(layers) else step._replace(kept=None)
         norm = layer.post_attention_layernorm
-        update, cache = layer.self_attn(normed, step, cache, ops, pass_on)
-        x, normed = rows.add_norm(x, update, norm.weight[...], norm.eps)
+        update, cache = layer.self_attn(normed, here, cache, ops, pass_on)
+        x, normed = rows.add_norm(here.keep(x), update, norm.weight[...], norm.eps)
         update = layer.mlp(normed, ops, pass_on)
         after.append(cache)
         if index + 1 < len(layers):
@@ -179,8 +186,10 @@ def causal_attention(
 ) -> Array:
     """cuDNN's flash attention of the first tokens of a cache over themselves: q [B, T, N, H], k, v [B, T, K, H].
 
-    Padding stands behind a row's tokens, so that a causal mask alone hides it from them.
+    Padding stands behind a row's tokens, so that a causal mask alone hides it from them. Where one query of each row is
+    kept it is not the first token, which cuDNN would take it for: `modeling.attention` has positions.
     """
-    del ops, q_positions, kv_positions, tap
+    if q.shape[1] != k.shape[1]:
+        return attention(ops, q, k, v, q_positions, kv_positions, tap)
     values = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return values.reshape(*values.shape[:2], -1)

@@ -101,11 +101,16 @@ def work(config: Qwen2Config, case: Case, itemsize: int) -> Work:
       itemsize: Bytes of a parameter and of a cached number.
     """
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
+    keys_and_values = config.hidden_size * 2 * kv
+    rest = config.hidden_size * (2 * heads + 3 * config.intermediate_size)
     head = config.vocab_size * config.hidden_size
-    weights = config.num_layers * layer + head
-    tokens = case.batch * (case.length if case.kind == PREFILL else 1)
-    pairs = case.batch * (case.length * (case.length + 1) // 2 if case.kind == PREFILL else case.length)
-    cached = case.batch * case.length * 2 * kv * config.num_layers
-    flops = 2.0 * (tokens * config.num_layers * layer + case.batch * head + pairs * 2 * heads * config.num_layers)
-    return Work(flops, float(itemsize) * (weights + cached))
+    weights = config.num_layers * (keys_and_values + rest) + head
+    cached = case.length * 2 * kv * config.num_layers
+    # One token of a row goes through everything and attends to all; a prompt's others end with the last layer's keys.
+    products, pairs = weights, case.length * config.num_layers
+    if case.kind == PREFILL:
+        others, layers = case.length - 1, config.num_layers - 1
+        products += others * (layers * rest + config.num_layers * keys_and_values)
+        pairs += layers * case.length * others // 2
+    flops = 2.0 * case.batch * (products + pairs * 2 * heads)
+    return Work(flops, float(itemsize) * (weights + case.batch * cached))

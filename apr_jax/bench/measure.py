@@ -50,15 +50,18 @@ class Measurement:
         `fastest` turn, number of calls, tokens a second, and what its `prepare` says; or its name and `error`.
     """
 
-    def __init__(self, case: Case, contestants: Iterable[Contestant], plan: Plan):
+    def __init__(self, case: Case, plan: Plan):
         self.rows: list[dict[str, Any]] = []
         self._case, self._plan = case, plan
         self._ready: list[tuple[dict[str, Any], Calls]] = []
+
+    def prepare(self, contestants: Iterable[Contestant]) -> None:
+        """Compiles what these need."""
         for contestant in contestants:
             row: dict[str, Any] = {"contestant": contestant.name}
             self.rows.append(row)
             try:
-                calls, known = contestant.prepare(case, plan.steps)
+                calls, known = contestant.prepare(self._case, self._plan.steps)
             # Whatever a peer's compiler or a full memory raises: the others are measured all the same.
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]

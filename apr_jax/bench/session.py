@@ -65,17 +65,31 @@ class Settings:
 
 Say = Callable[[str], None]
 Keep = Callable[[dict[str, Any]], None]
-Alone = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def run(settings: Settings, say: Say, keep: Keep, alone: Alone = contextlib.nullcontext) -> dict[str, Any]:
+class Turns:
+    """When a run has the device to itself; others than this one are for runs side by side."""
+
+    def compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Entered while our programs are compiled: XLA picks kernels by timing them."""
+        return contextlib.nullcontext()
+
+    def measuring(self) -> contextlib.AbstractContextManager[None]:
+        """Entered while figures are taken, after everybody's programs have been compiled."""
+        return contextlib.nullcontext()
+
+
+_ALONE = Turns()
+
+
+def run(settings: Settings, say: Say, keep: Keep, turns: Turns = _ALONE) -> dict[str, Any]:
     """Measures everything.
 
     Args:
       settings: What.
       say: Gets a line for people whenever there is one.
       keep: Gets the results so far after every case.
-      alone: Is entered whenever figures are taken, not while something is compiled: for runs side by side.
+      turns: For runs side by side.
 
     Returns:
       The results, as committed under tests/bench/results.
@@ -103,8 +117,11 @@ def run(settings: Settings, say: Say, keep: Keep, alone: Alone = contextlib.null
             if late(case.name):
                 continue
             chosen = [c for c in contestants if not getattr(c, "compiled", False) or case in settings.compiled]
-            measurement = measure.Measurement(case, chosen, _plan(settings, device))
-            with alone():
+            measurement = measure.Measurement(case, _plan(settings, device))
+            with turns.compiling():
+                measurement.prepare(chosen[:1])
+            measurement.prepare(chosen[1:])
+            with turns.measuring():
                 if "ceilings" not in results:
                     results["ceilings"] = dataclasses.asdict(ceilings.measure(device, settings.dtype))
                     say(report.heading(results))

@@ -158,7 +158,8 @@ class ExplainTest(parameterized.TestCase):
         self.assertEqual((finding.fault, finding.certainty), ("unknown", "unexplained"))
         self.assertIn("not dumped before it: attn_scores, attn_softmax", finding.sentence)
 
-    def test_tf32_is_named_where_tensor_cores_cut_off_its_sums_over_896_columns(self):
+    @parameterized.parameters("even", "away")
+    def test_tf32_is_named_where_tensor_cores_cut_off_its_sums_over_896_columns(self, ties):
         base = sample.SAMPLES["qwen2_0.5b"]
         config = dataclasses.replace(base.config, num_layers=1, vocab_size=300, intermediate_size=128)
         narrow = dataclasses.replace(base, config=config, tokenizer="small")
@@ -166,8 +167,8 @@ class ExplainTest(parameterized.TestCase):
             folder = pathlib.Path(scratch, "hf")
             sample.write_sample("narrow", folder)
             exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
-            bench = Bench("narrow", *oracle.load(folder), seeded(300, 1, 24), exact, same)
-        dump = bench.dump([Planted("tf32-dots", None, {"mode": "round", "sums": "truncated"})])
+            bench = Bench("narrow", *oracle.load(folder), seeded(300, 1, 64), exact, same)
+        dump = bench.dump([Planted("tf32-dots", None, {"mode": "round", "ties": ties, "sums": "truncated"})])
         (finding,) = bench.diagnose(dump).findings
         self.assertEqual(
             (finding.fault, finding.parameters, finding.alternatives), ("tf32-dots", {"mode": "round"}, ())

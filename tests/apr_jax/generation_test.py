@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import re
 import sys
+import types
 from collections.abc import Iterator
 from unittest import mock
 
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars, decoding
+from apr_jax import bars, decoding, variants
 from apr_jax.compare import relative_l2
 from apr_jax.decoding import bucket
 from apr_jax.generation import Generator, load_generator
@@ -119,6 +120,22 @@ class GenerationTest(parameterized.TestCase):
             pieces = np.asarray(project(hidden[0]))
         self.assertLessEqual(relative_l2(pieces, whole), bars.FLOAT32)
         self.assertEqual(tokens, self.greedy(prompts, 20))
+
+    def test_first_chunks_are_long_where_prompts_keep_no_scores_and_rows_few(self):
+        def chunks(model, **device):
+            generator = Generator(model)
+            generator.model = types.SimpleNamespace(
+                config=model.config, layer_ops=model.layer_ops, ops=model.ops, device=types.SimpleNamespace(**device)
+            )
+            return [generator.prefill_chunk(rows) for rows in (1, 3, 16, 200)]
+
+        model = self.generator.model
+        flash = model.with_ops(variants.cuda_ops(132))
+        self.assertEqual(chunks(flash, platform="gpu"), [32768, 8192, 2048, 2048])
+        self.assertEqual(chunks(flash.with_ops(flash.ops, {1: flash.ops}), platform="gpu"), [2048] * 4)
+        self.assertEqual(chunks(model, platform="gpu"), [2048] * 4)
+        self.assertEqual(chunks(model, platform="cpu"), [512] * 4)
+        self.assertEqual(Generator(model, prefill_chunk=16).prefill_chunk(1), 16)
 
     def test_calls_of_like_shape_compile_nothing(self):
         def use(length, seed, **settings):

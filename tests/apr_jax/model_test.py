@@ -1,5 +1,7 @@
 """The model against its witnesses: HuggingFace's recorded float32 values and the NumPy float64 oracle."""
 
+import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -8,11 +10,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
+from flax import nnx
 
-from apr_jax import bars, golden, stages
+from apr_jax import bars, golden, modeling, stages
 from apr_jax.compare import compare, relative_l2
 from apr_jax.inputs import Inputs, seeded
-from apr_jax.model import LanguageModel, load_model
+from apr_jax.model import LanguageModel, load_model, model_graph
+from apr_jax.modeling import OPS
 from converters.errors import UsageError
 from tests import faults, oracle, paths
 
@@ -102,6 +106,27 @@ class CacheTest(parameterized.TestCase):
             logits, cache = model.step(part, cache)
             parts.append(np.asarray(logits))
         self.assertLessEqual(relative_l2(np.concatenate(parts, 1), np.asarray(model.logits(inputs))), 1e-5)
+
+    @parameterized.parameters(False, True)
+    def test_the_last_layer_goes_on_with_the_tokens_that_are_kept_alone(self, first):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        network = nnx.merge(model_graph(model.config, model.dtype, model.fused), model.parameters)
+        inputs, cos, sin = seeded(model.config.vocab_size, 3, 10), *model.rotary_tables(16)
+        ids, positions = inputs.input_ids, inputs.positions()
+        lengths = []
+
+        def glu(ops, x, weights, tap):
+            lengths.append(x.shape[1])
+            return modeling.glu(ops, x, weights, tap)
+
+        counting = dataclasses.replace(OPS, glu=glu)
+        run = functools.partial(network.hidden, ids, positions, cos, sin, model.empty_cache(3, 16), counting)
+        whole, filled = run(first=first)
+        kept, same = run(first=first, kept=np.array([9, 0, 4]))
+        self.assertEqual(lengths, [10] * (model.config.num_layers * 2 - 1) + [1])
+        self.assertLessEqual(relative_l2(np.asarray(kept)[:, 0], np.asarray(whole)[[0, 1, 2], [9, 0, 4]]), 1e-6)
+        for one, other in zip(jax.tree.leaves(filled), jax.tree.leaves(same), strict=True):
+            np.testing.assert_array_equal(one, other)
 
     def test_unequal_prompts_continue_each_from_its_own_end(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))

@@ -128,9 +128,10 @@ FAULTS: Mapping[str, Kind] = {
         {"tensor": "all", "codec": "int8"},
     ),
     "tf32-dots": Kind(
-        "inputs of every product with 10 mantissa bits: `mode` round (to nearest, ties away, as cvt.rna) or truncate; "
-        "`sums` float32, or truncated: the running sum is cut off to float32 after every 8 products (tensor cores)",
-        {"mode": "round", "sums": "float32"},
+        "inputs of every product with 10 mantissa bits: `mode` round (to nearest; `ties` to even, as in cuBLAS, or "
+        "away, as by cvt.rna) or truncate; `sums` float32, or truncated: the running sum is cut off to float32 after "
+        "every 8 products (tensor cores)",
+        {"mode": "round", "ties": "even", "sums": "float32"},
     ),
     "bf16-accumulation": Kind("the running sum of every product is rounded to bf16 each `chunk` terms", {"chunk": 32}),
     "cache-position": Kind(
@@ -297,12 +298,15 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def to_tf32(x: np.ndarray, mode: str) -> np.ndarray:
-    """Keeps 10 bits of the mantissa of float32 or float64 values: rounded (ties away from zero) or cut off."""
+def to_tf32(x: np.ndarray, mode: str, ties: str = "even") -> np.ndarray:
+    """Keeps 10 bits of the mantissa of float32 or float64 values: rounded (ties to even or away) or cut off."""
     wide = x.dtype == f64
     dropped = 42 if wide else 13
     bits: Any = np.ascontiguousarray(x).view(np.uint64 if wide else np.uint32)
-    bits = bits + bits.dtype.type({"round": 1 << (dropped - 1), "truncate": 0}[mode])
+    if mode == "round":
+        odd = (bits >> bits.dtype.type(dropped)) % bits.dtype.type(2)
+        half = bits.dtype.type(1 << (dropped - 1))
+        bits = bits + (half if ties == "away" else half - 1 + odd)
     kept = (bits >> bits.dtype.type(dropped)) << bits.dtype.type(dropped)
     return np.where(np.isfinite(x), kept.view(x.dtype), x)
 
@@ -609,7 +613,7 @@ class _Engine:
     def _dot(self, a: np.ndarray, b: np.ndarray, layer: int | None) -> np.ndarray:
         """a [..., T, n] times b [..., n, m], summed in the wide type."""
         if tf32 := self._of("tf32-dots", layer):
-            a, b = to_tf32(a, tf32["mode"]), to_tf32(b, tf32["mode"])
+            a, b = (to_tf32(x, tf32["mode"], tf32["ties"]) for x in (a, b))
             if tf32["sums"] == "truncated":
                 return _truncating_sum(a.astype(f64), b.astype(f64)).astype(self.wide)
         partial = self._of("bf16-accumulation", layer)

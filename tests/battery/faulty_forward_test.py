@@ -651,10 +651,14 @@ class PrecisionTest(Case):
     @parameterized.parameters(np.float32, np.float64)
     def test_tf32_keeps_ten_bits(self, dtype: type) -> None:
         ulp = 2.0**-10
-        x = np.array([1 + ulp / 2, 1 + ulp * 0.49, -1 - ulp * 0.75, 2 - ulp / 4, 3 * 2.0**-20, np.inf, 0], dtype)
-        rounded, cut = (faulty_forward.to_tf32(x, mode).tolist() for mode in ("round", "truncate"))
-        self.assertEqual(rounded, [1 + ulp, 1, -1 - ulp, 2, 3 * 2.0**-20, math.inf, 0])
-        self.assertEqual(cut, [1, 1, -1, 2 - ulp, 3 * 2.0**-20, math.inf, 0])
+        x = np.array(
+            [1 + ulp / 2, 1 + ulp * 1.5, 1 + ulp * 0.49, -1 - ulp * 0.75, 2 - ulp / 4, 3 * 2.0**-20, np.inf, 0], dtype
+        )
+        even, cut = (faulty_forward.to_tf32(x, mode).tolist() for mode in ("round", "truncate"))
+        away = faulty_forward.to_tf32(x, "round", "away").tolist()
+        self.assertEqual(even, [1, 1 + 2 * ulp, 1, -1 - ulp, 2, 3 * 2.0**-20, math.inf, 0])
+        self.assertEqual(away, [1 + ulp, 1 + 2 * ulp, 1, -1 - ulp, 2, 3 * 2.0**-20, math.inf, 0])
+        self.assertEqual(cut, [1, 1 + ulp, 1, -1, 2 - ulp, 3 * 2.0**-20, math.inf, 0])
 
     def test_tf32_rounds_the_inputs_of_products_and_nothing_else(self) -> None:
         for mode in ("round", "truncate"):

@@ -92,12 +92,20 @@ class CasesTest(parameterized.TestCase):
         scores_and_values = 8 * 100 * config.num_layers * config.num_heads * config.head_dim * 2
         self.assertEqual(least.flops, 2 * (8 * read + scores_and_values))
 
-    def test_a_prefill_multiplies_every_token_but_projects_the_last_and_attends_causally(self):
+    def test_of_a_prompt_the_last_token_alone_goes_beyond_the_last_layers_keys(self):
         config = SAMPLES["gqa_tied_bf16"].config
-        three, two = (work(config, Case("prefill", 5, length), 4) for length in (3, 2))
-        layers = sum(math.prod(s) for k, s in config.tensor_shapes().items() if len(s) == 2 and "layers" in k)
-        # The third token attends to three positions.
-        self.assertEqual(three.flops - two.flops, 5 * 2 * (layers + 3 * 2 * config.num_layers * 64))
+        shapes = {k: math.prod(s) for k, s in config.tensor_shapes().items() if len(s) == 2}
+        last = f"layers.{config.num_layers - 1}."
+        for_keys = sum(n for k, n in shapes.items() if last in k and ("k_proj" in k or "v_proj" in k))
+        before = sum(n for k, n in shapes.items() if "layers" in k and last not in k)
+        three, two, one = (work(config, Case("prefill", 5, length), 4) for length in (3, 2, 1))
+        self.assertEqual(one.flops, work(config, Case("decode", 5, 1), 4).flops)
+        attended = 2 * 64  # scores and values of one position
+        # One more token goes through all layers but the last. There it attends to itself and those before; in the last
+        # layer the last token has one more to attend to.
+        below = config.num_layers - 1
+        self.assertEqual(two.flops - one.flops, 5 * 2 * (before + for_keys + (2 * below + 1) * attended))
+        self.assertEqual(three.flops - two.flops, 5 * 2 * (before + for_keys + (3 * below + 1) * attended))
 
     def test_the_limit_is_the_slower_of_arithmetic_and_memory(self):
         ceilings = Ceilings(flops=100.0, bytes=10.0)
@@ -115,9 +123,9 @@ class MeasureTest(absltest.TestCase):
             FakeContestant("broken", [], self.log, RuntimeError("out of memory\nat length")),
             FakeContestant("b", [0.1, 0.9, 0.8, 0.7], self.log),
         ]
-        measurement = measure.Measurement(
-            self.CASE, contestants, measure.Plan(rounds=3, seconds=seconds, steps=10, best=best)
-        )
+        measurement = measure.Measurement(self.CASE, measure.Plan(rounds=3, seconds=seconds, steps=10, best=best))
+        measurement.prepare(contestants[:1])
+        measurement.prepare(contestants[1:])
         self.assertEmpty(self.log)
         measurement.take_turns()
         return measurement.rows

@@ -99,13 +99,16 @@ def taken(generator: Generator) -> dict[str, int]:
 
 def program_bound(generator: Generator) -> int:
     """Returns how many programs there can be: one for each combination of rounded lengths that can occur."""
-    shapes = {
-        rounded(length, new, generator.prefill_chunk)
-        for length in range(1, LONGEST_PROMPT + 1)
-        for new in range(1, MOST_NEW + 1)
-    }
-    capacities = {capacity for _, capacity in shapes}
-    return len(BATCHES) * (len(shapes) + len(METHODS) * (len(capacities) + 1))
+    bound = 0
+    for rows in BATCHES:
+        shapes = {
+            rounded(length, new, generator.prefill_chunk(rows))
+            for length in range(1, LONGEST_PROMPT + 1)
+            for new in range(1, MOST_NEW + 1)
+        }
+        capacities = {capacity for _, capacity in shapes}
+        bound += len(shapes) + len(METHODS) * (len(capacities) + 1)
+    return bound
 
 
 def report(rows: list[list[dict[str, Any]]], bound: int, grown: dict[str, int], passed: bool) -> None:

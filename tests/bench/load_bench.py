@@ -42,7 +42,12 @@ def main() -> int:
     parser.add_argument("--scratch", default="/dev/shm")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
-    parser.add_argument("--cases", metavar="NAME,...", default="", help="on a GPU: these only")
+    parser.add_argument(
+        "--cases",
+        metavar="NAME,...",
+        default=",".join(ON_GPU),
+        help="on a GPU; the bar needs 'bfloat16' and a safetensors case (default: all)",
+    )
     parser.add_argument("--case", nargs=2, metavar=("NAME", "PATH"), help="run one case in this process")
     args = parser.parse_args()
     if args.case:
@@ -52,9 +57,7 @@ def main() -> int:
         if args.device == "cpu":
             results, passed = on_cpu(args.sample, pathlib.Path(scratch), args.device)
         else:
-            results, passed = on_gpu(
-                args.sample, pathlib.Path(scratch), args.device, [name for name in args.cases.split(",") if name]
-            )
+            results, passed = on_gpu(args.sample, pathlib.Path(scratch), args.device, args.cases.split(","))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0 if passed else 1

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars, variants
+from apr_jax import bars, stages, variants
 from apr_jax.compare import relative_l2
 from apr_jax.cuda import decode, rows
+from apr_jax.decoding import Programs
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.model import load_model
 from apr_jax.modeling import OPS, rms_norm, silu
@@ -106,6 +107,27 @@ class VariantsTest(parameterized.TestCase):
         self.assert_within_bar(
             lambda model: np.asarray(model.logits(front), np.float64)[front.attention_mask == 1], name, exact
         )
+
+    @parameterized.product(name=NAMES, lengths=((100, 91, 300), (64, 200, 513)))
+    def test_last_tokens_of_prompts_hold_the_bar_through_the_programs_of_generation(self, name, lengths):
+        exact, chunk = loaded(name, "float64", "cpu"), 320
+        ids = seeded(exact.config.vocab_size, 3, max(lengths)).input_ids
+        inputs = Inputs.of(ids, (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int32))
+        at = np.arange(3), np.array(lengths) - 1
+        expected = exact.trace(inputs, {stages.FINAL_NORM})[stages.FINAL_NORM][at]
+
+        def run(model):
+            programs = Programs(model.config, model.dtype, True, model.ops, (), model.device)
+            tables, left, after = model.rotary_tables(640), at[1].astype(np.int32), ()
+            for begin in range(0, max(lengths), chunk):
+                part = slice(begin, begin + chunk)
+                last = np.where((left >= begin) & (left < begin + chunk), left - begin, -1).astype(np.int32)
+                program = programs.later_prefill if after else programs.first_prefill
+                tokens = (ids[:, part], inputs.positions()[:, part], last)
+                after = program(model.parameters, *tokens, tables, *(after or (640,)))
+            return np.asarray(after[1], np.float64)
+
+        self.assert_within_bar(run, name, expected)
 
     def test_a_prompt_padded_in_front_into_an_empty_cache_holds_the_bar(self):
         name = "gqa_tied_bf16"

@@ -48,7 +48,8 @@ class HuggingFaceTest(parameterized.TestCase):
     def test_all_three_are_measured(self, name):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         plan = measure.Plan(rounds=1, seconds=0.0, steps=4, best=True)
-        measurement = measure.Measurement(Case.parse(name), [Ours(model), *self.peers(model)], plan)
+        measurement = measure.Measurement(Case.parse(name), plan)
+        measurement.prepare([Ours(model), *self.peers(model)])
         measurement.take_turns()
         rows = measurement.rows
         self.assertEqual([row["contestant"] for row in rows], ["apr_jax", "HuggingFace", "HuggingFace compiled"])
