@@ -50,7 +50,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout that this file lies in, "+" behind it if files differ from it."""
+    """Returns the commit of the checkout that this file lies in, "+" behind it if files differ from it.
+
+    $APR_JAX_COMMIT goes before: a machine may have a copy of the files beside an older history, or none.
+    """
+    if given := os.environ.get("APR_JAX_COMMIT"):
+        return given
     root = pathlib.Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -59,4 +64,4 @@ def _commit() -> str | None:
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("APR_JAX_COMMIT")
+        return None

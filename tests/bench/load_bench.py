@@ -250,7 +250,7 @@ def ceilings(path: str, device: str) -> dict[str, Any]:
 CASES: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "ceilings": ceilings,
     "safetensors + device_put": peer,
-    "safetensors + device_put, again": peer,
+    "safetensors + device_put (again)": peer,
     "bfloat16": ours("bfloat16"),
     "bfloat16 fused": ours("bfloat16", True),
     "float32": ours("float32"),
@@ -271,7 +271,7 @@ ON_GPU = {
     "orbax restore": "prepared",
     "q4_k to bfloat16 fused": "q4k.apr",
     "q4_k on the host": "q4k.apr",
-    "safetensors + device_put, again": "hf",
+    "safetensors + device_put (again)": "hf",
 }
 
 if __name__ == "__main__":
