@@ -96,7 +96,7 @@ def merge(known: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """Adds cases; the limits are those of the fastest ceilings that any of the processes met."""
     if known is None:
         return new
-    from apr_jax.bench.cases import Ceilings, Work
+    from apr_jax.bench.cases import Case, Ceilings, Work
 
     best = {key: max(known["ceilings"][key], new["ceilings"][key]) for key in ("flops", "bytes")}
     ceilings = Ceilings(**best)
@@ -106,7 +106,12 @@ def merge(known: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
         entry |= {"limit_milliseconds": ceilings.floor(least) * 1e3, "bound": ceilings.bound(least)}
     apart = [r["relative_l2_to_huggingface"] for r in (known, new) if "relative_l2_to_huggingface" in r]
     worst = {"relative_l2_to_huggingface": max(apart)} if apart else {}
-    return {**known, "ceilings": best, **worst, "cases": list(cases.values())}
+    return {
+        **known,
+        "ceilings": best,
+        **worst,
+        "cases": sorted(cases.values(), key=lambda entry: Case.parse(entry["case"])),
+    }
 
 
 class Files:
