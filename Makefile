@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint test-reference test-cuda bench bench-report bench-convert bench-load bench-verify damage-battery parity-battery parity-budgets soak clean
+.PHONY: demo test lint test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,10 @@ bench-load: $(VENV)/installed
 # verify on 1 GB between files on tmpfs beside cmp and a plain read, and the search for causes beside the comparison.
 bench-verify: $(VENV)/installed
 	$(BIN)/python tests/bench/verify_bench.py
+
+# parity on a dump of the 0.5B shape, 64 positions, one mistake in it: time and peak memory.
+bench-parity: $(VENV)/installed
+	$(BIN)/python tests/bench/parity_bench.py
 
 # Every kind of damage that verify knows, planted and looked for: the table of the README.
 damage-battery: $(VENV)/installed

@@ -182,12 +182,10 @@ def one_file(source: pathlib.Path, folder: pathlib.Path, rounds: int) -> dict[st
     )
 
 
-def different(what: str, source: pathlib.Path, other: pathlib.Path) -> dict[str, Any]:
-    """Two checkpoints in which every tensor differs: the whole command over the comparison alone."""
-    compared, whole = (
-        min((_child(code, ROOT, source, other) for _ in range(2)), key=lambda run: run["whole_seconds"])
-        for code in (_COMPARE, _VERIFY)
-    )
+def different(what: str, source: pathlib.Path, other: pathlib.Path, rounds: int) -> dict[str, Any]:
+    """Two checkpoints in which every tensor differs: the whole command over the comparison alone, in turn."""
+    turns = [[_child(code, ROOT, source, other) for code in (_COMPARE, _VERIFY)] for _ in range(rounds)]
+    compared, whole = (min(runs, key=lambda run: run["whole_seconds"]) for runs in zip(*turns, strict=True))
     ratio = whole["whole_seconds"] / compared["whole_seconds"]
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     bare = _child(_PEAK + "import json; print(json.dumps({'peak': peak()}))")["peak"]
@@ -224,13 +222,13 @@ def measure(folder: pathlib.Path, sample: str, rounds: int) -> list[dict[str, An
     _tool("make_sample", sample, "--tokenizer", "small", "-o", source)
     rows = [equal_files(source, folder, rounds), one_file(source, folder, rounds)]
     _tool("make_sample", sample, "--tokenizer", "small", "-o", other, "--seed", 1)
-    rows.append(different("other weights", source, other))
+    rows.append(different("other weights", source, other, rounds))
     shutil.rmtree(other)
     _tool("convert", "--to", "safetensors", "--cast", "f16", source, "-o", other)
-    rows.append(different("cast to f16", source, other))
+    rows.append(different("cast to f16", source, other, rounds))
     shutil.rmtree(other)
     relabelled(source, other)
-    rows.append(different("tagged f16", source, other))
+    rows.append(different("tagged f16", source, other, rounds))
     return rows
 
 
