@@ -6,6 +6,8 @@ import contextlib
 import os
 
 _LEAST_SECONDS = 0.1
+# Every shape, dtype, device and version of JAX has programs of its own.
+_MOST_BYTES = 4 << 30
 
 
 def enable() -> None:
@@ -13,7 +15,7 @@ def enable() -> None:
 
     For tools, not for the library: it is a setting of the process. A folder that the user chose by
     JAX_COMPILATION_CACHE_DIR (or by jax.config) stays, and an empty JAX_COMPILATION_CACHE_DIR means no cache. Where the
-    folder cannot be written there is none.
+    folder cannot be written there is none. Beyond 4 GiB, what was not used for longest goes.
     """
     import jax
 
@@ -28,3 +30,20 @@ def enable() -> None:
             jax.config.update("jax_compilation_cache_dir", folder)
             # Compilations of a second each add up; those of milliseconds are not worth a file.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+            _trim(folder)
+
+
+def _trim(folder: str) -> None:
+    """Removes the files used longest ago until the rest fits.
+
+    JAX's own limit (jax_compilation_cache_max_size) takes a file beside each program for granted: a tool that was
+    killed between the two would never write to the cache again.
+    """
+    with os.scandir(folder) as entries:
+        files = [(entry.stat(follow_symlinks=False), entry.path) for entry in entries if entry.is_file()]
+    held = sum(info.st_size for info, _ in files)
+    for info, path in sorted(files, key=lambda file: max(file[0].st_atime, file[0].st_mtime)):
+        if held <= _MOST_BYTES:
+            return
+        os.unlink(path)
+        held -= info.st_size

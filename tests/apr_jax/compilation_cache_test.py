@@ -51,6 +51,18 @@ class CompilationCacheTest(absltest.TestCase):
         with mock.patch.object(os, "getuid", return_value=os.getuid() + 1):
             self.assertIsNone(self.enabled(XDG_CACHE_HOME=str(self.home)))
 
+    def test_beyond_the_limit_what_was_used_longest_ago_goes(self):
+        folder = self.home / "apr_jax" / "compiled"
+        folder.mkdir(parents=True)
+        for name, read, written in (("old", 10, 10), ("read", 40, 5), ("new", 30, 30), ("oldest", 1, 1)):
+            (folder / name).write_bytes(bytes(100))
+            os.utime(folder / name, (read, written))
+        for most, left in ((400, {"old", "read", "new", "oldest"}), (399, {"old", "read", "new"}), (199, {"read"})):
+            jax.config.update("jax_compilation_cache_dir", None)
+            with mock.patch.object(compilation_cache, "_MOST_BYTES", most):
+                self.assertIsNotNone(self.enabled(XDG_CACHE_HOME=str(self.home)))
+            self.assertEqual({path.name for path in folder.iterdir()}, left)
+
 
 if __name__ == "__main__":
     absltest.main()
