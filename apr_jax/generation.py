@@ -162,7 +162,8 @@ class Generator:
             return _CPU_PREFILL_CHUNK
         if self.model.layer_ops or not prompts_keep_no_scores(self.model.config, self.model.ops):
             return _PREFILL_CHUNK
-        return max(_PREFILL_CHUNK, 1 << (_TOKENS_WITHOUT_SCORES // rows).bit_length() - 1)
+        fitting = max(_PREFILL_CHUNK, _TOKENS_WITHOUT_SCORES // rows)
+        return int(1 << fitting.bit_length() - 1)
 
     def generate(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], seed: int = 0, **settings: Any

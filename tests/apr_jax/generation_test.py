@@ -127,7 +127,7 @@ class GenerationTest(parameterized.TestCase):
             generator.model = types.SimpleNamespace(
                 config=model.config, layer_ops=model.layer_ops, ops=model.ops, device=types.SimpleNamespace(**device)
             )
-            return [generator.prefill_chunk(rows) for rows in (1, 3, 16, 200)]
+            return [generator.prefill_chunk(rows) for rows in (1, 3, 16, 40_000)]
 
         model = self.generator.model
         flash = model.with_ops(variants.cuda_ops(132))
