@@ -15,13 +15,7 @@ from apr_jax.inputs import Inputs, seeded
 from apr_jax.model import load_model
 from apr_jax.modeling import TF32_OPS
 from tests import faults, oracle, paths
-
-
-def cuda_devices() -> list[jax.Device]:
-    try:
-        return jax.devices("cuda")
-    except RuntimeError:
-        return []
+from tests.cuda.devices import cuda_devices
 
 
 def against_golden(name, ops=None):

@@ -6,7 +6,6 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -14,15 +13,9 @@ from apr_jax.generation import Generator, load_generator
 from apr_jax.model import LanguageModel, load_model
 from apr_jax.variants import ops_for
 from tests import paths
+from tests.cuda.devices import cuda_devices
 
 GREEDY = {"do_sample": False, "eos_token_id": (), "max_new_tokens": 100}
-
-
-def cuda_devices() -> list[jax.Device]:
-    try:
-        return jax.devices("cuda")
-    except RuntimeError:
-        return []
 
 
 def prompts(vocab_size: int) -> list[list[int]]:

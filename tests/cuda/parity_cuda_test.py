@@ -28,13 +28,7 @@ from apr_jax.model import load_model
 from apr_jax.modeling import OPS, TF32_OPS
 from tests import paths
 from tests.battery import clean_runs
-
-
-def cuda_devices() -> list[jax.Device]:
-    try:
-        return jax.devices("cuda")
-    except RuntimeError:
-        return []
+from tests.cuda.devices import cuda_devices
 
 
 def examine(folder, dtype, ops, batch, length):

@@ -14,13 +14,7 @@ from apr_jax.model import load_model
 from converters.checkpoint import open_checkpoint
 from tests import paths
 from tests.apr_jax import upload_test
-
-
-def cuda_devices() -> list[jax.Device]:
-    try:
-        return jax.devices("cuda")
-    except RuntimeError:
-        return []
+from tests.cuda.devices import cuda_devices
 
 
 @absltest.skipUnless(cuda_devices(), "JAX finds no CUDA device")

@@ -22,6 +22,7 @@ from apr_jax.inputs import Inputs, seeded
 from apr_jax.model import load_model
 from apr_jax.modeling import OPS, rms_norm, silu
 from tests import paths
+from tests.cuda.devices import cuda_devices
 
 # Of the committed checkpoints, those with a head size of 8, 16 or 32.
 NAMES = ("gqa_tied_bf16", "head_dim_given", "mixed_dtypes", "mqa_f16")
@@ -31,11 +32,8 @@ ROUNDED_TWICE = 4e-3
 
 
 def hopper() -> jax.Device | None:
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        return None
-    return device if float(device.compute_capability) == variants.COMPUTE_CAPABILITY else None
+    fitting = (d for d in cuda_devices()[:1] if float(d.compute_capability) == variants.COMPUTE_CAPABILITY)
+    return next(fitting, None)
 
 
 @functools.cache
