@@ -2,9 +2,9 @@
 from.
 
 The right formulas are those of `modeling.OPS` in NumPy, for some positions at a time; a test holds them against a
-float64 trace. A stage that the other side did not dump is computed from the nearest
-ones that it did, so that a hypothesis about it is composed over the gap. A scene may look at some positions only: most
-hypotheses are wrong, and a few positions show it.
+float64 trace. A stage that the other side did not dump is computed from the nearest ones that it did, so that a
+hypothesis about it is composed over the gap. A scene may look at some positions only: most hypotheses are wrong, and a
+few positions show it.
 """
 
 from __future__ import annotations
