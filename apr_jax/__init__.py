@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apr_jax.converters.checkpoint import open_checkpoint as open_checkpoint
+    from apr_jax.converters.qwen2 import Qwen2Config as Qwen2Config
     from apr_jax.generation import Generator as Generator
     from apr_jax.generation import load_generator as load_generator
     from apr_jax.inputs import Inputs as Inputs
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from apr_jax.modeling import OPS as OPS
     from apr_jax.modeling import Ops as Ops
     from apr_jax.modeling import Qwen2ForCausalLM as Qwen2ForCausalLM
-    from converters.checkpoint import open_checkpoint as open_checkpoint
-    from converters.qwen2 import Qwen2Config as Qwen2Config
 
 # PEP 562: `import apr_jax` costs nothing, jax is imported when something that needs it is asked for.
 _HOMES = {
@@ -32,8 +32,8 @@ _HOMES = {
     "OPS": "apr_jax.modeling",
     "Ops": "apr_jax.modeling",
     "Qwen2ForCausalLM": "apr_jax.modeling",
-    "open_checkpoint": "converters.checkpoint",
-    "Qwen2Config": "converters.qwen2",
+    "open_checkpoint": "apr_jax.converters.checkpoint",
+    "Qwen2Config": "apr_jax.converters.qwen2",
 }
 __all__ = list(_HOMES)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from converters import dtypes
-from converters.checkpoint import Tensor
+from apr_jax.converters import dtypes
+from apr_jax.converters.checkpoint import Tensor
 
 Fields = dict[str, Array]
 
@@ -30,11 +30,11 @@ def decode(data: Array, dtype_name: str, shape: tuple[int, ...]) -> Array:
 
     Args:
       data: All its bytes, uint8 [nbytes].
-      dtype_name: Its type in the registry (`converters.dtypes`).
+      dtype_name: Its type in the registry (`apr_jax.converters.dtypes`).
       shape: Its shape.
 
     Returns:
-      float32 of this shape, as `converters.checkpoint.Tensor.read` returns it.
+      float32 of this shape, as `apr_jax.converters.checkpoint.Tensor.read` returns it.
     """
     dtype = dtypes.by_name(dtype_name)
     codec = dtype.codec

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from converters.errors import RefusedError, UsageError, printable
+from apr_jax.converters.errors import RefusedError, UsageError, printable
 
 _AT_LEAST = (3, 1, 6)
 """Earlier versions of jinja2 have holes in their sandbox (CVE-2025-27516)."""

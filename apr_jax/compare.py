@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from apr_jax import rows, stages
+from apr_jax.converters.errors import RefusedError
 from apr_jax.inputs import Inputs
-from converters.errors import RefusedError
 
 
 @dataclasses.dataclass(frozen=True)

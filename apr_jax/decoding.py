@@ -33,11 +33,11 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.modeling import NO_POSITION, Cache, Ops, Qwen2ForCausalLM
 from apr_jax.parameters import Parameters
 from apr_jax.sampling import Method, Numbers, pick, row_keys
-from converters.qwen2 import Qwen2Config
 
 BLOCK = 64
 """Most tokens that one call of the decode loop makes for each row."""

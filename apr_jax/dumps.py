@@ -24,10 +24,10 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax import aprt, golden, rows, stages
+from apr_jax.converters import strict_json
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs, beside, from_mapping
-from converters import strict_json
-from converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
-from converters.qwen2 import Qwen2Config
 
 MAP = "dump.json"
 _MAX_BYTES = 256 << 20

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from apr_jax.converters.checkpoint import Checkpoint, open_checkpoint
+from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.decoding import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
 from apr_jax.generation_config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from apr_jax.inputs import Inputs
@@ -26,8 +28,6 @@ from apr_jax.modeling import NO_POSITION, Cache
 from apr_jax.sampling import Method, Numbers
 from apr_jax.tokenizer import Detokenizer, StopStrings, Tokenizer
 from apr_jax.variants import ops_for, prompts_keep_no_scores
-from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.errors import RefusedError, UsageError
 
 _LEAST_PROMPT, _LEAST_CAPACITY, _LEAST_STOP = 16, 64, 8
 _PREFILL_CHUNK = 2048

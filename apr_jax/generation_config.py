@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from converters.errors import RefusedError, UsageError
+from apr_jax.converters.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from converters.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint import Checkpoint
 
 DEFAULT_MAX_NEW_TOKENS = 256
 

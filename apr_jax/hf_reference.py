@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 
-from converters.errors import MissingFileError, RefusedError, UsageError
+from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 
 DType = Literal["float32", "bfloat16", "float64"]
 

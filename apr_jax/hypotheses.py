@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from apr_jax import rotation
+from apr_jax.converters import codecs
 from apr_jax.localise import EPSILON
 from apr_jax.mistakes import (
     ACTIVATIONS,
@@ -31,7 +32,6 @@ from apr_jax.mistakes import (
     visible,
 )
 from apr_jax.scene import QKV, Scene, Value, head_name, split, unjoin
-from converters import codecs
 
 Mistakes = tuple[Mistake, ...]
 

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax import rotation
+from apr_jax.converters import codecs, dtypes
 from apr_jax.scene import (
     FORMULAS,
     QKV,
@@ -33,7 +34,6 @@ from apr_jax.scene import (
     split_heads,
     unjoin,
 )
-from converters import codecs, dtypes
 
 
 @dataclasses.dataclass(frozen=True)

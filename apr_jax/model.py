@@ -15,12 +15,12 @@ from flax import nnx
 from jax import Array
 
 from apr_jax import rotary, stages
+from apr_jax.converters.checkpoint import Checkpoint, open_checkpoint
+from apr_jax.converters.errors import UsageError
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs
 from apr_jax.modeling import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
 from apr_jax.parameters import DTYPES, Parameters, load_parameters
-from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.errors import UsageError
-from converters.qwen2 import Qwen2Config
 
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 """Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32."""
@@ -33,7 +33,7 @@ def load_model(
     ops: Ops = OPS,
     fused: bool = False,
 ) -> LanguageModel:
-    """Loads a Qwen2 model from anything that `converters.open_checkpoint` opens.
+    """Loads a Qwen2 model from anything that `apr_jax.converters.open_checkpoint` opens.
 
     Args:
       source: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index; or an open checkpoint,

@@ -1,6 +1,6 @@
 """Prepared checkpoints: the parameters of a model, cast and fused, saved by Orbax and ready to be read as they are.
 
-What stands in such a folder, `converters.prepared_format` says; `converters.open_checkpoint`, and so everything that
+What stands in such a folder, `converters.prepared_format` says; `open_checkpoint`, and so everything that
 opens a model, reads it like any other checkpoint.
 """
 
@@ -22,14 +22,14 @@ import jax
 import numpy as np
 
 from apr_jax import golden
+from apr_jax.converters import apr_metadata, file_names, prepared_format
+from apr_jax.converters.checkpoint import Checkpoint
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
+from apr_jax.converters.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
+from apr_jax.converters.output import FolderKind, Notice, OutputFolder, atomic_folder
+from apr_jax.converters.prepared_format import Description, Parameter
 from apr_jax.model import find_device, load_model
 from apr_jax.parameters import DTYPES, Parameters, load_parameters, parameter_sources
-from converters import apr_metadata, file_names, prepared_format
-from converters.checkpoint import Checkpoint
-from converters.errors import BrokenContainerError, MissingFileError, UsageError
-from converters.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
-from converters.output import FolderKind, Notice, OutputFolder, atomic_folder
-from converters.prepared_format import Description, Parameter
 
 PREPARED = FolderKind(
     "prepared checkpoint",

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from apr_jax import stages
+from apr_jax.converters import strict_json
+from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs
-from converters import strict_json
-from converters.errors import MissingFileError, RefusedError, UsageError
-from converters.qwen2 import Qwen2Config
 
 _MAX_BYTES = 64 << 20
 _ATTENTION = ("attn_scores", "attn_softmax")

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from converters import dtypes, safetensors_format
-from converters.dtypes import DType
-from converters.errors import UsageError
-from converters.output import OutputFolder, atomic_folder
-from converters.qwen2 import FINAL_NORM, Qwen2Config
+from apr_jax.converters import dtypes, safetensors_format
+from apr_jax.converters.dtypes import DType
+from apr_jax.converters.errors import UsageError
+from apr_jax.converters.output import OutputFolder, atomic_folder
+from apr_jax.converters.qwen2 import FINAL_NORM, Qwen2Config
 
 _PIECE = 1 << 20  # elements drawn at once
 

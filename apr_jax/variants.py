@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.cpu_ops import CPU_OPS
 from apr_jax.cuda import decode, nvrtc, rows
 from apr_jax.cuda.launch import SPLIT_HALVES, head_supported
@@ -35,7 +36,6 @@ from apr_jax.modeling import (
     linear,
     pass_on,
 )
-from converters.qwen2 import Qwen2Config
 
 COMPUTE_CAPABILITY = 9.0
 """Of the devices that the kernels are written for: bulk copies, 227 KiB of shared memory a block."""

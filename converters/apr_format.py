@@ -17,10 +17,10 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from converters import dtypes, names, strict_json
-from converters.crc import Bytes, crc32
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError
-from converters.source import refuse_foreign
+from apr_jax.converters import dtypes, names, strict_json
+from apr_jax.converters.crc import Bytes, crc32
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.source import refuse_foreign
 
 HEADER_BYTES = 64
 ALIGNMENT = 64

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from converters import dtypes
-from converters.errors import RefusedError, UsageError
+from apr_jax.converters import dtypes
+from apr_jax.converters.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from converters import apr_format, file_names, prepared_format, safetensors_format, strict_json
-from converters.counting import counted
-from converters.dtypes import DType, Legacy, element_count
-from converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, StorageError
-from converters.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, PREPARED_NAME, SINGLE_NAME
-from converters.qwen2 import HEAD, Qwen2Config
-from converters.source import SourceFile, refuse_foreign
+from apr_jax.converters import apr_format, file_names, prepared_format, safetensors_format, strict_json
+from apr_jax.converters.counting import counted
+from apr_jax.converters.dtypes import DType, Legacy, element_count
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, StorageError
+from apr_jax.converters.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, PREPARED_NAME, SINGLE_NAME
+from apr_jax.converters.qwen2 import HEAD, Qwen2Config
+from apr_jax.converters.source import SourceFile, refuse_foreign
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters import dtypes
+from apr_jax.converters import dtypes
 
 if TYPE_CHECKING:
-    from converters.checkpoint import Tensor
+    from apr_jax.converters.checkpoint import Tensor
 
 # The arrays of one step fit a second-level cache, or nearly.
 _ELEMENTS = 1 << 17

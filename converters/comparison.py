@@ -13,12 +13,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters import dtypes, streaming
-from converters.configurations import Difference, compare_configurations
-from converters.errors import BrokenContainerError
-from converters.qwen2 import EMBEDDING, HEAD
-from converters.sentences import sentence
-from converters.tensor_pairs import (
+from apr_jax.converters import dtypes, streaming
+from apr_jax.converters.configurations import Difference, compare_configurations
+from apr_jax.converters.errors import BrokenContainerError
+from apr_jax.converters.qwen2 import EMBEDDING, HEAD
+from apr_jax.converters.sentences import sentence
+from apr_jax.converters.tensor_pairs import (
     CLOSE,
     DIFFERENT,
     EQUAL_VALUES,
@@ -32,11 +32,11 @@ from converters.tensor_pairs import (
     compare_values,
     in_threads,
 )
-from converters.tied_heads import same_values
+from apr_jax.converters.tied_heads import same_values
 
 if TYPE_CHECKING:
-    from converters.checkpoint import Checkpoint
-    from converters.diagnosis import Cause
+    from apr_jax.converters.checkpoint import Checkpoint
+    from apr_jax.converters.diagnosis import Cause
 
 EXACT_CAST = "exact-cast"
 DIFFERENT_WEIGHTS = "different-weights"
@@ -261,7 +261,7 @@ def _exact_casts(pairs: Sequence[Pair]) -> list[Finding]:
 
 def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Progress | None) -> list[Finding]:
     """Searches for the causes, tensor by tensor, and gathers equal ones."""
-    from converters import diagnosis
+    from apr_jax.converters import diagnosis
 
     context = diagnosis.Context(a, b)
     meter = Meter("causes", sum(pair.b.nbytes for pair in pairs), progress)
@@ -285,7 +285,7 @@ def _diagnose_names(
     a: Checkpoint, b: Checkpoint, only_in_a: Sequence[str], only_in_b: Sequence[str]
 ) -> tuple[list[Finding], list[str]]:
     """Finds out what became of tensors that one side lacks: fused, split or under another name."""
-    from converters import diagnosis
+    from apr_jax.converters import diagnosis
 
     findings: list[Finding] = []
     renamed = []

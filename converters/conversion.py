@@ -15,19 +15,19 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters import apr_format, apr_metadata, casts, dtypes, safetensors_format, streaming, strict_json
-from converters.checkpoint import (
+from apr_jax.converters import apr_format, apr_metadata, casts, dtypes, safetensors_format, streaming, strict_json
+from apr_jax.converters.checkpoint import (
     SAFETENSORS_SOURCE_FILES_KEY,
     SOURCE_FILES_KEY,
     Checkpoint,
     Tensor,
     open_checkpoint,
 )
-from converters.counting import counted
-from converters.dtypes import DType, Legacy
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
-from converters.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
-from converters.output import (
+from apr_jax.converters.counting import counted
+from apr_jax.converters.dtypes import DType, Legacy
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
+from apr_jax.converters.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
+from apr_jax.converters.output import (
     CHECKPOINT,
     FolderKind,
     Notice,
@@ -37,11 +37,11 @@ from converters.output import (
     check_target,
     termination_as_interrupt,
 )
-from converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
-from converters.tied_heads import same_values
+from apr_jax.converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from apr_jax.converters.tied_heads import same_values
 
 if TYPE_CHECKING:
-    from converters.recoding import QuantisationError
+    from apr_jax.converters.recoding import QuantisationError
 
 TARGETS = ("apr", "safetensors")
 HEADS = ("absent", "copy")
@@ -521,7 +521,7 @@ def _target(tensor: Tensor, name: str, wanted: DType) -> DType:
     """Returns the type that a tensor gets if `wanted` is asked for: small and sensitive ones are not quantised."""
     if not wanted.is_block or tensor.dtype is wanted:
         return wanted
-    from converters import codecs
+    from apr_jax.converters import codecs
 
     return dtypes.by_name("f32") if codecs.stays_float(name, dtypes.element_count(tensor.shape)) else wanted
 
@@ -777,7 +777,7 @@ def _is_quantised(tensor: PlannedTensor) -> bool:
 
 
 def _recoded(part: streaming.Part, tensor: PlannedTensor) -> streaming.Part:
-    from converters.recoding import Recoding
+    from apr_jax.converters.recoding import Recoding
 
     return dataclasses.replace(part, cast=None, recoding=Recoding(tensor.source, tensor.dtype))
 

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from converters.errors import BrokenContainerError, RefusedError, UsageError
+from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from converters.codecs import Codec
+    from apr_jax.converters.codecs import Codec
 
 CURRENT = "current"
 MARCH_APRENDER = "aprender=2026-03"
@@ -125,7 +125,7 @@ class DType:
                 expected=f"one of {' '.join(dtype.name for dtype in TYPES.values() if dtype.codec_name)}",
                 hint="Its bytes can be read as they are (raw, stream)",
             )
-        from converters import codecs
+        from apr_jax.converters import codecs
 
         codec: Codec = getattr(codecs, self.codec_name)()
         return codec

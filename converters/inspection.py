@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from converters import screening, statistics
-from converters.checkpoint import Checkpoint, Tensor
-from converters.counting import counted
-from converters.dtypes import element_count
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError
-from converters.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
-from converters.statistics import Statistics
-from converters.tied_heads import same_values
+from apr_jax.converters import screening, statistics
+from apr_jax.converters.checkpoint import Checkpoint, Tensor
+from apr_jax.converters.counting import counted
+from apr_jax.converters.dtypes import element_count
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
+from apr_jax.converters.statistics import Statistics
+from apr_jax.converters.tied_heads import same_values
 
 EMBEDDING_MEAN = 0.05
 EMBEDDING_STD = (0.005, 0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.errors import BrokenContainerError, RefusedError
 
 # Control characters and the marks that reverse the direction of text: on a terminal they show something else than is
 # there.

@@ -17,8 +17,8 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
-from converters import file_names
-from converters.errors import MissingFileError, StorageError, UsageError
+from apr_jax.converters import file_names
+from apr_jax.converters.errors import MissingFileError, StorageError, UsageError
 
 _TEMPORARY = "apr-jax-tmp"
 _ASIDE = "apr-jax-old"

@@ -18,11 +18,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from converters import dtypes, file_names, strict_json
-from converters.dtypes import DType
-from converters.errors import BrokenContainerError, MissingFileError, RefusedError
-from converters.file_names import PREPARED_FOLDER, PREPARED_NAME
-from converters.source import SourceFile
+from apr_jax.converters import dtypes, file_names, strict_json
+from apr_jax.converters.dtypes import DType
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError
+from apr_jax.converters.file_names import PREPARED_FOLDER, PREPARED_NAME
+from apr_jax.converters.source import SourceFile
 
 FORMAT = "apr_jax.prepared/1"
 

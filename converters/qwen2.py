@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from converters.errors import RefusedError
+from apr_jax.converters.errors import RefusedError
 
 # Attributes that say nothing about the forward pass: provenance, training, generation, and what transformers saves
 # along.

@@ -13,9 +13,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from converters import dtypes, names, strict_json
-from converters.crc import Bytes
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters import dtypes, names, strict_json
+from apr_jax.converters.crc import Bytes
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

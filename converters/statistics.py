@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.checkpoint import Tensor
-from converters.dtypes import DType, element_count
-from converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.dtypes import DType, element_count
+from apr_jax.converters.errors import BrokenContainerError, RefusedError
 
 # Octaves of the histogram: |x| in [2**octave, 2**(octave + 1)). What lies outside goes to the first or the last bin.
 LOWEST_OCTAVE, HIGHEST_OCTAVE = -25, 10

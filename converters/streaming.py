@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from converters import casts, dtypes
-from converters.crc import crc32, crc32_combine
-from converters.errors import BrokenContainerError
-from converters.output import OutputFile
-from converters.source import SourceFile
+from apr_jax.converters import casts, dtypes
+from apr_jax.converters.crc import crc32, crc32_combine
+from apr_jax.converters.errors import BrokenContainerError
+from apr_jax.converters.output import OutputFile
+from apr_jax.converters.source import SourceFile
 
 if TYPE_CHECKING:
-    from converters.recoding import QuantisationError, Recoding
+    from apr_jax.converters.recoding import QuantisationError, Recoding
 
 # Fits the second-level cache, and is long enough that the interpreter does not show.
 _CHUNK_BYTES = 1 << 20

@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters import dtypes
-from converters.errors import RefusedError
+from apr_jax.converters import dtypes
+from apr_jax.converters.errors import RefusedError
 
 if TYPE_CHECKING:
-    from converters import closeness
-    from converters.checkpoint import Tensor
+    from apr_jax.converters import closeness
+    from apr_jax.converters.checkpoint import Tensor
 
 IDENTICAL, EQUAL_VALUES, CLOSE, DIFFERENT = VERDICTS = ("identical", "equal-values", "close", "different")
 # Relative L2 of a tensor, up to which it counts as close.
@@ -193,7 +193,7 @@ def _equal(pair: Pair, position: int, nbytes: int, buffers: _Buffers) -> bool:
 
 def compare_values(pairs: Sequence[Pair], progress: Progress | None) -> None:
     # Brings numpy along, which equal bytes do not need.
-    from converters import closeness
+    from apr_jax.converters import closeness
 
     meter = Meter("values", sum(dtypes.element_count(pair.a.shape) for pair in pairs), progress)
 
@@ -210,7 +210,7 @@ def compare_values(pairs: Sequence[Pair], progress: Progress | None) -> None:
 
 
 def _value_work(pairs: Sequence[Pair]) -> Iterable[tuple[Pair, list[tuple[int, int]]]]:
-    from converters import closeness
+    from apr_jax.converters import closeness
 
     for pair in pairs:
         try:

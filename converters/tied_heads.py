@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from converters.dtypes import element_count
+from apr_jax.converters.dtypes import element_count
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from converters.checkpoint import Tensor
+    from apr_jax.converters.checkpoint import Tensor
 
 _COMPARED_BYTES = 1 << 20
 

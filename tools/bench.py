@@ -6,7 +6,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from apr_jax.commands import bench
-from converters.commands import cli
+from apr_jax.converters.commands import cli
 
 if __name__ == "__main__":
     cli.start(bench.parse, bench.main)

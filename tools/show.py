@@ -5,7 +5,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from converters.commands import cli, show
+from apr_jax.converters.commands import cli, show
 
 if __name__ == "__main__":
     cli.start(show.parse, show.main)

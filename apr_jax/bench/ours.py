@@ -12,13 +12,13 @@ import numpy as np
 from flax import nnx
 
 from apr_jax.bench.cases import PREFILL, Case
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.decoding import BLOCK, Choice, Programs, State, bucket
 from apr_jax.generation_config import GenerationConfig
 from apr_jax.model import LanguageModel
 from apr_jax.modeling import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
 from apr_jax.parameters import Parameters
 from apr_jax.sampling import Method, Numbers
-from converters.qwen2 import Qwen2Config
 
 Calls = Callable[[int], float]
 """Makes so many calls back to back, waits for the last one, and returns the seconds that they took."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from converters.commands import cli
+from apr_jax.converters.commands import cli
 
 _EPILOG = """\
 MODEL is a shape, 0.5b, 1.5b or 7b, which gets random weights, or a checkpoint. Cases:

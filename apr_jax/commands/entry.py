@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 
-from converters.commands import cli
+from apr_jax.converters.commands import cli
 
 COMMANDS = {
-    "convert": ("converters.commands.convert", "convert between .apr and safetensors, bit for bit"),
-    "show": ("converters.commands.show", "print header, metadata, side files and tensors of a checkpoint"),
-    "verify": ("converters.commands.verify", "compare two checkpoints and say what happened, or check one"),
+    "convert": ("apr_jax.converters.commands.convert", "convert between .apr and safetensors, bit for bit"),
+    "show": ("apr_jax.converters.commands.show", "print header, metadata, side files and tensors of a checkpoint"),
+    "verify": ("apr_jax.converters.commands.verify", "compare two checkpoints and say what happened, or check one"),
     "golden": ("apr_jax.commands.golden", "write reference logits and stages, or check a model against them"),
     "parity": ("apr_jax.commands.parity", "find and name mistakes in another forward pass of the same checkpoint"),
     "generate": ("apr_jax.commands.generate", "write text with a model"),

@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters.commands import cli
-from converters.errors import MissingFileError, UsageError, printable
+from apr_jax.converters.commands import cli
+from apr_jax.converters.errors import MissingFileError, UsageError, printable
 
 if TYPE_CHECKING:
     from apr_jax.generation import Delta, Generation, Generator, Stream
@@ -132,7 +132,7 @@ def _prompts(
 
 
 def _read_prompts(path: str) -> list[Any]:
-    from converters import strict_json
+    from apr_jax.converters import strict_json
 
     try:
         with open(path, "rb") as file:

@@ -11,16 +11,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters.commands import cli, tables
-from converters.errors import RefusedError, UsageError
+from apr_jax.converters.commands import cli, tables
+from apr_jax.converters.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from apr_jax.compare import Comparison
+    from apr_jax.converters.checkpoint import Checkpoint
     from apr_jax.golden import Golden
     from apr_jax.inputs import Inputs
-    from converters.checkpoint import Checkpoint
 
 DEFAULT_BATCH, DEFAULT_LENGTH = 2, 64
 _WORST_SHOWN = 24
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax import compilation_cache
-    from converters.output import termination_as_interrupt
+    from apr_jax.converters.output import termination_as_interrupt
 
     with termination_as_interrupt():
         compilation_cache.enable()
@@ -95,8 +95,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     from apr_jax import aprt, golden, stages
-    from converters.checkpoint import open_checkpoint
-    from converters.output import check_target
+    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.output import check_target
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
     if as_dump and not args.trace:
@@ -130,7 +130,7 @@ def _make(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from apr_jax import inputs
-    from converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint import open_checkpoint
 
     with open_checkpoint(args.model) as checkpoint:
         # One sequence, as most engines run: the first row of what a golden file is made from by default.
@@ -176,14 +176,14 @@ def _run_jax(
 
 def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
     from apr_jax import hf_reference
-    from converters.qwen2 import check_tensors
+    from apr_jax.converters.qwen2 import check_tensors
 
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     check_tensors(checkpoint.model_config(), shapes, checkpoint.path)
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.path
         if checkpoint.kind != "safetensors" or not os.path.isdir(folder):
-            from converters.conversion import convert
+            from apr_jax.converters.conversion import convert
 
             folder = os.path.join(scratch, "hf")
             convert(checkpoint.path, folder, to="safetensors")
@@ -266,8 +266,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> _Report:
     from apr_jax import compare, golden, stages
+    from apr_jax.converters.checkpoint import open_checkpoint
     from apr_jax.rows import find_columns
-    from converters.checkpoint import open_checkpoint
 
     with open_checkpoint(args.model) as checkpoint:
         config = checkpoint.model_config()
@@ -316,7 +316,7 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
 
 
 def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[str, np.ndarray]:
-    from converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint import open_checkpoint
 
     settings = argparse.Namespace(**vars(args) | {"dtype": dtype})
     settings.trace = any(key.startswith("stage.") for key in reference.values)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from converters.commands import cli
+from apr_jax.converters.commands import cli
 
 _EPILOG = """\
 The weights are random, with the statistics of Qwen2.5-Coder-0.5B; the same name and seed give the same bytes
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
       StorageError: The disk.
     """
     from apr_jax import sample
-    from converters import output
+    from apr_jax.converters import output
 
     if args.list:
         _print_list(sample.SAMPLES, args.json)

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from converters.commands import cli
+from apr_jax.converters.commands import cli
 
 GRACE_SECONDS = 1.0
 """How long the main thread has to end by itself; it does, unless it is inside a long call of a library."""

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.cuda.launch import SPLIT_HALVES, head_names, head_supported, launch, source
 from apr_jax.modeling import DecoderLayer, LayerCache, Step
-from converters.qwen2 import Qwen2Config
 
 _WARPS = 14  # that compute; with one that streams, 128 registers are left for a thread
 _SHARED_BYTES = 227 * 1024

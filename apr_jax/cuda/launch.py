@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.cuda import nvrtc
-from converters.qwen2 import Qwen2Config
 
 TARGET = "__gpu$xla.gpu.ptx"
 

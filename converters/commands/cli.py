@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters.errors import AprJaxError, StorageError, printable
-from converters.output import termination_as_interrupt
+from apr_jax.converters.errors import AprJaxError, StorageError, printable
+from apr_jax.converters.output import termination_as_interrupt
 
 if TYPE_CHECKING:
-    from converters.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint import Checkpoint
 
 EXIT_DIFFERS = 1
 EXIT_INTERRUPTED = 130
@@ -80,8 +80,8 @@ def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
     Raises:
       AprJaxError: As `open_checkpoint`; UsageError if --legacy says what cannot be.
     """
-    from converters.checkpoint import open_checkpoint
-    from converters.dtypes import parse_legacy
+    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.dtypes import parse_legacy
 
     return open_checkpoint(path, lenient=args.lenient, legacy=parse_legacy(args.legacy))
 

@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters.commands import cli
-from converters.counting import counted
-from converters.errors import printable
+from apr_jax.converters.commands import cli
+from apr_jax.converters.counting import counted
+from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
-    from converters.conversion import Outcome, Plan
+    from apr_jax.converters.conversion import Outcome, Plan
 
 _EPILOG = """\
 Nothing that is not asked for changes: tensors keep their names, types, shapes and bytes; config.json, tokenizer and
@@ -81,8 +81,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from converters import conversion
-    from converters.commands.progress import byte_bar
+    from apr_jax.converters import conversion
+    from apr_jax.converters.commands.progress import byte_bar
 
     rules = [conversion.CastRule.parse(text) for text in args.cast]
     shard_bytes = None if args.max_shard_size is None else conversion.parse_size(args.max_shard_size)
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _print_plan(plan: Plan) -> None:
-    from converters.commands.tables import print_table
+    from apr_jax.converters.commands.tables import print_table
 
     rows = [
         (
@@ -163,7 +163,7 @@ def _print_errors(plan: Plan, outcome: Outcome) -> None:
     """Prints what quantising cost, the worst tensor first."""
     if not outcome.quantised:
         return
-    from converters.commands.tables import print_table
+    from apr_jax.converters.commands.tables import print_table
 
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     rows = []

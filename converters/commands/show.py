@@ -7,14 +7,14 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters.commands import cli
-from converters.counting import counted
-from converters.errors import printable
+from apr_jax.converters.commands import cli
+from apr_jax.converters.counting import counted
+from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
-    from converters import html_report
-    from converters.checkpoint import Checkpoint, Tensor
-    from converters.statistics import Statistics
+    from apr_jax.converters import html_report
+    from apr_jax.converters.checkpoint import Checkpoint, Tensor
+    from apr_jax.converters.statistics import Statistics
 
 _SHOWN_CHARACTERS = 100
 
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from converters.errors import UsageError
+    from apr_jax.converters.errors import UsageError
 
     with cli.open_from(args, args.path) as checkpoint:
         listed = [tensor for name, tensor in checkpoint.tensors.items() if fnmatch.fnmatchcase(name, args.tensors)]
@@ -54,9 +54,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _measure(listed: Sequence[Tensor]) -> dict[str, Statistics | str]:
     """Returns name -> statistics, or words that say why there are none."""
-    from converters import statistics
-    from converters.commands.progress import byte_bar
-    from converters.errors import RefusedError
+    from apr_jax.converters import statistics
+    from apr_jax.converters.commands.progress import byte_bar
+    from apr_jax.converters.errors import RefusedError
 
     found: dict[str, Statistics | str] = {}
     with byte_bar(sum(tensor.nbytes for tensor in listed)) as progress:
@@ -74,7 +74,7 @@ def _write_page(
     """Writes the page, unless the output is refused, and returns the statistics in it."""
     import sys
 
-    from converters import html_report, output
+    from apr_jax.converters import html_report, output
 
     sources = checkpoint.paths
     # Before minutes are spent on reading.
@@ -113,7 +113,7 @@ def _header(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _totals(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    from converters import dtypes
+    from apr_jax.converters import dtypes
 
     by_type: dict[str, int] = {}
     for tensor in tensors:
@@ -157,7 +157,7 @@ def _statistics_json(found: Statistics | str) -> dict[str, Any] | None:
 
 
 def _page(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str]) -> html_report.Page:
-    from converters import html_report, inspection
+    from apr_jax.converters import html_report, inspection
 
     measured = {name: statistics for name, statistics in found.items() if not isinstance(statistics, str)}
     header = {name: _short(value) for name, value in _header(checkpoint).items()}
@@ -186,7 +186,7 @@ def _page(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, 
 
 
 def _print(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str] | None) -> None:
-    from converters.commands.tables import print_table
+    from apr_jax.converters.commands.tables import print_table
 
     for warning in checkpoint.warnings:
         print(printable(f"warning: {warning}"))
@@ -222,7 +222,7 @@ def _within(checkpoint: Checkpoint, file: str) -> str:
 
 
 def _print_tensors(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
-    from converters.commands.tables import print_table
+    from apr_jax.converters.commands.tables import print_table
 
     several = len(checkpoint.sources) > 1
     rows = [
@@ -239,7 +239,7 @@ def _print_tensors(checkpoint: Checkpoint, listed: Sequence[Tensor]) -> None:
 
 
 def _print_statistics(listed: Sequence[Tensor], found: Mapping[str, Statistics | str]) -> None:
-    from converters.commands.tables import print_table
+    from apr_jax.converters.commands.tables import print_table
 
     columns = ("mean", "std", "min", "max", "zeros", "NaN", "Inf", "in [0.5, 4)", "dead rows")
     rows = []

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from converters.commands import cli
-from converters.errors import printable
+from apr_jax.converters.commands import cli
+from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
-    from converters.checkpoint import Checkpoint
-    from converters.comparison import Comparison
-    from converters.inspection import Check
-    from converters.tensor_pairs import Progress, TensorComparison
+    from apr_jax.converters.checkpoint import Checkpoint
+    from apr_jax.converters.comparison import Comparison
+    from apr_jax.converters.inspection import Check
+    from apr_jax.converters.tensor_pairs import Progress, TensorComparison
 
 _ROWS = 20
 _TIED = "tie_word_embeddings"
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from converters.comparison import compare
+    from apr_jax.converters.comparison import compare
 
     with cli.open_from(args, args.a) as a, cli.open_from(args, args.b) as b:
         _warn(a, b)
@@ -70,8 +70,8 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from converters.commands.progress import byte_bar
-    from converters.inspection import inspect
+    from apr_jax.converters.commands.progress import byte_bar
+    from apr_jax.converters.inspection import inspect
 
     with (
         cli.open_from(args, args.a) as checkpoint,
@@ -173,7 +173,7 @@ def _colours(exit_code: int) -> tuple[str, str]:
 
 
 def _print_tensors(comparison: Comparison, unequal: Sequence[TensorComparison]) -> None:
-    from converters.commands.tables import print_table
+    from apr_jax.converters.commands.tables import print_table
 
     causes = {name: finding.cause for finding in comparison.findings for name in finding.tensors}
     rows = [

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from converters.checkpoint import Tensor
-from converters.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse
-from converters.diagnosis.causes import CAUSES, Cause
-from converters.diagnosis.context import Context
-from converters.diagnosis.hypotheses import Found
-from converters.diagnosis.missing import Match, diagnose_missing
-from converters.diagnosis.pair import Pair
+from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse
+from apr_jax.converters.diagnosis.causes import CAUSES, Cause
+from apr_jax.converters.diagnosis.context import Context
+from apr_jax.converters.diagnosis.hypotheses import Found
+from apr_jax.converters.diagnosis.missing import Match, diagnose_missing
+from apr_jax.converters.diagnosis.pair import Pair
 
 __all__ = ("CAUSES", "Cause", "Context", "Match", "diagnose", "diagnose_missing")
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from converters import dtypes
-from converters.checkpoint import Checkpoint, Tensor
-from converters.diagnosis import pair
-from converters.errors import AprJaxError
-from converters.qwen2 import Qwen2Config
+from apr_jax.converters import dtypes
+from apr_jax.converters.checkpoint import Checkpoint, Tensor
+from apr_jax.converters.diagnosis import pair
+from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.qwen2 import Qwen2Config
 
 # A fingerprint: this many short runs, evenly spread from the first element to the last.
 _RUNS, _RUN = 12, 8

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from converters.diagnosis import pair as pairs
-from converters.diagnosis.causes import Cause
-from converters.diagnosis.pair import Pair
+from apr_jax.converters.diagnosis import pair as pairs
+from apr_jax.converters.diagnosis.causes import Cause
+from apr_jax.converters.diagnosis.pair import Pair
 
 _MEASURED = 1 << 15
 _RUN = 64

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from converters.checkpoint import Tensor
-from converters.diagnosis import pair as pairs
-from converters.diagnosis.causes import Cause
-from converters.diagnosis.context import FUSED, Context
-from converters.diagnosis.permutations import layouts
+from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.diagnosis import pair as pairs
+from apr_jax.converters.diagnosis.causes import Cause
+from apr_jax.converters.diagnosis.context import FUSED, Context
+from apr_jax.converters.diagnosis.permutations import layouts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from converters.checkpoint import Tensor
-from converters.diagnosis import orders
-from converters.diagnosis.context import Context, projection
-from converters.diagnosis.hypotheses import Found
-from converters.diagnosis.pair import ACCEPTED, Bits, Pair, Predict, Select
+from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.diagnosis import orders
+from apr_jax.converters.diagnosis.context import Context, projection
+from apr_jax.converters.diagnosis.hypotheses import Found
+from apr_jax.converters.diagnosis.pair import ACCEPTED, Bits, Pair, Predict, Select
 
 _PROBED_LINES = 24
 _HASHED_ROWS = 512

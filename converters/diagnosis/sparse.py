@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.diagnosis import pair as pairs
-from converters.diagnosis.hypotheses import Found
-from converters.diagnosis.pair import Pair
+from apr_jax.converters.diagnosis import pair as pairs
+from apr_jax.converters.diagnosis.hypotheses import Found
+from apr_jax.converters.diagnosis.pair import Pair
 
 _LISTED = 8
 

@@ -12,9 +12,9 @@ import numpy as np
 from absl.testing import absltest
 
 from apr_jax import aprt, rows, stages
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.model import load_model
-from converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from tests import paths
 
 

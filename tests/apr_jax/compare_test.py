@@ -11,8 +11,8 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import bars
 from apr_jax.compare import compare, loss_nats, relative_l2
+from apr_jax.converters.errors import RefusedError
 from apr_jax.inputs import Inputs
-from converters.errors import RefusedError
 
 INPUTS = Inputs.of([[1, 2, 3, 4], [5, 6, 7, 8]], [[0, 1, 1, 1], [1, 1, 1, 0]])
 KEY = "stage.0.ffn_out"

@@ -13,9 +13,9 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax import aprt, dumps, golden, inputs, rows
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.inputs import seeded
 from apr_jax.model import load_model
-from converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from tests import paths
 
 KEYS = ("stage.embedding", "stage.0.attn_softmax", "stage.1.q_post_rope", "stage.final_norm", "logits")

@@ -17,13 +17,13 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import bars, decoding, variants
 from apr_jax.compare import relative_l2
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.decoding import bucket
 from apr_jax.generation import Generator, load_generator
 from apr_jax.generation_config import GenerationConfig
 from apr_jax.inputs import Inputs
 from apr_jax.model import LanguageModel
-from converters.checkpoint import open_checkpoint
-from converters.errors import RefusedError, UsageError
 from tests import paths
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")

@@ -11,8 +11,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax import inputs
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.inputs import Inputs
-from converters.errors import BrokenContainerError, MissingFileError, UsageError
 
 
 class InputsTest(parameterized.TestCase):

@@ -14,10 +14,10 @@ from flax import nnx
 
 from apr_jax import bars, golden, modeling, stages
 from apr_jax.compare import compare, relative_l2
+from apr_jax.converters.errors import UsageError
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.model import LanguageModel, load_model, model_graph
 from apr_jax.modeling import OPS
-from converters.errors import UsageError
 from tests import faults, oracle, paths
 
 

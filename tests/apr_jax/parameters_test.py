@@ -13,10 +13,10 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import RefusedError
 from apr_jax.model import load_model
 from apr_jax.parameters import read_as
-from converters.checkpoint import open_checkpoint
-from converters.errors import RefusedError
 from tests import oracle, paths
 
 SAMPLE = paths.checkpoint("mha_untied_f32_sharded")
@@ -97,7 +97,7 @@ class LoadingTest(parameterized.TestCase):
         safetensors.numpy.save_file(weights, folder / "model.safetensors")
         with (
             self.assertRaises(RefusedError) as caught,
-            absltest.mock.patch("converters.tied_heads._COMPARED_BYTES", 999),
+            absltest.mock.patch("apr_jax.converters.tied_heads._COMPARED_BYTES", 999),
         ):
             load_model(folder)
         self.assertEqual(caught.exception.code, "tied-head-differs")

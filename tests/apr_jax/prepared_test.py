@@ -18,10 +18,10 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import golden, prepared
 from apr_jax.commands import checkpoint as command
+from apr_jax.converters import conversion
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.model import load_model
-from converters import conversion
-from converters.checkpoint import open_checkpoint
-from converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from tests import paths
 
 SOURCE = paths.checkpoint("gqa_tied_bf16")

@@ -9,10 +9,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters import conversion
+from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.model import load_model
 from apr_jax.parameters import read_as
-from converters import conversion
-from converters.checkpoint import open_checkpoint
 from tests import oracle
 from tests.paths import DATA, checkpoint
 

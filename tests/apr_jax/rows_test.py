@@ -11,10 +11,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax import rows, sample, stages
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import localise
 from apr_jax.model import load_model
-from converters.errors import BrokenContainerError, MissingFileError, UsageError
 from tests import oracle, paths
 from tests.battery.faulty_forward import forward
 

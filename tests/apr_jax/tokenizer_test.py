@@ -10,10 +10,10 @@ import numpy as np
 import tokenizers
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters import conversion
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.tokenizer import Detokenizer, StopStrings, Tokenizer
-from converters import conversion
-from converters.checkpoint import open_checkpoint
-from converters.errors import RefusedError, UsageError
 from tests import paths
 
 USER = [{"role": "user", "content": "Hi"}]

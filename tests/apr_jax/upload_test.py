@@ -15,10 +15,10 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax import blocks, upload
+from apr_jax.converters import conversion, dtypes
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import StorageError
 from apr_jax.parameters import parameter_sources, read_as
-from converters import conversion, dtypes
-from converters.checkpoint import open_checkpoint
-from converters.errors import StorageError
 from tests import paths
 
 BLOCKS = [dtype.name for dtype in dtypes.TYPES.values() if dtype.codec_name]

@@ -19,11 +19,11 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from apr_jax import modeling, variants
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.cpu_ops import CPU_OPS
 from apr_jax.cuda import decode, launch, nvrtc
 from apr_jax.model import load_model, model_graph
 from apr_jax.modeling import OPS, Cache, Qwen2ForCausalLM
-from converters.qwen2 import Qwen2Config
 from tests import paths
 
 HALF_BILLION = Qwen2Config(151936, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, True)

@@ -29,11 +29,11 @@ import safetensors.numpy
 
 from apr_jax import hf_reference
 from apr_jax.compare import compared_positions
+from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.model import LanguageModel, load_model
 from apr_jax.sample import Sample, draw, side_files
-from converters.qwen2 import Qwen2Config
 from tests import oracle
 from tests.battery.faulty_forward import forward
 

@@ -30,12 +30,12 @@ import jax
 import numpy as np
 
 from apr_jax import aprt, hf_reference, stages
+from apr_jax.converters.conversion import convert
 from apr_jax.explain import diagnose
 from apr_jax.golden import stored
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import infer_dtype
 from apr_jax.model import LanguageModel, load_model
-from converters.conversion import convert
 from tests import oracle, paths
 from tests.battery.faulty_forward import forward
 

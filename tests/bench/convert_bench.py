@@ -40,7 +40,7 @@ _CONVERT = (
     + """
 import contextlib, io as stdio, json, sys, time
 sys.path.insert(0, sys.argv[1])
-from converters.commands import convert
+from apr_jax.converters.commands import convert
 args = convert.parse(["convert", *sys.argv[2:]])
 before, begin = io(), time.perf_counter()
 with contextlib.redirect_stdout(stdio.StringIO()) as out:

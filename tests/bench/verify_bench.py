@@ -48,7 +48,7 @@ _VERIFY = (
     + """
 import contextlib, io, json, sys
 sys.path.insert(0, sys.argv[1])
-from converters.commands import verify
+from apr_jax.converters.commands import verify
 args = verify.parse(["verify", *sys.argv[2:], "--json"])
 with contextlib.redirect_stdout(io.StringIO()) as out:
     code = verify.main(args)
@@ -62,8 +62,8 @@ _INSPECT = (
     + """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-from converters.checkpoint import open_checkpoint
-from converters.inspection import inspect
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.inspection import inspect
 begin, used = time.perf_counter(), cpu()
 with open_checkpoint(sys.argv[2]) as checkpoint:
     failed = [check.name for check in inspect(checkpoint) if check.passed is False]
@@ -75,8 +75,8 @@ _COMPARE = (
     + """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-from converters.checkpoint import open_checkpoint
-from converters.comparison import compare
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.comparison import compare
 begin = time.perf_counter()
 with open_checkpoint(sys.argv[2]) as a, open_checkpoint(sys.argv[3]) as b:
     found = compare(a, b, diagnose=False)

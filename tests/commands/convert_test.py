@@ -151,8 +151,8 @@ class ConvertTest(parameterized.TestCase):
         code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from converters import casts
-from converters.commands import cli, convert
+from apr_jax.converters import casts
+from apr_jax.converters.commands import cli, convert
 prepare = casts.prepare
 def swallowing():
     for _ in range(2):
@@ -177,8 +177,8 @@ cli.start(convert.parse, convert.main, ["convert", *sys.argv[3:]])
         code = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
-from converters import streaming
-from converters.commands import convert
+from apr_jax.converters import streaming
+from apr_jax.converters.commands import convert
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if threading.current_thread() is not threading.main_thread():
@@ -214,7 +214,7 @@ sys.exit(convert.main(convert.parse(["convert", *sys.argv[2:]])))
             [sys.executable, "-X", "importtime", TOOL, "--help"], capture_output=True, text=True, check=True
         )
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-        self.assertIn("converters", imported)
+        self.assertIn("apr_jax", imported)
         self.assertEqual(imported & {"jax", "jaxlib", "flax", "numpy", "rich", "ml_dtypes", "torch"}, set())
 
 

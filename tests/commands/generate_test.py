@@ -122,7 +122,7 @@ class GenerateCommandTest(parameterized.TestCase):
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from apr_jax.commands import generate
-from converters.commands import cli
+from apr_jax.converters.commands import cli
 {patch}
 cli.start(generate.parse, generate.main, ["generate", *sys.argv[2:]])
 """
@@ -176,7 +176,7 @@ _Row.take = interrupting
     def test_an_interrupt_while_loading_prints_nothing(self):
         patch = """
 import signal
-from converters.checkpoint import Tensor
+from apr_jax.converters.checkpoint import Tensor
 for name in ("readinto", "read", "raw"):
     setattr(Tensor, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
 """

@@ -19,8 +19,8 @@ from absl.testing import absltest
 
 from apr_jax import aprt, golden, inputs, stages
 from apr_jax.commands import parity
+from apr_jax.converters.commands import cli
 from apr_jax.inputs import seeded
-from converters.commands import cli
 from tests import oracle, paths
 from tests.battery.faulty_forward import Planted, at_rows, forward, write_aprt
 from tests.battery.parity_battery import REAL_CASE

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from converters import conversion, dtypes
+from apr_jax.converters import conversion, dtypes
 from tests.paths import DATA, ROOT, checkpoint
 from tests.start_up import cpu_seconds
 
@@ -242,7 +242,7 @@ class StartTest(VerifyTestCase):
     def test_equal_files_are_compared_without_numpy(self):
         source = checkpoint("gqa_tied_bf16")
         code = (
-            "import sys; from converters.commands import verify\n"
+            "import sys; from apr_jax.converters.commands import verify\n"
             f"code = verify.main(verify.parse(['verify', {str(source)!r}, {str(self.convert(source))!r}]))\n"
             "print(code, sorted({'numpy', 'rich', 'jax', 'ml_dtypes'} & set(sys.modules)))"
         )

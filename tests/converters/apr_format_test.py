@@ -9,8 +9,8 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import apr_format, dtypes, strict_json
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters import apr_format, dtypes, strict_json
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 
 DATA = pathlib.Path(__file__).resolve().parents[1] / "data" / "apr"
 GENUINE = sorted(path.name for path in DATA.glob("*.apr") if not path.name.startswith(("not_v2", "golden_v1")))

@@ -18,9 +18,9 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from converters import apr_format, checkpoint, codecs, dtypes
-from converters.checkpoint import open_checkpoint
-from converters.errors import (
+from apr_jax.converters import apr_format, checkpoint, codecs, dtypes
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import (
     AprJaxError,
     BrokenContainerError,
     MissingFileError,
@@ -224,7 +224,7 @@ class FolderTest(CheckpointTestCase):
     def test_opening_needs_neither_numpy_nor_jax(self):
         safetensors.numpy.save_file(arrays(), self.folder / "model.safetensors")
         script = (
-            "import sys; from converters import checkpoint; opened = checkpoint.open_checkpoint(sys.argv[1]);"
+            "import sys; from apr_jax.converters import checkpoint; opened = checkpoint.open_checkpoint(sys.argv[1]);"
             "[bytes(part) for tensor in opened.tensors.values() for part in tensor.stream()];"
             "print(sorted({'numpy', 'ml_dtypes', 'rich', 'jax', 'flax', 'torch'} & set(sys.modules)));"
             "opened.tensors['c'].read(); print('numpy' in sys.modules)"

@@ -13,9 +13,9 @@ import gguf
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from converters import codecs, dtypes
-from converters.checkpoint import open_checkpoint
-from converters.errors import RefusedError
+from apr_jax.converters import codecs, dtypes
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import RefusedError
 from tests import quantiser_cases
 from tests.paths import checkpoint
 

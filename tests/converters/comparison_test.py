@@ -18,11 +18,11 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from converters import closeness, comparison, conversion, dtypes, tensor_pairs
-from converters.checkpoint import open_checkpoint
-from converters.comparison import compare
-from converters.diagnosis.causes import Cause
-from converters.errors import StorageError
+from apr_jax.converters import closeness, comparison, conversion, dtypes, tensor_pairs
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.comparison import compare
+from apr_jax.converters.diagnosis.causes import Cause
+from apr_jax.converters.errors import StorageError
 from tests.paths import DATA, NAMES, checkpoint
 
 NUMPY = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": ml_dtypes.bfloat16, "i8": np.int8}
@@ -455,7 +455,10 @@ class FindingsTest(ComparisonTestCase):
         fake = types.SimpleNamespace(
             Context=lambda one, two: (one, two), diagnose=lambda name, one, two, context: [causes[name]]
         )
-        with mock.patch.dict(sys.modules, {"converters.diagnosis": fake}), mock.patch("converters.diagnosis", fake):
+        with (
+            mock.patch.dict(sys.modules, {"apr_jax.converters.diagnosis": fake}),
+            mock.patch("apr_jax.converters.diagnosis", fake),
+        ):
             return self.compare(a, b, diagnose=True).findings
 
     def test_equal_causes_with_equal_parameters_are_one_finding_and_others_are_not(self):

@@ -20,9 +20,9 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from converters import apr_format, conversion, dtypes, streaming
-from converters.checkpoint import open_checkpoint
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError
+from apr_jax.converters import apr_format, conversion, dtypes, streaming
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError
 from tests.paths import DATA, NAMES, ROOT, checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -710,8 +710,8 @@ class RefusalTest(ConversionTestCase):
 _SLOW = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from converters import streaming
-from converters.commands import cli, convert
+from apr_jax.converters import streaming
+from apr_jax.converters.commands import cli, convert
 streaming._CHUNK_BYTES, streaming._BLOCK_BYTES = 4096, 16384
 write = streaming.OutputFile.write_at
 def slow(self, data, offset):
@@ -787,7 +787,7 @@ class KilledTest(ConversionTestCase):
 _MEASURED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from converters.commands import convert
+from apr_jax.converters.commands import convert
 for to, source, out in zip(sys.argv[2::3], sys.argv[3::3], sys.argv[4::3]):
     convert.main(convert.parse(["convert", source, "-o", out, "--to", to]))
 print(sorted({"numpy", "rich", "ml_dtypes", "jax", "flax", "torch"} & set(sys.modules)))

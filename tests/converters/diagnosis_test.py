@@ -10,8 +10,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from converters import diagnosis
-from converters.checkpoint import open_checkpoint
+from apr_jax.converters import diagnosis
+from apr_jax.converters.checkpoint import open_checkpoint
 from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
 from tests.paths import DATA
 

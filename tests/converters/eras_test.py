@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from converters import codecs, conversion, dtypes
-from converters.checkpoint import open_checkpoint
-from converters.errors import AprJaxError, RefusedError, UsageError
+from apr_jax.converters import codecs, conversion, dtypes
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError
 from tests.paths import DATA, ROOT
 
 ROW_MAJOR, QUANTIZED = 0x0400, 0x0020

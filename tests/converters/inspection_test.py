@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from converters import apr_format, conversion, dtypes, inspection, screening
-from converters.checkpoint import open_checkpoint
+from apr_jax.converters import apr_format, conversion, dtypes, inspection, screening
+from apr_jax.converters.checkpoint import open_checkpoint
 from tests.paths import DATA, NAMES, checkpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

@@ -16,8 +16,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
-from converters import output
-from converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
+from apr_jax.converters import output
+from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
 from tests.paths import ROOT
 
 
@@ -340,8 +340,8 @@ class LimitsTest(OutputTestCase):
         code = (
             "import os, resource, sys\n"
             f"sys.path.insert(0, {os.fspath(ROOT)!r})\n"
-            "from converters import output\n"
-            "from converters.errors import StorageError\n"
+            "from apr_jax.converters import output\n"
+            "from apr_jax.converters.errors import StorageError\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
             "try:\n"
             "    with output.atomic_file('a', 8192) as file: file.write_at(bytes(8192), 0)\n"

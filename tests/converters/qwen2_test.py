@@ -8,8 +8,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
-from converters.errors import RefusedError
-from converters.qwen2 import Qwen2Config, check_tensors
+from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.qwen2 import Qwen2Config, check_tensors
 from tests import paths
 
 PUBLISHED = {

@@ -17,9 +17,9 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from converters import codecs, conversion, dtypes, recoding
-from converters.checkpoint import open_checkpoint
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters import codecs, conversion, dtypes, recoding
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from tests import quantiser_cases
 from tests.paths import DATA, checkpoint
 

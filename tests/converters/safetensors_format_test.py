@@ -10,8 +10,8 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import dtypes, safetensors_format
-from converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters import dtypes, safetensors_format
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 
 F32 = dtypes.by_name("f32")
 

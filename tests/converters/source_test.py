@@ -10,8 +10,8 @@ import time
 
 from absl.testing import absltest, parameterized
 
-from converters import source
-from converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError
+from apr_jax.converters import source
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError
 
 
 class SourceFileTest(absltest.TestCase):

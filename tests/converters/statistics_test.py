@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from converters import dtypes, statistics
-from converters.checkpoint import Tensor, open_checkpoint
-from converters.errors import BrokenContainerError, RefusedError
-from converters.source import SourceFile
+from apr_jax.converters import dtypes, statistics
+from apr_jax.converters.checkpoint import Tensor, open_checkpoint
+from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.source import SourceFile
 from tests.paths import DATA, NAMES, checkpoint
 
 FLOATS = ("bf16", "f16", "f32", "f64", "f8_e4m3", "f8_e5m2", "f8_e5m2fnuz", "f8_e4m3fnuz")

@@ -14,8 +14,8 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import strict_json
-from converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters import strict_json
+from apr_jax.converters.errors import BrokenContainerError, RefusedError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -255,7 +255,7 @@ class CostTest(absltest.TestCase):
                     "source_files": {"tokenizer.json": tokenizer, "vocab.json": tokenizer}}
                 sys.stdout.buffer.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
             else:
-                from converters import strict_json
+                from apr_jax.converters import strict_json
                 before = peak()
                 data = sys.stdin.buffer.read()
                 begin = time.perf_counter()

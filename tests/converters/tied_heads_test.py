@@ -12,8 +12,8 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from converters import checkpoint, tied_heads
-from converters.checkpoint import open_checkpoint
+from apr_jax.converters import checkpoint, tied_heads
+from apr_jax.converters.checkpoint import open_checkpoint
 from tests.paths import DATA
 
 VALUES = np.array([[0.5, -2.0, 0.0], [1.0, np.inf, 3.0]], np.float32)

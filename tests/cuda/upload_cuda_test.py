@@ -10,8 +10,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax import prepared, upload
+from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.model import load_model
-from converters.checkpoint import open_checkpoint
 from tests import paths
 from tests.apr_jax import upload_test
 from tests.cuda.devices import cuda_devices

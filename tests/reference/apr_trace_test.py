@@ -14,9 +14,9 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import aprt, bars, stages
 from apr_jax.compare import Comparison, compare
+from apr_jax.converters.conversion import convert
 from apr_jax.inputs import Inputs
 from apr_jax.model import load_model
-from converters.conversion import convert
 from tests import paths
 
 APR = os.environ.get("APR_BIN")

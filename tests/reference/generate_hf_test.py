@@ -15,12 +15,12 @@ import tokenizers
 from absl.testing import absltest, parameterized
 
 from apr_jax import hf_reference, sampling
+from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.conversion import convert
 from apr_jax.generation import load_generator
 from apr_jax.generation_config import GenerationConfig
 from apr_jax.sampling import Method, Numbers
 from apr_jax.tokenizer import StopStrings, Tokenizer
-from converters.checkpoint import open_checkpoint
-from converters.conversion import convert
 from tests import paths
 
 APR = os.environ.get("APR_BIN")
