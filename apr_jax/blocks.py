@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from apr_jax.converters import dtypes
 from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.formats import dtypes
 
 Fields = dict[str, Array]
 
@@ -30,7 +30,7 @@ def decode(data: Array, dtype_name: str, shape: tuple[int, ...]) -> Array:
 
     Args:
       data: All its bytes, uint8 [nbytes].
-      dtype_name: Its type in the registry (`apr_jax.converters.dtypes`).
+      dtype_name: Its type in the registry (`apr_jax.converters.formats.dtypes`).
       shape: Its shape.
 
     Returns:

@@ -24,8 +24,8 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax import aprt, golden, rows, stages
-from apr_jax.converters import strict_json
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
+from apr_jax.converters.formats import strict_json
 from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs, beside, from_mapping
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from apr_jax import rotation
-from apr_jax.converters import codecs
+from apr_jax.converters.formats import codecs
 from apr_jax.localise import EPSILON
 from apr_jax.mistakes import (
     ACTIVATIONS,

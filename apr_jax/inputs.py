@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters import strict_json
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
-from apr_jax.converters.output import FolderKind, atomic_folder
+from apr_jax.converters.formats import strict_json
+from apr_jax.converters.storage.output import FolderKind, atomic_folder
 
 _MAX_BYTES = 256 << 20
 TOKEN_IDS = "token_ids.json"

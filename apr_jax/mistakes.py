@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax import rotation
-from apr_jax.converters import codecs, dtypes
+from apr_jax.converters.formats import codecs, dtypes
 from apr_jax.scene import (
     FORMULAS,
     QKV,

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax import upload
-from apr_jax.converters import casts
 from apr_jax.converters.checkpoint import Checkpoint, Tensor
 from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import casts
 from apr_jax.converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.tied_heads import same_values
 

@@ -22,12 +22,13 @@ import jax
 import numpy as np
 
 from apr_jax import golden
-from apr_jax.converters import apr_metadata, file_names, prepared_format
+from apr_jax.converters import apr_metadata, file_names
 from apr_jax.converters.checkpoint import Checkpoint
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.converters.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
-from apr_jax.converters.output import FolderKind, Notice, OutputFolder, atomic_folder
-from apr_jax.converters.prepared_format import Description, Parameter
+from apr_jax.converters.formats import prepared_format
+from apr_jax.converters.formats.prepared_format import Description, Parameter
+from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
 from apr_jax.model import find_device, load_model
 from apr_jax.parameters import DTYPES, Parameters, load_parameters, parameter_sources
 

@@ -18,9 +18,9 @@ import tokenizers.normalizers
 import tokenizers.pre_tokenizers
 
 from apr_jax import chat_template
-from apr_jax.converters import strict_json
 from apr_jax.converters.checkpoint import Checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.formats import strict_json
 
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"

@@ -27,8 +27,8 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from apr_jax import blocks
-from apr_jax.converters import dtypes
 from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.formats import dtypes
 
 _STAGING_BYTES = 64 << 20
 # What is larger goes in pieces: a program more to compile for each shape.

@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from apr_jax.converters import strict_json
 from apr_jax.converters.checkpoint import SOURCE_FILES_KEY
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError
+from apr_jax.converters.formats import strict_json
 from apr_jax.converters.qwen2 import Qwen2Config
 
 SOURCE_METADATA = "source_metadata"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apr_jax.converters import dtypes
+from apr_jax.converters.formats import dtypes
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint import Tensor

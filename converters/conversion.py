@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters import apr_format, apr_metadata, casts, dtypes, safetensors_format, streaming, strict_json
+from apr_jax.converters import apr_metadata, streaming
 from apr_jax.converters.checkpoint import (
     SAFETENSORS_SOURCE_FILES_KEY,
     SOURCE_FILES_KEY,
@@ -24,10 +24,12 @@ from apr_jax.converters.checkpoint import (
     open_checkpoint,
 )
 from apr_jax.converters.counting import counted
-from apr_jax.converters.dtypes import DType, Legacy
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
 from apr_jax.converters.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
-from apr_jax.converters.output import (
+from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
+from apr_jax.converters.formats.dtypes import DType, Legacy
+from apr_jax.converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from apr_jax.converters.storage.output import (
     CHECKPOINT,
     FolderKind,
     Notice,
@@ -37,7 +39,6 @@ from apr_jax.converters.output import (
     check_target,
     termination_as_interrupt,
 )
-from apr_jax.converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.tied_heads import same_values
 
 if TYPE_CHECKING:
@@ -521,7 +522,7 @@ def _target(tensor: Tensor, name: str, wanted: DType) -> DType:
     """Returns the type that a tensor gets if `wanted` is asked for: small and sensitive ones are not quantised."""
     if not wanted.is_block or tensor.dtype is wanted:
         return wanted
-    from apr_jax.converters import codecs
+    from apr_jax.converters.formats import codecs
 
     return dtypes.by_name("f32") if codecs.stays_float(name, dtypes.element_count(tensor.shape)) else wanted
 

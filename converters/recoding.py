@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters import casts, codecs, dtypes
 from apr_jax.converters.checkpoint import Tensor
-from apr_jax.converters.dtypes import DType
 from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import casts, codecs, dtypes
+from apr_jax.converters.formats.dtypes import DType
 
 _PIECE_ELEMENTS = 1 << 16
 # AprQ8 has one scale for the whole tensor: as blocks of the report count runs of as many values as a K-quant has.

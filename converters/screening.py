@@ -19,8 +19,8 @@ import numpy as np
 
 from apr_jax.converters import statistics
 from apr_jax.converters.checkpoint import Checkpoint, Tensor
-from apr_jax.converters.crc import crc32, crc32_combine
-from apr_jax.converters.source import SourceFile
+from apr_jax.converters.storage.crc import crc32, crc32_combine
+from apr_jax.converters.storage.source import SourceFile
 
 # Long enough that the interpreter hardly shows, short enough for the caches.
 _CHUNK_BYTES = 1 << 20

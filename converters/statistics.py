@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.checkpoint import Tensor
-from apr_jax.converters.dtypes import DType, element_count
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.formats.dtypes import DType, element_count
 
 # Octaves of the histogram: |x| in [2**octave, 2**(octave + 1)). What lies outside goes to the first or the last bin.
 LOWEST_OCTAVE, HIGHEST_OCTAVE = -25, 10

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from apr_jax.converters import casts, dtypes
-from apr_jax.converters.crc import crc32, crc32_combine
 from apr_jax.converters.errors import BrokenContainerError
-from apr_jax.converters.output import OutputFile
-from apr_jax.converters.source import SourceFile
+from apr_jax.converters.formats import casts, dtypes
+from apr_jax.converters.storage.crc import crc32, crc32_combine
+from apr_jax.converters.storage.output import OutputFile
+from apr_jax.converters.storage.source import SourceFile
 
 if TYPE_CHECKING:
     from apr_jax.converters.recoding import QuantisationError, Recoding

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters import dtypes
 from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import dtypes
 
 if TYPE_CHECKING:
     from apr_jax.converters import closeness

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apr_jax.converters.dtypes import element_count
+from apr_jax.converters.formats.dtypes import element_count
 
 if TYPE_CHECKING:
     import numpy as np

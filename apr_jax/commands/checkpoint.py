@@ -11,7 +11,7 @@ from apr_jax.converters.commands import cli
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters.prepared_format import Description
+    from apr_jax.converters.formats.prepared_format import Description
 
 _EPILOG = """\
 save writes the parameters of a model, cast to --dtype and with --fused as few large matrices, by Orbax, with

@@ -132,7 +132,7 @@ def _prompts(
 
 
 def _read_prompts(path: str) -> list[Any]:
-    from apr_jax.converters import strict_json
+    from apr_jax.converters.formats import strict_json
 
     try:
         with open(path, "rb") as file:

@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax import compilation_cache
-    from apr_jax.converters.output import termination_as_interrupt
+    from apr_jax.converters.storage.output import termination_as_interrupt
 
     with termination_as_interrupt():
         compilation_cache.enable()
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace) -> int:
 def _make(args: argparse.Namespace) -> int:
     from apr_jax import aprt, golden, stages
     from apr_jax.converters.checkpoint import open_checkpoint
-    from apr_jax.converters.output import check_target
+    from apr_jax.converters.storage.output import check_target
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
     if as_dump and not args.trace:

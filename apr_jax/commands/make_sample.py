@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
       StorageError: The disk.
     """
     from apr_jax import sample
-    from apr_jax.converters import output
+    from apr_jax.converters.storage import output
 
     if args.list:
         _print_list(sample.SAMPLES, args.json)

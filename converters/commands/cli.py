@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.errors import AprJaxError, StorageError, printable
-from apr_jax.converters.output import termination_as_interrupt
+from apr_jax.converters.storage.output import termination_as_interrupt
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint import Checkpoint
@@ -81,7 +81,7 @@ def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
       AprJaxError: As `open_checkpoint`; UsageError if --legacy says what cannot be.
     """
     from apr_jax.converters.checkpoint import open_checkpoint
-    from apr_jax.converters.dtypes import parse_legacy
+    from apr_jax.converters.formats.dtypes import parse_legacy
 
     return open_checkpoint(path, lenient=args.lenient, legacy=parse_legacy(args.legacy))
 

@@ -74,7 +74,8 @@ def _write_page(
     """Writes the page, unless the output is refused, and returns the statistics in it."""
     import sys
 
-    from apr_jax.converters import html_report, output
+    from apr_jax.converters import html_report
+    from apr_jax.converters.storage import output
 
     sources = checkpoint.paths
     # Before minutes are spent on reading.
@@ -113,7 +114,7 @@ def _header(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _totals(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    from apr_jax.converters import dtypes
+    from apr_jax.converters.formats import dtypes
 
     by_type: dict[str, int] = {}
     for tensor in tensors:

@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax.converters import casts, dtypes
 from apr_jax.converters.checkpoint import Tensor
 from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import casts, dtypes
 
 Bits = np.ndarray[Any, np.dtype[Any]]
 Select = slice | np.ndarray

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import apr_format, checkpoint, codecs, dtypes
+from apr_jax.converters import checkpoint
 from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.converters.errors import (
     AprJaxError,
@@ -27,6 +27,7 @@ from apr_jax.converters.errors import (
     RefusedError,
     StorageError,
 )
+from apr_jax.converters.formats import apr_format, codecs, dtypes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data" / "apr"

@@ -18,11 +18,12 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import closeness, comparison, conversion, dtypes, tensor_pairs
+from apr_jax.converters import closeness, comparison, conversion, tensor_pairs
 from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.converters.comparison import compare
 from apr_jax.converters.diagnosis.causes import Cause
 from apr_jax.converters.errors import StorageError
+from apr_jax.converters.formats import dtypes
 from tests.paths import DATA, NAMES, checkpoint
 
 NUMPY = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": ml_dtypes.bfloat16, "i8": np.int8}

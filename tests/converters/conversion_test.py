@@ -20,9 +20,10 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import apr_format, conversion, dtypes, streaming
+from apr_jax.converters import conversion, streaming
 from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError
+from apr_jax.converters.formats import apr_format, dtypes
 from tests.paths import DATA, NAMES, ROOT, checkpoint
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import apr_format, conversion, dtypes, inspection, screening
+from apr_jax.converters import conversion, inspection, screening
 from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.formats import apr_format, dtypes
 from tests.paths import DATA, NAMES, checkpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

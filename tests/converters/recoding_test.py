@@ -17,9 +17,10 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import codecs, conversion, dtypes, recoding
+from apr_jax.converters import conversion, recoding
 from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.formats import codecs, dtypes
 from tests import quantiser_cases
 from tests.paths import DATA, checkpoint
 

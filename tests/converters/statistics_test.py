@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import dtypes, statistics
+from apr_jax.converters import statistics
 from apr_jax.converters.checkpoint import Tensor, open_checkpoint
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
-from apr_jax.converters.source import SourceFile
+from apr_jax.converters.formats import dtypes
+from apr_jax.converters.storage.source import SourceFile
 from tests.paths import DATA, NAMES, checkpoint
 
 FLOATS = ("bf16", "f16", "f32", "f64", "f8_e4m3", "f8_e5m2", "f8_e5m2fnuz", "f8_e4m3fnuz")

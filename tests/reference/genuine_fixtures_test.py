@@ -14,9 +14,9 @@ import numpy as np
 import safetensors
 from absl.testing import absltest
 
-from apr_jax.converters import apr_format
 from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.formats import apr_format
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIXTURES = pathlib.Path(os.environ.get("APR_FIXTURES") or ROOT.parent / "shared" / "fixtures")

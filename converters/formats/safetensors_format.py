@@ -13,9 +13,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apr_jax.converters import dtypes, names, strict_json
-from apr_jax.converters.crc import Bytes
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.formats import dtypes, strict_json, tensor_names
+from apr_jax.converters.storage.crc import Bytes
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -132,7 +132,7 @@ def parse_header(header: Bytes, file_size: int, *, file: str | None = None) -> S
             raise
     data_start = PREFIX_BYTES + len(header)
     _check_cover(entries, file_size - data_start, data_start, file)
-    return SafetensorsHeader(tuple(entries), metadata, data_start, tuple(names.alike(parsed)))
+    return SafetensorsHeader(tuple(entries), metadata, data_start, tuple(tensor_names.alike(parsed)))
 
 
 def serialise_header(
@@ -163,7 +163,7 @@ def serialise_header(
             raise RefusedError("this name cannot be used (again)", code="name-reserved", tensor=name)
         if dtype.safetensors is None:
             raise RefusedError(f"safetensors has no code for {dtype.name}", code="dtype-unsupported", tensor=name)
-        names.check(name, max_bytes=MAX_NAME_BYTES)
+        tensor_names.check(name, max_bytes=MAX_NAME_BYTES)
         seen.add(name)
         end = position + dtype.nbytes(shape)
         header[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [position, end]}
@@ -201,7 +201,7 @@ def _metadata(value: Any, file: str | None) -> dict[str, str]:
 
 
 def _entry(name: str, value: Any) -> SafetensorsEntry:
-    names.check(name, max_bytes=MAX_NAME_BYTES)
+    tensor_names.check(name, max_bytes=MAX_NAME_BYTES)
     if not isinstance(value, dict) or sorted(value) != sorted(_FIELDS):
         found = sorted(value)[:9] if isinstance(value, dict) else type(value).__name__
         raise BrokenContainerError(

@@ -13,8 +13,8 @@ import numpy as np
 import safetensors
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import dtypes
 from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
+from apr_jax.converters.formats import dtypes
 
 # Which type each `.apr` id stood for in each era, from apr-v2-format sections 2.1 to 2.3: aprender since GH-438, in
 # the weeks before that when only bf16 had moved, and earlier; realizar's own table until 2026-01-30, GGML's since.

@@ -11,15 +11,16 @@ import sys
 import tempfile
 import zlib
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import codecs, conversion, dtypes
+from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError
+from apr_jax.converters.formats import codecs, dtypes
 from tests.paths import DATA, ROOT
 
 ROW_MAJOR, QUANTIZED = 0x0400, 0x0020

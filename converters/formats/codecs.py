@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from apr_jax.converters import dtypes
 from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import dtypes
 
 # What upstream leaves in float32 (apr-v2-format 4.2).
 _FLOAT_NAMES = ("bias", "layernorm", "layer_norm", "norm.weight")

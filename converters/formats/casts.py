@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from apr_jax.converters import dtypes
 from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.formats import dtypes
 
 if TYPE_CHECKING:
     import numpy as np

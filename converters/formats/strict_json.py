@@ -17,8 +17,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from apr_jax.converters.crc import Bytes
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.storage.crc import Bytes
 
 # Longest spelling of a number that is believed; a float64 needs 24 characters, an unsigned 64-bit integer 20.
 _MAX_NUMBER_CHARACTERS = 100

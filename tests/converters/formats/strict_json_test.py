@@ -14,10 +14,10 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.converters import strict_json
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.formats import strict_json
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def loads(text, **limits):

@@ -9,10 +9,10 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.converters import apr_format, dtypes, strict_json
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.formats import apr_format, dtypes, strict_json
 
-DATA = pathlib.Path(__file__).resolve().parents[1] / "data" / "apr"
+DATA = pathlib.Path(__file__).resolve().parents[3] / "tests" / "data" / "apr"
 GENUINE = sorted(path.name for path in DATA.glob("*.apr") if not path.name.startswith(("not_v2", "golden_v1")))
 NORM = "model.norm.weight"
 

@@ -7,15 +7,15 @@ import struct
 import sys
 import tracemalloc
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import gguf
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import codecs, dtypes
 from apr_jax.converters.checkpoint import open_checkpoint
 from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import codecs, dtypes
 from tests import quantiser_cases
 from tests.paths import checkpoint
 

@@ -7,13 +7,13 @@ import random
 import struct
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import casts
 from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.formats import casts
 
 # Bits of the significand with the hidden one, smallest exponent of a normal number.
 _PRECISION = {"f16": (11, -14), "bf16": (8, -126), "f32": (24, -126), "f64": (53, -1022)}

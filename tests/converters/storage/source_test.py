@@ -10,8 +10,8 @@ import time
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import source
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError
+from apr_jax.converters.storage import source
 
 
 class SourceFileTest(absltest.TestCase):

@@ -17,10 +17,10 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from apr_jax.converters import dtypes, names, strict_json
-from apr_jax.converters.crc import Bytes, crc32
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
-from apr_jax.converters.source import refuse_foreign
+from apr_jax.converters.formats import dtypes, strict_json, tensor_names
+from apr_jax.converters.storage.crc import Bytes, crc32
+from apr_jax.converters.storage.source import refuse_foreign
 
 HEADER_BYTES = 64
 ALIGNMENT = 64
@@ -233,7 +233,7 @@ def parse_prologue(
     has_footer = _check_end(data_end, file_size, judge)
     if header.flags & _FLAG_QUANTIZED and not any(entry.dtype.is_block for entry in entries):
         judge.warnings.append("the flag QUANTIZED is set, but no tensor is quantised")
-    judge.warnings += names.alike(entry.name for entry in entries)
+    judge.warnings += tensor_names.alike(entry.name for entry in entries)
     return AprPrologue(header, metadata, tuple(entries), data_end, has_footer, eras, tuple(judge.warnings))
 
 
@@ -324,7 +324,7 @@ def _entry_bytes(entry: AprEntry) -> bytes:
 
 def _unfit(name: str, dtype: dtypes.DType, shape: Sequence[int], size: int) -> Iterator[str]:
     try:
-        names.check(name, max_bytes=MAX_NAME_BYTES)
+        tensor_names.check(name, max_bytes=MAX_NAME_BYTES)
         fitting = dtype.sizes(shape)
     except AprJaxError as error:
         yield f"{name[:300]}: {error.message}"
@@ -560,7 +560,7 @@ def _parse_entry(view: memoryview, raw_name: bytes, at: int, position: int, end:
         name = raw_name.decode()
     except UnicodeDecodeError:
         raise BrokenContainerError("a name is not UTF-8", code="name-utf8", found=repr(raw_name)[:300]) from None
-    names.check(name, max_bytes=MAX_NAME_BYTES)
+    tensor_names.check(name, max_bytes=MAX_NAME_BYTES)
     try:
         body = _take(view, position, 2, end)
         dtype_id, rank = view[position], view[position + 1]

@@ -21,7 +21,7 @@ from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageE
 if TYPE_CHECKING:
     import numpy as np
 
-    from apr_jax.converters.codecs import Codec
+    from apr_jax.converters.formats.codecs import Codec
 
 CURRENT = "current"
 MARCH_APRENDER = "aprender=2026-03"
@@ -125,7 +125,7 @@ class DType:
                 expected=f"one of {' '.join(dtype.name for dtype in TYPES.values() if dtype.codec_name)}",
                 hint="Its bytes can be read as they are (raw, stream)",
             )
-        from apr_jax.converters import codecs
+        from apr_jax.converters.formats import codecs
 
         codec: Codec = getattr(codecs, self.codec_name)()
         return codec

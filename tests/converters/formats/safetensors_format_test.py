@@ -10,8 +10,8 @@ from absl.testing import absltest, parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apr_jax.converters import dtypes, safetensors_format
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.formats import dtypes, safetensors_format
 
 F32 = dtypes.by_name("f32")
 

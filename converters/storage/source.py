@@ -10,8 +10,8 @@ import os
 import stat
 from types import TracebackType
 
-from apr_jax.converters.crc import Bytes
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError
+from apr_jax.converters.storage.crc import Bytes
 
 # One read of the kernel ends at 2 GiB; below that it is one call.
 _READ_BYTES = 1 << 30

@@ -12,12 +12,12 @@ import sys
 import tempfile
 from unittest import mock
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import output
 from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
+from apr_jax.converters.storage import output
 from tests.paths import ROOT
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import crc
+from apr_jax.converters.storage import crc
 
 
 class CrcTest(parameterized.TestCase):

@@ -1,0 +1,1 @@
+"""The containers, their element types and block codecs: pure functions over bytes."""
