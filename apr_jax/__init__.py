@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint import open_checkpoint as open_checkpoint
-    from apr_jax.converters.qwen2 import Qwen2Config as Qwen2Config
+    from apr_jax.converters.checkpoint.openers import open_checkpoint as open_checkpoint
+    from apr_jax.converters.checkpoint.qwen2 import Qwen2Config as Qwen2Config
     from apr_jax.generation import Generator as Generator
     from apr_jax.generation import load_generator as load_generator
     from apr_jax.inputs import Inputs as Inputs
@@ -33,7 +33,7 @@ _HOMES = {
     "Ops": "apr_jax.modeling",
     "Qwen2ForCausalLM": "apr_jax.modeling",
     "open_checkpoint": "apr_jax.converters.checkpoint",
-    "Qwen2Config": "apr_jax.converters.qwen2",
+    "Qwen2Config": "apr_jax.converters.checkpoint.qwen2",
 }
 __all__ = list(_HOMES)
 

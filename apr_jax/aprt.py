@@ -19,8 +19,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from apr_jax import rows, stages
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
-from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.converters.storage.output import FolderKind, atomic_folder
 from apr_jax.inputs import TOKEN_IDS, Inputs, beside
 

@@ -33,7 +33,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.modeling import NO_POSITION, Cache, Ops, Qwen2ForCausalLM
 from apr_jax.parameters import Parameters

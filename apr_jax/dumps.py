@@ -24,9 +24,9 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax import aprt, golden, rows, stages
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
-from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs, beside, from_mapping
 
 MAP = "dump.json"

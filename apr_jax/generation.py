@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from apr_jax.converters.checkpoint import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.decoding import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
 from apr_jax.generation_config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig

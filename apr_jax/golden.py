@@ -22,10 +22,10 @@ import numpy as np
 
 from apr_jax import rows, stages
 from apr_jax.compare import loss_nats
-from apr_jax.converters.checkpoint import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes, safetensors_format
-from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.converters.storage.output import atomic_file
 from apr_jax.inputs import Inputs, beside, from_json
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from apr_jax import rows, stages
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs
 from apr_jax.model import LanguageModel
 from apr_jax.scene import Scene

@@ -15,9 +15,9 @@ from flax import nnx
 from jax import Array
 
 from apr_jax import rotary, stages
-from apr_jax.converters.checkpoint import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import UsageError
-from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs
 from apr_jax.modeling import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
 from apr_jax.parameters import DTYPES, Parameters, load_parameters

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 
 Tap = Callable[[str, Array], Array]
 """`value = tap(stage, value)`: sees a stage's value and returns the one that the computation goes on with."""

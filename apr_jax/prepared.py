@@ -22,10 +22,11 @@ import jax
 import numpy as np
 
 from apr_jax import golden
-from apr_jax.converters import apr_metadata, file_names
-from apr_jax.converters.checkpoint import Checkpoint
+from apr_jax.converters import apr_metadata
+from apr_jax.converters.checkpoint import file_names
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
+from apr_jax.converters.checkpoint.openers import Checkpoint
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
-from apr_jax.converters.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from apr_jax import stages
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
-from apr_jax.converters.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs
 
 _MAX_BYTES = 64 << 20

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.qwen2 import FINAL_NORM, Qwen2Config
 from apr_jax.converters.errors import UsageError
 from apr_jax.converters.formats import dtypes, safetensors_format
 from apr_jax.converters.formats.dtypes import DType
-from apr_jax.converters.qwen2 import FINAL_NORM, Qwen2Config
 from apr_jax.converters.storage.output import OutputFolder, atomic_folder
 
 _PIECE = 1 << 20  # elements drawn at once

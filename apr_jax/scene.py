@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax import rotary, stages
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs
 from apr_jax.parameters import Parameters
 

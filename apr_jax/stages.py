@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 
 LAYER_STAGES = (
     "attn_norm",

@@ -18,7 +18,7 @@ import tokenizers.normalizers
 import tokenizers.pre_tokenizers
 
 from apr_jax import chat_template
-from apr_jax.converters.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.openers import Checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
 

@@ -27,7 +27,7 @@ from jax import Array
 from jax.sharding import SingleDeviceSharding
 
 from apr_jax import blocks
-from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.checkpoint.openers import Tensor
 from apr_jax.converters.formats import dtypes
 
 _STAGING_BYTES = 64 << 20

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cpu_ops import CPU_OPS
 from apr_jax.cuda import decode, nvrtc, rows
 from apr_jax.cuda.launch import SPLIT_HALVES, head_supported

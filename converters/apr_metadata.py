@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from apr_jax.converters.checkpoint import SOURCE_FILES_KEY
+from apr_jax.converters.checkpoint.openers import SOURCE_FILES_KEY
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError
 from apr_jax.converters.formats import strict_json
-from apr_jax.converters.qwen2 import Qwen2Config
 
 SOURCE_METADATA = "source_metadata"
 # Under this key of safetensors' `__metadata__` travels the metadata of an `.apr` that another writer made.

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters import streaming
+from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
+from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.configurations import Difference, compare_configurations
 from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.converters.formats import dtypes
-from apr_jax.converters.qwen2 import EMBEDDING, HEAD
 from apr_jax.converters.sentences import sentence
 from apr_jax.converters.tensor_pairs import (
     CLOSE,
@@ -33,10 +34,9 @@ from apr_jax.converters.tensor_pairs import (
     compare_values,
     in_threads,
 )
-from apr_jax.converters.tied_heads import same_values
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint.openers import Checkpoint
     from apr_jax.converters.diagnosis import Cause
 
 EXACT_CAST = "exact-cast"

@@ -7,12 +7,12 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config
+from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.errors import AprJaxError
-from apr_jax.converters.qwen2 import EMBEDDING, HEAD, Qwen2Config
-from apr_jax.converters.tied_heads import same_values
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint.openers import Checkpoint
 
 TIED = "tie_word_embeddings"
 

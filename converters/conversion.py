@@ -16,19 +16,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters import apr_metadata, streaming
-from apr_jax.converters.checkpoint import (
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
+from apr_jax.converters.checkpoint.openers import (
     SAFETENSORS_SOURCE_FILES_KEY,
     SOURCE_FILES_KEY,
     Checkpoint,
     Tensor,
     open_checkpoint,
 )
+from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.counting import counted
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
-from apr_jax.converters.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import DType, Legacy
-from apr_jax.converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.storage.output import (
     CHECKPOINT,
     FolderKind,
@@ -39,7 +40,6 @@ from apr_jax.converters.storage.output import (
     check_target,
     termination_as_interrupt,
 )
-from apr_jax.converters.tied_heads import same_values
 
 if TYPE_CHECKING:
     from apr_jax.converters.recoding import QuantisationError

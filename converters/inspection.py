@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters import screening, statistics
-from apr_jax.converters.checkpoint import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
+from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.counting import counted
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from apr_jax.converters.formats.dtypes import element_count
-from apr_jax.converters.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.statistics import Statistics
-from apr_jax.converters.tied_heads import same_values
 
 EMBEDDING_MEAN = 0.05
 EMBEDDING_STD = (0.005, 0.5)

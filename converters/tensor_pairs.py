@@ -19,7 +19,7 @@ from apr_jax.converters.formats import dtypes
 
 if TYPE_CHECKING:
     from apr_jax.converters import closeness
-    from apr_jax.converters.checkpoint import Tensor
+    from apr_jax.converters.checkpoint.openers import Tensor
 
 IDENTICAL, EQUAL_VALUES, CLOSE, DIFFERENT = VERDICTS = ("identical", "equal-values", "close", "different")
 # Relative L2 of a tensor, up to which it counts as close.

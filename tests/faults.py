@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from jax import Array
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model import LanguageModel
 from apr_jax.modeling import OPS, Ops, at_least_float32
 

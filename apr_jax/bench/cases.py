@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import UsageError
-from apr_jax.converters.qwen2 import Qwen2Config
 
 PREFILL, DECODE = "prefill", "decode"
 _FORM = re.compile(r"(prefill|decode)-([1-9][0-9]*)x([1-9][0-9]*)")

@@ -9,7 +9,7 @@ import numpy as np
 
 from apr_jax.bench.cases import PREFILL, Case
 from apr_jax.bench.ours import Calls, tokens
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model import LanguageModel
 from apr_jax.parameters import Parameters, parameter_sources
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from apr_jax.bench.cases import PREFILL, Case
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.decoding import BLOCK, Choice, Programs, State, bucket
 from apr_jax.generation_config import GenerationConfig
 from apr_jax.model import LanguageModel

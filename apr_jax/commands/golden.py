@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from apr_jax.compare import Comparison
-    from apr_jax.converters.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint.openers import Checkpoint
     from apr_jax.golden import Golden
     from apr_jax.inputs import Inputs
 
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     from apr_jax import aprt, golden, stages
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.converters.storage.output import check_target
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
@@ -130,7 +130,7 @@ def _make(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from apr_jax import inputs
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
 
     with open_checkpoint(args.model) as checkpoint:
         # One sequence, as most engines run: the first row of what a golden file is made from by default.
@@ -176,7 +176,7 @@ def _run_jax(
 
 def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
     from apr_jax import hf_reference
-    from apr_jax.converters.qwen2 import check_tensors
+    from apr_jax.converters.checkpoint.qwen2 import check_tensors
 
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     check_tensors(checkpoint.model_config(), shapes, checkpoint.path)
@@ -266,7 +266,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> _Report:
     from apr_jax import compare, golden, stages
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.rows import find_columns
 
     with open_checkpoint(args.model) as checkpoint:
@@ -316,7 +316,7 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
 
 
 def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[str, np.ndarray]:
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
 
     settings = argparse.Namespace(**vars(args) | {"dtype": dtype})
     settings.trace = any(key.startswith("stage.") for key in reference.values)

@@ -14,7 +14,7 @@ from apr_jax.converters.commands import cli
 from apr_jax.converters.errors import MissingFileError, UsageError
 
 if TYPE_CHECKING:
-    from apr_jax.converters.qwen2 import Qwen2Config
+    from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
     from apr_jax.dumps import Dump
     from apr_jax.explain import Diagnosis, Finding
     from apr_jax.inputs import Inputs
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax import compilation_cache
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.explain import diagnose
     from apr_jax.localise import infer_dtype
     from apr_jax.model import load_model
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: list[str]) -> Diagnosis:
     """Takes out what belongs to a quantised file: engines round activations beside Q4_K weights, by design."""
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.explain import Diagnosis
 
     with open_checkpoint(args.model) as checkpoint:
@@ -179,7 +179,7 @@ def _huggingface(args: argparse.Namespace, batch: Inputs, dtype: Any) -> dict[st
 def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[str]:
     """What the reader of the answer has to know: what this comparison cannot see."""
     from apr_jax import golden, rows, stages
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
 
     notes, length = [], int(dump.inputs.positions().max()) + 1
     if length == 1:

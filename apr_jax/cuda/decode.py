@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cuda.launch import SPLIT_HALVES, head_names, head_supported, launch, source
 from apr_jax.modeling import DecoderLayer, LayerCache, Step
 

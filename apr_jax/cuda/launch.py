@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cuda import nvrtc
 
 TARGET = "__gpu$xla.gpu.ptx"

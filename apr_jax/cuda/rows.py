@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cuda.launch import SPLIT_HALVES, head_names, launch, source
 from apr_jax.modeling import LayerCache, Step
 

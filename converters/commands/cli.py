@@ -16,7 +16,7 @@ from apr_jax.converters.errors import AprJaxError, StorageError, printable
 from apr_jax.converters.storage.output import termination_as_interrupt
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint.openers import Checkpoint
 
 EXIT_DIFFERS = 1
 EXIT_INTERRUPTED = 130
@@ -80,7 +80,7 @@ def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
     Raises:
       AprJaxError: As `open_checkpoint`; UsageError if --legacy says what cannot be.
     """
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.converters.formats.dtypes import parse_legacy
 
     return open_checkpoint(path, lenient=args.lenient, legacy=parse_legacy(args.legacy))

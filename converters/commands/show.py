@@ -13,7 +13,7 @@ from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
     from apr_jax.converters import html_report
-    from apr_jax.converters.checkpoint import Checkpoint, Tensor
+    from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
     from apr_jax.converters.statistics import Statistics
 
 _SHOWN_CHARACTERS = 100

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.checkpoint.openers import Tensor
 from apr_jax.converters.diagnosis import pair as pairs
 from apr_jax.converters.diagnosis.causes import Cause
 from apr_jax.converters.diagnosis.context import FUSED, Context

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.checkpoint.openers import Tensor
 from apr_jax.converters.diagnosis import orders
 from apr_jax.converters.diagnosis.context import Context, projection
 from apr_jax.converters.diagnosis.hypotheses import Found

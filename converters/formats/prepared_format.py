@@ -18,9 +18,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from apr_jax.converters import file_names
+from apr_jax.converters.checkpoint import file_names
+from apr_jax.converters.checkpoint.file_names import PREPARED_FOLDER, PREPARED_NAME
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError
-from apr_jax.converters.file_names import PREPARED_FOLDER, PREPARED_NAME
 from apr_jax.converters.formats import dtypes, strict_json
 from apr_jax.converters.formats.dtypes import DType
 from apr_jax.converters.storage.source import SourceFile

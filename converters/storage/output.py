@@ -17,7 +17,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
-from apr_jax.converters import file_names
+from apr_jax.converters.checkpoint import file_names
 from apr_jax.converters.errors import MissingFileError, StorageError, UsageError
 
 _TEMPORARY = "apr-jax-tmp"

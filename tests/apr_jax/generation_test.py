@@ -17,7 +17,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import bars, decoding, variants
 from apr_jax.compare import relative_l2
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.decoding import bucket
 from apr_jax.generation import Generator, load_generator

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError
 from apr_jax.model import load_model
 from apr_jax.parameters import read_as
@@ -97,7 +97,7 @@ class LoadingTest(parameterized.TestCase):
         safetensors.numpy.save_file(weights, folder / "model.safetensors")
         with (
             self.assertRaises(RefusedError) as caught,
-            absltest.mock.patch("apr_jax.converters.tied_heads._COMPARED_BYTES", 999),
+            absltest.mock.patch("apr_jax.converters.checkpoint.tied_heads._COMPARED_BYTES", 999),
         ):
             load_model(folder)
         self.assertEqual(caught.exception.code, "tied-head-differs")

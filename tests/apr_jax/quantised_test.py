@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters import conversion
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.model import load_model
 from apr_jax.parameters import read_as
 from tests import oracle

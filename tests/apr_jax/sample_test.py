@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from apr_jax import sample  # noqa: E402
 from apr_jax.commands import make_sample  # noqa: E402
-from apr_jax.converters import qwen2  # noqa: E402
-from apr_jax.converters.checkpoint import open_checkpoint  # noqa: E402
+from apr_jax.converters.checkpoint import qwen2  # noqa: E402
+from apr_jax.converters.checkpoint.openers import open_checkpoint  # noqa: E402
 from apr_jax.converters.errors import UsageError  # noqa: E402
 
 CHECKPOINTS = ROOT / "tests" / "data" / "checkpoints"

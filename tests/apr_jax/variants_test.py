@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from apr_jax import modeling, variants
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cpu_ops import CPU_OPS
 from apr_jax.cuda import decode, launch, nvrtc
 from apr_jax.model import load_model, model_graph

@@ -29,7 +29,7 @@ import safetensors.numpy
 
 from apr_jax import hf_reference
 from apr_jax.compare import compared_positions
-from apr_jax.converters.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.model import LanguageModel, load_model

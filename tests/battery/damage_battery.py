@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
-from apr_jax.converters.checkpoint import open_checkpoint  # noqa: E402
+from apr_jax.converters.checkpoint.openers import open_checkpoint  # noqa: E402
 from apr_jax.converters.comparison import compare  # noqa: E402
 from tests.battery import quantisers  # noqa: E402
 

@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def on_cpu(sample: str, scratch: pathlib.Path, device: str) -> tuple[dict[str, Any], bool]:
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.sample import write_sample
 
     folder = scratch / "hf"
@@ -194,7 +194,7 @@ def orbax_restore(path: str, device: str) -> dict[str, Any]:
 def decoded_on_the_host(path: str, device: str) -> dict[str, Any]:
     import jax
 
-    from apr_jax.converters.checkpoint import open_checkpoint
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.parameters import parameter_sources, read_as
 
     target = jax.devices(device)[0]

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli
 from apr_jax.converters.formats import apr_format, dtypes
 from apr_jax.sample import SAMPLES

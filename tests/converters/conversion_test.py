@@ -21,7 +21,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters import conversion, streaming
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError
 from apr_jax.converters.formats import apr_format, dtypes
 from tests.paths import DATA, NAMES, ROOT, checkpoint

@@ -14,7 +14,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters import conversion, inspection, screening
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.formats import apr_format, dtypes
 from tests.paths import DATA, NAMES, checkpoint
 

@@ -18,7 +18,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters import conversion, recoding
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from apr_jax.converters.formats import codecs, dtypes
 from tests import quantiser_cases

@@ -13,7 +13,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters import statistics
-from apr_jax.converters.checkpoint import Tensor, open_checkpoint
+from apr_jax.converters.checkpoint.openers import Tensor, open_checkpoint
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.storage.source import SourceFile

@@ -16,7 +16,7 @@ import safetensors
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters import conversion
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from tests.paths import CHECKPOINTS, fixtures
 
 FIXTURES = fixtures()

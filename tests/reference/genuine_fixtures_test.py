@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 from absl.testing import absltest
 
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import AprJaxError
 from apr_jax.converters.formats import apr_format
 

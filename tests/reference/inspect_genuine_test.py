@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from absl.testing import absltest
 
 from apr_jax.converters import inspection
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from tests.paths import fixtures
 
 FIXTURES = fixtures()

@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters import conversion
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from tests.paths import CHECKPOINTS, fixtures
 
 FIXTURES = fixtures()

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import codecs, dtypes
 from tests import quantiser_cases

@@ -5,15 +5,15 @@ import sys
 import tempfile
 from unittest import mock
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import checkpoint, tied_heads
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint import openers, tied_heads
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from tests.paths import DATA
 
 VALUES = np.array([[0.5, -2.0, 0.0], [1.0, np.inf, 3.0]], np.float32)
@@ -60,9 +60,7 @@ class SameValuesTest(parameterized.TestCase):
         with mock.patch.object(tied_heads, "_COMPARED_BYTES", 8192):
             self.assertTrue(self.same(a, a.astype(np.float16)))
             self.assertFalse(self.same(a, late))
-            with mock.patch.object(
-                checkpoint.Tensor, "read", autospec=True, side_effect=checkpoint.Tensor.read
-            ) as read:
+            with mock.patch.object(openers.Tensor, "read", autospec=True, side_effect=openers.Tensor.read) as read:
                 self.assertFalse(self.same(a, early))
             self.assertEqual(read.call_count, 4)
 

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters import file_names
+from apr_jax.converters.checkpoint import file_names
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, PREPARED_NAME, SINGLE_NAME
+from apr_jax.converters.checkpoint.qwen2 import HEAD, Qwen2Config
 from apr_jax.converters.counting import counted
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, StorageError
-from apr_jax.converters.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, PREPARED_NAME, SINGLE_NAME
 from apr_jax.converters.formats import apr_format, prepared_format, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import DType, Legacy, element_count
-from apr_jax.converters.qwen2 import HEAD, Qwen2Config
 from apr_jax.converters.storage.source import SourceFile, refuse_foreign
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ import json
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config, check_tensors
 from apr_jax.converters.errors import RefusedError
-from apr_jax.converters.qwen2 import Qwen2Config, check_tensors
 from tests import paths
 
 PUBLISHED = {
