@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters import streaming
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.configurations import Difference, compare_configurations
+from apr_jax.converters.convert import streaming
 from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.sentences import sentence

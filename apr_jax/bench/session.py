@@ -18,7 +18,7 @@ from apr_jax.bench import ceilings, genuine, machine, measure, report, start_up
 from apr_jax.bench.cases import DECODE, Case, Ceilings, work
 from apr_jax.bench.measure import Contestant, Plan
 from apr_jax.bench.ours import Ours, random_parameters, tokens
-from apr_jax.converters import conversion
+from apr_jax.converters.convert import conversion
 from apr_jax.model import LanguageModel, find_device, load_model
 from apr_jax.sample import SAMPLES, write_sample
 

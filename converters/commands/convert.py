@@ -12,7 +12,7 @@ from apr_jax.converters.counting import counted
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters.conversion import Outcome, Plan
+    from apr_jax.converters.convert.conversion import Outcome, Plan
 
 _EPILOG = """\
 Nothing that is not asked for changes: tensors keep their names, types, shapes and bytes; config.json, tokenizer and
@@ -81,8 +81,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax.converters import conversion
     from apr_jax.converters.commands.progress import byte_bar
+    from apr_jax.converters.convert import conversion
 
     rules = [conversion.CastRule.parse(text) for text in args.cast]
     shard_bytes = None if args.max_shard_size is None else conversion.parse_size(args.max_shard_size)

@@ -18,8 +18,8 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import golden, prepared
 from apr_jax.commands import checkpoint as command
-from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.model import load_model
 from tests import paths

@@ -10,8 +10,8 @@ import numpy as np
 import tokenizers
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.tokenizer import Detokenizer, StopStrings, Tokenizer
 from tests import paths

@@ -15,8 +15,8 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax import blocks, upload
-from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
 from apr_jax.parameters import parameter_sources, read_as

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from apr_jax import aprt, hf_reference, stages
-from apr_jax.converters.conversion import convert
+from apr_jax.converters.convert.conversion import convert
 from apr_jax.explain import diagnose
 from apr_jax.golden import stored
 from apr_jax.inputs import Inputs, seeded

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.formats import dtypes
 from tests.paths import DATA, ROOT, checkpoint
 from tests.start_up import cpu_seconds

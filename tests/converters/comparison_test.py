@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import closeness, comparison, conversion, tensor_pairs
+from apr_jax.converters import closeness, comparison, tensor_pairs
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.comparison import compare
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.diagnosis.causes import Cause
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes

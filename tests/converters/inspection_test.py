@@ -13,8 +13,9 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion, inspection, screening
+from apr_jax.converters import inspection, screening
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.formats import apr_format, dtypes
 from tests.paths import DATA, NAMES, checkpoint
 

@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import aprt, bars, stages
 from apr_jax.compare import Comparison, compare
-from apr_jax.converters.conversion import convert
+from apr_jax.converters.convert.conversion import convert
 from apr_jax.inputs import Inputs
 from apr_jax.model import load_model
 from tests import paths

@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import hf_reference, sampling
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.conversion import convert
+from apr_jax.converters.convert.conversion import convert
 from apr_jax.generation import load_generator
 from apr_jax.generation_config import GenerationConfig
 from apr_jax.sampling import Method, Numbers

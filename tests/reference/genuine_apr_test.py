@@ -15,8 +15,8 @@ import numpy as np
 import safetensors
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from tests.paths import CHECKPOINTS, fixtures
 
 FIXTURES = fixtures()

@@ -24,8 +24,8 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import aprt, bars, stages
 from apr_jax.compare import compare
-from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.formats import codecs
 from apr_jax.inputs import Inputs
 from apr_jax.model import load_model

@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import aprt, stages
 from apr_jax.commands import parity
-from apr_jax.converters import conversion
+from apr_jax.converters.convert import conversion
 from apr_jax.inputs import seeded
 from apr_jax.model import load_model
 from tests import paths

@@ -9,8 +9,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from tests.paths import CHECKPOINTS, fixtures
 
 FIXTURES = fixtures()

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion
 from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError
 from apr_jax.converters.formats import codecs, dtypes
 from tests.paths import DATA, ROOT

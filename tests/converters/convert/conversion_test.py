@@ -13,15 +13,15 @@ import sys
 import tempfile
 import zlib
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion, streaming
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion, streaming
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError
 from apr_jax.converters.formats import apr_format, dtypes
 from tests.paths import DATA, NAMES, ROOT, checkpoint

@@ -10,15 +10,15 @@ import tempfile
 import tracemalloc
 import zlib
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import conversion, recoding
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import conversion, recoding
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from apr_jax.converters.formats import codecs, dtypes
 from tests import quantiser_cases

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters import apr_metadata, streaming
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from apr_jax.converters.checkpoint.openers import (
     SAFETENSORS_SOURCE_FILES_KEY,
@@ -26,6 +25,7 @@ from apr_jax.converters.checkpoint.openers import (
 )
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.checkpoint.tied_heads import same_values
+from apr_jax.converters.convert import apr_metadata, streaming
 from apr_jax.converters.counting import counted
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
@@ -42,7 +42,7 @@ from apr_jax.converters.storage.output import (
 )
 
 if TYPE_CHECKING:
-    from apr_jax.converters.recoding import QuantisationError
+    from apr_jax.converters.convert.recoding import QuantisationError
 
 TARGETS = ("apr", "safetensors")
 HEADS = ("absent", "copy")
@@ -778,7 +778,7 @@ def _is_quantised(tensor: PlannedTensor) -> bool:
 
 
 def _recoded(part: streaming.Part, tensor: PlannedTensor) -> streaming.Part:
-    from apr_jax.converters.recoding import Recoding
+    from apr_jax.converters.convert.recoding import Recoding
 
     return dataclasses.replace(part, cast=None, recoding=Recoding(tensor.source, tensor.dtype))
 

@@ -21,7 +21,7 @@ from apr_jax.converters.storage.output import OutputFile
 from apr_jax.converters.storage.source import SourceFile
 
 if TYPE_CHECKING:
-    from apr_jax.converters.recoding import QuantisationError, Recoding
+    from apr_jax.converters.convert.recoding import QuantisationError, Recoding
 
 # Fits the second-level cache, and is long enough that the interpreter does not show.
 _CHUNK_BYTES = 1 << 20

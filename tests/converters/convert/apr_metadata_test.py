@@ -5,12 +5,12 @@ import json
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import apr_metadata
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.convert import apr_metadata
 from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.converters.formats import strict_json
 
