@@ -12,9 +12,9 @@ from apr_jax.converters.counting import counted
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters import html_report
     from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
-    from apr_jax.converters.statistics import Statistics
+    from apr_jax.converters.inspect import html_report
+    from apr_jax.converters.inspect.statistics import Statistics
 
 _SHOWN_CHARACTERS = 100
 
@@ -54,9 +54,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _measure(listed: Sequence[Tensor]) -> dict[str, Statistics | str]:
     """Returns name -> statistics, or words that say why there are none."""
-    from apr_jax.converters import statistics
     from apr_jax.converters.commands.progress import byte_bar
     from apr_jax.converters.errors import RefusedError
+    from apr_jax.converters.inspect import statistics
 
     found: dict[str, Statistics | str] = {}
     with byte_bar(sum(tensor.nbytes for tensor in listed)) as progress:
@@ -74,7 +74,7 @@ def _write_page(
     """Writes the page, unless the output is refused, and returns the statistics in it."""
     import sys
 
-    from apr_jax.converters import html_report
+    from apr_jax.converters.inspect import html_report
     from apr_jax.converters.storage import output
 
     sources = checkpoint.paths
@@ -158,12 +158,12 @@ def _statistics_json(found: Statistics | str) -> dict[str, Any] | None:
 
 
 def _page(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str]) -> html_report.Page:
-    from apr_jax.converters import html_report, inspection
+    from apr_jax.converters.inspect import checks, html_report
 
     measured = {name: statistics for name, statistics in found.items() if not isinstance(statistics, str)}
     header = {name: _short(value) for name, value in _header(checkpoint).items()}
     totals = _totals(listed)
-    checks = inspection.inspect(checkpoint, measured=measured)
+    checks = checks.inspect(checkpoint, measured=measured)
     failed = sum(check.passed is False for check in checks)
     return html_report.Page(
         path=checkpoint.path,

@@ -14,7 +14,7 @@ from apr_jax.converters.errors import printable
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.openers import Checkpoint
     from apr_jax.converters.comparison import Comparison
-    from apr_jax.converters.inspection import Check
+    from apr_jax.converters.inspect.checks import Check
     from apr_jax.converters.tensor_pairs import Progress, TensorComparison
 
 _ROWS = 20
@@ -71,7 +71,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from apr_jax.converters.commands.progress import byte_bar
-    from apr_jax.converters.inspection import inspect
+    from apr_jax.converters.inspect.checks import inspect
 
     with (
         cli.open_from(args, args.a) as checkpoint,

@@ -63,7 +63,7 @@ _INSPECT = (
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
 from apr_jax.converters.checkpoint import open_checkpoint
-from apr_jax.converters.inspection import inspect
+from apr_jax.converters.inspect.checks import inspect
 begin, used = time.perf_counter(), cpu()
 with open_checkpoint(sys.argv[2]) as checkpoint:
     failed = [check.name for check in inspect(checkpoint) if check.passed is False]

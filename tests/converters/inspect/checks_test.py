@@ -7,16 +7,16 @@ import sys
 import tempfile
 import zlib
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import inspection, screening
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import conversion
 from apr_jax.converters.formats import apr_format, dtypes
+from apr_jax.converters.inspect import checks, first_pass
 from tests.paths import DATA, NAMES, checkpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -61,7 +61,7 @@ class InspectionTest(parameterized.TestCase):
 
     def inspect(self, path, **options):
         with open_checkpoint(path, **options) as opened:
-            checks = inspection.inspect(opened)
+            checks = checks.inspect(opened)
         for check in checks:
             json.dumps(check.to_json(), allow_nan=False)
             self.assertNotIn("\n", check.sentence)
@@ -153,7 +153,7 @@ class InspectionTest(parameterized.TestCase):
         path = self.write({}, {"a": ["u8", values], "b": ["f32", np.ones((9, 7), np.float32)]})
         self.assertEmpty(self.failures(path))
         with open_checkpoint(path) as opened:
-            self.assertEqual(screening.screen(opened).crc, zlib.crc32(path.read_bytes()[:-4]))
+            self.assertEqual(first_pass.screen(opened).crc, zlib.crc32(path.read_bytes()[:-4]))
         file = bytearray(path.read_bytes())
         file[35 << 20] ^= 0x80
         path.write_bytes(file)
@@ -163,7 +163,7 @@ class InspectionTest(parameterized.TestCase):
         path = self.write(*self.sample())
         seen = []
         with open_checkpoint(path) as opened:
-            inspection.inspect(opened, progress=seen.append)
+            checks.inspect(opened, progress=seen.append)
         self.assertEqual(sum(seen), path.stat().st_size - 4)
 
     # --- configuration
@@ -429,7 +429,7 @@ class InspectionTest(parameterized.TestCase):
             with path.open("r+b") as file:
                 file.truncate(30 << 20)
             with self.assertRaises(Exception) as caught:
-                inspection.inspect(opened)
+                checks.inspect(opened)
         self.assertEqual(getattr(caught.exception, "code", None), "short-read")
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters import screening, statistics
 from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.counting import counted
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from apr_jax.converters.formats.dtypes import element_count
-from apr_jax.converters.statistics import Statistics
+from apr_jax.converters.inspect import first_pass, statistics
+from apr_jax.converters.inspect.statistics import Statistics
 
 EMBEDDING_MEAN = 0.05
 EMBEDDING_STD = (0.005, 0.5)
@@ -97,7 +97,7 @@ def inspect(
     Raises:
       StorageError: A file cannot be read.
     """
-    screened = screening.screen(checkpoint, progress)
+    screened = first_pass.screen(checkpoint, progress)
     values = _Values(checkpoint, screened, dict(measured or {}))
     return [
         *_container(checkpoint, screened),
@@ -112,7 +112,7 @@ def inspect(
 # --- container
 
 
-def _container(checkpoint: Checkpoint, screened: screening.Screening) -> Iterator[Check]:
+def _container(checkpoint: Checkpoint, screened: first_pass.Screening) -> Iterator[Check]:
     number = len(checkpoint.tensors) + len(checkpoint.placeholders)
     yield Check("structure", True, f"{number} tensors, each within the file, without overlap or hole")
     for warning in checkpoint.warnings:
@@ -406,7 +406,7 @@ def _metadata(checkpoint: Checkpoint) -> Iterator[Check]:
 class _Values:
     """What is known of the tensors' values, measured exactly where the first look leaves a doubt."""
 
-    def __init__(self, checkpoint: Checkpoint, screened: screening.Screening, measured: dict[str, Statistics]):
+    def __init__(self, checkpoint: Checkpoint, screened: first_pass.Screening, measured: dict[str, Statistics]):
         self._glances = screened.glances
         self._measured = measured
         self.undecoded: list[Tensor] = []
@@ -437,7 +437,7 @@ class _Values:
         partial = glance.sample.count < glance.count
         return glance.sample, f" (of {glance.sample.count} of its values)" if partial else ""
 
-    def _doubtful(self, tensor: Tensor, glance: screening.Glance) -> bool:
+    def _doubtful(self, tensor: Tensor, glance: first_pass.Glance) -> bool:
         sample = glance.sample
         # With fewer zeros than this a quarter of the rows cannot be dead.
         if not glance.finite or glance.magnitude <= 2 * SMALLEST_L2 or glance.zeros >= DEAD_ROWS * glance.count:

@@ -6,16 +6,16 @@ import sys
 import tempfile
 import tracemalloc
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import statistics
 from apr_jax.converters.checkpoint.openers import Tensor, open_checkpoint
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
 from apr_jax.converters.formats import dtypes
+from apr_jax.converters.inspect import statistics
 from apr_jax.converters.storage.source import SourceFile
 from tests.paths import DATA, NAMES, checkpoint
 

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from apr_jax.converters.errors import printable
-from apr_jax.converters.inspection import RELABEL_SHARE, RELABEL_STD, TINY_SHARE, TINY_STD, Check
-from apr_jax.converters.statistics import HIGHEST_OCTAVE, LOWEST_OCTAVE, OCTAVES, RELABEL_OCTAVES, Statistics
+from apr_jax.converters.inspect.checks import RELABEL_SHARE, RELABEL_STD, TINY_SHARE, TINY_STD, Check
+from apr_jax.converters.inspect.statistics import HIGHEST_OCTAVE, LOWEST_OCTAVE, OCTAVES, RELABEL_OCTAVES, Statistics
 
 _BAR, _HEIGHT = 4, 26
 _SEVERITIES = ("failure", "note", "skipped", "ok")
