@@ -13,9 +13,9 @@ from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.openers import Checkpoint
-    from apr_jax.converters.comparison import Comparison
     from apr_jax.converters.inspect.checks import Check
-    from apr_jax.converters.tensor_pairs import Progress, TensorComparison
+    from apr_jax.converters.verify.comparison import Comparison
+    from apr_jax.converters.verify.tensor_pairs import Progress, TensorComparison
 
 _ROWS = 20
 _TIED = "tie_word_embeddings"
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from apr_jax.converters.comparison import compare
+    from apr_jax.converters.verify.comparison import compare
 
     with cli.open_from(args, args.a) as a, cli.open_from(args, args.b) as b:
         _warn(a, b)

@@ -29,7 +29,7 @@ import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint  # noqa: E402
-from apr_jax.converters.comparison import compare  # noqa: E402
+from apr_jax.converters.verify.comparison import compare  # noqa: E402
 from tests.battery import quantisers  # noqa: E402
 
 BASE = ROOT / "tests" / "data" / "checkpoints" / "gqa_tied_bf16"

@@ -76,7 +76,7 @@ _COMPARE = (
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
 from apr_jax.converters.checkpoint import open_checkpoint
-from apr_jax.converters.comparison import compare
+from apr_jax.converters.verify.comparison import compare
 begin = time.perf_counter()
 with open_checkpoint(sys.argv[2]) as a, open_checkpoint(sys.argv[3]) as b:
     found = compare(a, b, diagnose=False)

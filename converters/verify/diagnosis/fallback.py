@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from apr_jax.converters.diagnosis import pair as pairs
-from apr_jax.converters.diagnosis.causes import Cause
-from apr_jax.converters.diagnosis.pair import Pair
+from apr_jax.converters.verify.diagnosis import pair as pairs
+from apr_jax.converters.verify.diagnosis.causes import Cause
+from apr_jax.converters.verify.diagnosis.pair import Pair
 
 _MEASURED = 1 << 15
 _RUN = 64

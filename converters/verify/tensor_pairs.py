@@ -18,8 +18,8 @@ from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes
 
 if TYPE_CHECKING:
-    from apr_jax.converters import closeness
     from apr_jax.converters.checkpoint.openers import Tensor
+    from apr_jax.converters.verify import distance
 
 IDENTICAL, EQUAL_VALUES, CLOSE, DIFFERENT = VERDICTS = ("identical", "equal-values", "close", "different")
 # Relative L2 of a tensor, up to which it counts as close.
@@ -50,7 +50,7 @@ class TensorComparison:
     verdict: str
     dtypes: tuple[str, str]
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    sums: closeness.Sums | None = None
+    sums: distance.Sums | None = None
 
     @property
     def distance(self) -> float:
@@ -86,7 +86,7 @@ class Pair:
         self.same_shape = a.shape == b.shape
         # Until a byte is found that differs.
         self.same_bytes = a.nbytes == b.nbytes
-        self.sums: closeness.Sums | None = None
+        self.sums: distance.Sums | None = None
         self.lock = threading.Lock()
 
     @property
@@ -193,14 +193,14 @@ def _equal(pair: Pair, position: int, nbytes: int, buffers: _Buffers) -> bool:
 
 def compare_values(pairs: Sequence[Pair], progress: Progress | None) -> None:
     # Brings numpy along, which equal bytes do not need.
-    from apr_jax.converters import closeness
+    from apr_jax.converters.verify import distance
 
     meter = Meter("values", sum(dtypes.element_count(pair.a.shape) for pair in pairs), progress)
 
     def step(pair: Pair, parts: Sequence[tuple[int, int]]) -> None:
-        found = closeness.Sums()
+        found = distance.Sums()
         for begin, end in parts:
-            found.add(closeness.measure_range(pair.a, pair.b, begin, end))
+            found.add(distance.measure_range(pair.a, pair.b, begin, end))
         with pair.lock:
             assert pair.sums is not None
             pair.sums.add(found)
@@ -210,16 +210,16 @@ def compare_values(pairs: Sequence[Pair], progress: Progress | None) -> None:
 
 
 def _value_work(pairs: Sequence[Pair]) -> Iterable[tuple[Pair, list[tuple[int, int]]]]:
-    from apr_jax.converters import closeness
+    from apr_jax.converters.verify import distance
 
     for pair in pairs:
         try:
-            closeness.common_type(pair.a.dtype, pair.b.dtype)
+            distance.common_type(pair.a.dtype, pair.b.dtype)
         except RefusedError:
             # Bytes differ, and nothing more can be said: no sums.
             continue
-        pair.sums = closeness.Sums()
-        parts = list(closeness.ranges(pair.a, pair.b))
+        pair.sums = distance.Sums()
+        parts = list(distance.ranges(pair.a, pair.b))
         for first in range(0, len(parts), _PARTS_AT_ONCE):
             yield pair, parts[first : first + _PARTS_AT_ONCE]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.diagnosis import pair as pairs
-from apr_jax.converters.diagnosis.hypotheses import Found
-from apr_jax.converters.diagnosis.pair import Bits, Pair, Select
 from apr_jax.converters.formats import casts
+from apr_jax.converters.verify.diagnosis import pair as pairs
+from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.pair import Bits, Pair, Select
 
 _ROUNDINGS = ("nearest-even", "truncated", "half-away")
 _EIGHT_BITS = ("f8_e4m3", "f8_e5m2")

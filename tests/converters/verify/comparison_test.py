@@ -12,19 +12,19 @@ import tracemalloc
 import types
 from unittest import mock
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import closeness, comparison, tensor_pairs
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.comparison import compare
 from apr_jax.converters.convert import conversion
-from apr_jax.converters.diagnosis.causes import Cause
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
+from apr_jax.converters.verify import comparison, distance, tensor_pairs
+from apr_jax.converters.verify.comparison import compare
+from apr_jax.converters.verify.diagnosis.causes import Cause
 from tests.paths import DATA, NAMES, checkpoint
 
 NUMPY = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": ml_dtypes.bfloat16, "i8": np.int8}
@@ -458,8 +458,8 @@ class FindingsTest(ComparisonTestCase):
             Context=lambda one, two: (one, two), diagnose=lambda name, one, two, context: [causes[name]]
         )
         with (
-            mock.patch.dict(sys.modules, {"apr_jax.converters.diagnosis": fake}),
-            mock.patch("apr_jax.converters.diagnosis", fake),
+            mock.patch.dict(sys.modules, {"apr_jax.converters.verify.diagnosis": fake}),
+            mock.patch("apr_jax.converters.verify.diagnosis", fake),
         ):
             return self.compare(a, b, diagnose=True).findings
 
@@ -550,7 +550,7 @@ class ChecksumTest(ComparisonTestCase):
 
 class SumsTest(absltest.TestCase):
     def test_nothing_compared_is_no_distance(self):
-        self.assertEqual((closeness.Sums().relative_l2, closeness.Sums().cosine), (0.0, 1.0))
+        self.assertEqual((distance.Sums().relative_l2, distance.Sums().cosine), (0.0, 1.0))
 
 
 if __name__ == "__main__":

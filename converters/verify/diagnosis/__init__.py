@@ -19,12 +19,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from apr_jax.converters.checkpoint.openers import Tensor
-from apr_jax.converters.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse
-from apr_jax.converters.diagnosis.causes import CAUSES, Cause
-from apr_jax.converters.diagnosis.context import Context
-from apr_jax.converters.diagnosis.hypotheses import Found
-from apr_jax.converters.diagnosis.missing import Match, diagnose_missing
-from apr_jax.converters.diagnosis.pair import Pair
+from apr_jax.converters.verify.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse
+from apr_jax.converters.verify.diagnosis.causes import CAUSES, Cause
+from apr_jax.converters.verify.diagnosis.context import Context
+from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.missing import Match, diagnose_missing
+from apr_jax.converters.verify.diagnosis.pair import Pair
 
 __all__ = ("CAUSES", "Cause", "Context", "Match", "diagnose", "diagnose_missing")
 

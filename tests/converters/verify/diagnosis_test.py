@@ -5,13 +5,13 @@ import sys
 import time
 from collections.abc import Mapping
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters import diagnosis
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.verify import diagnosis
 from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
 from tests.paths import DATA
 

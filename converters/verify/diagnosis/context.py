@@ -11,9 +11,9 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.diagnosis import pair
 from apr_jax.converters.errors import AprJaxError
 from apr_jax.converters.formats import dtypes
+from apr_jax.converters.verify.diagnosis import pair
 
 # A fingerprint: this many short runs, evenly spread from the first element to the last.
 _RUNS, _RUN = 12, 8

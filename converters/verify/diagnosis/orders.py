@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from apr_jax.converters.diagnosis.context import divisors
+from apr_jax.converters.verify.diagnosis.context import divisors
 
 Order = Callable[[np.ndarray], np.ndarray]
 

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
 from apr_jax.converters.checkpoint.tied_heads import same_values
-from apr_jax.converters.configurations import Difference, compare_configurations
 from apr_jax.converters.convert import streaming
 from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.converters.formats import dtypes
-from apr_jax.converters.sentences import sentence
-from apr_jax.converters.tensor_pairs import (
+from apr_jax.converters.verify.configurations import Difference, compare_configurations
+from apr_jax.converters.verify.tensor_pairs import (
     CLOSE,
     DIFFERENT,
     EQUAL_VALUES,
@@ -34,10 +33,11 @@ from apr_jax.converters.tensor_pairs import (
     compare_values,
     in_threads,
 )
+from apr_jax.converters.verify.wording import sentence
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.openers import Checkpoint
-    from apr_jax.converters.diagnosis import Cause
+    from apr_jax.converters.verify.diagnosis import Cause
 
 EXACT_CAST = "exact-cast"
 DIFFERENT_WEIGHTS = "different-weights"
@@ -262,7 +262,7 @@ def _exact_casts(pairs: Sequence[Pair]) -> list[Finding]:
 
 def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Progress | None) -> list[Finding]:
     """Searches for the causes, tensor by tensor, and gathers equal ones."""
-    from apr_jax.converters import diagnosis
+    from apr_jax.converters.verify import diagnosis
 
     context = diagnosis.Context(a, b)
     meter = Meter("causes", sum(pair.b.nbytes for pair in pairs), progress)
@@ -286,7 +286,7 @@ def _diagnose_names(
     a: Checkpoint, b: Checkpoint, only_in_a: Sequence[str], only_in_b: Sequence[str]
 ) -> tuple[list[Finding], list[str]]:
     """Finds out what became of tensors that one side lacks: fused, split or under another name."""
-    from apr_jax.converters import diagnosis
+    from apr_jax.converters.verify import diagnosis
 
     findings: list[Finding] = []
     renamed = []

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from apr_jax.converters.checkpoint.openers import Tensor
-from apr_jax.converters.diagnosis import orders
-from apr_jax.converters.diagnosis.context import Context, projection
-from apr_jax.converters.diagnosis.hypotheses import Found
-from apr_jax.converters.diagnosis.pair import ACCEPTED, Bits, Pair, Predict, Select
+from apr_jax.converters.verify.diagnosis import orders
+from apr_jax.converters.verify.diagnosis.context import Context, projection
+from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair, Predict, Select
 
 _PROBED_LINES = 24
 _HASHED_ROWS = 512

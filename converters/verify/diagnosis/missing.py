@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from apr_jax.converters.checkpoint.openers import Tensor
-from apr_jax.converters.diagnosis import pair as pairs
-from apr_jax.converters.diagnosis.causes import Cause
-from apr_jax.converters.diagnosis.context import FUSED, Context
-from apr_jax.converters.diagnosis.permutations import layouts
+from apr_jax.converters.verify.diagnosis import pair as pairs
+from apr_jax.converters.verify.diagnosis.causes import Cause
+from apr_jax.converters.verify.diagnosis.context import FUSED, Context
+from apr_jax.converters.verify.diagnosis.permutations import layouts
 
 
 @dataclasses.dataclass(frozen=True)

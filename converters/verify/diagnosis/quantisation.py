@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.diagnosis import pair as pairs
-from apr_jax.converters.diagnosis.hypotheses import Found
-from apr_jax.converters.diagnosis.pair import ACCEPTED, Bits, Pair
 from apr_jax.converters.formats import casts, codecs, dtypes
+from apr_jax.converters.verify.diagnosis import pair as pairs
+from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair
 
 # float32 [blocks, 32] -> the values that are left of them.
 BlockRound = Callable[[np.ndarray], np.ndarray]

@@ -3,12 +3,12 @@
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.comparison import Finding
-from apr_jax.converters.diagnosis.causes import CAUSES
+from apr_jax.converters.verify.comparison import Finding
+from apr_jax.converters.verify.diagnosis.causes import CAUSES
 
 # A name of several lines in a file must not become several lines of a report, so sentences are one line; and they hold
 # what decides: which types, which way, how much.

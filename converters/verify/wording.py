@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apr_jax.converters.comparison import Finding
+    from apr_jax.converters.verify.comparison import Finding
 
 Parameters = Mapping[str, Any]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.diagnosis import pair as pairs
-from apr_jax.converters.diagnosis.causes import CAUSES
-from apr_jax.converters.diagnosis.context import Context, split_layer
-from apr_jax.converters.diagnosis.hypotheses import Found
-from apr_jax.converters.diagnosis.pair import ACCEPTED, Bits, Pair, Select
+from apr_jax.converters.verify.diagnosis import pair as pairs
+from apr_jax.converters.verify.diagnosis.causes import CAUSES
+from apr_jax.converters.verify.diagnosis.context import Context, split_layer
+from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair, Select
 
 _PROBE = 12  # elements that are looked for
 _COPY_RANK = CAUSES.index("qkv-order") + 0.5

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.diagnosis import pair as pairs
-from apr_jax.converters.diagnosis.hypotheses import Found
-from apr_jax.converters.diagnosis.pair import Pair
+from apr_jax.converters.verify.diagnosis import pair as pairs
+from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.pair import Pair
 
 _LISTED = 8
 

@@ -1,0 +1,1 @@
+"""Two checkpoints side by side: whether they are the same model, and what happened where they are not."""
