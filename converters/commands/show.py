@@ -158,12 +158,13 @@ def _statistics_json(found: Statistics | str) -> dict[str, Any] | None:
 
 
 def _page(checkpoint: Checkpoint, listed: Sequence[Tensor], found: Mapping[str, Statistics | str]) -> html_report.Page:
-    from apr_jax.converters.inspect import checks, html_report
+    from apr_jax.converters.inspect import html_report
+    from apr_jax.converters.inspect.checks import inspect
 
     measured = {name: statistics for name, statistics in found.items() if not isinstance(statistics, str)}
     header = {name: _short(value) for name, value in _header(checkpoint).items()}
     totals = _totals(listed)
-    checks = checks.inspect(checkpoint, measured=measured)
+    checks = inspect(checkpoint, measured=measured)
     failed = sum(check.passed is False for check in checks)
     return html_report.Page(
         path=checkpoint.path,

@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from absl.testing import absltest
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.inspect import checks
+from apr_jax.converters.inspect.checks import inspect
 from tests.paths import fixtures
 
 FIXTURES = fixtures()
@@ -35,7 +35,7 @@ class InspectGenuineTest(absltest.TestCase):
         for path in files:
             name = str(path.relative_to(FIXTURES / "genuine"))
             with self.subTest(name), open_checkpoint(path) as opened:
-                checks = checks.inspect(opened)
+                checks = inspect(opened)
                 failed = [check for check in checks if check.passed is False]
                 self.assertEqual([check.name for check in failed], [FAILURES[name]] if name in FAILURES else [])
                 for check in failed:
@@ -56,7 +56,7 @@ class InspectGenuineTest(absltest.TestCase):
         seen = {}
         for path in (FIXTURES / "genuine").glob("*/apr/plain.apr"):
             with open_checkpoint(path) as opened:
-                notes = [check for check in checks.inspect(opened) if check.severity == "note"]
+                notes = [check for check in inspect(opened) if check.severity == "note"]
             seen[path.parents[1].name] = {check.name for check in notes}
         # In memory the architecture option is written as the model's type, streaming no count at all.
         self.assertIn("model-type", seen["tiny_bf16_tied"])
@@ -68,7 +68,7 @@ class InspectGenuineTest(absltest.TestCase):
         folders = sorted((FIXTURES / "genuine").glob("*/hf"))
         for folder in folders:
             with self.subTest(folder.parent.name), open_checkpoint(folder) as opened:
-                failed = [check.sentence for check in checks.inspect(opened) if check.passed is False]
+                failed = [check.sentence for check in inspect(opened) if check.passed is False]
                 self.assertEmpty(failed)
         self.assertGreaterEqual(len(folders), 6)
 

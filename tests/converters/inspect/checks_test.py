@@ -16,7 +16,8 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import conversion
 from apr_jax.converters.formats import apr_format, dtypes
-from apr_jax.converters.inspect import checks, first_pass
+from apr_jax.converters.inspect import first_pass
+from apr_jax.converters.inspect.checks import inspect
 from tests.paths import DATA, NAMES, checkpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -61,7 +62,7 @@ class InspectionTest(parameterized.TestCase):
 
     def inspect(self, path, **options):
         with open_checkpoint(path, **options) as opened:
-            checks = checks.inspect(opened)
+            checks = inspect(opened)
         for check in checks:
             json.dumps(check.to_json(), allow_nan=False)
             self.assertNotIn("\n", check.sentence)
@@ -163,7 +164,7 @@ class InspectionTest(parameterized.TestCase):
         path = self.write(*self.sample())
         seen = []
         with open_checkpoint(path) as opened:
-            checks.inspect(opened, progress=seen.append)
+            inspect(opened, progress=seen.append)
         self.assertEqual(sum(seen), path.stat().st_size - 4)
 
     # --- configuration
@@ -429,7 +430,7 @@ class InspectionTest(parameterized.TestCase):
             with path.open("r+b") as file:
                 file.truncate(30 << 20)
             with self.assertRaises(Exception) as caught:
-                checks.inspect(opened)
+                inspect(opened)
         self.assertEqual(getattr(caught.exception, "code", None), "short-read")
 
 
