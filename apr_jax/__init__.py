@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config as Qwen2Config
     from apr_jax.generation import Generator as Generator
     from apr_jax.generation import load_generator as load_generator
-    from apr_jax.inputs import Inputs as Inputs
-    from apr_jax.model import LanguageModel as LanguageModel
-    from apr_jax.model import load_model as load_model
-    from apr_jax.modeling import OPS as OPS
-    from apr_jax.modeling import Ops as Ops
-    from apr_jax.modeling import Qwen2ForCausalLM as Qwen2ForCausalLM
+    from apr_jax.model.language_model import LanguageModel as LanguageModel
+    from apr_jax.model.language_model import load_model as load_model
+    from apr_jax.model.qwen2 import OPS as OPS
+    from apr_jax.model.qwen2 import Ops as Ops
+    from apr_jax.model.qwen2 import Qwen2ForCausalLM as Qwen2ForCausalLM
+    from apr_jax.trace.inputs import Inputs as Inputs
 
 # PEP 562: `import apr_jax` costs nothing, jax is imported when something that needs it is asked for.
 _HOMES = {
     "Generator": "apr_jax.generation",
     "load_generator": "apr_jax.generation",
-    "Inputs": "apr_jax.inputs",
+    "Inputs": "apr_jax.trace.inputs",
     "LanguageModel": "apr_jax.model",
     "load_model": "apr_jax.model",
-    "OPS": "apr_jax.modeling",
-    "Ops": "apr_jax.modeling",
-    "Qwen2ForCausalLM": "apr_jax.modeling",
+    "OPS": "apr_jax.model.qwen2",
+    "Ops": "apr_jax.model.qwen2",
+    "Qwen2ForCausalLM": "apr_jax.model.qwen2",
     "open_checkpoint": "apr_jax.converters.checkpoint",
     "Qwen2Config": "apr_jax.converters.checkpoint.qwen2",
 }

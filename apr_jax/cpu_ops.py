@@ -14,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from apr_jax import modeling
-from apr_jax.modeling import Ops, Tap
+from apr_jax.model import qwen2
+from apr_jax.model.qwen2 import Ops, Tap
 
 _FEW_ROWS = 128
 _MOST_BLOCKS = 4
@@ -25,7 +25,7 @@ _LEAST_BLOCK = 64
 def linear(ops: Ops, x: Array, weight: Array, dtype: Any = None) -> Array:
     """As `modeling.linear`: x [B, T, in] times weight [out, in] -> [B, T, out]; the weight on the left for few rows."""
     if x.shape[0] * x.shape[1] > _FEW_ROWS:
-        return modeling.linear(ops, x, weight, dtype)
+        return qwen2.linear(ops, x, weight, dtype)
     return jnp.moveaxis(ops.dot("oi,bti->obt", weight, x, dtype or x.dtype), 0, -1)
 
 
@@ -37,18 +37,16 @@ def attention(ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_pos
     """
     length = q.shape[1]
     block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
-    if k.shape[1] != length or block >= length or tap is not modeling.pass_on:
-        return modeling.attention(ops, q, k, v, q_positions, kv_positions, tap)
+    if k.shape[1] != length or block >= length or tap is not qwen2.pass_on:
+        return qwen2.attention(ops, q, k, v, q_positions, kv_positions, tap)
     parts = []
     for start in range(0, length, block):
         here, seen = slice(start, start + block), slice(0, start + block)
         parts.append(
-            modeling.attention(
-                ops, q[:, here], k[:, seen], v[:, seen], q_positions[:, here], kv_positions[:, seen], tap
-            )
+            qwen2.attention(ops, q[:, here], k[:, seen], v[:, seen], q_positions[:, here], kv_positions[:, seen], tap)
         )
     return jnp.concatenate(parts, axis=1)
 
 
-CPU_OPS = dataclasses.replace(modeling.OPS, linear=linear, attention=attention)
+CPU_OPS = dataclasses.replace(qwen2.OPS, linear=linear, attention=attention)
 """For CPUs, in every dtype; needs no other layout of the parameters."""

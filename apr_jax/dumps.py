@@ -23,11 +23,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax import aprt, golden, rows, stages
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
-from apr_jax.inputs import Inputs, beside, from_mapping
+from apr_jax.trace import aprt, golden, stages
+from apr_jax.trace.inputs import Inputs, beside, from_mapping
+from apr_jax.trace.positions import Positions, checked_positions, dumped_shape, find_columns
 
 MAP = "dump.json"
 _MAX_BYTES = 256 << 20
@@ -59,7 +60,7 @@ def read(
     path: str | os.PathLike[str],
     config: Qwen2Config,
     inputs: Inputs | None = None,
-    positions: rows.Positions | None = None,
+    positions: Positions | None = None,
 ) -> Dump:
     """Reads a dump.
 
@@ -86,14 +87,14 @@ def read(
             hint="docs/dumps.md describes both.",
         )
     inputs = inputs or beside(folder)
-    columns = None if positions is None else rows.find_columns(positions, inputs)
+    columns = None if positions is None else find_columns(positions, inputs)
     longer = dataclasses.replace(config, num_layers=config.num_layers + 1)  # an engine may run a layer twice
     _, values = aprt.read(folder, longer, inputs, columns)
     return Dump(inputs, values, columns=columns, strangers=tuple(aprt.unknown_files(folder, longer)))
 
 
 def _read_golden(
-    path: str | os.PathLike[str], config: Qwen2Config, inputs: Inputs | None, positions: rows.Positions | None
+    path: str | os.PathLike[str], config: Qwen2Config, inputs: Inputs | None, positions: Positions | None
 ) -> Dump:
     made = golden.read(path)
     if inputs is not None and not _same_tokens(inputs, made.inputs):
@@ -105,14 +106,14 @@ def _read_golden(
         )
     if positions is None:
         positions = made.positions
-    columns = None if positions is None else rows.find_columns(positions, made.inputs)
+    columns = None if positions is None else find_columns(positions, made.inputs)
     values = {key: value for key, value in made.values.items() if not key.startswith("hidden.")}
     for key, source in stages.hidden_sources(config.num_layers).items():
         if key in made.values:
             values.setdefault(source, made.values[key])
     _check_keys(values, config, path)
     for key, value in values.items():
-        shape = rows.fit(config, key, value.size, made.inputs, columns, path)
+        shape = dumped_shape(config, key, value.size, made.inputs, columns, path)
         if shape != value.shape:
             raise RefusedError(
                 "a tensor has another shape than this model's",
@@ -141,9 +142,7 @@ def _check_keys(keys: Iterable[str], config: Qwen2Config, path: str | os.PathLik
         )
 
 
-def _read_map(
-    folder: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: rows.Positions | None
-) -> Dump:
+def _read_map(folder: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None) -> Dump:
     path = folder / MAP
     content = strict_json.loads(path.read_bytes(), what="map of a dump", max_bytes=_MAX_BYTES, file=os.fspath(path))
     entries = content.get("stages") if isinstance(content, dict) else None
@@ -162,8 +161,8 @@ def _read_map(
     if inputs is None:
         inputs = from_mapping(content, path) if "input_ids" in content else beside(folder)
     if positions is None and "positions" in content:
-        positions = rows.checked(content["positions"], path)
-    columns = None if positions is None else rows.find_columns(positions, inputs)
+        positions = checked_positions(content["positions"], path)
+    columns = None if positions is None else find_columns(positions, inputs)
     default = content.get("dtype")
     if default is not None and default not in _DTYPES:
         raise UsageError("unknown dtype", code="dtype", file=path, found=default, expected=" or ".join(_DTYPES))
@@ -185,7 +184,7 @@ def _load(
         raise MissingFileError("the map names a file that is not there", code="file-missing", file=path)
     flat = _npy(path) if path.suffix == ".npy" else _raw(path, entry.get("dtype", default or "float32"))
     flat = flat.astype(np.float64 if flat.dtype == np.float64 else np.float32)
-    shape = rows.fit(config, key, flat.size, inputs, columns, path)
+    shape = dumped_shape(config, key, flat.size, inputs, columns, path)
     return _in_order(flat, key, entry.get("layout"), shape, config, path)
 
 

@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax import rows, stages
-from apr_jax.inputs import Inputs
 from apr_jax.layouts import Layout, undo
 from apr_jax.localise import Localisation, Site, judge, localise
 from apr_jax.mistakes import Mistake, under
-from apr_jax.model import LanguageModel
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.scene import Scene, split
 from apr_jax.search import Answer, Known, Search
 from apr_jax.sentences import sentence
+from apr_jax.trace import stages
+from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import dumped_tokens, gather_positions, position_axis, scatter_positions
 
 _THREADS = 8
 """At how many stages at a time what is known is tried: each takes some copies of the stage."""
@@ -237,7 +238,7 @@ def _explain_in_order(scene: Scene, located: Localisation) -> tuple[Localisation
 
 def _filled_up(key: str, theirs: np.ndarray, ours: np.ndarray, part: np.ndarray) -> np.ndarray:
     """Their values at the positions that they dumped, ours elsewhere."""
-    return rows.scatter(key, ours, rows.gather(key, theirs, part), part)
+    return scatter_positions(key, ours, gather_positions(key, theirs, part), part)
 
 
 def _reads_cache(key: str, dumped: Container[str], order: Sequence[str]) -> bool:
@@ -472,8 +473,8 @@ def _places(moved: np.ndarray, columns: np.ndarray) -> str:
 def _description(
     inputs: Inputs, theirs: np.ndarray, located: Localisation, site: Site, closest: tuple[str, float] | None
 ) -> str:
-    axis, notes = rows.axis_of(site.key), []
-    counted = rows.tokens(inputs, located.columns.get(site.key))
+    axis, notes = position_axis(site.key), []
+    counted = dumped_tokens(inputs, located.columns.get(site.key))
     shown = np.expand_dims(counted, tuple(other for other in range(1, theirs.ndim) if other != axis))
     theirs, reference = (np.where(shown, values, 0.0) for values in (theirs, located.reference[site.key]))
     power = float((reference * reference).sum())

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from apr_jax import rows, stages
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.inputs import Inputs
-from apr_jax.model import LanguageModel
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.scene import Scene
+from apr_jax.trace import stages
+from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import complete, dumped_tokens, scatter_positions
 
 _FAR = 0.3
 """Relative L2 from which a stage's layout is doubted."""
@@ -57,7 +58,7 @@ def undo(
       The dump with every stage in the right order, and what was reordered.
     """
     values, found = dict(theirs), []
-    whole, parts = rows.complete(theirs, inputs, columns, lambda: exact.trace(inputs))
+    whole, parts = complete(theirs, inputs, columns, lambda: exact.trace(inputs))
     for key in stages.trace_keys(exact.config.num_layers):
         part = parts.get(key)
         if key not in values or values[key].ndim != 3 or (part is not None and key == stages.LOGITS):
@@ -72,7 +73,7 @@ def undo(
             continue
         for kind, reorder in _reorderings(exact.config, stages.stage_of(key)).items():
             reordered = reorder(values[key])
-            moved = reordered if part is None else rows.scatter(key, whole[key], reordered, part)
+            moved = reordered if part is None else scatter_positions(key, whole[key], reordered, part)
             other = moved[:, few]
             if _distance(other, right, tokens) <= _CLOSER * before or _same_norms(
                 kind, exact.config, shown, other, right, tokens
@@ -85,7 +86,7 @@ def undo(
 
 def _looked_at(inputs: Inputs, part: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """A few columns, and which of their positions count; they tell: other layouts put other tokens' values there."""
-    dumped = rows.tokens(inputs, part)
+    dumped = dumped_tokens(inputs, part)
     known = np.flatnonzero(dumped.any(axis=0))
     few = known[np.unique(np.linspace(0, len(known) - 1, _POSITIONS).astype(int))]
     return few, dumped[:, few]

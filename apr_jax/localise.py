@@ -13,10 +13,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from apr_jax import rows, stages
-from apr_jax.compare import compared_positions
-from apr_jax.inputs import Inputs
-from apr_jax.model import LanguageModel
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.trace import stages
+from apr_jax.trace.compare import compared_positions
+from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import complete, dumped_columns, gather_positions, position_axis
 
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 """Half a unit in the last place, relative: the largest error of one rounding."""
@@ -144,8 +145,8 @@ def localise(
     known = list(stages.trace_keys(exact.config.num_layers))
     keys = [key for key in known if key in theirs]
     theirs = {key: theirs[key] for key in keys}
-    whole, parts = rows.complete(theirs, inputs, columns, lambda: exact.trace(inputs))
-    rounded, _ = rows.complete(theirs, inputs, columns, lambda: same.trace(inputs))
+    whole, parts = complete(theirs, inputs, columns, lambda: exact.trace(inputs))
+    rounded, _ = complete(theirs, inputs, columns, lambda: same.trace(inputs))
     reference = exact.trace(inputs, force=_to_force(whole))
     own = same.trace(inputs, keys, force=_to_force(rounded))
     sites, judged = [], inputs
@@ -169,7 +170,7 @@ def _before_the_first_nan(key: str, inputs: Inputs, theirs: np.ndarray) -> Input
     finite = np.isfinite(theirs)
     if finite.all():
         return inputs
-    axes = tuple(axis for axis in range(1, theirs.ndim) if axis != rows.axis_of(key))
+    axes = tuple(axis for axis in range(1, theirs.ndim) if axis != position_axis(key))
     sound = np.logical_and.accumulate(finite.all(axis=axes) | (inputs.attention_mask == 0), axis=1)
     return dataclasses.replace(inputs, attention_mask=inputs.attention_mask * sound)
 
@@ -187,12 +188,12 @@ def judge(
 
     With `columns` [B, R] only those positions are judged; values may be whole or hold just them.
     """
-    axis, positions = rows.axis_of(key), inputs.positions()
+    axis, positions = position_axis(key), inputs.positions()
     mask = compared_positions(key, inputs, (*theirs.shape[:axis], positions.shape[1], *theirs.shape[axis + 1 :]))
     if columns is None:
-        columns = rows.columns_of(key, theirs.shape[axis], inputs, None)
+        columns = dumped_columns(key, theirs.shape[axis], inputs, None)
     if columns is not None:
-        theirs, reference, own, mask = (rows.gather(key, x, columns) for x in (theirs, reference, own, mask))
+        theirs, reference, own, mask = (gather_positions(key, x, columns) for x in (theirs, reference, own, mask))
         positions = np.take_along_axis(positions, columns, axis=1)
     finite = bool(np.isfinite(theirs[mask]).all())
     error = row_norms(theirs.astype(np.float64) - reference, mask)

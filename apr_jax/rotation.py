@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 
-from apr_jax import rotary
+from apr_jax.model import rotary
 
 _LOGARITHMS = (0.5, 30.0)
 """Bases between 1.6 and 1e13 are told from noise."""

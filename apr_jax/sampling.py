@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from apr_jax.generation_config import GenerationConfig
-from apr_jax.modeling import at_least_float32
+from apr_jax.model.qwen2 import at_least_float32
 
 # A token is drawn from the C highest logits where top-k leaves no more. There is room above k, because tokens that tie
 # with the k-th one stay, and bfloat16 logits tie often.

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from apr_jax import rows
-from apr_jax.compare import compared_positions
 from apr_jax.gaps import hypotheses
 from apr_jax.hypotheses import Mistakes, Question
 from apr_jax.localise import Localisation, Site, budgets, row_norms
 from apr_jax.mistakes import DOTS, drift, touches, under, ways
 from apr_jax.scene import Scene, split
+from apr_jax.trace.compare import compared_positions
+from apr_jax.trace.positions import dumped_tokens, position_axis
 
 _SLACK = 1.5
 """A hypothesis may be this much farther off than a right stage: the mistake's own rounding is not ours."""
@@ -109,9 +109,9 @@ class _Look:
     def __init__(self, scene: Scene, site: Site, located: Localisation):
         self.scene, self._site, self._dtype = scene, site, located.dtype
         self.theirs = scene.look(site.stage, located.theirs[site.key])
-        columns, axis = scene.columns(), rows.axis_of(site.key)
+        columns, axis = scene.columns(), position_axis(site.key)
         mask = compared_positions(site.key, scene.inputs, located.theirs[site.key].shape)
-        counted = rows.tokens(scene.inputs, located.columns.get(site.key))[:, columns]
+        counted = dumped_tokens(scene.inputs, located.columns.get(site.key))[:, columns]
         self._mask = mask.take(columns, axis) & (counted[:, None, :, None] if axis == 2 else counted)
         self._positions = scene.positions()
         reference = scene.look(site.stage, located.reference[site.key])
@@ -205,7 +205,7 @@ class Search:
     def _question(self) -> Question:
         key = self.site.key
         theirs, right = self.located.theirs[key], self.located.reference[key]
-        tokens = rows.tokens(self._scene.inputs, self.located.columns.get(key))
+        tokens = dumped_tokens(self._scene.inputs, self.located.columns.get(key))
         return Question(self._scene, self._some.scene, key, theirs, right, tokens, dtype=self.located.dtype)
 
     def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]]) -> Answer:
@@ -253,9 +253,9 @@ class Search:
 
     @functools.cached_property
     def _some(self) -> _Look:
-        columns = np.flatnonzero(rows.tokens(self._scene.inputs, self.located.columns.get(self.site.key)).any(axis=0))
+        columns = np.flatnonzero(dumped_tokens(self._scene.inputs, self.located.columns.get(self.site.key)).any(axis=0))
         shape = self.located.theirs[self.site.key].shape
-        per_position = max(1, math.prod(shape) // shape[rows.axis_of(self.site.key)])
+        per_position = max(1, math.prod(shape) // shape[position_axis(self.site.key)])
         count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
         chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
         return _Look(dataclasses.replace(self._scene, rows=columns[chosen]), self.site, self.located)

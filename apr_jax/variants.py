@@ -20,7 +20,7 @@ from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cpu_ops import CPU_OPS
 from apr_jax.cuda import decode, nvrtc, rows
 from apr_jax.cuda.launch import SPLIT_HALVES, head_supported
-from apr_jax.modeling import (
+from apr_jax.model.qwen2 import (
     MLP,
     OPS,
     Attention,

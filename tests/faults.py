@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.model import LanguageModel
-from apr_jax.modeling import OPS, Ops, at_least_float32
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.qwen2 import OPS, Ops, at_least_float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from apr_jax.bench.cases import PREFILL, Case
-from apr_jax.compare import relative_l2
+from apr_jax.trace.compare import relative_l2
 
 Calls = Callable[[int], float]
 

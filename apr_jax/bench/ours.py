@@ -15,9 +15,9 @@ from apr_jax.bench.cases import PREFILL, Case
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.decoding import BLOCK, Choice, Programs, State, bucket
 from apr_jax.generation_config import GenerationConfig
-from apr_jax.model import LanguageModel
-from apr_jax.modeling import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
-from apr_jax.parameters import Parameters
+from apr_jax.load.parameters import Parameters
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.qwen2 import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
 from apr_jax.sampling import Method, Numbers
 
 Calls = Callable[[int], float]

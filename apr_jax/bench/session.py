@@ -13,14 +13,15 @@ from typing import Any
 
 import jax
 
-from apr_jax import bars, hf_reference, variants
+from apr_jax import variants
 from apr_jax.bench import ceilings, genuine, machine, measure, report, start_up
 from apr_jax.bench.cases import DECODE, Case, Ceilings, work
 from apr_jax.bench.measure import Contestant, Plan
 from apr_jax.bench.ours import Ours, random_parameters, tokens
 from apr_jax.converters.convert import conversion
-from apr_jax.model import LanguageModel, find_device, load_model
+from apr_jax.model.language_model import LanguageModel, find_device, load_model
 from apr_jax.sample import SAMPLES, write_sample
+from apr_jax.trace import hf_reference, tolerances
 
 SHAPES = {"0.5b": "qwen2_0.5b", "1.5b": "qwen2_1.5b", "7b": "qwen2_7b"}
 START_UP = "start-up"
@@ -136,7 +137,7 @@ def run(settings: Settings, say: Say, keep: Keep, turns: Turns = _ALONE) -> dict
 
 def agrees(results: report.Results) -> bool:
     """Returns whether apr_jax and HuggingFace computed the same, as far as the dtype allows; True without it."""
-    bar = bars.FLOAT32 if results["dtype"] == "float32" else bars.BFLOAT16_LIMIT
+    bar = tolerances.FLOAT32 if results["dtype"] == "float32" else tolerances.BFLOAT16_LIMIT
     return bool(results.get("relative_l2_to_huggingface", 0.0) <= bar)
 
 

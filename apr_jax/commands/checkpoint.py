@@ -50,9 +50,9 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code.
 
     Raises:
-      AprJaxError: As `apr_jax.prepared.save` and `check`.
+      AprJaxError: As `apr_jax.load.prepared.save` and `check`.
     """
-    from apr_jax import prepared
+    from apr_jax.load import prepared
 
     started = time.perf_counter()
     if args.command == "save":

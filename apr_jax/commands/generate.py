@@ -118,7 +118,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _prompts(
     args: argparse.Namespace, items: Sequence[Any], generator: Generator
 ) -> Sequence[str] | Sequence[Sequence[int]]:
-    from apr_jax import golden
+    from apr_jax.trace import golden
 
     if args.input_ids:
         batch = golden.read_inputs(args.input_ids)

@@ -17,10 +17,10 @@ from apr_jax.converters.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from apr_jax.compare import Comparison
     from apr_jax.converters.checkpoint.openers import Checkpoint
-    from apr_jax.golden import Golden
-    from apr_jax.inputs import Inputs
+    from apr_jax.trace.compare import Comparison
+    from apr_jax.trace.golden import Golden
+    from apr_jax.trace.inputs import Inputs
 
 DEFAULT_BATCH, DEFAULT_LENGTH = 2, 64
 _WORST_SHOWN = 24
@@ -94,9 +94,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
-    from apr_jax import aprt, golden, stages
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.converters.storage.output import check_target
+    from apr_jax.trace import aprt, golden, stages
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
     if as_dump and not args.trace:
@@ -129,8 +129,8 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from apr_jax import inputs
     from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.trace import inputs
 
     with open_checkpoint(args.model) as checkpoint:
         # One sequence, as most engines run: the first row of what a golden file is made from by default.
@@ -146,7 +146,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _compute(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> Golden:
-    from apr_jax import golden
+    from apr_jax.trace import golden
 
     values, device, precision = (_run_hf if args.reference == "hf" else _run_jax)(args, checkpoint, inputs)
     witness = {"hf": "huggingface", "jax": "jax"}[args.reference]
@@ -158,8 +158,8 @@ def _compute(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -
 def _run_jax(
     args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs
 ) -> tuple[dict[str, np.ndarray], str, str]:
-    from apr_jax import golden, stages
-    from apr_jax.model import load_model
+    from apr_jax.model.language_model import load_model
+    from apr_jax.trace import golden, stages
 
     model = load_model(checkpoint, args.dtype, args.device)
     layers = model.config.num_layers
@@ -175,8 +175,8 @@ def _run_jax(
 
 
 def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
-    from apr_jax import hf_reference
     from apr_jax.converters.checkpoint.qwen2 import check_tensors
+    from apr_jax.trace import hf_reference
 
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     check_tensors(checkpoint.model_config(), shapes, checkpoint.path)
@@ -205,7 +205,7 @@ def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) ->
 
 
 def _inputs(args: argparse.Namespace, checkpoint: Checkpoint, batch: int) -> Inputs:
-    from apr_jax import golden, inputs
+    from apr_jax.trace import golden, inputs
 
     if args.input_ids is not None:
         return golden.read_inputs(args.input_ids)
@@ -265,9 +265,9 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> _Report:
-    from apr_jax import compare, golden, stages
     from apr_jax.converters.checkpoint.openers import open_checkpoint
-    from apr_jax.rows import find_columns
+    from apr_jax.trace import compare, golden, stages
+    from apr_jax.trace.positions import find_columns
 
     with open_checkpoint(args.model) as checkpoint:
         config = checkpoint.model_config()
@@ -287,22 +287,22 @@ def _compare(args: argparse.Namespace) -> _Report:
 
 def _bar(args: argparse.Namespace, reference: Golden) -> Callable[[str], float]:
     """Returns what each tensor's relative L2 may be, by the coarser of the two sides' dtypes."""
-    from apr_jax import bars, compare
+    from apr_jax.trace import compare, tolerances
 
     theirs = reference.metadata.get("dtype", "float32")
     if theirs not in _DTYPES:
         raise RefusedError("the golden file was computed in an unknown dtype", code="golden-dtype", found=theirs)
     coarser = min(args.dtype, theirs, key=_DTYPES.index)
     if coarser != "bfloat16":
-        fixed = bars.relative_l2(coarser, reference.inputs.input_ids.shape[1])
+        fixed = tolerances.relative_l2(coarser, reference.inputs.input_ids.shape[1])
         return lambda key: fixed
     coarse, fine = (_recompute(args, dtype, reference) for dtype in ("bfloat16", "float32"))
     own = {c.key: c.relative_l2 for c in compare.compare(coarse, fine, reference.inputs, bar=lambda key: 0.0)}
-    return lambda key: bars.bfloat16(own[key])
+    return lambda key: tolerances.bfloat16(own[key])
 
 
 def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
-    from apr_jax import aprt, golden
+    from apr_jax.trace import aprt, golden
 
     given = _inputs(args, checkpoint, batch=1) if args.input_ids else None
     if os.path.isdir(args.check):
@@ -327,7 +327,7 @@ def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[
 
 
 def _warnings(reference: Golden, checkpoint: Checkpoint) -> list[str]:
-    from apr_jax import golden
+    from apr_jax.trace import golden
 
     recorded = reference.metadata.get("weights_sha256")
     if recorded is not None and recorded != golden.weights_sha256(checkpoint):

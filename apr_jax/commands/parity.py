@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
     from apr_jax.dumps import Dump
     from apr_jax.explain import Diagnosis, Finding
-    from apr_jax.inputs import Inputs
-    from apr_jax.model import LanguageModel
+    from apr_jax.model.language_model import LanguageModel
+    from apr_jax.trace.inputs import Inputs
 
 _SIDES = ("cpu", "cuda", "hf")
 _EPILOG = """\
@@ -86,9 +86,9 @@ def main(args: argparse.Namespace) -> int:
     from apr_jax import compilation_cache
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.explain import diagnose
+    from apr_jax.load.parameters import DTYPES
     from apr_jax.localise import infer_dtype
-    from apr_jax.model import load_model
-    from apr_jax.parameters import DTYPES
+    from apr_jax.model.language_model import load_model
 
     compilation_cache.enable()
     with open_checkpoint(args.model) as checkpoint:
@@ -136,7 +136,9 @@ def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: lis
 
 def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
     """Reads or computes what is examined."""
-    from apr_jax import dumps, golden, inputs, rows
+    from apr_jax import dumps
+    from apr_jax.trace import golden, inputs
+    from apr_jax.trace.positions import parse_positions
 
     batch = golden.read_inputs(args.input_ids) if args.input_ids else None
     if args.right not in _SIDES:
@@ -147,7 +149,7 @@ def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
                 file=args.right,
                 expected=f"{', '.join(_SIDES)}, a file or a folder",
             )
-        positions = None if args.positions is None else rows.parse(args.positions)
+        positions = None if args.positions is None else parse_positions(args.positions)
         return dumps.read(args.right, config, batch, positions)
     batch = batch or inputs.seeded(config.vocab_size)
     batch.check_vocabulary(config.vocab_size)
@@ -155,14 +157,14 @@ def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
     if args.right == "hf":
         values = _huggingface(args, batch, dtype)
     else:
-        from apr_jax.model import load_model
+        from apr_jax.model.language_model import load_model
 
         values = golden.stored(load_model(args.model, dtype, args.right).trace(batch))
     return dumps.Dump(batch, values, dtype)
 
 
 def _huggingface(args: argparse.Namespace, batch: Inputs, dtype: Any) -> dict[str, Any]:
-    from apr_jax import hf_reference
+    from apr_jax.trace import hf_reference
 
     if not os.path.isdir(args.model):
         raise UsageError(
@@ -178,8 +180,9 @@ def _huggingface(args: argparse.Namespace, batch: Inputs, dtype: Any) -> dict[st
 
 def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[str]:
     """What the reader of the answer has to know: what this comparison cannot see."""
-    from apr_jax import golden, rows, stages
     from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.trace import golden, stages
+    from apr_jax.trace.positions import shown_positions
 
     notes, length = [], int(dump.inputs.positions().max()) + 1
     if length == 1:
@@ -191,8 +194,8 @@ def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[s
         notes.append(f"only {length} positions: mistakes that need more of them are not seen")
     if dump.columns is not None:
         notes.append(
-            f"only positions {rows.shown(dump.inputs, dump.columns)} were dumped: what earlier ones left in the cache"
-            " of keys and values is taken to be right but for the mistakes that are found, and was not examined"
+            f"only positions {shown_positions(dump.inputs, dump.columns)} were dumped: what earlier ones left in the"
+            " cache of keys and values is taken to be right but for the mistakes that are found, and was not examined"
         )
     if not any(key.startswith("stage.") for key in dump.values):
         notes.append("no stages were dumped: the mistake cannot be named from logits or layer outputs alone yet")
@@ -213,7 +216,7 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import numpy as np
 
     from apr_jax.explain import Finding
-    from apr_jax.model import load_model
+    from apr_jax.model.language_model import load_model
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
     there = jax.tree.leaves(load_model(args.model, dtype, device).parameters)
@@ -251,12 +254,12 @@ def _compared_positions(diagnosis: Diagnosis, dump: Dump) -> int:
     """The number of positions of which some stage was compared."""
     import numpy as np
 
-    from apr_jax import rows
+    from apr_jax.trace.positions import dumped_tokens
 
     partial, seen = diagnosis.localisation.columns, np.zeros(dump.inputs.input_ids.shape, bool)
     for site in diagnosis.localisation.sites:
         if site.elements:
-            seen = seen | rows.tokens(dump.inputs, partial.get(site.key))
+            seen = seen | dumped_tokens(dump.inputs, partial.get(site.key))
     return int(seen.sum())
 
 
@@ -264,14 +267,15 @@ def _unexamined(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel) -> list[
     """Stages that were not dumped, or only behind a value that is not finite; positions that were not dumped."""
     import numpy as np
 
-    from apr_jax import rows, stages
+    from apr_jax.trace import stages
+    from apr_jax.trace.positions import shown_positions
 
     judged = {site.key for site in diagnosis.localisation.sites if site.elements}
     keys = [key for key in stages.trace_keys(exact.config.num_layers) if key not in judged]
     if dump.columns is None:
         return keys
     others = np.delete(np.arange(dump.inputs.input_ids.shape[1]), np.unique(dump.columns))
-    missing = rows.shown(dump.inputs, np.tile(others, (len(dump.columns), 1)))
+    missing = shown_positions(dump.inputs, np.tile(others, (len(dump.columns), 1)))
     return [*keys, f"positions {missing}"] if missing else keys
 
 
@@ -310,7 +314,7 @@ def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
 
 def _print_grid(diagnosis: Diagnosis) -> None:
     """Layers by stages: '.' right, 'X' wrong, '?' not finite before it already, ' ' not dumped."""
-    from apr_jax import stages
+    from apr_jax.trace import stages
 
     by_key = {site.key: site for site in diagnosis.localisation.sites}
     layers = sorted({site.layer for site in by_key.values() if site.layer is not None})

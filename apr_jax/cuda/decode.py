@@ -15,7 +15,7 @@ from jax import Array
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cuda.launch import SPLIT_HALVES, head_names, head_supported, launch, source
-from apr_jax.modeling import DecoderLayer, LayerCache, Step
+from apr_jax.model.qwen2 import DecoderLayer, LayerCache, Step
 
 _WARPS = 14  # that compute; with one that streams, 128 registers are left for a thread
 _SHARED_BYTES = 227 * 1024

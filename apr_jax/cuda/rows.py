@@ -7,7 +7,7 @@ from jax import Array
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cuda.launch import SPLIT_HALVES, head_names, launch, source
-from apr_jax.modeling import LayerCache, Step
+from apr_jax.model.qwen2 import LayerCache, Step
 
 _WARPS = 8
 

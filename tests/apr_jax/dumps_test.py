@@ -12,10 +12,12 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax import aprt, dumps, golden, inputs, rows
+from apr_jax import dumps
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
-from apr_jax.inputs import seeded
-from apr_jax.model import load_model
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import aprt, golden, inputs
+from apr_jax.trace.inputs import seeded
+from apr_jax.trace.positions import gather_positions
 from tests import paths
 
 KEYS = ("stage.embedding", "stage.0.attn_softmax", "stage.1.q_post_rope", "stage.final_norm", "logits")
@@ -47,13 +49,13 @@ class DumpsTest(parameterized.TestCase):
 
     def write_arrays(self, kept=None, **content):
         for key in KEYS:
-            np.save(self.folder / f"{key}.npy", rows.gather(key, self.trace[key], kept))
+            np.save(self.folder / f"{key}.npy", gather_positions(key, self.trace[key], kept))
         self.write_map({key: {"file": f"{key}.npy"} for key in KEYS}, **content)
 
     def assert_read(self, dump, kept=None):
         self.assertEqual(set(dump.values), set(KEYS))
         for key in KEYS:
-            np.testing.assert_array_equal(dump.values[key], rows.gather(key, self.trace[key], kept), key)
+            np.testing.assert_array_equal(dump.values[key], gather_positions(key, self.trace[key], kept), key)
 
     def test_arrays_come_back_in_every_dtype_that_holds_them(self):
         value = self.trace["stage.final_norm"]
@@ -93,7 +95,7 @@ class DumpsTest(parameterized.TestCase):
 
     def test_a_golden_file_says_it_too(self):
         kept = np.array([[2, 8], [2, 8]])
-        arrays = {key: rows.gather(key, self.trace[key], kept) for key in KEYS}
+        arrays = {key: gather_positions(key, self.trace[key], kept) for key in KEYS}
         path = self.folder / "steps.safetensors"
         for positions in (np.array([2, 8], np.int32), kept.astype(np.int32)):
             whole = arrays | {"input_ids": self.inputs.input_ids, "positions": positions}

@@ -12,14 +12,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax import sample
-from apr_jax.compare import compared_positions
 from apr_jax.explain import diagnose
-from apr_jax.inputs import seeded
 from apr_jax.localise import infer_dtype
-from apr_jax.model import load_model
-from apr_jax.rows import axis_of
+from apr_jax.model.language_model import load_model
 from apr_jax.scene import Scene
 from apr_jax.search import Search
+from apr_jax.trace.compare import compared_positions
+from apr_jax.trace.inputs import seeded
+from apr_jax.trace.positions import position_axis
 from tests import oracle
 from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import REAL_CASE, Bench, matches
@@ -78,7 +78,7 @@ class ExplainTest(parameterized.TestCase):
         columns = np.arange(80) if rows is None else np.array(rows)
         scene = Scene(self.bench.exact.config, self.bench.exact.parameters, self.bench.inputs, trace, rows=columns)
         for key, value in trace.items():
-            axis, counted = axis_of(key), compared_positions(key, self.bench.inputs, value.shape)
+            axis, counted = position_axis(key), compared_positions(key, self.bench.inputs, value.shape)
             right, counted = (np.take(x, columns, axis) for x in (value, counted))
             difference = (scene.compute(key) - right)[counted]
             self.assertLess(np.linalg.norm(difference), 1e-13 * np.linalg.norm(right[counted]), key)

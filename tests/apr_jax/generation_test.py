@@ -15,15 +15,16 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars, decoding, variants
-from apr_jax.compare import relative_l2
+from apr_jax import decoding, variants
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.decoding import bucket
 from apr_jax.generation import Generator, load_generator
 from apr_jax.generation_config import GenerationConfig
-from apr_jax.inputs import Inputs
-from apr_jax.model import LanguageModel
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.trace import tolerances
+from apr_jax.trace.compare import relative_l2
+from apr_jax.trace.inputs import Inputs
 from tests import paths
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
@@ -118,7 +119,7 @@ class GenerationTest(parameterized.TestCase):
         project = jax.jit(lambda x: x @ model.parameters["model"]["embed_tokens"]["weight"].T)
         with jax.default_matmul_precision("highest"):
             pieces = np.asarray(project(hidden[0]))
-        self.assertLessEqual(relative_l2(pieces, whole), bars.FLOAT32)
+        self.assertLessEqual(relative_l2(pieces, whole), tolerances.FLOAT32)
         self.assertEqual(tokens, self.greedy(prompts, 20))
 
     def test_first_chunks_are_long_where_prompts_keep_no_scores_and_rows_few(self):

@@ -18,12 +18,13 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from apr_jax import modeling, variants
+from apr_jax import variants
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cpu_ops import CPU_OPS
 from apr_jax.cuda import decode, launch, nvrtc
-from apr_jax.model import load_model, model_graph
-from apr_jax.modeling import OPS, Cache, Qwen2ForCausalLM
+from apr_jax.model import qwen2
+from apr_jax.model.language_model import load_model, model_graph
+from apr_jax.model.qwen2 import OPS, Cache, Qwen2ForCausalLM
 from tests import paths
 
 HALF_BILLION = Qwen2Config(151936, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, True)
@@ -34,7 +35,7 @@ H200 = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_coun
 ADJACENT_PAIRS = "x[d] * cos[d / 2] + (d % 2 ? x[d - 1] : -x[d + 1]) * sin[d / 2]"
 
 
-def kernels_of(config, batch, length, slots, ops=None, layer_ops=modeling.NO_OVERRIDES, first=False):
+def kernels_of(config, batch, length, slots, ops=None, layer_ops=qwen2.NO_OVERRIDES, first=False):
     """Lowers a step for CUDA; returns the names of its kernels in order, their sources, and how many arrays alias."""
     graph = model_graph(config, "bfloat16", True)
     state = nnx.state(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.bfloat16, True)))
@@ -141,8 +142,8 @@ class ProgramTest(parameterized.TestCase):
         model = load_model(paths.checkpoint(name), "bfloat16", "cpu", fused=True)
         attention = nnx.merge(model_graph(model.config, "bfloat16", True), model.parameters).model.layers[0].self_attn
         x = np.random.default_rng(0).standard_normal((2, 5, model.config.hidden_size)).astype(jnp.bfloat16)
-        ours = variants.qkv(OPS, x, attention, modeling.pass_on)
-        plain = modeling.qkv(OPS, x, attention, modeling.pass_on)
+        ours = variants.qkv(OPS, x, attention, qwen2.pass_on)
+        plain = qwen2.qkv(OPS, x, attention, qwen2.pass_on)
         for got, expected in zip(ours, plain, strict=True):
             np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=2**-7, atol=2**-7)
 

@@ -27,13 +27,13 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from apr_jax import hf_reference
-from apr_jax.compare import compared_positions
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import CLASS_OF, FACTORS, Site, judge, localise
-from apr_jax.model import LanguageModel, load_model
+from apr_jax.model.language_model import LanguageModel, load_model
 from apr_jax.sample import Sample, draw, side_files
+from apr_jax.trace import hf_reference
+from apr_jax.trace.compare import compared_positions
+from apr_jax.trace.inputs import Inputs, seeded
 from tests import oracle
 from tests.battery.faulty_forward import forward
 

@@ -29,13 +29,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import numpy as np
 
-from apr_jax import aprt, hf_reference, stages
 from apr_jax.converters.convert.conversion import convert
 from apr_jax.explain import diagnose
-from apr_jax.golden import stored
-from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import infer_dtype
-from apr_jax.model import LanguageModel, load_model
+from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.trace import aprt, hf_reference, stages
+from apr_jax.trace.golden import stored
+from apr_jax.trace.inputs import Inputs, seeded
 from tests import oracle, paths
 from tests.battery.faulty_forward import forward
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest
 
-from apr_jax import hf_reference, stages
+from apr_jax.trace import hf_reference, stages
 from tests.battery import clean_runs
 from tests.battery.clean_runs import FIRST, Run
 

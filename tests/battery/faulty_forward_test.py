@@ -24,8 +24,8 @@ from absl.testing import absltest, parameterized
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from apr_jax import aprt, stages
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.trace import aprt, stages
 from tests import oracle, paths
 from tests.battery import faulty_forward
 from tests.battery.faulty_forward import FAULTS, Planted, effect, forward

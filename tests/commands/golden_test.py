@@ -12,7 +12,8 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest
 
-from apr_jax import golden, inputs, rows
+from apr_jax.trace import golden, inputs
+from apr_jax.trace.positions import find_columns, gather_positions
 from tests import paths
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
@@ -125,8 +126,8 @@ class GoldenCommandTest(absltest.TestCase):
     def test_a_golden_file_of_some_positions_is_checked_at_these(self):
         whole = golden.read(paths.golden("gqa_tied_bf16"))
         positions = [3, 20]
-        columns = rows.find_columns(positions, whole.inputs)
-        arrays = {key: rows.gather(key, value, columns) for key, value in whole.values.items()}
+        columns = find_columns(positions, whole.inputs)
+        arrays = {key: gather_positions(key, value, columns) for key, value in whole.values.items()}
         given = {name: getattr(whole.inputs, name) for name in ("input_ids", "attention_mask", "position_ids")}
         arrays |= given | {"positions": np.array(positions, np.int32)}
         path = self.folder / "steps.safetensors"

@@ -17,10 +17,10 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest
 
-from apr_jax import aprt, golden, inputs, stages
 from apr_jax.commands import parity
 from apr_jax.converters.commands import cli
-from apr_jax.inputs import seeded
+from apr_jax.trace import aprt, golden, inputs, stages
+from apr_jax.trace.inputs import seeded
 from tests import oracle, paths
 from tests.battery.faulty_forward import Planted, at_rows, forward, write_aprt
 from tests.battery.parity_battery import REAL_CASE

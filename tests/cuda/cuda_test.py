@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars, golden, hf_reference, stages
-from apr_jax.compare import compare, relative_l2
-from apr_jax.inputs import Inputs, seeded
-from apr_jax.model import load_model
-from apr_jax.modeling import TF32_OPS
+from apr_jax.model.language_model import load_model
+from apr_jax.model.qwen2 import TF32_OPS
+from apr_jax.trace import golden, hf_reference, stages, tolerances
+from apr_jax.trace.compare import compare, relative_l2
+from apr_jax.trace.inputs import Inputs, seeded
 from tests import faults, oracle, paths
 from tests.cuda.devices import cuda_devices
 
@@ -25,7 +25,7 @@ def against_golden(name, ops=None):
     sources = stages.hidden_sources(model.config.num_layers)
     trace = model.trace(reference.inputs, {*sources.values(), stages.LOGITS})
     ours = golden.with_hidden_states(trace, model.config.num_layers)
-    results = compare(ours, reference.values, reference.inputs, lambda key: bars.FLOAT32)
+    results = compare(ours, reference.values, reference.inputs, lambda key: tolerances.FLOAT32)
     assert len(results) == model.config.num_layers + 2
     return results
 
@@ -44,7 +44,7 @@ class CudaTest(parameterized.TestCase):
     def test_tf32_leaves_the_float32_bar(self, name):
         worst = max(result.relative_l2 for result in against_golden(name, TF32_OPS))
         print(f"{name}, CUDA TF32: worst {worst:.2e}")
-        self.assertGreater(worst, bars.FLOAT32)
+        self.assertGreater(worst, tolerances.FLOAT32)
 
     @parameterized.product(name=paths.NAMES, fault=faults.FAULTS)
     def test_every_planted_fault_leaves_the_bar(self, name, fault):
@@ -53,7 +53,7 @@ class CudaTest(parameterized.TestCase):
         logits = np.asarray(fault.plant(model).logits(reference.inputs))
         tokens = reference.inputs.attention_mask == 1
         error = relative_l2(logits[tokens], reference.values[stages.LOGITS][tokens])
-        self.assertEqual(error > bars.FLOAT32, fault.visible(model.config), f"{error:.2e}")
+        self.assertEqual(error > tolerances.FLOAT32, fault.visible(model.config), f"{error:.2e}")
 
     @parameterized.parameters(paths.NAMES)
     def test_float64_equals_the_oracle_to_1e_12(self, name):

@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.generation import Generator, load_generator
-from apr_jax.model import LanguageModel, load_model
+from apr_jax.model.language_model import LanguageModel, load_model
 from apr_jax.variants import ops_for
 from tests import paths
 from tests.cuda.devices import cuda_devices

@@ -22,10 +22,10 @@ import jax
 from absl.testing import absltest, parameterized
 
 from apr_jax import explain, sample
-from apr_jax.golden import stored
-from apr_jax.inputs import seeded
-from apr_jax.model import load_model
-from apr_jax.modeling import OPS, TF32_OPS
+from apr_jax.model.language_model import load_model
+from apr_jax.model.qwen2 import OPS, TF32_OPS
+from apr_jax.trace.golden import stored
+from apr_jax.trace.inputs import seeded
 from tests import paths
 from tests.battery import clean_runs
 from tests.cuda.devices import cuda_devices

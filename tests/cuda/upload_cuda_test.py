@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import prepared, upload
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.model import load_model
+from apr_jax.load import prepared, upload
+from apr_jax.model.language_model import load_model
 from tests import paths
 from tests.apr_jax import upload_test
 from tests.cuda.devices import cuda_devices

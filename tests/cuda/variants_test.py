@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars, stages, variants
-from apr_jax.compare import relative_l2
+from apr_jax import variants
 from apr_jax.cuda import decode, rows
 from apr_jax.decoding import Programs
-from apr_jax.inputs import Inputs, seeded
-from apr_jax.model import load_model
-from apr_jax.modeling import OPS, rms_norm, silu
+from apr_jax.model.language_model import load_model
+from apr_jax.model.qwen2 import OPS, rms_norm, silu
+from apr_jax.trace import stages, tolerances
+from apr_jax.trace.compare import relative_l2
+from apr_jax.trace.inputs import Inputs, seeded
 from tests import paths
 from tests.cuda.devices import cuda_devices
 
@@ -72,7 +73,7 @@ class VariantsTest(parameterized.TestCase):
         own = relative_l2(run(model.with_ops(OPS)), expected)
         error = relative_l2(run(model.with_ops(self.table(model))), expected)
         print(f"{self.id().rpartition('.')[2]}: kernels {error:.2e}, plain {own:.2e}")
-        self.assertLessEqual(error, bars.bfloat16(own))
+        self.assertLessEqual(error, tolerances.bfloat16(own))
 
     def table(self, model):
         table = variants.ops_for(model.config, model.dtype, model.device, fused=True)
@@ -151,7 +152,7 @@ class VariantsTest(parameterized.TestCase):
         own = relative_l2(prompt_then_steps(model.with_ops(OPS), name, batch, 30, 10), expected)
         planted = variants.cuda_ops(model.device.core_count, ADJACENT_PAIRS)
         error = relative_l2(prompt_then_steps(model.with_ops(planted), name, batch, 30, 10), expected)
-        self.assertGreater(error, bars.bfloat16(own))
+        self.assertGreater(error, tolerances.bfloat16(own))
 
     def test_decode_repeats_bit_for_bit(self):
         model = loaded("gqa_tied_bf16", "bfloat16", "cuda")

@@ -12,11 +12,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import tokenizers
 from absl.testing import absltest, parameterized
 
-from apr_jax import aprt, bars, stages
-from apr_jax.compare import Comparison, compare
 from apr_jax.converters.convert.conversion import convert
-from apr_jax.inputs import Inputs
-from apr_jax.model import load_model
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import aprt, stages, tolerances
+from apr_jax.trace.compare import Comparison, compare
+from apr_jax.trace.inputs import Inputs
 from tests import paths
 
 APR = os.environ.get("APR_BIN")
@@ -31,7 +31,7 @@ def against_dump(model_path, dump, inputs=None) -> list[Comparison]:
     """Runs our model with the dump's tokens; every stage of the model has to be in the dump."""
     model = load_model(model_path)
     inputs, theirs = aprt.read(dump, model.config, inputs)
-    results = compare(model.trace(inputs), theirs, inputs, lambda key: bars.FLOAT32)
+    results = compare(model.trace(inputs), theirs, inputs, lambda key: tolerances.FLOAT32)
     assert [result.key for result in results] == list(stages.trace_keys(model.config.num_layers))
     return results
 

@@ -8,12 +8,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars, hf_reference
 from apr_jax.bench import measure, session
 from apr_jax.bench.cases import Case
 from apr_jax.bench.ours import Ours, random_parameters, tokens
-from apr_jax.model import LanguageModel, load_model
+from apr_jax.model.language_model import LanguageModel, load_model
 from apr_jax.sample import SAMPLES
+from apr_jax.trace import hf_reference, tolerances
 from tests import faults, paths
 
 
@@ -28,7 +28,7 @@ class HuggingFaceTest(parameterized.TestCase):
     def test_both_compute_the_same_from_the_same_arrays(self, name, fused):
         model = load_model(paths.checkpoint(name), fused=fused)
         apart = measure.agreement(Ours(model), self.peers(model)[0], tokens(model.config, 2, 16))
-        self.assertLessEqual(apart, bars.FLOAT32)
+        self.assertLessEqual(apart, tolerances.FLOAT32)
         self.assertTrue(session.agrees({"dtype": "float32", "relative_l2_to_huggingface": apart}))
 
     def test_a_wrong_program_is_seen(self):

@@ -22,14 +22,14 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax import aprt, bars, stages
-from apr_jax.compare import compare
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import conversion
 from apr_jax.converters.formats import codecs
-from apr_jax.inputs import Inputs
-from apr_jax.model import load_model
-from apr_jax.modeling import OPS
+from apr_jax.model.language_model import load_model
+from apr_jax.model.qwen2 import OPS
+from apr_jax.trace import aprt, stages, tolerances
+from apr_jax.trace.compare import compare
+from apr_jax.trace.inputs import Inputs
 from tests import oracle, quantiser_cases
 from tests.paths import CHECKPOINTS, checkpoint, fixtures
 
@@ -92,7 +92,7 @@ def forced(model_path, dump, ops=OPS, inputs=None):
     model = load_model(model_path).with_ops(ops)
     inputs, theirs = aprt.read(dump, model.config, inputs)
     force = {key: value for key, value in theirs.items() if key != stages.LOGITS}
-    results = compare(model.trace(inputs, force=force), theirs, inputs, lambda key: bars.FLOAT32)
+    results = compare(model.trace(inputs, force=force), theirs, inputs, lambda key: tolerances.FLOAT32)
     assert [result.key for result in results] == list(stages.trace_keys(model.config.num_layers))
     return results
 

@@ -12,8 +12,9 @@ from absl.testing import absltest, parameterized
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from apr_jax import golden, hf_reference, sample  # noqa: E402
-from apr_jax.compare import loss_nats  # noqa: E402
+from apr_jax import sample  # noqa: E402
+from apr_jax.trace import golden, hf_reference  # noqa: E402
+from apr_jax.trace.compare import loss_nats  # noqa: E402
 from tests import oracle  # noqa: E402
 from tests.data import regenerate  # noqa: E402
 

@@ -15,8 +15,8 @@ from absl.testing import absltest, parameterized
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from apr_jax import hf_reference  # noqa: E402
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError  # noqa: E402
+from apr_jax.trace import hf_reference  # noqa: E402
 from tests import oracle  # noqa: E402
 
 CHECKPOINTS = ROOT / "tests" / "data" / "checkpoints"

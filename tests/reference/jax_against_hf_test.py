@@ -8,10 +8,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars, golden, hf_reference, rotary, stages
-from apr_jax.compare import compare, relative_l2
-from apr_jax.inputs import Inputs, seeded
-from apr_jax.model import load_model
+from apr_jax.model import rotary
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import golden, hf_reference, stages, tolerances
+from apr_jax.trace.compare import compare, relative_l2
+from apr_jax.trace.inputs import Inputs, seeded
 from tests import faults, paths
 
 FOLDERS = {path.name: path for path in paths.CHECKPOINTS}
@@ -49,7 +50,7 @@ class AgainstHuggingFaceTest(parameterized.TestCase):
         for label, inputs in batches(model.config.vocab_size).items():
             theirs = run_hf(name, inputs, hidden_states=True)
             ours = golden.with_hidden_states(model.trace(inputs, keys), layers)
-            results = compare(ours, theirs, inputs, lambda key: bars.FLOAT32)
+            results = compare(ours, theirs, inputs, lambda key: tolerances.FLOAT32)
             self.assertLen(results, layers + 2)
             for result in results:
                 self.assertTrue(result.within, result)
@@ -100,7 +101,7 @@ class AgainstHuggingFaceTest(parameterized.TestCase):
         inputs = seeded(model.config.vocab_size, 3, 97)
         error = relative_l2(np.asarray(fault.plant(model).logits(inputs)), run_hf(name, inputs)[stages.LOGITS])
         print(f"{name}, {fault.name}: {error:.2e}")
-        self.assertEqual(error > bars.FLOAT32, fault.visible(model.config))
+        self.assertEqual(error > tolerances.FLOAT32, fault.visible(model.config))
 
 
 @absltest.skipUnless(hf_reference.available(), "torch and transformers are not installed (extra: reference)")

@@ -17,11 +17,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import aprt, stages
 from apr_jax.commands import parity
 from apr_jax.converters.convert import conversion
-from apr_jax.inputs import seeded
-from apr_jax.model import load_model
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import aprt, stages
+from apr_jax.trace.inputs import seeded
 from tests import paths
 
 APR = os.environ.get("APR_BIN")

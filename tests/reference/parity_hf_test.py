@@ -17,11 +17,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import hf_reference
 from apr_jax.commands import parity
 from apr_jax.explain import diagnose
-from apr_jax.inputs import Inputs, seeded
-from apr_jax.model import load_model
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import hf_reference
+from apr_jax.trace.inputs import Inputs, seeded
 from tests import paths
 
 if hf_reference.available():

@@ -12,12 +12,13 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from apr_jax import bars, golden, modeling, stages
-from apr_jax.compare import compare, relative_l2
 from apr_jax.converters.errors import UsageError
-from apr_jax.inputs import Inputs, seeded
-from apr_jax.model import LanguageModel, load_model, model_graph
-from apr_jax.modeling import OPS
+from apr_jax.model import qwen2
+from apr_jax.model.language_model import LanguageModel, load_model, model_graph
+from apr_jax.model.qwen2 import OPS
+from apr_jax.trace import golden, stages, tolerances
+from apr_jax.trace.compare import compare, relative_l2
+from apr_jax.trace.inputs import Inputs, seeded
 from tests import faults, oracle, paths
 
 
@@ -38,7 +39,7 @@ def within_golden(model: LanguageModel, name: str) -> bool:
     sources = stages.hidden_sources(model.config.num_layers)
     trace = model.trace(reference.inputs, {*sources.values(), stages.LOGITS})
     ours = golden.with_hidden_states(trace, model.config.num_layers)
-    results = compare(ours, reference.values, reference.inputs, lambda key: bars.FLOAT32)
+    results = compare(ours, reference.values, reference.inputs, lambda key: tolerances.FLOAT32)
     compared = {result.key for result in results}
     assert compared == {*sources, stages.LOGITS}, compared
     return all(result.within and result.top1 in (None, 1.0) for result in results)
@@ -117,7 +118,7 @@ class CacheTest(parameterized.TestCase):
 
         def glu(ops, x, weights, tap):
             lengths.append(x.shape[1])
-            return modeling.glu(ops, x, weights, tap)
+            return qwen2.glu(ops, x, weights, tap)
 
         counting = dataclasses.replace(OPS, glu=glu)
         run = functools.partial(network.hidden, ids, positions, cos, sin, model.empty_cache(3, 16), counting)

@@ -9,10 +9,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import bars
-from apr_jax.compare import compare, loss_nats, relative_l2
 from apr_jax.converters.errors import RefusedError
-from apr_jax.inputs import Inputs
+from apr_jax.trace import tolerances
+from apr_jax.trace.compare import compare, loss_nats, relative_l2
+from apr_jax.trace.inputs import Inputs
 
 INPUTS = Inputs.of([[1, 2, 3, 4], [5, 6, 7, 8]], [[0, 1, 1, 1], [1, 1, 1, 0]])
 KEY = "stage.0.ffn_out"
@@ -133,11 +133,11 @@ class LossTest(absltest.TestCase):
 
 class BarsTest(absltest.TestCase):
     def test_the_coarser_dtype_and_the_length_decide(self):
-        self.assertEqual(bars.relative_l2("float32", 97), 1e-5)
-        self.assertAlmostEqual(bars.relative_l2("float32", 510), 3e-5)
-        self.assertEqual(bars.relative_l2("float64", 97), 1e-11)
-        self.assertEqual(bars.bfloat16(0.03), 0.06)
-        self.assertEqual(bars.bfloat16(5.0), 0.2)
+        self.assertEqual(tolerances.relative_l2("float32", 97), 1e-5)
+        self.assertAlmostEqual(tolerances.relative_l2("float32", 510), 3e-5)
+        self.assertEqual(tolerances.relative_l2("float64", 97), 1e-11)
+        self.assertEqual(tolerances.bfloat16(0.03), 0.06)
+        self.assertEqual(tolerances.bfloat16(5.0), 0.2)
 
     def test_relative_l2_of_nothing_against_nothing(self):
         self.assertEqual(relative_l2(np.zeros(3), np.zeros(3)), 0.0)

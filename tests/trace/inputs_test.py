@@ -10,9 +10,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import inputs
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
-from apr_jax.inputs import Inputs
+from apr_jax.trace import inputs
+from apr_jax.trace.inputs import Inputs
 
 
 class InputsTest(parameterized.TestCase):

@@ -14,12 +14,12 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax import blocks, upload
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import conversion
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
-from apr_jax.parameters import parameter_sources, read_as
+from apr_jax.load import block_decoding, upload
+from apr_jax.load.parameters import parameter_sources, read_as
 from tests import paths
 
 BLOCKS = [dtype.name for dtype in dtypes.TYPES.values() if dtype.codec_name]
@@ -102,7 +102,7 @@ class UploadTest(parameterized.TestCase):
         expected = np.empty(shape, np.float32)
         codec.decode(data, expected.reshape(-1))
         with jax.default_device(self.device):
-            program = jax.jit(blocks.decode, static_argnums=(1, 2))
+            program = jax.jit(block_decoding.decode, static_argnums=(1, 2))
             found = np.asarray(program(np.frombuffer(data, np.uint8), name, shape))
         # Scales are any halves: subnormal ones, infinities and NaN among them.
         known = ~np.isnan(expected)

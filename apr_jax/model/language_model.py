@@ -14,13 +14,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from apr_jax import rotary, stages
 from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import UsageError
-from apr_jax.inputs import Inputs
-from apr_jax.modeling import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
-from apr_jax.parameters import DTYPES, Parameters, load_parameters
+from apr_jax.load.parameters import DTYPES, Parameters, load_parameters
+from apr_jax.model import rotary
+from apr_jax.model.qwen2 import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
+from apr_jax.trace import stages
+from apr_jax.trace.inputs import Inputs
 
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 """Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32."""

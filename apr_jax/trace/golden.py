@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax import rows, stages
-from apr_jax.compare import loss_nats
 from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes, safetensors_format
 from apr_jax.converters.storage.output import atomic_file
-from apr_jax.inputs import Inputs, beside, from_json
+from apr_jax.trace import stages
+from apr_jax.trace.compare import loss_nats
+from apr_jax.trace.inputs import Inputs, beside, from_json
+from apr_jax.trace.positions import Positions, checked_positions
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _LOSS = "loss_nats"
@@ -49,7 +50,7 @@ class Golden:
     inputs: Inputs
     values: Mapping[str, np.ndarray]
     metadata: Mapping[str, str]
-    positions: rows.Positions | None = None
+    positions: Positions | None = None
 
 
 def with_hidden_states(trace: Mapping[str, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
@@ -145,7 +146,7 @@ def read(path: str | os.PathLike[str]) -> Golden:
     inputs = Inputs.of(*(arrays.get(name) for name in _INPUTS))
     positions = None
     if _POSITIONS in arrays:
-        positions = rows.checked(arrays[_POSITIONS].tolist(), path)
+        positions = checked_positions(arrays[_POSITIONS].tolist(), path)
     values = {name: array for name, array in arrays.items() if name not in (*_INPUTS, _LOSS, _POSITIONS)}
     if not values:
         raise RefusedError("the golden file holds no values", code="nothing-compared", file=path)

@@ -9,7 +9,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import rotary
+from apr_jax.model import rotary
 from tests import paths
 
 RECORDED = json.loads((paths.DATA / "torch_inverse_frequencies.json").read_text())

@@ -10,11 +10,22 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import rows, sample, stages
+from apr_jax import sample
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
-from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import localise
-from apr_jax.model import load_model
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import stages
+from apr_jax.trace.inputs import Inputs, seeded
+from apr_jax.trace.positions import (
+    complete,
+    find_columns,
+    gather_positions,
+    last_columns,
+    parse_positions,
+    position_axis,
+    scatter_positions,
+    shown_positions,
+)
 from tests import oracle, paths
 from tests.battery.faulty_forward import forward
 
@@ -24,13 +35,13 @@ PADDED = Inputs.of([[9, 9, 1, 2, 3], [4, 5, 6, 7, 8]], [[0, 0, 1, 1, 1], [1, 1, 
 class PositionsTest(parameterized.TestCase):
     @parameterized.parameters(("7", [7]), ("64-66", [64, 65, 66]), ("0,64-66,70", [0, 64, 65, 66, 70]), ("3-3", [3]))
     def test_lists_name_both_ends(self, text, expected):
-        self.assertEqual(rows.parse(text), expected)
+        self.assertEqual(parse_positions(text), expected)
 
     def test_files_hold_one_list_or_one_for_each_row(self):
         path = pathlib.Path(self.create_tempdir().full_path, "positions.json")
         for content, expected in (("[1, 2]", [1, 2]), ("[[0, 1], [3, 4]]", [[0, 1], [3, 4]])):
             path.write_text(content)
-            self.assertEqual(rows.parse(str(path)), expected)
+            self.assertEqual(parse_positions(str(path)), expected)
         for content, kind in (
             ("[", BrokenContainerError),
             ("[]", UsageError),
@@ -42,23 +53,23 @@ class PositionsTest(parameterized.TestCase):
         ):
             path.write_text(content)
             with self.assertRaises(kind, msg=content):
-                rows.parse(str(path))
+                parse_positions(str(path))
         for text in ("64..71", "a", str(path.parent)):
             with self.assertRaises(MissingFileError, msg=text):
-                rows.parse(text)
+                parse_positions(text)
         with self.assertRaises(UsageError):
-            rows.parse("8-7")
+            parse_positions("8-7")
 
     def test_positions_are_found_behind_padding(self):
-        np.testing.assert_array_equal(rows.find_columns([1, 2], PADDED), [[3, 4], [1, 2]])
-        np.testing.assert_array_equal(rows.find_columns([[0], [4]], PADDED), [[2], [4]])
-        np.testing.assert_array_equal(rows.last_columns(PADDED), [[4], [4]])
-        self.assertEqual(rows.shown(PADDED, np.array([[2, 3], [1, 4]])), "0-1, 4")
+        np.testing.assert_array_equal(find_columns([1, 2], PADDED), [[3, 4], [1, 2]])
+        np.testing.assert_array_equal(find_columns([[0], [4]], PADDED), [[2], [4]])
+        np.testing.assert_array_equal(last_columns(PADDED), [[4], [4]])
+        self.assertEqual(shown_positions(PADDED, np.array([[2, 3], [1, 4]])), "0-1, 4")
 
     @parameterized.parameters([[[3]]], [[[1, 1]]], [[[2, 1]]], [[[-1]]], [[[[0], [0, 1]]]], [[[[0]]]])
     def test_what_a_row_does_not_have_is_refused(self, positions):
         with self.assertRaises(UsageError):
-            rows.find_columns(positions, PADDED)
+            find_columns(positions, PADDED)
 
 
 class ValuesTest(parameterized.TestCase):
@@ -67,10 +78,10 @@ class ValuesTest(parameterized.TestCase):
         shape = (2, 3, 5, 5) if "scores" in key else (2, 5, 6)
         whole = np.random.default_rng(0).normal(size=shape)
         columns = np.array([[3, 4], [0, 2]])
-        values = rows.gather(key, whole, columns)
-        self.assertEqual(values.shape[rows.axis_of(key)], 2)
-        np.testing.assert_array_equal(rows.scatter(key, whole, values, columns), whole)
-        put = rows.scatter(key, np.zeros(shape), values, columns)
+        values = gather_positions(key, whole, columns)
+        self.assertEqual(values.shape[position_axis(key)], 2)
+        np.testing.assert_array_equal(scatter_positions(key, whole, values, columns), whole)
+        put = scatter_positions(key, np.zeros(shape), values, columns)
         expected = np.where(np.isin(put, 0), 0, whole)
         np.testing.assert_array_equal(put, expected)
         self.assertEqual(np.count_nonzero(put), values.size)
@@ -80,7 +91,7 @@ class ValuesTest(parameterized.TestCase):
             raise AssertionError("nothing was missing that a stage depends on")
 
         logits = np.ones((2, 1, 7), np.float32)
-        whole, missing = rows.complete({stages.LOGITS: logits}, PADDED, None, never)
+        whole, missing = complete({stages.LOGITS: logits}, PADDED, None, never)
         self.assertEqual(whole[stages.LOGITS].shape, (2, 5, 7))
         self.assertEqual(whole[stages.LOGITS].sum(), 14)
         np.testing.assert_array_equal(missing[stages.LOGITS], [[4], [4]])
@@ -95,9 +106,9 @@ class LocaliseTest(absltest.TestCase):
         mask = np.ones((2, 40), np.int32)
         mask[0, :5] = 0
         inputs = Inputs.of(np.random.default_rng(0).integers(0, 288, (2, 40)), mask)
-        columns = rows.find_columns([30, 31, 34], inputs)
+        columns = find_columns([30, 31, 34], inputs)
         trace = same.trace(inputs)
-        dump = {key: rows.gather(key, value, columns) for key, value in trace.items()}
+        dump = {key: gather_positions(key, value, columns) for key, value in trace.items()}
         located = localise(exact, same, inputs, dump, columns)
         self.assertEqual([site.key for site in located.sites if site.wrong], [])
         widths = {site.key: site.elements for site in located.sites}
@@ -120,9 +131,9 @@ class LocaliseTest(absltest.TestCase):
         with mock.patch.dict(sample.SAMPLES, {"deep": deep}):
             sample.write_sample("deep", str(folder))
         inputs = seeded(288, 1, 40)
-        columns = rows.find_columns([36, 37, 38, 39], inputs)
+        columns = find_columns([36, 37, 38, 39], inputs)
         values = forward(*oracle.load(folder), inputs.input_ids)
-        dump = {key: rows.gather(key, value, columns) for key, value in values.items()}
+        dump = {key: gather_positions(key, value, columns) for key, value in values.items()}
         exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
         located = localise(exact, same, inputs, dump, columns)
         self.assertEqual([(site.key, site.share) for site in located.sites if site.share > 0.5], [])
@@ -136,7 +147,7 @@ class LocaliseTest(absltest.TestCase):
             part = Inputs.of(inputs.input_ids[:, begin:end], None, inputs.position_ids[:, begin:end])
             made, cache = same.step(part, cache)
             logits.append(np.asarray(made))
-        columns = rows.find_columns([36, 37, 38, 39], inputs)
+        columns = find_columns([36, 37, 38, 39], inputs)
         dump = {
             f"stage.{layer}.k_post_rope": np.asarray(cache.layers[layer].keys)[:, 36:40].reshape(2, 4, -1)
             for layer in range(2)

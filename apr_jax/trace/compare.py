@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax import rows, stages
 from apr_jax.converters.errors import RefusedError
-from apr_jax.inputs import Inputs
+from apr_jax.trace import stages
+from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import dumped_columns, gather_positions, position_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,8 @@ def compare(
         ours, theirs = left[key], right[key]
         chosen = compared_positions(key, inputs, ours.shape)
         if theirs.ndim == ours.ndim:
-            part = rows.columns_of(key, theirs.shape[rows.axis_of(key)], inputs, columns)
-            ours, chosen = (rows.gather(key, x, part) for x in (ours, chosen))
+            part = dumped_columns(key, theirs.shape[position_axis(key)], inputs, columns)
+            ours, chosen = (gather_positions(key, x, part) for x in (ours, chosen))
         if ours.shape != theirs.shape:
             raise RefusedError(
                 "shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape

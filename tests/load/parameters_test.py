@@ -15,8 +15,8 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError
-from apr_jax.model import load_model
-from apr_jax.parameters import read_as
+from apr_jax.load.parameters import read_as
+from apr_jax.model.language_model import load_model
 from tests import oracle, paths
 
 SAMPLE = paths.checkpoint("mha_untied_f32_sharded")
@@ -121,7 +121,7 @@ class LoadingTest(parameterized.TestCase):
         values[0, :3] = (1.00390625, 1.01171875, np.nan)
         path = pathlib.Path(self.create_tempdir().full_path, "x.safetensors")
         safetensors.numpy.save_file({"x": values}, path)
-        with open_checkpoint(path) as checkpoint, absltest.mock.patch("apr_jax.parameters._CHUNK_BYTES", 10_000):
+        with open_checkpoint(path) as checkpoint, absltest.mock.patch("apr_jax.load.parameters._CHUNK_BYTES", 10_000):
             read = read_as([checkpoint.tensors["x"]], "bfloat16")
         np.testing.assert_array_equal(read.view(np.uint16), values.astype(ml_dtypes.bfloat16).view(np.uint16))
         self.assertEqual([float(x) for x in read[0, :2]], [1.0, 1.015625])

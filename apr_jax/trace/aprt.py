@@ -18,11 +18,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from apr_jax import rows, stages
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
 from apr_jax.converters.storage.output import FolderKind, atomic_folder
-from apr_jax.inputs import TOKEN_IDS, Inputs, beside
+from apr_jax.trace import stages
+from apr_jax.trace.inputs import TOKEN_IDS, Inputs, beside
+from apr_jax.trace.positions import dumped_shape
 
 MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF
@@ -184,4 +185,4 @@ def _load(path: pathlib.Path, config: Qwen2Config, key: str, inputs: Inputs, col
             found=layer,
             expected=_layer_of(key),
         )
-    return values.reshape(rows.fit(config, key, values.size, inputs, columns, path))
+    return values.reshape(dumped_shape(config, key, values.size, inputs, columns, path))

@@ -11,10 +11,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest
 
-from apr_jax import aprt, rows, stages
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
-from apr_jax.inputs import Inputs, seeded
-from apr_jax.model import load_model
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import aprt, stages
+from apr_jax.trace.inputs import Inputs, seeded
+from apr_jax.trace.positions import gather_positions
 from tests import paths
 
 
@@ -122,11 +123,11 @@ class AprtTest(absltest.TestCase):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 outer = 0 if key == stages.EMBEDDING else aprt.WHOLE_MODEL
                 layer = int(key.split(".")[1]) if key.count(".") == 2 else outer
-                path.write_bytes(aprt.encode(layer, rows.gather(key, value, kept)))
+                path.write_bytes(aprt.encode(layer, gather_positions(key, value, kept)))
             _, values = aprt.read(self.folder / name, self.model.config, batch, kept)
             self.assertEqual(list(values), list(trace))
             for key, value in values.items():
-                np.testing.assert_array_equal(value, rows.gather(key, trace[key], kept), key)
+                np.testing.assert_array_equal(value, gather_positions(key, trace[key], kept), key)
         with self.assertRaisesRegex(RefusedError, "--positions"):
             aprt.read(self.folder / "steps", self.model.config, batch)
 

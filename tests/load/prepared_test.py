@@ -16,12 +16,13 @@ import numpy as np
 import orbax.checkpoint
 from absl.testing import absltest, parameterized
 
-from apr_jax import golden, prepared
 from apr_jax.commands import checkpoint as command
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import conversion
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
-from apr_jax.model import load_model
+from apr_jax.load import prepared
+from apr_jax.model.language_model import load_model
+from apr_jax.trace import golden
 from tests import paths
 
 SOURCE = paths.checkpoint("gqa_tied_bf16")

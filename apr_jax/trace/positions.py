@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from apr_jax import stages
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
-from apr_jax.inputs import Inputs
+from apr_jax.trace import stages
+from apr_jax.trace.inputs import Inputs
 
 _MAX_BYTES = 64 << 20
 _ATTENTION = ("attn_scores", "attn_softmax")
@@ -29,7 +29,7 @@ Positions = Sequence[int] | Sequence[Sequence[int]]
 """Positions of the dumped rows: one list for all rows of the batch, or one for each."""
 
 
-def parse(text: str) -> Positions:
+def parse_positions(text: str) -> Positions:
     """Reads what `--positions` says: "64-71", "0,64-71" (both ends included), or the name of a JSON file.
 
     Raises:
@@ -38,7 +38,7 @@ def parse(text: str) -> Positions:
       UsageError: A range that goes backwards, or a file that holds something else.
     """
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        return from_json(text)
+        return positions_from_json(text)
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -48,7 +48,7 @@ def parse(text: str) -> Positions:
     return found
 
 
-def from_json(path: str | os.PathLike[str]) -> Positions:
+def positions_from_json(path: str | os.PathLike[str]) -> Positions:
     """Reads a JSON list of positions, or a list of such lists, one for each row of the batch."""
     try:
         data = pathlib.Path(path).read_bytes()
@@ -56,10 +56,12 @@ def from_json(path: str | os.PathLike[str]) -> Positions:
         raise MissingFileError(
             "neither a list of positions nor a file", code="positions", file=path, expected="64-71, or a JSON file"
         ) from None
-    return checked(strict_json.loads(data, what="positions", max_bytes=_MAX_BYTES, file=os.fspath(path)), path)
+    return checked_positions(
+        strict_json.loads(data, what="positions", max_bytes=_MAX_BYTES, file=os.fspath(path)), path
+    )
 
 
-def checked(value: object, file: str | os.PathLike[str]) -> Positions:
+def checked_positions(value: object, file: str | os.PathLike[str]) -> Positions:
     """Returns `value` if it is a list of positions, or of such lists; else raises UsageError."""
     lists = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     if all(isinstance(one, list) and one and all(type(position) is int for position in one) for one in lists):
@@ -103,7 +105,7 @@ def last_columns(inputs: Inputs) -> np.ndarray:
     return np.where(inputs.attention_mask == 1, np.arange(inputs.input_ids.shape[1]), -1).max(axis=1)[:, None]
 
 
-def shown(inputs: Inputs, columns: np.ndarray) -> str:
+def shown_positions(inputs: Inputs, columns: np.ndarray) -> str:
     """Returns the positions at `columns` as text, in ranges: "64-71"."""
     positions = sorted(set(np.take_along_axis(inputs.positions(), columns, axis=1).ravel().tolist()) - {-1})
     ranges: list[list[int]] = []
@@ -118,12 +120,12 @@ def shown(inputs: Inputs, columns: np.ndarray) -> str:
 # --- Values ----------------------------------------------------------------------------------------------------------
 
 
-def axis_of(key: str) -> int:
+def position_axis(key: str) -> int:
     """Returns the axis of a stage's values that runs over positions, batch axis counted."""
     return 2 if stages.stage_of(key) in _ATTENTION else 1
 
 
-def columns_of(key: str, count: int, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray | None:
+def dumped_columns(key: str, count: int, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray | None:
     """Returns the columns that `count` rows of a stage stand for; None if they are all there, or fit nothing."""
     if count == inputs.input_ids.shape[1]:
         return None
@@ -132,7 +134,7 @@ def columns_of(key: str, count: int, inputs: Inputs, columns: np.ndarray | None)
     return last_columns(inputs) if key == stages.LOGITS and count == 1 else None
 
 
-def fit(
+def dumped_shape(
     config: Qwen2Config,
     key: str,
     size: int,
@@ -147,7 +149,7 @@ def fit(
     """
     batch, length = inputs.input_ids.shape
     counts = [length, *([] if columns is None else [columns.shape[1]]), *([1] if key == stages.LOGITS else [])]
-    whole, axis = (batch, *stages.shape(config, stages.stage_of(key), length)), axis_of(key)
+    whole, axis = (batch, *stages.shape(config, stages.stage_of(key), length)), position_axis(key)
     shapes = [(*whole[:axis], count, *whole[axis + 1 :]) for count in counts]
     for shape in shapes:
         if math.prod(shape) == size:
@@ -163,22 +165,22 @@ def fit(
     )
 
 
-def gather(key: str, values: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
+def gather_positions(key: str, values: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
     """Returns the rows of a stage's whole values [B, T, ...], or of a mask of them, that stand at `columns`.
 
     Values that are such rows already are returned as they are, and so is everything without `columns`.
     """
-    if columns is None or values.shape[axis_of(key)] == columns.shape[1]:
+    if columns is None or values.shape[position_axis(key)] == columns.shape[1]:
         return values
-    index = columns[:, None, :, None] if axis_of(key) == 2 else columns[..., *([None] * (values.ndim - 2))]
-    return np.take_along_axis(values, index, axis=axis_of(key))
+    index = columns[:, None, :, None] if position_axis(key) == 2 else columns[..., *([None] * (values.ndim - 2))]
+    return np.take_along_axis(values, index, axis=position_axis(key))
 
 
-def scatter(key: str, whole: np.ndarray, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def scatter_positions(key: str, whole: np.ndarray, values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Returns `whole` [B, T, ...] with rows [B, R, ...] put in at `columns`, in their dtype."""
     made = whole.astype(values.dtype)
-    index = columns[:, None, :, None] if axis_of(key) == 2 else columns[..., *([None] * (values.ndim - 2))]
-    np.put_along_axis(made, index, values, axis=axis_of(key))
+    index = columns[:, None, :, None] if position_axis(key) == 2 else columns[..., *([None] * (values.ndim - 2))]
+    np.put_along_axis(made, index, values, axis=position_axis(key))
     return made
 
 
@@ -200,21 +202,21 @@ def complete(
     Returns:
       Trace key -> values [B, T, ...], and for those that were completed the columns that are the other side's.
     """
-    counts = {key: value.shape[axis_of(key)] for key, value in theirs.items()}
-    parts = {key: columns_of(key, count, inputs, columns) for key, count in counts.items()}
+    counts = {key: value.shape[position_axis(key)] for key, value in theirs.items()}
+    parts = {key: dumped_columns(key, count, inputs, columns) for key, count in counts.items()}
     missing = {key: part for key, part in parts.items() if part is not None}
     trace = ours() if missing.keys() - {stages.LOGITS} else {}
     whole = dict(theirs)
     for key, part in missing.items():
         values = theirs[key]
         shape = list(values.shape)
-        shape[axis_of(key)] = inputs.input_ids.shape[1]
+        shape[position_axis(key)] = inputs.input_ids.shape[1]
         base = trace[key] if key in trace and key != stages.LOGITS else np.zeros(shape, values.dtype)
-        whole[key] = scatter(key, base, values, part)
+        whole[key] = scatter_positions(key, base, values, part)
     return whole, missing
 
 
-def tokens(inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
+def dumped_tokens(inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
     """Returns which positions hold a token and are the other side's, bool [B, T]."""
     real = inputs.attention_mask == 1
     if columns is None:

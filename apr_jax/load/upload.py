@@ -26,9 +26,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from apr_jax import blocks
 from apr_jax.converters.checkpoint.openers import Tensor
 from apr_jax.converters.formats import dtypes
+from apr_jax.load import block_decoding
 
 _STAGING_BYTES = 64 << 20
 # What is larger goes in pieces: a program more to compile for each shape.
@@ -47,7 +47,7 @@ def can_upload(tensors: Sequence[Tensor], dtype: str) -> bool:
     """Whether the device itself can make one parameter of these tensors, with the host's values bit for bit."""
     if all(not tensor.dtype.is_block and tensor.dtype.numpy == jnp.dtype(dtype) for tensor in tensors):
         return True
-    return all(blocks.can_decode(tensor) or tensor.dtype.name in _CAST_ON_DEVICE for tensor in tensors) and (
+    return all(block_decoding.can_decode(tensor) or tensor.dtype.name in _CAST_ON_DEVICE for tensor in tensors) and (
         sum(dtypes.element_count(tensor.shape) for tensor in tensors) >= _SMALLEST_DEVICE_CAST
     )
 
@@ -282,7 +282,7 @@ def _compiled(recipe: _Recipe, device: jax.Device) -> Any:
 
     def whole(*raws: Array) -> Array:
         parts = [
-            blocks.decode(raw, kind.dtype, kind.shape) if kind.is_block else raw
+            block_decoding.decode(raw, kind.dtype, kind.shape) if kind.is_block else raw
             for raw, kind in zip(raws, recipe.kinds, strict=True)
         ]
         return jnp.concatenate([part.astype(recipe.dtype) for part in parts])

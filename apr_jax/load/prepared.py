@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from apr_jax import golden
 from apr_jax.converters.checkpoint import file_names
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
 from apr_jax.converters.checkpoint.openers import Checkpoint
@@ -30,8 +29,9 @@ from apr_jax.converters.errors import BrokenContainerError, MissingFileError, Us
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
-from apr_jax.model import find_device, load_model
-from apr_jax.parameters import DTYPES, Parameters, load_parameters, parameter_sources
+from apr_jax.load.parameters import DTYPES, Parameters, load_parameters, parameter_sources
+from apr_jax.model.language_model import find_device, load_model
+from apr_jax.trace import golden
 
 PREPARED = FolderKind(
     "prepared checkpoint",

@@ -1,0 +1,1 @@
+"""From a checkpoint to parameters on a device, and back."""
