@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.openers import open_checkpoint as open_checkpoint
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config as Qwen2Config
-    from apr_jax.generation import Generator as Generator
-    from apr_jax.generation import load_generator as load_generator
+    from apr_jax.generate.generator import Generator as Generator
+    from apr_jax.generate.generator import load_generator as load_generator
     from apr_jax.model.language_model import LanguageModel as LanguageModel
     from apr_jax.model.language_model import load_model as load_model
     from apr_jax.model.qwen2 import OPS as OPS
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # PEP 562: `import apr_jax` costs nothing, jax is imported when something that needs it is asked for.
 _HOMES = {
-    "Generator": "apr_jax.generation",
-    "load_generator": "apr_jax.generation",
+    "Generator": "apr_jax.generate.generator",
+    "load_generator": "apr_jax.generate.generator",
     "Inputs": "apr_jax.trace.inputs",
     "LanguageModel": "apr_jax.model",
     "load_model": "apr_jax.model",

@@ -13,12 +13,12 @@ from flax import nnx
 
 from apr_jax.bench.cases import PREFILL, Case
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.decoding import BLOCK, Choice, Programs, State, bucket
-from apr_jax.generation_config import GenerationConfig
+from apr_jax.generate.config import GenerationConfig
+from apr_jax.generate.programs import BLOCK, Choice, Programs, State, bucket
+from apr_jax.generate.sampling import Method, Numbers
 from apr_jax.load.parameters import Parameters
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.qwen2 import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
-from apr_jax.sampling import Method, Numbers
 
 Calls = Callable[[int], float]
 """Makes so many calls back to back, waits for the last one, and returns the seconds that they took."""

@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 
-from apr_jax import variants
 from apr_jax.bench import ceilings, genuine, machine, measure, report, start_up
 from apr_jax.bench.cases import DECODE, Case, Ceilings, work
 from apr_jax.bench.measure import Contestant, Plan
 from apr_jax.bench.ours import Ours, random_parameters, tokens
 from apr_jax.converters.convert import conversion
+from apr_jax.kernels import fastest_ops
 from apr_jax.model.language_model import LanguageModel, find_device, load_model
-from apr_jax.sample import SAMPLES, write_sample
+from apr_jax.testing.sample import SAMPLES, write_sample
 from apr_jax.trace import hf_reference, tolerances
 
 SHAPES = {"0.5b": "qwen2_0.5b", "1.5b": "qwen2_1.5b", "7b": "qwen2_7b"}
@@ -149,7 +149,7 @@ def _model(settings: Settings, device: jax.Device) -> LanguageModel:
         model = LanguageModel(config, random_parameters(config, settings.dtype, fused, device), device)
     else:
         model = load_model(settings.model, settings.dtype, device, fused=fused)
-    return model.with_ops(variants.ops_for(model.config, model.dtype, device, fused))
+    return model.with_ops(fastest_ops.ops_for(model.config, model.dtype, device, fused))
 
 
 def _contestants(settings: Settings, ours: Ours, results: dict[str, Any], say: Say) -> list[Contestant]:

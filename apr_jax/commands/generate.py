@@ -13,7 +13,7 @@ from apr_jax.converters.commands import cli
 from apr_jax.converters.errors import MissingFileError, UsageError, printable
 
 if TYPE_CHECKING:
-    from apr_jax.generation import Delta, Generation, Generator, Stream
+    from apr_jax.generate.generator import Delta, Generation, Generator, Stream
 
 _MAX_BYTES = 256 << 20
 _EPILOG = """\
@@ -75,9 +75,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax import compilation_cache
     from apr_jax.commands import patience
-    from apr_jax.generation_config import GenerationConfig
+    from apr_jax.generate import compilation_cache
+    from apr_jax.generate.config import GenerationConfig
 
     settings = _settings(args)
     GenerationConfig().but(**settings)
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     output = _Output(args)
     with patience.bounded(output.interrupted):
         compilation_cache.enable()
-        from apr_jax.generation import load_generator
+        from apr_jax.generate.generator import load_generator
 
         begun = time.perf_counter()
         with cli.open_from(args, args.model) as checkpoint:

@@ -80,8 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax import compilation_cache
     from apr_jax.converters.storage.output import termination_as_interrupt
+    from apr_jax.generate import compilation_cache
 
     with termination_as_interrupt():
         compilation_cache.enable()
@@ -215,7 +215,7 @@ def _inputs(args: argparse.Namespace, checkpoint: Checkpoint, batch: int) -> Inp
 
 
 def _encode(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
-    from apr_jax.tokenizer import Tokenizer
+    from apr_jax.generate.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.of(checkpoint)
     if tokenizer is None:

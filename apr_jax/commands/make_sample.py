@@ -49,8 +49,8 @@ def main(args: argparse.Namespace) -> int:
       UsageError: Unknown name, an output that exists, or a tokenizer that does not fit.
       StorageError: The disk.
     """
-    from apr_jax import sample
     from apr_jax.converters.storage import output
+    from apr_jax.testing import sample
 
     if args.list:
         _print_list(sample.SAMPLES, args.json)

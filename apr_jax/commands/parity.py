@@ -83,9 +83,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax import compilation_cache
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.explain import diagnose
+    from apr_jax.generate import compilation_cache
     from apr_jax.load.parameters import DTYPES
     from apr_jax.localise import infer_dtype
     from apr_jax.model.language_model import load_model

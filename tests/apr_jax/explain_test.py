@@ -11,12 +11,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import sample
 from apr_jax.explain import diagnose
 from apr_jax.localise import infer_dtype
 from apr_jax.model.language_model import load_model
 from apr_jax.scene import Scene
 from apr_jax.search import Search
+from apr_jax.testing import sample
 from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.inputs import seeded
 from apr_jax.trace.positions import position_axis

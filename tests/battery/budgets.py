@@ -30,7 +30,7 @@ import safetensors.numpy
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.model.language_model import LanguageModel, load_model
-from apr_jax.sample import Sample, draw, side_files
+from apr_jax.testing.sample import Sample, draw, side_files
 from apr_jax.trace import hf_reference
 from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.inputs import Inputs, seeded

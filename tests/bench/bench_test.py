@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.bench import measure, report, roofline
 from apr_jax.bench.cases import ALL, Case, Ceilings, Work, work
 from apr_jax.converters.errors import UsageError
-from apr_jax.sample import SAMPLES
+from apr_jax.testing.sample import SAMPLES
 from tests import paths
 from tests.bench import bench_report
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import numpy as np
 
-from apr_jax.generation import Generator, load_generator, rounded
+from apr_jax.generate.generator import Generator, load_generator, rounded
 from tests import paths
 
 SAMPLE = paths.checkpoint("mha_untied_f32_sharded")

@@ -65,7 +65,7 @@ def main() -> int:
 
 def on_cpu(sample: str, scratch: pathlib.Path, device: str) -> tuple[dict[str, Any], bool]:
     from apr_jax.converters.checkpoint.openers import open_checkpoint
-    from apr_jax.sample import write_sample
+    from apr_jax.testing.sample import write_sample
 
     folder = scratch / "hf"
     write_sample(sample, folder)

@@ -185,7 +185,7 @@ def main() -> int:
 
 def write_sample(path: str) -> None:
     """Writes a checkpoint of the 0.5B shape."""
-    from apr_jax.sample import write_sample as write
+    from apr_jax.testing.sample import write_sample as write
 
     write("qwen2_0.5b", path, force=True)
 

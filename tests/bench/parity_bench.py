@@ -18,7 +18,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from apr_jax.sample import SAMPLES, write_sample
+from apr_jax.testing.sample import SAMPLES, write_sample
 from apr_jax.trace.inputs import seeded
 from tests import oracle, paths
 from tests.battery.faulty_forward import Planted, forward, write_aprt

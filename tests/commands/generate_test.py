@@ -151,7 +151,7 @@ cli.start(generate.parse, generate.main, ["generate", *sys.argv[2:]])
     def test_an_interrupt_while_decoding_a_batch_prints_every_row_and_json_says_so(self):
         patch = """
 import signal
-from apr_jax.generation import _Row
+from apr_jax.generate.generator import _Row
 take = _Row.take
 def interrupting(self, index, tokens):
     delta = take(self, index, tokens)
@@ -188,7 +188,7 @@ for name in ("readinto", "read", "raw"):
         # A call into C that returns to nobody, like XLA in the midst of a long compilation.
         patch = """
 import ctypes, signal, threading
-from apr_jax.decoding import Programs
+from apr_jax.generate.programs import Programs
 call, libc = Programs._call, ctypes.CDLL(None)
 def stuck(self, key, *rest):
     if key[0] != "decode":

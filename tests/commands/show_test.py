@@ -21,7 +21,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli
 from apr_jax.converters.formats import apr_format, dtypes
-from apr_jax.sample import SAMPLES
+from apr_jax.testing.sample import SAMPLES
 from tests.paths import DATA, NAMES, ROOT, checkpoint
 from tests.start_up import cpu_seconds
 

@@ -9,9 +9,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.generation import Generator, load_generator
+from apr_jax.generate.generator import Generator, load_generator
+from apr_jax.kernels.fastest_ops import ops_for
 from apr_jax.model.language_model import LanguageModel, load_model
-from apr_jax.variants import ops_for
 from tests import paths
 from tests.cuda.devices import cuda_devices
 

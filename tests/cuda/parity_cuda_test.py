@@ -21,9 +21,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 from absl.testing import absltest, parameterized
 
-from apr_jax import explain, sample
+from apr_jax import explain
 from apr_jax.model.language_model import load_model
 from apr_jax.model.qwen2 import OPS, TF32_OPS
+from apr_jax.testing import sample
 from apr_jax.trace.golden import stored
 from apr_jax.trace.inputs import seeded
 from tests import paths

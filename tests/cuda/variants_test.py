@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import variants
-from apr_jax.cuda import decode, rows
-from apr_jax.decoding import Programs
+from apr_jax.cuda import decode_layers, kernels
+from apr_jax.generate.programs import Programs
+from apr_jax.kernels import fastest_ops
 from apr_jax.model.language_model import load_model
 from apr_jax.model.qwen2 import OPS, rms_norm, silu
 from apr_jax.trace import stages, tolerances
@@ -33,7 +33,7 @@ ROUNDED_TWICE = 4e-3
 
 
 def hopper() -> jax.Device | None:
-    fitting = (d for d in cuda_devices()[:1] if float(d.compute_capability) == variants.COMPUTE_CAPABILITY)
+    fitting = (d for d in cuda_devices()[:1] if float(d.compute_capability) == fastest_ops.COMPUTE_CAPABILITY)
     return next(fitting, None)
 
 
@@ -76,8 +76,8 @@ class VariantsTest(parameterized.TestCase):
         self.assertLessEqual(error, tolerances.bfloat16(own))
 
     def table(self, model):
-        table = variants.ops_for(model.config, model.dtype, model.device, fused=True)
-        self.assertIs(table, variants.cuda_ops(model.device.core_count))
+        table = fastest_ops.ops_for(model.config, model.dtype, model.device, fused=True)
+        self.assertIs(table, fastest_ops.cuda_ops(model.device.core_count))
         return table
 
     @parameterized.product(name=NAMES, batch=(1, 3))
@@ -150,14 +150,14 @@ class VariantsTest(parameterized.TestCase):
         model = loaded(name, "bfloat16", "cuda")
         expected = case(name, batch, 30, 10)[3]
         own = relative_l2(prompt_then_steps(model.with_ops(OPS), name, batch, 30, 10), expected)
-        planted = variants.cuda_ops(model.device.core_count, ADJACENT_PAIRS)
+        planted = fastest_ops.cuda_ops(model.device.core_count, ADJACENT_PAIRS)
         error = relative_l2(prompt_then_steps(model.with_ops(planted), name, batch, 30, 10), expected)
         self.assertGreater(error, tolerances.bfloat16(own))
 
     def test_decode_repeats_bit_for_bit(self):
         model = loaded("gqa_tied_bf16", "bfloat16", "cuda")
         model = model.with_ops(self.table(model))
-        self.assertTrue(decode.supports(model.config, model.device.core_count))
+        self.assertTrue(decode_layers.supports(model.config, model.device.core_count))
         first = prompt_then_steps(model, "gqa_tied_bf16", 1, 30, 10)
         for _ in range(5):
             np.testing.assert_array_equal(prompt_then_steps(model, "gqa_tied_bf16", 1, 30, 10), first)
@@ -166,7 +166,7 @@ class VariantsTest(parameterized.TestCase):
     def test_residual_with_norm_equals_the_separate_operations_but_for_a_rounding(self, count, width):
         x, update = (normal(seed, 1, count, width) for seed in (1, 2))
         weight = normal(3, width) + jnp.ones((width,), jnp.bfloat16)
-        total, normed = jax.jit(lambda *arrays: rows.add_norm(*arrays, 1e-6))(x, update, weight)
+        total, normed = jax.jit(lambda *arrays: kernels.add_norm(*arrays, 1e-6))(x, update, weight)
         np.testing.assert_array_equal(np.asarray(total), np.asarray(x + update))
         self.assertLessEqual(relative_l2(wide(normed), wide(rms_norm(x + update, weight, 1e-6))), 1e-3)
 
@@ -174,14 +174,14 @@ class VariantsTest(parameterized.TestCase):
     def test_swiglu_equals_float64_to_two_roundings(self, count, width):
         gate_up = normal(4, 1, count, 2 * width)
         gate, up = np.split(wide(gate_up), 2, axis=-1)
-        got = wide(jax.jit(rows.swiglu)(gate_up))
+        got = wide(jax.jit(kernels.swiglu)(gate_up))
         self.assertLessEqual(relative_l2(got, gate / (1 + np.exp(-gate)) * up), ROUNDED_TWICE)
         self.assertLessEqual(relative_l2(got, wide(silu(gate_up[..., :width]) * gate_up[..., width:])), 1e-3)
 
     @parameterized.parameters((48, 96), (896, 4864), (3584, 18944))
     def test_matvec_equals_float64_to_one_rounding(self, count, width):
         weight, x = normal(5, count, width), normal(6, 1, 1, width)
-        got = wide(jax.jit(rows.matvec)(weight, x))
+        got = wide(jax.jit(kernels.matvec)(weight, x))
         self.assertLessEqual(relative_l2(got[0, 0], wide(weight) @ wide(x)[0, 0]), ROUNDED_TWICE / 2)
 
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(DATA.parents[1]))
 
 import numpy as np  # noqa: E402
 
-from apr_jax import sample  # noqa: E402
 from apr_jax.converters.checkpoint.openers import open_checkpoint  # noqa: E402
+from apr_jax.testing import sample  # noqa: E402
 from apr_jax.trace import golden, hf_reference  # noqa: E402
 from apr_jax.trace.inputs import Inputs  # noqa: E402
 

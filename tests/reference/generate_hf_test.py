@@ -14,13 +14,13 @@ import numpy as np
 import tokenizers
 from absl.testing import absltest, parameterized
 
-from apr_jax import sampling
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.conversion import convert
-from apr_jax.generation import load_generator
-from apr_jax.generation_config import GenerationConfig
-from apr_jax.sampling import Method, Numbers
-from apr_jax.tokenizer import StopStrings, Tokenizer
+from apr_jax.generate import sampling
+from apr_jax.generate.config import GenerationConfig
+from apr_jax.generate.generator import load_generator
+from apr_jax.generate.sampling import Method, Numbers
+from apr_jax.generate.tokenizer import StopStrings, Tokenizer
 from apr_jax.trace import hf_reference
 from tests import paths
 

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from apr_jax import sample  # noqa: E402
+from apr_jax.testing import sample  # noqa: E402
 from apr_jax.trace import golden, hf_reference  # noqa: E402
 from apr_jax.trace.compare import loss_nats  # noqa: E402
 from tests import oracle  # noqa: E402

@@ -10,10 +10,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import sample
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.localise import localise
 from apr_jax.model.language_model import load_model
+from apr_jax.testing import sample
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
 from apr_jax.trace.positions import (

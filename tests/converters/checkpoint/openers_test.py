@@ -225,7 +225,8 @@ class FolderTest(CheckpointTestCase):
     def test_opening_needs_neither_numpy_nor_jax(self):
         safetensors.numpy.save_file(arrays(), self.folder / "model.safetensors")
         script = (
-            "import sys; from apr_jax.converters import checkpoint; opened = checkpoint.open_checkpoint(sys.argv[1]);"
+            "import sys; from apr_jax.converters.checkpoint.openers import open_checkpoint;"
+            "opened = open_checkpoint(sys.argv[1]);"
             "[bytes(part) for tensor in opened.tensors.values() for part in tensor.stream()];"
             "print(sorted({'numpy', 'ml_dtypes', 'rich', 'jax', 'flax', 'torch'} & set(sys.modules)));"
             "opened.tensors['c'].read(); print('numpy' in sys.modules)"

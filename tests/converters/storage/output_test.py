@@ -340,7 +340,7 @@ class LimitsTest(OutputTestCase):
         code = (
             "import os, resource, sys\n"
             f"sys.path.insert(0, {os.fspath(ROOT)!r})\n"
-            "from apr_jax.converters import output\n"
+            "from apr_jax.converters.storage import output\n"
             "from apr_jax.converters.errors import StorageError\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
             "try:\n"

@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import conversion
 from apr_jax.converters.errors import RefusedError, UsageError
-from apr_jax.tokenizer import Detokenizer, StopStrings, Tokenizer
+from apr_jax.generate.tokenizer import Detokenizer, StopStrings, Tokenizer
 from tests import paths
 
 USER = [{"role": "user", "content": "Hi"}]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.cpu_ops import CPU_OPS, attention, linear
+from apr_jax.kernels.cpu_ops import CPU_OPS, attention, linear
 from apr_jax.model import qwen2
 from apr_jax.model.language_model import load_model
 from apr_jax.trace import golden, stages, tolerances

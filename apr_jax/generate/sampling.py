@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from apr_jax.generation_config import GenerationConfig
+from apr_jax.generate.config import GenerationConfig
 from apr_jax.model.qwen2 import at_least_float32
 
 # A token is drawn from the C highest logits where top-k leaves no more. There is room above k, because tokens that tie

@@ -13,9 +13,9 @@ import numpy as np
 import scipy.stats
 from absl.testing import absltest, parameterized
 
-from apr_jax import sampling
-from apr_jax.generation_config import GenerationConfig
-from apr_jax.sampling import Method, Numbers, row_keys
+from apr_jax.generate import sampling
+from apr_jax.generate.config import GenerationConfig
+from apr_jax.generate.sampling import Method, Numbers, row_keys
 
 DRAWS, VOCABULARY = 10_000, 300
 SETTINGS = {

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.cuda.launch import SPLIT_HALVES, head_names, head_supported, launch, source
+from apr_jax.cuda.custom_call import SPLIT_HALVES, head_names, head_supported, launch, source
 from apr_jax.model.qwen2 import DecoderLayer, LayerCache, Step
 
 _WARPS = 14  # that compute; with one that streams, 128 registers are left for a thread

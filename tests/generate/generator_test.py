@@ -15,12 +15,13 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax import decoding, variants
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
-from apr_jax.decoding import bucket
-from apr_jax.generation import Generator, load_generator
-from apr_jax.generation_config import GenerationConfig
+from apr_jax.generate import programs
+from apr_jax.generate.config import GenerationConfig
+from apr_jax.generate.generator import Generator, load_generator
+from apr_jax.generate.programs import bucket
+from apr_jax.kernels import fastest_ops
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.trace import tolerances
 from apr_jax.trace.compare import relative_l2
@@ -64,13 +65,13 @@ def reference(model: LanguageModel, prompt: list[int], count: int) -> list[int]:
 @contextlib.contextmanager
 def recorded_hidden_states() -> Iterator[list[np.ndarray]]:
     """Keeps the hidden states [B, D] that first tokens are picked from."""
-    genuine, kept = decoding.Programs.first_token, []
+    genuine, kept = programs.Programs.first_token, []
 
     def first_token(self, parameters, hidden, *rest):
         kept.append(np.asarray(hidden))
         return genuine(self, parameters, hidden, *rest)
 
-    with mock.patch.object(decoding.Programs, "first_token", first_token):
+    with mock.patch.object(programs.Programs, "first_token", first_token):
         yield kept
 
 
@@ -131,7 +132,7 @@ class GenerationTest(parameterized.TestCase):
             return [generator.prefill_chunk(rows) for rows in (1, 3, 16, 40_000)]
 
         model = self.generator.model
-        flash = model.with_ops(variants.cuda_ops(132))
+        flash = model.with_ops(fastest_ops.cuda_ops(132))
         self.assertEqual(chunks(flash, platform="gpu"), [32768, 8192, 2048, 2048])
         self.assertEqual(chunks(flash.with_ops(flash.ops, {1: flash.ops}), platform="gpu"), [2048] * 4)
         self.assertEqual(chunks(model, platform="gpu"), [2048] * 4)
@@ -183,20 +184,20 @@ class GenerationTest(parameterized.TestCase):
         whole = self.greedy(prompts, 40)
         ends = [row[5] for row in whole]
         blocks = []
-        decode = decoding.Programs.decode
+        decode = programs.Programs.decode
 
         def kept(*args):
             state, block = decode(*args)
             blocks.append((np.asarray(block), int(state.made)))
             return state, block
 
-        with mock.patch.object(decoding.Programs, "decode", kept):
+        with mock.patch.object(programs.Programs, "decode", kept):
             rows = self.greedy(prompts, 40, eos_token_id=ends)
         made = np.concatenate(
             [block[:, : np.flatnonzero((block >= 0).any(axis=0)).size] for block, _ in blocks], axis=1
         )
         for row, tokens in zip(rows, made, strict=True):
-            said = tokens[tokens != decoding.NO_TOKEN].tolist()
+            said = tokens[tokens != programs.NO_TOKEN].tolist()
             self.assertEqual(said, row[1:], "what the device made is what the row is, without its first token")
         self.assertEqual(blocks[-1][1], max(map(len, rows)), "no step after the last row's end")
 

@@ -34,10 +34,10 @@ from flax import nnx
 from jax import Array, lax
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.generate.sampling import Method, Numbers, pick, row_keys
 from apr_jax.load.parameters import Parameters
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.model.qwen2 import NO_POSITION, Cache, Ops, Qwen2ForCausalLM
-from apr_jax.sampling import Method, Numbers, pick, row_keys
 
 BLOCK = 64
 """Most tokens that one call of the decode loop makes for each row."""

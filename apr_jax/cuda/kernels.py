@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.cuda.launch import SPLIT_HALVES, head_names, launch, source
+from apr_jax.cuda.custom_call import SPLIT_HALVES, head_names, launch, source
 from apr_jax.model.qwen2 import LayerCache, Step
 
 _WARPS = 8

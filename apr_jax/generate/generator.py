@@ -20,14 +20,14 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
-from apr_jax.decoding import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
-from apr_jax.generation_config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from apr_jax.generate.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
+from apr_jax.generate.sampling import Method, Numbers
+from apr_jax.generate.tokenizer import Detokenizer, StopStrings, Tokenizer
+from apr_jax.kernels.fastest_ops import ops_for, prompts_keep_no_scores
 from apr_jax.model.language_model import LanguageModel, find_device, load_model
 from apr_jax.model.qwen2 import NO_POSITION, Cache
-from apr_jax.sampling import Method, Numbers
-from apr_jax.tokenizer import Detokenizer, StopStrings, Tokenizer
 from apr_jax.trace.inputs import Inputs
-from apr_jax.variants import ops_for, prompts_keep_no_scores
 
 _LEAST_PROMPT, _LEAST_CAPACITY, _LEAST_STOP = 16, 64, 8
 _PREFILL_CHUNK = 2048

@@ -19,11 +19,11 @@ from absl.testing import absltest, parameterized
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from apr_jax import sample  # noqa: E402
 from apr_jax.commands import make_sample  # noqa: E402
 from apr_jax.converters.checkpoint import qwen2  # noqa: E402
 from apr_jax.converters.checkpoint.openers import open_checkpoint  # noqa: E402
 from apr_jax.converters.errors import UsageError  # noqa: E402
+from apr_jax.testing import sample  # noqa: E402
 
 CHECKPOINTS = ROOT / "tests" / "data" / "checkpoints"
 HALF = sample.SAMPLES["qwen2_0.5b"]

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.cpu_ops import CPU_OPS
-from apr_jax.cuda import decode, nvrtc, rows
-from apr_jax.cuda.launch import SPLIT_HALVES, head_supported
+from apr_jax.cuda import decode_layers, kernels, nvrtc
+from apr_jax.cuda.custom_call import SPLIT_HALVES, head_supported
+from apr_jax.kernels.cpu_ops import CPU_OPS
 from apr_jax.model.qwen2 import (
     MLP,
     OPS,
@@ -103,8 +103,8 @@ def cuda_layers(
     config = layers[0].self_attn.config
     one_token = x.shape[1] == 1 and step.slot is not None and not isinstance(step.slot, int)
     held = [cache for cache in caches if cache is not None]
-    if one_token and x.shape[0] == 1 and decode.supports(config, multiprocessors):
-        return decode.decode(x, layers, step, held, multiprocessors, rotation)
+    if one_token and x.shape[0] == 1 and decode_layers.supports(config, multiprocessors):
+        return decode_layers.decode(x, layers, step, held, multiprocessors, rotation)
     table = dataclasses.replace(
         ops,
         attention_block=functools.partial(token_attention, multiprocessors, rotation) if one_token else attention_block,
@@ -127,12 +127,12 @@ def _prompt_layers(
         here = step if index + 1 == len(layers) else step._replace(kept=None)
         norm = layer.post_attention_layernorm
         update, cache = layer.self_attn(normed, here, cache, ops, pass_on)
-        x, normed = rows.add_norm(here.keep(x), update, norm.weight[...], norm.eps)
+        x, normed = kernels.add_norm(here.keep(x), update, norm.weight[...], norm.eps)
         update = layer.mlp(normed, ops, pass_on)
         after.append(cache)
         if index + 1 < len(layers):
             norm = layers[index + 1].input_layernorm
-            x, normed = rows.add_norm(x, update, norm.weight[...], norm.eps)
+            x, normed = kernels.add_norm(x, update, norm.weight[...], norm.eps)
     return ops.residual(x, update), tuple(after)
 
 
@@ -151,7 +151,7 @@ def token_attention(
     if cache.keys.shape[1] > _MOST_SLOTS and batch * config.num_heads < multiprocessors:
         return attention_block(ops, x, layer, step, cache, tap)
     product = ops.linear(ops, layer.input_layernorm(x, ops), projection.weight[...], jnp.float32)
-    values, cache = rows.attend(config, ops.add_bias(product, projection.bias[...]), step, cache, rotation)
+    values, cache = kernels.attend(config, ops.add_bias(product, projection.bias[...]), step, cache, rotation)
     return ops.residual(x, ops.linear(ops, values, layer.self_attn.o_proj.weight[...])), cache
 
 
@@ -159,7 +159,7 @@ def matvec_linear(ops: Ops, x: Array, weight: Array, dtype: object = None) -> Ar
     """`modeling.linear`, of one token: long rows go to a kernel of their own."""
     if weight.shape[1] < _LONG_ROWS or weight.shape[1] % 8 or dtype is not None:
         return linear(ops, x, weight, dtype)
-    return rows.matvec(weight, x)
+    return kernels.matvec(weight, x)
 
 
 def fused_glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
@@ -167,7 +167,7 @@ def fused_glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
     gate_up = ops.linear(ops, x, weights.gate_up_proj.weight[...])
     if gate_up.shape[2] % 16 or x.shape[0] * x.shape[1] > _MOST_ROWS:
         return glu(ops, x, weights, tap)
-    return rows.swiglu(gate_up)
+    return kernels.swiglu(gate_up)
 
 
 def qkv(ops: Ops, x: Array, weights: Attention, tap: Tap) -> tuple[Array, Array, Array]:

@@ -18,10 +18,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from apr_jax import variants
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.cpu_ops import CPU_OPS
-from apr_jax.cuda import decode, launch, nvrtc
+from apr_jax.cuda import custom_call, decode_layers, nvrtc
+from apr_jax.kernels import fastest_ops
+from apr_jax.kernels.cpu_ops import CPU_OPS
 from apr_jax.model import qwen2
 from apr_jax.model.language_model import load_model, model_graph
 from apr_jax.model.qwen2 import OPS, Cache, Qwen2ForCausalLM
@@ -43,7 +43,7 @@ def kernels_of(config, batch, length, slots, ops=None, layer_ops=qwen2.NO_OVERRI
     cache = jax.eval_shape(lambda: Cache.empty(config, batch, slots, jnp.bfloat16)) if slots else None
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     angles = jax.ShapeDtypeStruct((max(slots, length), config.head_dim // 2), jnp.float32)
-    table = variants.cuda_ops(132) if ops is None else ops
+    table = fastest_ops.cuda_ops(132) if ops is None else ops
 
     def step(parameters, ids, positions, cos, sin, cache):
         model = nnx.merge(graph, parameters)
@@ -53,7 +53,7 @@ def kernels_of(config, batch, length, slots, ops=None, layer_ops=qwen2.NO_OVERRI
     with mock.patch.object(nvrtc, "ptx", lambda text: sources.append(text) or "PTX"):
         traced = jax.jit(step, donate_argnums=5).trace(parameters, tokens, tokens, angles, angles, cache)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in text.splitlines() if launch.TARGET in line]
+    calls = [line for line in text.splitlines() if custom_call.TARGET in line]
     names = [re.search(r'name = "(\w+)"', line)[1] for line in calls]
     return names, sources, [line.count("output_operand_alias<") for line in calls]
 
@@ -62,11 +62,11 @@ class ChoiceTest(parameterized.TestCase):
     def choose(self, config=HALF_BILLION, dtype="bfloat16", fused=True, library="NVRTC", **changes):
         device = types.SimpleNamespace(**{**vars(H200), **changes})
         with mock.patch.object(nvrtc, "library", return_value=library):
-            return variants.ops_for(config, dtype, device, fused)
+            return fastest_ops.ops_for(config, dtype, device, fused)
 
     @parameterized.parameters(HALF_BILLION, ONE_AND_A_HALF, SEVEN, TINY)
     def test_bfloat16_fused_on_an_h200_takes_the_kernels(self, config):
-        self.assertIs(self.choose(config), variants.cuda_ops(132))
+        self.assertIs(self.choose(config), fastest_ops.cuda_ops(132))
 
     @parameterized.parameters(
         {"dtype": "float32"},
@@ -85,7 +85,7 @@ class ChoiceTest(parameterized.TestCase):
         self.assertIs(self.choose(**changes), OPS)
 
     def test_a_cpu_takes_its_own_table(self):
-        self.assertIs(variants.ops_for(TINY, "float32", jax.devices("cpu")[0], fused=True), CPU_OPS)
+        self.assertIs(fastest_ops.ops_for(TINY, "float32", jax.devices("cpu")[0], fused=True), CPU_OPS)
 
     @parameterized.parameters(
         (HALF_BILLION, 132, True),
@@ -96,7 +96,7 @@ class ChoiceTest(parameterized.TestCase):
         (dataclasses.replace(TINY, head_dim=4), 132, False),
     )
     def test_the_whole_token_kernel_takes_what_fits_its_registers(self, config, multiprocessors, fits):
-        self.assertEqual(decode.supports(config, multiprocessors), fits)
+        self.assertEqual(decode_layers.supports(config, multiprocessors), fits)
 
 
 class ProgramTest(parameterized.TestCase):
@@ -132,7 +132,7 @@ class ProgramTest(parameterized.TestCase):
 
     @parameterized.parameters((1, 1), (3, 2))
     def test_another_rotation_reaches_the_kernels(self, batch, calls):
-        _, sources, _ = kernels_of(TINY, batch, 1, 64, variants.cuda_ops(132, ADJACENT_PAIRS))
+        _, sources, _ = kernels_of(TINY, batch, 1, 64, fastest_ops.cuda_ops(132, ADJACENT_PAIRS))
         self.assertLen(sources, calls)
         for source in sources:
             self.assertIn(f"#define ROTATE {ADJACENT_PAIRS}\n", source)
@@ -142,7 +142,7 @@ class ProgramTest(parameterized.TestCase):
         model = load_model(paths.checkpoint(name), "bfloat16", "cpu", fused=True)
         attention = nnx.merge(model_graph(model.config, "bfloat16", True), model.parameters).model.layers[0].self_attn
         x = np.random.default_rng(0).standard_normal((2, 5, model.config.hidden_size)).astype(jnp.bfloat16)
-        ours = variants.qkv(OPS, x, attention, qwen2.pass_on)
+        ours = fastest_ops.qkv(OPS, x, attention, qwen2.pass_on)
         plain = qwen2.qkv(OPS, x, attention, qwen2.pass_on)
         for got, expected in zip(ours, plain, strict=True):
             np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=2**-7, atol=2**-7)

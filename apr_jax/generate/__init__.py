@@ -1,0 +1,1 @@
+"""Text: tokens in and out, compiled programs of the decode loop, sampling."""

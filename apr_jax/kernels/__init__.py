@@ -1,0 +1,1 @@
+"""Which table of operations is fastest on which device."""

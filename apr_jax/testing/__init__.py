@@ -1,0 +1,1 @@
+"""Seeded checkpoints for tests and benchmarks."""
