@@ -15,9 +15,9 @@ from apr_jax.converters.errors import MissingFileError, UsageError
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-    from apr_jax.dumps import Dump
-    from apr_jax.explain import Diagnosis, Finding
     from apr_jax.model.language_model import LanguageModel
+    from apr_jax.parity.diagnose import Diagnosis, Finding
+    from apr_jax.parity.dumps import Dump
     from apr_jax.trace.inputs import Inputs
 
 _SIDES = ("cpu", "cuda", "hf")
@@ -84,11 +84,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.checkpoint.openers import open_checkpoint
-    from apr_jax.explain import diagnose
     from apr_jax.generate import compilation_cache
     from apr_jax.load.parameters import DTYPES
-    from apr_jax.localise import infer_dtype
     from apr_jax.model.language_model import load_model
+    from apr_jax.parity.diagnose import diagnose
+    from apr_jax.parity.localise import infer_dtype
 
     compilation_cache.enable()
     with open_checkpoint(args.model) as checkpoint:
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
 def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: list[str]) -> Diagnosis:
     """Takes out what belongs to a quantised file: engines round activations beside Q4_K weights, by design."""
     from apr_jax.converters.checkpoint.openers import open_checkpoint
-    from apr_jax.explain import Diagnosis
+    from apr_jax.parity.diagnose import Diagnosis
 
     with open_checkpoint(args.model) as checkpoint:
         quantised = any(tensor.dtype.is_block for tensor in checkpoint.tensors.values())
@@ -136,7 +136,7 @@ def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: lis
 
 def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
     """Reads or computes what is examined."""
-    from apr_jax import dumps
+    from apr_jax.parity import dumps
     from apr_jax.trace import golden, inputs
     from apr_jax.trace.positions import parse_positions
 
@@ -215,8 +215,8 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import jax
     import numpy as np
 
-    from apr_jax.explain import Finding
     from apr_jax.model.language_model import load_model
+    from apr_jax.parity.diagnose import Finding
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
     there = jax.tree.leaves(load_model(args.model, dtype, device).parameters)

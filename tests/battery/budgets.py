@@ -1,4 +1,4 @@
-"""Do the budgets of `apr_jax.localise` bite, and do they transfer: one set of constants, many models.
+"""Do the budgets of `apr_jax.parity.localise` bite, and do they transfer: one set of constants, many models.
 
     python tests/battery/budgets.py [--seeds N] [--widths N ...]
 
@@ -28,8 +28,8 @@ import numpy as np
 import safetensors.numpy
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.parity.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.testing.sample import Sample, draw, side_files
 from apr_jax.trace import hf_reference
 from apr_jax.trace.compare import compared_positions

@@ -30,9 +30,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from apr_jax.explain import Diagnosis, diagnose
-from apr_jax.localise import localise
 from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.parity.diagnose import Diagnosis, diagnose
+from apr_jax.parity.localise import localise
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
 from tests import oracle, paths

@@ -21,9 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 from absl.testing import absltest, parameterized
 
-from apr_jax import explain
 from apr_jax.model.language_model import load_model
 from apr_jax.model.qwen2 import OPS, TF32_OPS
+from apr_jax.parity import diagnose
 from apr_jax.testing import sample
 from apr_jax.trace.golden import stored
 from apr_jax.trace.inputs import seeded
@@ -37,7 +37,7 @@ def examine(folder, dtype, ops, batch, length):
     exact, same = load_model(folder, "float64", "cpu"), load_model(folder, dtype, "cpu")
     inputs = seeded(exact.config.vocab_size, batch, length)
     theirs = stored(load_model(folder, dtype, "cuda", ops).trace(inputs))
-    return explain.diagnose(exact, same, inputs, theirs)
+    return diagnose.diagnose(exact, same, inputs, theirs)
 
 
 def worst(diagnosis):
@@ -101,8 +101,8 @@ def one_run(folder, exact, inputs, dtype, device, ops) -> dict[str, Any]:
     clock["traced"] = time.perf_counter()
     same = load_model(folder, dtype, "cpu")
     clock["loaded"] = time.perf_counter()
-    with mock.patch.object(explain, "localise", stopped(explain.localise, clock)):
-        diagnosis = explain.diagnose(exact, same, inputs, theirs)
+    with mock.patch.object(diagnose, "localise", stopped(diagnose.localise, clock)):
+        diagnosis = diagnose.diagnose(exact, same, inputs, theirs)
     clock["explained"] = time.perf_counter()
     marks = ("started", "traced", "loaded", "localising", "localised", "explained")
     return {

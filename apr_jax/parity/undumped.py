@@ -15,7 +15,8 @@ from functools import partial
 
 import numpy as np
 
-from apr_jax.hypotheses import (
+from apr_jax.parity.faults import NORMS, PRODUCTS, Mistake, norm_name
+from apr_jax.parity.hypotheses import (
     GENERATORS,
     INTERLEAVED,
     ON_UP,
@@ -31,8 +32,7 @@ from apr_jax.hypotheses import (
     near,
     other_weights,
 )
-from apr_jax.mistakes import NORMS, PRODUCTS, Mistake, norm_name
-from apr_jax.scene import QKV, Node, head_name, split
+from apr_jax.parity.replay import QKV, Node, head_name, split
 
 _LONGEST = 24
 """A gap of more stages than a layer and a half is not searched: too many mistakes could hide in it."""
@@ -51,7 +51,7 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float]) -> Iterator[M
       question: The stage.
       left: What share of the difference each hypothesis so far leaves; filled in between.
     """
-    nodes = question.scene.undumped(split(question.key))
+    nodes = question.replay.undumped(split(question.key))
     own = filter(None, GENERATORS[question.stage](question))
     if len(nodes) == 1 or len(nodes) > _LONGEST:
         yield from own
@@ -107,7 +107,7 @@ def _made_before(nodes: Sequence[Node], question: Question) -> tuple[list[Mistak
     for layer, stage in nodes[:-1]:
         plain |= dict.fromkeys(_plain(stage, question))
         for tensor in _tensors(stage):
-            weights |= dict.fromkeys(other_weights(question.scene, layer, tensor))
+            weights |= dict.fromkeys(other_weights(question.replay, layer, tensor))
         if stage in ("qkv_matmul", "attn_scores", "attention", *PRODUCTS):
             weights |= dict.fromkeys(PRECISIONS)
     return list(plain), list(weights)
@@ -124,7 +124,7 @@ def _plain(stage: str, question: Question) -> Iterator[Mistake]:
     if stage in ("q_post_rope", "k_post_rope"):
         yield from _rotations(stage, question)
     if stage == "attn_softmax":
-        yield from fixed_masks(question.scene)
+        yield from fixed_masks(question.replay)
         yield WARP
         yield from _windows(question)
     if stage == "attn_scores":
@@ -150,7 +150,7 @@ _SIMPLE: Mapping[str, Sequence[Mistake]] = {
 
 def _missing_biases(question: Question) -> Iterator[Mistake]:
     """Those that the dumped stage can show."""
-    reached = {stage for _, stage in question.scene.undumped(split(question.key))}
+    reached = {stage for _, stage in question.replay.undumped(split(question.key))}
     parts = [part for part, stage in _CARRIES.items() if stage in reached]
     yield from (Mistake.of(f"{part}-bias-missing") for part in parts)
     if len(parts) == len(_CARRIES):
@@ -159,12 +159,12 @@ def _missing_biases(question: Question) -> Iterator[Mistake]:
 
 def _rotations(stage: str, question: Question) -> Iterator[Mistake]:
     yield Mistake.of("rope-adjacent-pairs")
-    if question.scene.config.head_dim % 4 == 0:
+    if question.replay.config.head_dim % 4 == 0:
         yield Mistake.of("rope-half-dims")
     yield Mistake.of("rope-sign")
     yield Mistake.of(f"rope-not-on-{stage[0]}")
     yield Mistake.of("bias-after-rope")
-    last = int(question.scene.inputs.positions().max())
+    last = int(question.replay.inputs.positions().max())
     yield from (Mistake.of("rope-position", restart=1 << power) for power in range(2, last.bit_length()))
 
 
@@ -180,8 +180,8 @@ def _all_quantised(nodes: Sequence[Node], question: Question) -> Iterator[Mistak
     """Every weight of the gap and of the stage itself, by one codec."""
     found: dict[str, list[Mistake]] = {}
     for layer, stage in nodes:
-        for tensor in [head_name(question.scene.config)] if stage == "logits" else _tensors(stage):
-            for mistake in other_weights(question.scene, layer, tensor, slight=True):
+        for tensor in [head_name(question.replay.config)] if stage == "logits" else _tensors(stage):
+            for mistake in other_weights(question.replay, layer, tensor, slight=True):
                 found.setdefault(dict(mistake.parameters)["codec"], []).append(mistake)
     yield from (tuple(mistakes) for mistakes in found.values() if len(mistakes) > 1)
 
@@ -195,9 +195,9 @@ def _off(question: Question) -> np.ndarray:
 def _windows(question: Question) -> Iterator[Mistake]:
     """A window is as wide as the tokens that come before the first one which is off; beside another mistake, which
     hides that, only powers of two are tried."""
-    last = int(question.scene.inputs.positions().max())
+    last = int(question.replay.inputs.positions().max())
     wrong = _off(question) > max(1e-3, question.nothing) * np.abs(question.right).max()
-    before = int(np.where(wrong, question.scene.positions(), last + 1).min())
+    before = int(np.where(wrong, question.replay.positions(), last + 1).min())
     windows = [before, *(1 << power for power in range(2, (last + 1).bit_length()))]
     yield from (Mistake.of("mask-window", window=window) for window in windows if 0 < window <= last)
 

@@ -11,11 +11,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.explain import diagnose
-from apr_jax.localise import infer_dtype
 from apr_jax.model.language_model import load_model
-from apr_jax.scene import Scene
-from apr_jax.search import Search
+from apr_jax.parity.diagnose import diagnose
+from apr_jax.parity.localise import infer_dtype
+from apr_jax.parity.replay import Replay
+from apr_jax.parity.search import Search
 from apr_jax.testing import sample
 from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.inputs import seeded
@@ -76,11 +76,11 @@ class ExplainTest(parameterized.TestCase):
     def test_the_scene_computes_every_stage_as_the_model_does_in_float64(self, rows):
         trace = self.bench.exact.trace(self.bench.inputs)
         columns = np.arange(80) if rows is None else np.array(rows)
-        scene = Scene(self.bench.exact.config, self.bench.exact.parameters, self.bench.inputs, trace, rows=columns)
+        replay = Replay(self.bench.exact.config, self.bench.exact.parameters, self.bench.inputs, trace, rows=columns)
         for key, value in trace.items():
             axis, counted = position_axis(key), compared_positions(key, self.bench.inputs, value.shape)
             right, counted = (np.take(x, columns, axis) for x in (value, counted))
-            difference = (scene.compute(key) - right)[counted]
+            difference = (replay.compute(key) - right)[counted]
             self.assertLess(np.linalg.norm(difference), 1e-13 * np.linalg.norm(right[counted]), key)
 
     def test_a_layout_is_said_and_undone_before_a_mistake_is_looked_for(self):

@@ -8,7 +8,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.rotation import Rotation, candidates
+from apr_jax.parity.rope_fit import Rotation, candidates
 
 POSITIONS = np.stack([np.r_[np.full(10, -1), np.arange(70)], np.arange(80)])
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from apr_jax.gaps import hypotheses
-from apr_jax.hypotheses import Mistakes, Question
-from apr_jax.localise import Localisation, Site, budgets, row_norms
-from apr_jax.mistakes import DOTS, drift, touches, under, ways
-from apr_jax.scene import Scene, split
+from apr_jax.parity.faults import DOTS, drift, touches, under, ways
+from apr_jax.parity.hypotheses import Mistakes, Question
+from apr_jax.parity.localise import Localisation, Site, budgets, row_norms
+from apr_jax.parity.replay import Replay, split
+from apr_jax.parity.undumped import hypotheses
 from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.positions import dumped_tokens, position_axis
 
@@ -98,23 +98,23 @@ class Fit:
 
 
 class _Look:
-    """One stage's values at the positions of a scene, ready to judge hypotheses with.
+    """One stage's values at the positions of a replay, ready to judge hypotheses with.
 
     Attributes:
-      scene: The scene.
+      replay: The replay.
       theirs: Their values, float64.
       before: How well the right values fit.
     """
 
-    def __init__(self, scene: Scene, site: Site, located: Localisation):
-        self.scene, self._site, self._dtype = scene, site, located.dtype
-        self.theirs = scene.look(site.stage, located.theirs[site.key])
-        columns, axis = scene.columns(), position_axis(site.key)
-        mask = compared_positions(site.key, scene.inputs, located.theirs[site.key].shape)
-        counted = dumped_tokens(scene.inputs, located.columns.get(site.key))[:, columns]
+    def __init__(self, replay: Replay, site: Site, located: Localisation):
+        self.replay, self._site, self._dtype = replay, site, located.dtype
+        self.theirs = replay.look(site.stage, located.theirs[site.key])
+        columns, axis = replay.columns(), position_axis(site.key)
+        mask = compared_positions(site.key, replay.inputs, located.theirs[site.key].shape)
+        counted = dumped_tokens(replay.inputs, located.columns.get(site.key))[:, columns]
         self._mask = mask.take(columns, axis) & (counted[:, None, :, None] if axis == 2 else counted)
-        self._positions = scene.positions()
-        reference = scene.look(site.stage, located.reference[site.key])
+        self._positions = replay.positions()
+        reference = replay.look(site.stage, located.reference[site.key])
         self._norm = float(np.linalg.norm(row_norms(reference, self._mask)))
         self.before = self.fit(reference)
 
@@ -122,7 +122,7 @@ class _Look:
         """Judges values as a right stage's are: by our own error there, carried over to the size of these.
 
         Args:
-          value: The values, at the scene's positions.
+          value: The values, at the replay's positions.
           drift: What the mistake's own way of adding may move a position by, relative to it, beside the budget.
         """
         with np.errstate(all="ignore"):
@@ -138,8 +138,8 @@ class _Look:
 
     def judge(self, mistakes: Mistakes) -> Fit:
         """Judges a hypothesis, made in the way that fits best."""
-        key, allowed = self._site.key, drift(mistakes, self.scene, self._site.key)
-        fits = (self.fit(under(self.scene, way).compute(key), allowed) for way in ways(mistakes))
+        key, allowed = self._site.key, drift(mistakes, self.replay, self._site.key)
+        fits = (self.fit(under(self.replay, way).compute(key), allowed) for way in ways(mistakes))
         return min(fits, key=lambda fit: fit.error)
 
 
@@ -151,13 +151,13 @@ class Search:
         leaves; None before `run`.
     """
 
-    def __init__(self, scene: Scene, site: Site, located: Localisation):
+    def __init__(self, replay: Replay, site: Site, located: Localisation):
         self.site, self.located = site, located
         self.closest: tuple[str, float] | None = None
         self._left: dict[Mistakes, float] = {}
-        self._scene = dataclasses.replace(scene, memo={})
+        self._replay = dataclasses.replace(replay, memo={})
 
-    def replay(self, known: Known) -> Answer | None:
+    def recall(self, known: Known) -> Answer | None:
         """Tries what explained the same stage in other layers; None if nothing of it surely explains this one."""
         for answer in known.at(self.site.stage):
             fit = self._judge(answer.mistakes)
@@ -184,10 +184,10 @@ class Search:
 
     def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
         """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, the one before."""
-        nodes = self._scene.undumped(split(self.site.key))
+        nodes = self._replay.undumped(split(self.site.key))
         made = {}
         for mistake in mistakes:
-            where = touches(mistake, self._scene)
+            where = touches(mistake, self._replay)
             made[mistake.name] = tuple(sorted({layer for layer, stage in nodes if stage in where and layer >= 0}))
         return made
 
@@ -205,8 +205,8 @@ class Search:
     def _question(self) -> Question:
         key = self.site.key
         theirs, right = self.located.theirs[key], self.located.reference[key]
-        tokens = dumped_tokens(self._scene.inputs, self.located.columns.get(key))
-        return Question(self._scene, self._some.scene, key, theirs, right, tokens, dtype=self.located.dtype)
+        tokens = dumped_tokens(self._replay.inputs, self.located.columns.get(key))
+        return Question(self._replay, self._some.replay, key, theirs, right, tokens, dtype=self.located.dtype)
 
     def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]]) -> Answer:
         """The first that is about as near as the nearest; the others of its kind are alternatives."""
@@ -245,20 +245,22 @@ class Search:
     @functools.cached_property
     def _composed(self) -> bool:
         """Whether the stage is computed over others that were not dumped: what is rounded is then known but nearly."""
-        return len(self._scene.undumped(split(self.site.key))) > 1
+        return len(self._replay.undumped(split(self.site.key))) > 1
 
     @functools.cached_property
     def _all(self) -> _Look:
-        return _Look(self._scene, self.site, self.located)
+        return _Look(self._replay, self.site, self.located)
 
     @functools.cached_property
     def _some(self) -> _Look:
-        columns = np.flatnonzero(dumped_tokens(self._scene.inputs, self.located.columns.get(self.site.key)).any(axis=0))
+        columns = np.flatnonzero(
+            dumped_tokens(self._replay.inputs, self.located.columns.get(self.site.key)).any(axis=0)
+        )
         shape = self.located.theirs[self.site.key].shape
         per_position = max(1, math.prod(shape) // shape[position_axis(self.site.key)])
         count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
         chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
-        return _Look(dataclasses.replace(self._scene, rows=columns[chosen]), self.site, self.located)
+        return _Look(dataclasses.replace(self._replay, rows=columns[chosen]), self.site, self.located)
 
 
 def names(mistakes: Mistakes) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model.language_model import LanguageModel
-from apr_jax.scene import Scene
+from apr_jax.parity.replay import Replay
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import complete, dumped_tokens, scatter_positions
@@ -67,7 +67,7 @@ def undo(
             continue
         few, tokens = _looked_at(inputs, part)
         shown = whole[key][:, few]
-        right = Scene(exact.config, exact.parameters, inputs, whole, rows=few).compute(key)
+        right = Replay(exact.config, exact.parameters, inputs, whole, rows=few).compute(key)
         before = _distance(shown, right, tokens)
         if before <= _FAR * float(np.linalg.norm(right[tokens])):
             continue

@@ -12,9 +12,9 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax import dumps
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.model.language_model import load_model
+from apr_jax.parity import dumps
 from apr_jax.trace import aprt, golden, inputs
 from apr_jax.trace.inputs import seeded
 from apr_jax.trace.positions import gather_positions

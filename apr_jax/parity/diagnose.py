@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.layouts import Layout, undo
-from apr_jax.localise import Localisation, Site, judge, localise
-from apr_jax.mistakes import Mistake, under
 from apr_jax.model.language_model import LanguageModel
-from apr_jax.scene import Scene, split
-from apr_jax.search import Answer, Known, Search
-from apr_jax.sentences import sentence
+from apr_jax.parity.faults import Mistake, under
+from apr_jax.parity.layouts import Layout, undo
+from apr_jax.parity.localise import Localisation, Site, judge, localise
+from apr_jax.parity.replay import Replay, split
+from apr_jax.parity.search import Answer, Known, Search
+from apr_jax.parity.wording import sentence
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import dumped_tokens, gather_positions, position_axis, scatter_positions
@@ -130,18 +130,18 @@ def diagnose(
     if mistake is not None:
         exact, same = (_reordered(model, order) for model in (exact, same))
     located = localise(exact, same, inputs, theirs, columns)
-    scene = Scene(exact.config, exact.parameters, inputs, located.theirs)
-    explained = _explain_all(scene, located)
+    replay = Replay(exact.config, exact.parameters, inputs, located.theirs)
+    explained = _explain_all(replay, located)
     partial = bool(located.columns.keys() - {stages.LOGITS})
     if partial and _unknown(explained) and all(site.finite for site in located.sites):
-        located, explained = min((located, explained), _explain_in_order(scene, located), key=lambda e: _unknown(e[1]))
+        located, explained = min((located, explained), _explain_in_order(replay, located), key=lambda e: _unknown(e[1]))
     findings = _gather(explained, exact.config.num_layers)
     if mistake is not None:
         findings = [_order_finding(mistake), *findings]
     return Diagnosis((*findings, *_layout_findings(layouts, exact.config.num_layers)), located)
 
 
-def _explain_all(scene: Scene, located: Localisation) -> list[Explanation]:
+def _explain_all(replay: Replay, located: Localisation) -> list[Explanation]:
     """Explains every wrong stage, in order of execution.
 
     The first of each kind is searched among all hypotheses. What is found there is then tried at the others, several at
@@ -151,40 +151,40 @@ def _explain_all(scene: Scene, located: Localisation) -> list[Explanation]:
     found: dict[str, Explanation] = {}
     known, firsts = Known(), {site.stage: site for site in reversed(wrong)}
     for site in (site for site in wrong if firsts[site.stage] is site):
-        found[site.key] = explain(scene, site, located, known)
+        found[site.key] = explain(replay, site, located, known)
     others = [site for site in wrong if site.key not in found and site.finite and known.at(site.stage)]
     with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        replayed = pool.map(lambda site: _replay(scene, site, located, known), others)
-        found |= {site.key: answer for site, answer in zip(others, replayed, strict=True) if answer is not None}
+        recalled = pool.map(lambda site: _recall(replay, site, located, known), others)
+        found |= {site.key: answer for site, answer in zip(others, recalled, strict=True) if answer is not None}
     for site in wrong:
         if site.key not in found:
-            found[site.key] = explain(scene, site, located, known)
+            found[site.key] = explain(replay, site, located, known)
     return [found[site.key] for site in wrong]
 
 
-def _replay(scene: Scene, site: Site, located: Localisation, known: Known) -> Explanation | None:
-    search = Search(scene, site, located)
-    answer = search.replay(known)
+def _recall(replay: Replay, site: Site, located: Localisation, known: Known) -> Explanation | None:
+    search = Search(replay, site, located)
+    answer = search.recall(known)
     return None if answer is None else _explained(site, answer, search)
 
 
-def explain(scene: Scene, site: Site, located: Localisation, known: Known) -> Explanation:
+def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> Explanation:
     """Finds the mistakes that reproduce one wrong stage; what was found at others before is in `known`."""
     theirs = np.asarray(located.theirs[site.key])
     if not site.finite:
         return Explanation(site, (Mistake.of("non-finite"),), None, note=_where_not_finite(theirs))
-    search = Search(scene, site, located)
-    if answer := search.replay(known) or search.run(known):
+    search = Search(replay, site, located)
+    if answer := search.recall(known) or search.run(known):
         return _explained(site, answer, search)
     if site.constant:
         return Explanation(site, (Mistake.of("constant", value=float(theirs.flat[0])),), None)
     columns = search.permuted()
     if columns is not None:
         moved = columns != np.arange(columns.shape[1])
-        named = Mistake.of("positions-permuted", moved=int((moved & (scene.inputs.attention_mask == 1)).sum()))
+        named = Mistake.of("positions-permuted", moved=int((moved & (replay.inputs.attention_mask == 1)).sum()))
         return Explanation(site, (named,), None, note=_places(moved, columns))
-    note = _description(scene.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
-    if missing := [stage for _, stage in scene.undumped(split(site.key))[:-1]]:
+    note = _description(replay.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
+    if missing := [stage for _, stage in replay.undumped(split(site.key))[:-1]]:
         note += f"; not dumped before it: {', '.join(missing)}"
     return Explanation(site, (Mistake.of("unknown"),), None, note=note)
 
@@ -202,7 +202,7 @@ def _unknown(explained: Iterable[Explanation]) -> int:
     return sum(mistake.name == "unknown" for explanation in explained for mistake in explanation.mistakes)
 
 
-def _explain_in_order(scene: Scene, located: Localisation) -> tuple[Localisation, list[Explanation]]:
+def _explain_in_order(replay: Replay, located: Localisation) -> tuple[Localisation, list[Explanation]]:
     """Explains a dump of some positions with the mistakes that are found made at the others too.
 
     What was not dumped is first taken for right, as in an engine that only decodes wrongly. Where that leaves stages
@@ -213,14 +213,14 @@ def _explain_in_order(scene: Scene, located: Localisation) -> tuple[Localisation
     values: dict[str, np.ndarray] = {}
     sites: list[Site] = []
     explained: list[Explanation] = []
-    known, order = Known(), list(stages.trace_keys(scene.config.num_layers))
+    known, order = Known(), list(stages.trace_keys(replay.config.num_layers))
     for before in located.sites:
         key, part = before.key, located.columns.get(before.key)
-        here = dataclasses.replace(scene, theirs=values, memo={})
+        here = dataclasses.replace(replay, theirs=values, memo={})
         right = here.compute(key)
         values[key] = located.theirs[key] if part is None else _filled_up(key, located.theirs[key], right, part)
         own = right * (1 + before.own / before.norm) if before.norm else right
-        site = judge(key, values[key], right, own, scene.inputs, located.dtype, part)
+        site = judge(key, values[key], right, own, replay.inputs, located.dtype, part)
         if site.wrong:
             one = dataclasses.replace(located, sites=(site,), reference={key: right}, theirs=values)
             explanation = explain(here, site, one, known)
@@ -302,7 +302,7 @@ def _ends_after(exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.nd
     few = np.unique(np.linspace(0, theirs[source].shape[1] - 1, _ENOUGH_POSITIONS).astype(int))
     whole = theirs[source].shape[1] == inputs.input_ids.shape[1]
     tokens = (inputs.attention_mask == 1 if whole else np.ones(theirs[source].shape[:2], bool))[:, few]
-    right = Scene(config, exact.parameters, inputs, {source: theirs[source]}, rows=few).compute(stages.FINAL_NORM)
+    right = Replay(config, exact.parameters, inputs, {source: theirs[source]}, rows=few).compute(stages.FINAL_NORM)
     found = theirs[stages.FINAL_NORM][:, few]
     return float(np.linalg.norm((found - right)[tokens])) <= 0.05 * float(np.linalg.norm(right[tokens]))
 
@@ -337,11 +337,11 @@ def _vote(exact: LanguageModel, inputs: Inputs, dumped: Mapping[str, np.ndarray]
     # Its own layer first: it is seldom another one's.
     for candidate in sorted(range(count), key=lambda index: index != layer):
         moved = {stages.layer_key(candidate, name): values for name, values in dumped.items()}
-        scene = Scene(exact.config, exact.parameters, inputs, moved, rows=few)
-        gap = scene.undumped((candidate, stage))[:-1]
+        replay = Replay(exact.config, exact.parameters, inputs, moved, rows=few)
+        gap = replay.undumped((candidate, stage))[:-1]
         if any(name not in _BY_POSITION or place != candidate for place, name in gap):
             return None
-        value = scene.compute(stages.layer_key(candidate, stage))
+        value = replay.compute(stages.layer_key(candidate, stage))
         distances.append((float(np.linalg.norm((value - wanted)[tokens])), candidate))
         if candidate == layer and distances[-1][0] <= enough:
             break

@@ -1,6 +1,6 @@
 """What each mistake does: the stage formulas of a forward pass that makes them, alone or together.
 
-A set of mistakes is a hypothesis; `under` gives the scene in which it is true. Every stage that one of them touches
+A set of mistakes is a hypothesis; `under` gives the replay in which it is true. Every stage that one of them touches
 gets a formula that makes all of them, so that they stack as they would in an engine, over stages that were not dumped
 too.
 """
@@ -17,12 +17,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax import rotation
 from apr_jax.converters.formats import codecs, dtypes
-from apr_jax.scene import (
+from apr_jax.parity import rope_fit
+from apr_jax.parity.replay import (
     FORMULAS,
     QKV,
-    Scene,
+    Replay,
     Value,
     head_input,
     head_name,
@@ -107,13 +107,13 @@ _TOUCHES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def touches(mistake: Mistake, scene: Scene) -> tuple[str, ...]:
+def touches(mistake: Mistake, replay: Replay) -> tuple[str, ...]:
     """Returns the stages that a mistake is made at."""
     if mistake.name in _TOUCHES:
         return _TOUCHES[mistake.name]
     tensor = dict(mistake.parameters)["tensor"]
     if tensor == "model.embed_tokens.weight":
-        return ("embedding", "logits") if tensor == head_name(scene.config) else ("embedding",)
+        return ("embedding", "logits") if tensor == head_name(replay.config) else ("embedding",)
     if tensor == "lm_head.weight":
         return ("logits",)
     if tensor.startswith("self_attn.") and not tensor.startswith("self_attn.o_proj"):
@@ -123,11 +123,11 @@ def touches(mistake: Mistake, scene: Scene) -> tuple[str, ...]:
     )
 
 
-def under(scene: Scene, mistakes: Iterable[Mistake]) -> Scene:
-    """Returns the scene in which these mistakes are made."""
+def under(replay: Replay, mistakes: Iterable[Mistake]) -> Replay:
+    """Returns the replay in which these mistakes are made."""
     made = Made(tuple(mistakes))
-    names = {stage for mistake in made.mistakes for stage in touches(mistake, scene)}
-    return dataclasses.replace(scene, formulas={stage: partial(_FORMULAS[stage], made) for stage in names})
+    names = {stage for mistake in made.mistakes for stage in touches(mistake, replay)}
+    return dataclasses.replace(replay, formulas={stage: partial(_FORMULAS[stage], made) for stage in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Made:
         values = [dict(m.parameters).get(parameter) for m in self.mistakes if m.name == name]
         return next((value for value in values if value is not None), default)
 
-    def weight(self, scene: Scene, layer: int, tensor: str) -> Value:
+    def weight(self, replay: Replay, layer: int, tensor: str) -> Value:
         """Returns a tensor as an engine with these mistakes holds it."""
         if self.has("gate-up-swapped"):
             pair = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
@@ -160,17 +160,17 @@ class Made:
             if not mistake.name.startswith("weights-") or parameters["tensor"] != tensor:
                 continue
             if mistake.name == "weights-from-another-layer":
-                value = scene.weight(parameters["layer"], tensor)
+                value = replay.weight(parameters["layer"], tensor)
             else:
                 how = parameters.get("codec") or parameters["direction"]
-                value = scene.remember(
-                    (layer, tensor, how), partial(_OTHERWISE[mistake.name], tensor, scene.weight(layer, tensor), how)
+                value = replay.remember(
+                    (layer, tensor, how), partial(_OTHERWISE[mistake.name], tensor, replay.weight(layer, tensor), how)
                 )
-        return scene.weight(layer, tensor) if value is None else value
+        return replay.weight(layer, tensor) if value is None else value
 
-    def matrix(self, scene: Scene, layer: int, tensor: str, transposed: str) -> Value:
+    def matrix(self, replay: Replay, layer: int, tensor: str, transposed: str) -> Value:
         """Returns a weight [out, in] that may be used transposed: the mistake's name says whether."""
-        value = self.weight(scene, layer, tensor)
+        value = self.weight(replay, layer, tensor)
         if not self.has(transposed):
             return value
         from_file = self.get(transposed, "buffer") == "file"
@@ -284,7 +284,7 @@ def ways(mistakes: Iterable[Mistake]) -> Iterator[tuple[Mistake, ...]]:
     return itertools.product(*((m, _OTHER_WAYS[m][0]) if m in _OTHER_WAYS else (m,) for m in mistakes))
 
 
-def drift(mistakes: Iterable[Mistake], scene: Scene, key: str) -> float:
+def drift(mistakes: Iterable[Mistake], replay: Replay, key: str) -> float:
     """Returns what a stage may be off, relative to it, because of how TF32 products are added up.
 
     Tensor cores cut the running sum off after every 8 products instead of rounding it, so that the errors do not
@@ -294,12 +294,12 @@ def drift(mistakes: Iterable[Mistake], scene: Scene, key: str) -> float:
 
     Args:
       mistakes: What is supposed to be wrong.
-      scene: The scene.
+      replay: The replay.
       key: The stage; products before it that were not dumped count too.
     """
     if not any(mistake.name == "tf32-dots" for mistake in mistakes):
         return 0.0
-    config, length = scene.config, scene.inputs.input_ids.shape[1]
+    config, length = replay.config, replay.inputs.input_ids.shape[1]
     columns = {
         **dict.fromkeys(("qkv_matmul", "ffn_gate", "ffn_up", "logits"), config.hidden_size),
         "attn_scores": config.head_dim,
@@ -307,28 +307,28 @@ def drift(mistakes: Iterable[Mistake], scene: Scene, key: str) -> float:
         "attn_out": config.num_heads * config.head_dim,
         "ffn_out": config.intermediate_size,
     }
-    return sum(columns.get(stage, 0) for _, stage in scene.undumped(split(key))) / 8 * 2.0**-23
+    return sum(columns.get(stage, 0) for _, stage in replay.undumped(split(key))) / 8 * 2.0**-23
 
 
 # --- Stages ----------------------------------------------------------------------------------------------------------
 
 
-def _embedding(made: Made, scene: Scene, layer: int) -> Value:
-    table = made.weight(scene, -1, "model.embed_tokens.weight")
+def _embedding(made: Made, replay: Replay, layer: int) -> Value:
+    table = made.weight(replay, -1, "model.embed_tokens.weight")
     step = 1 if made.has("embedding-row-off-by-one") else 0
-    return table[(scene.inputs.input_ids[:, scene.columns()] + step) % len(table)]
+    return table[(replay.inputs.input_ids[:, replay.columns()] + step) % len(table)]
 
 
-def _norm(stage: str, made: Made, scene: Scene, layer: int) -> Value:
-    x = norm_input(scene, layer, stage)
+def _norm(stage: str, made: Made, replay: Replay, layer: int) -> Value:
+    x = norm_input(replay, layer, stage)
     if stage == "final_norm" and made.has("final-norm-missing"):
         return x
     if made.has("norm-mean-subtracted"):
         x = x - x.mean(axis=-1, keepdims=True)
     named = made.get("rms-norm-eps", "norms", (norm_name(stage),))
     eps = made.get("rms-norm-eps", "eps") if norm_name(stage) in named else None
-    eps = scene.config.rms_norm_eps if eps is None else eps
-    weight = made.weight(scene, layer, NORMS[stage])
+    eps = replay.config.rms_norm_eps if eps is None else eps
+    weight = made.weight(replay, layer, NORMS[stage])
     if made.has("norm-weight-missing"):
         weight = np.ones_like(weight)
     if made.has("norm-weight-plus-one"):
@@ -336,11 +336,11 @@ def _norm(stage: str, made: Made, scene: Scene, layer: int) -> Value:
     return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
 
 
-def norm_input(scene: Scene, layer: int, stage: str) -> Value:
+def norm_input(replay: Replay, layer: int, stage: str) -> Value:
     """Returns what a norm is taken of."""
     if stage == "ffn_norm":
-        return scene.get(layer, "post_attn_residual")
-    return scene.residual(scene.config.num_layers if stage == "final_norm" else layer)
+        return replay.get(layer, "post_attn_residual")
+    return replay.residual(replay.config.num_layers if stage == "final_norm" else layer)
 
 
 def norm_name(stage: str) -> str:
@@ -348,48 +348,48 @@ def norm_name(stage: str) -> str:
     return NORMS[stage].removesuffix(".weight").removeprefix("model.")
 
 
-def _qkv_matmul(made: Made, scene: Scene, layer: int) -> Value:
-    x, dot = scene.get(layer, "attn_norm"), made.dot
-    return np.concatenate([dot(x, made.weight(scene, layer, f"self_attn.{name}.weight")) for name in QKV], -1)
+def _qkv_matmul(made: Made, replay: Replay, layer: int) -> Value:
+    x, dot = replay.get(layer, "attn_norm"), made.dot
+    return np.concatenate([dot(x, made.weight(replay, layer, f"self_attn.{name}.weight")) for name in QKV], -1)
 
 
-def _qkv_bias(made: Made, scene: Scene, layer: int) -> Value:
-    biases = [added_bias(made, scene, layer, name) for name in QKV]
+def _qkv_bias(made: Made, replay: Replay, layer: int) -> Value:
+    biases = [added_bias(made, replay, layer, name) for name in QKV]
     if made.has("bias-after-rope"):
         biases[:2] = [np.zeros_like(bias) for bias in biases[:2]]
-    return scene.get(layer, "qkv_matmul") + np.concatenate(biases)
+    return replay.get(layer, "qkv_matmul") + np.concatenate(biases)
 
 
-def added_bias(made: Made, scene: Scene, layer: int, name: str) -> Value:
+def added_bias(made: Made, replay: Replay, layer: int, name: str) -> Value:
     """Returns the bias of q_proj, k_proj or v_proj: zeros where it is missing."""
-    bias = made.weight(scene, layer, f"self_attn.{name}.bias")
+    bias = made.weight(replay, layer, f"self_attn.{name}.bias")
     missing = made.has("qkv-bias-missing") or made.has(f"{name[0]}-bias-missing")
     return np.zeros_like(bias) if missing else bias
 
 
-def _rope(which: int, made: Made, scene: Scene, layer: int) -> Value:
-    x = scene.heads(layer)[which]
+def _rope(which: int, made: Made, replay: Replay, layer: int) -> Value:
+    x = replay.heads(layer)[which]
     late: Value | float = 0.0
     if made.has("bias-after-rope"):
-        late = added_bias(made, scene, layer, QKV[which]).reshape(-1, scene.config.head_dim)
-        if bias_was_added(scene, layer, which):
+        late = added_bias(made, replay, layer, QKV[which]).reshape(-1, replay.config.head_dim)
+        if bias_was_added(replay, layer, which):
             x = x - late
     turn = rotation_of(made, QKV[which][0])
-    return join_heads(turn.apply(x, scene.positions(), scene.config.rope_theta) + late)
+    return join_heads(turn.apply(x, replay.positions(), replay.config.rope_theta) + late)
 
 
-def bias_was_added(scene: Scene, layer: int, which: int) -> bool:
+def bias_was_added(replay: Replay, layer: int, which: int) -> bool:
     """Whether dumped inputs of the rotation hold the bias, though the rotated values may have got it later."""
-    if not scene.dumped((layer, "qkv_bias")):
+    if not replay.dumped((layer, "qkv_bias")):
         return False
-    shown, plain = (split_heads(scene.get(layer, stage), scene.config)[which] for stage in ("qkv_bias", "qkv_matmul"))
-    bias = scene.weight(layer, f"self_attn.{QKV[which]}.bias").reshape(-1, scene.config.head_dim)
+    shown, plain = (split_heads(replay.get(layer, stage), replay.config)[which] for stage in ("qkv_bias", "qkv_matmul"))
+    bias = replay.weight(layer, f"self_attn.{QKV[which]}.bias").reshape(-1, replay.config.head_dim)
     return bool(np.linalg.norm(shown - plain - bias) < np.linalg.norm(shown - plain))
 
 
-def rotation_of(made: Made, projection: str) -> rotation.Rotation:
+def rotation_of(made: Made, projection: str) -> rope_fit.Rotation:
     """Returns the rotation that these mistakes make of the right one, for "q" or "k"."""
-    return rotation.Rotation(
+    return rope_fit.Rotation(
         theta=made.get("rope-theta", "theta"),
         adjacent=made.has("rope-adjacent-pairs"),
         half=made.has("rope-half-dims"),
@@ -400,7 +400,7 @@ def rotation_of(made: Made, projection: str) -> rotation.Rotation:
     )
 
 
-def name_rotation(turn: rotation.Rotation, projection: str) -> list[Mistake]:
+def name_rotation(turn: rope_fit.Rotation, projection: str) -> list[Mistake]:
     """Returns the mistakes that a rotation consists of."""
     if turn.none:
         return [Mistake.of(f"rope-not-on-{projection}")]
@@ -420,28 +420,28 @@ def name_rotation(turn: rotation.Rotation, projection: str) -> list[Mistake]:
     return named
 
 
-def kv_heads(made: Made, scene: Scene) -> np.ndarray:
+def kv_heads(made: Made, replay: Replay) -> np.ndarray:
     """Which KV head each query head reads, int [N]."""
-    heads, kv = scene.config.num_heads, scene.config.num_kv_heads
+    heads, kv = replay.config.num_heads, replay.config.num_kv_heads
     return np.arange(heads) % kv if made.has("kv-heads-interleaved") else np.arange(heads) // (heads // kv)
 
 
-def _scores(made: Made, scene: Scene, layer: int) -> Value:
-    q = unjoin(scene.get(layer, "q_post_rope"), scene.config)
-    k = unjoin(scene.whole.get(layer, "k_post_rope"), scene.config)[:, :, kv_heads(made, scene)]
+def _scores(made: Made, replay: Replay, layer: int) -> Value:
+    q = unjoin(replay.get(layer, "q_post_rope"), replay.config)
+    k = unjoin(replay.whole.get(layer, "k_post_rope"), replay.config)[:, :, kv_heads(made, replay)]
     raw = np.array([[made.dot(q[b, :, h], k[b, :, h]) for h in range(q.shape[2])] for b in range(len(q))])
-    raw *= made.get("softmax-scale", "scale", scene.config.head_dim**-0.5)
+    raw *= made.get("softmax-scale", "scale", replay.config.head_dim**-0.5)
     if made.has("cache-position"):
-        tokens = _tokens_read(made, scene)
+        tokens = _tokens_read(made, replay)
         raw = np.where(tokens >= 0, np.take_along_axis(raw, np.maximum(tokens, 0)[None, None], axis=-1), 0.0)
     # An engine that masks scores shows nothing where its own mask hides.
-    return np.where(visible(made, scene)[:, None], raw, 0.0)
+    return np.where(visible(made, replay)[:, None], raw, 0.0)
 
 
-def _tokens_read(made: Made, scene: Scene) -> np.ndarray:
+def _tokens_read(made: Made, replay: Replay) -> np.ndarray:
     """Which token each query finds at each column of a cache that is written or read at position + n, [T, S]."""
     shift, side, first = (made.get("cache-position", name) for name in ("shift", "side", "prefill"))
-    length = scene.inputs.input_ids.shape[1]
+    length = replay.inputs.input_ids.shape[1]
     tokens = np.tile(np.arange(length), (length, 1))
     slots = np.where(np.arange(length) < first, np.arange(length), -1)
     for token in range(first, length):
@@ -450,25 +450,25 @@ def _tokens_read(made: Made, scene: Scene) -> np.ndarray:
             slots[slot] = token
         at = np.arange(length) + (shift if side == "read" else 0)
         tokens[token] = np.where((at >= 0) & (at < length), slots[np.clip(at, 0, length - 1)], -1)
-    return tokens[scene.columns()]
+    return tokens[replay.columns()]
 
 
-def visible(made: Made, scene: Scene) -> Value:
+def visible(made: Made, replay: Replay) -> Value:
     """The mask that these mistakes leave, bool [B, T, S]: by column, as engines build them."""
-    query, key = scene.columns()[:, None], np.arange(scene.inputs.input_ids.shape[1])
+    query, key = replay.columns()[:, None], np.arange(replay.inputs.input_ids.shape[1])
     seen = key <= query + made.get("mask-off-by-one", "last", 0)
     if made.has("mask-not-causal"):
         seen = np.ones_like(seen)
     if window := made.get("mask-window", "window"):
         seen = seen & (key > query - window)
     if made.has("padding-attended"):
-        return np.broadcast_to(seen, (len(scene.inputs.input_ids), *seen.shape))
-    return seen & ((scene.inputs.attention_mask == 1)[:, None, :] | (key == query))
+        return np.broadcast_to(seen, (len(replay.inputs.input_ids), *seen.shape))
+    return seen & ((replay.inputs.attention_mask == 1)[:, None, :] | (key == query))
 
 
-def _softmax(made: Made, scene: Scene, layer: int) -> Value:
+def _softmax(made: Made, replay: Replay, layer: int) -> Value:
     """Softmax over the keys seen; a partial warp takes maximum and sum over the first 32 of every 64."""
-    raw, seen = scene.get(layer, "attn_scores"), visible(made, scene)[:, None]
+    raw, seen = replay.get(layer, "attn_scores"), visible(made, replay)[:, None]
     length = raw.shape[-1]
     summed = seen
     if made.has("softmax-partial-warp"):
@@ -479,15 +479,15 @@ def _softmax(made: Made, scene: Scene, layer: int) -> Value:
         powers = np.where(seen, np.exp(raw - top), 0.0)
         shares = powers / np.where(summed, powers, 0.0).sum(axis=-1, keepdims=True)
     empty = made.get("mask-off-by-one", "empty", "uniform")
-    instead = {"uniform": np.array(1 / length), "self": np.eye(length)[scene.columns()], "zero": np.array(0.0)}[empty]
+    instead = {"uniform": np.array(1 / length), "self": np.eye(length)[replay.columns()], "zero": np.array(0.0)}[empty]
     return np.where(seen.any(axis=-1, keepdims=True), shares, instead)
 
 
-def _attention(made: Made, scene: Scene, layer: int) -> Value:
-    shares, v = scene.get(layer, "attn_softmax"), scene.whole.heads(layer)[2]
-    v = (v[:, :, ::-1] if made.has("v-heads-swapped") else v)[:, :, kv_heads(made, scene)]
+def _attention(made: Made, replay: Replay, layer: int) -> Value:
+    shares, v = replay.get(layer, "attn_softmax"), replay.whole.heads(layer)[2]
+    v = (v[:, :, ::-1] if made.has("v-heads-swapped") else v)[:, :, kv_heads(made, replay)]
     if made.has("cache-position"):
-        shares = _by_token(shares, _tokens_read(made, scene))
+        shares = _by_token(shares, _tokens_read(made, replay))
     rows = [[made.dot(shares[b, h], v[b, :, h].T) for h in range(v.shape[2])] for b in range(len(v))]
     return join_heads(np.array(rows).transpose(0, 2, 1, 3))
 
@@ -501,14 +501,14 @@ def _by_token(shares: Value, tokens: np.ndarray) -> Value:
     return result[..., :length]
 
 
-def _product(stage: str, made: Made, scene: Scene, layer: int) -> Value:
+def _product(stage: str, made: Made, replay: Replay, layer: int) -> Value:
     source, tensor = PRODUCTS[stage]
     transposed = {"attn_out": "o-proj-transposed", "ffn_out": "down-proj-transposed"}.get(stage, "")
-    return made.dot(scene.get(layer, source), made.matrix(scene, layer, tensor, transposed))
+    return made.dot(replay.get(layer, source), made.matrix(replay, layer, tensor, transposed))
 
 
-def _residual(stage: str, name: str, update: str, made: Made, scene: Scene, layer: int) -> Value:
-    return scene.get(layer, update) if made.has(name) else FORMULAS[stage](scene, layer)
+def _residual(stage: str, name: str, update: str, made: Made, replay: Replay, layer: int) -> Value:
+    return replay.get(layer, update) if made.has(name) else FORMULAS[stage](replay, layer)
 
 
 def _gelu(x: Value) -> Value:
@@ -526,26 +526,26 @@ ACTIVATIONS: Mapping[str, Callable[[Value], Value]] = {
 }
 
 
-def _activation(made: Made, scene: Scene, layer: int) -> Value:
+def _activation(made: Made, replay: Replay, layer: int) -> Value:
     function = next((function for name, function in ACTIVATIONS.items() if made.has(name)), silu)
-    return function(scene.get(layer, "ffn_up" if made.has("activation-on-up") else "ffn_gate"))
+    return function(replay.get(layer, "ffn_up" if made.has("activation-on-up") else "ffn_gate"))
 
 
-def _gated(made: Made, scene: Scene, layer: int) -> Value:
-    return scene.get(layer, "ffn_silu") * scene.get(layer, "ffn_gate" if made.has("activation-on-up") else "ffn_up")
+def _gated(made: Made, replay: Replay, layer: int) -> Value:
+    return replay.get(layer, "ffn_silu") * replay.get(layer, "ffn_gate" if made.has("activation-on-up") else "ffn_up")
 
 
-def _logits(made: Made, scene: Scene, layer: int) -> Value:
-    theirs = scene.theirs.get(key_of(-1, "logits"))
+def _logits(made: Made, replay: Replay, layer: int) -> Value:
+    theirs = replay.theirs.get(key_of(-1, "logits"))
     if made.has("head-missing") and theirs is not None:
-        return np.zeros_like(scene.look("logits", theirs))
+        return np.zeros_like(replay.look("logits", theirs))
     shift = made.get("logits-shifted", "shift", 0)
-    x = head_input(scene.whole if shift else scene)
-    value = made.dot(x, made.matrix(scene, -1, head_name(scene.config), "head-transposed"))
-    return scene.look("logits", np.roll(value.ravel(), shift).reshape(value.shape)) if shift else value
+    x = head_input(replay.whole if shift else replay)
+    value = made.dot(x, made.matrix(replay, -1, head_name(replay.config), "head-transposed"))
+    return replay.look("logits", np.roll(value.ravel(), shift).reshape(value.shape)) if shift else value
 
 
-_FORMULAS: Mapping[str, Callable[[Made, Scene, int], Value]] = {
+_FORMULAS: Mapping[str, Callable[[Made, Replay, int], Value]] = {
     "embedding": _embedding,
     **{stage: partial(_norm, stage) for stage in NORMS},
     "qkv_matmul": _qkv_matmul,

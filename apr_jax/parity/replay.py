@@ -3,7 +3,7 @@ from.
 
 The right formulas are those of `modeling.OPS` in NumPy, for some positions at a time; a test holds them against a
 float64 trace. A stage that the other side did not dump is computed from the nearest ones that it did, so that a
-hypothesis about it is composed over the gap. A scene may look at some positions only: most hypotheses are wrong, and a
+hypothesis about it is composed over the gap. A replay may look at some positions only: most hypotheses are wrong, and a
 few positions show it.
 """
 
@@ -24,14 +24,14 @@ from apr_jax.trace.inputs import Inputs
 Value = np.ndarray
 Node = tuple[int, str]
 """A stage of a layer; layer -1 is outside the layers."""
-Formula = Callable[["Scene", int], Value]
-"""Computes a stage of a layer; asks the scene for its inputs."""
+Formula = Callable[["Replay", int], Value]
+"""Computes a stage of a layer; asks the replay for its inputs."""
 
 _BY_PAIRS = ("attn_scores", "attn_softmax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class Replay:
     """Everything that a stage can be computed from.
 
     Attributes:
@@ -57,7 +57,7 @@ class Scene:
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def compute(self, key: str) -> Value:
-        """Computes one stage from the other side's values, under the scene's formulas."""
+        """Computes one stage from the other side's values, under the replay's formulas."""
         layer, stage = node = split(key)
         return self.formula(stage)(dataclasses.replace(self, target=node, composed={}), layer)
 
@@ -84,7 +84,7 @@ class Scene:
         return store[name]
 
     def look(self, stage: str, values: np.ndarray) -> Value:
-        """Returns the scene's positions of a stage's values, float64."""
+        """Returns the replay's positions of a stage's values, float64."""
         if self.rows is not None:
             values = values[:, :, self.rows] if stage in _BY_PAIRS else values[:, self.rows]
         return np.asarray(values, np.float64)
@@ -96,8 +96,8 @@ class Scene:
         return self.memo[what]
 
     @property
-    def whole(self) -> Scene:
-        """The scene with all positions."""
+    def whole(self) -> Replay:
+        """The replay with all positions."""
         return self if self.rows is None else dataclasses.replace(self, rows=None)
 
     def dumped(self, node: Node) -> bool:
@@ -164,7 +164,7 @@ class Scene:
         return np.arange(self.inputs.input_ids.shape[1]) if self.rows is None else self.rows
 
     def rotary(self) -> tuple[Value, Value]:
-        """Returns cos and sin at the scene's positions, [B, T, H/2]."""
+        """Returns cos and sin at the replay's positions, [B, T, H/2]."""
         last = int(self.inputs.positions().max())
         cos, sin = rotary.tables(self.config.rope_theta, self.config.head_dim, last + 1)
         positions = np.maximum(self.positions(), 0)
@@ -196,14 +196,14 @@ def product(x: Value, weight: Value) -> Value:
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def qkv_weights(scene: Scene, layer: int) -> list[Value]:
+def qkv_weights(replay: Replay, layer: int) -> list[Value]:
     """The three projections, [out, in] each."""
-    return [scene.weight(layer, f"self_attn.{name}.weight") for name in QKV]
+    return [replay.weight(layer, f"self_attn.{name}.weight") for name in QKV]
 
 
-def qkv_biases(scene: Scene, layer: int) -> list[Value]:
+def qkv_biases(replay: Replay, layer: int) -> list[Value]:
     """The three biases."""
-    return [scene.weight(layer, f"self_attn.{name}.bias") for name in QKV]
+    return [replay.weight(layer, f"self_attn.{name}.bias") for name in QKV]
 
 
 def head_name(config: Qwen2Config) -> str:
@@ -211,42 +211,42 @@ def head_name(config: Qwen2Config) -> str:
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
-def head_input(scene: Scene) -> Value:
+def head_input(replay: Replay) -> Value:
     """What the head multiplies with: the last token of each row [B, 1, D] where only its logits were dumped."""
-    x, logits = scene.get(-1, "final_norm"), scene.theirs.get(stages.LOGITS)
+    x, logits = replay.get(-1, "final_norm"), replay.theirs.get(stages.LOGITS)
     if logits is None or logits.shape[1] != 1:
         return x
-    last = np.where(scene.inputs.attention_mask == 1, np.arange(x.shape[1]), -1).max(axis=1)
+    last = np.where(replay.inputs.attention_mask == 1, np.arange(x.shape[1]), -1).max(axis=1)
     return x[np.arange(len(x)), last][:, None]
 
 
-def _norm(scene: Scene, x: Value, weight: Value) -> Value:
-    return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + scene.config.rms_norm_eps))
+def _norm(replay: Replay, x: Value, weight: Value) -> Value:
+    return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + replay.config.rms_norm_eps))
 
 
-def _rope(scene: Scene, x: Value) -> Value:
-    cos, sin = (table[:, :, None, :] for table in scene.rotary())
+def _rope(replay: Replay, x: Value) -> Value:
+    cos, sin = (table[:, :, None, :] for table in replay.rotary())
     low, high = np.split(x, 2, axis=-1)
     return join_heads(np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1))
 
 
-def _scores(scene: Scene, layer: int) -> Value:
-    q, k = scene.get(layer, "q_post_rope"), scene.whole.get(layer, "k_post_rope")
-    q, k = (unjoin(x, scene.config).swapaxes(1, 2) for x in (q, k))
-    return q @ by_query_head(k, scene.config).swapaxes(2, 3) * scene.config.head_dim**-0.5
+def _scores(replay: Replay, layer: int) -> Value:
+    q, k = replay.get(layer, "q_post_rope"), replay.whole.get(layer, "k_post_rope")
+    q, k = (unjoin(x, replay.config).swapaxes(1, 2) for x in (q, k))
+    return q @ by_query_head(k, replay.config).swapaxes(2, 3) * replay.config.head_dim**-0.5
 
 
-def _softmax(scene: Scene, layer: int) -> Value:
-    queries, keys = scene.positions()[:, None, :, None], scene.inputs.positions()[:, None, None, :]
+def _softmax(replay: Replay, layer: int) -> Value:
+    queries, keys = replay.positions()[:, None, :, None], replay.inputs.positions()[:, None, None, :]
     seen = (keys >= 0) & (keys <= queries)
-    scores = np.where(seen, scene.get(layer, "attn_scores"), np.finfo(np.float64).min)
+    scores = np.where(seen, replay.get(layer, "attn_scores"), np.finfo(np.float64).min)
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _attention(scene: Scene, layer: int) -> Value:
-    v = by_query_head(scene.whole.heads(layer)[2].swapaxes(1, 2), scene.config)
-    return join_heads((scene.get(layer, "attn_softmax") @ v).swapaxes(1, 2))
+def _attention(replay: Replay, layer: int) -> Value:
+    v = by_query_head(replay.whole.heads(layer)[2].swapaxes(1, 2), replay.config)
+    return join_heads((replay.get(layer, "attn_softmax") @ v).swapaxes(1, 2))
 
 
 def by_query_head(x: Value, config: Qwen2Config) -> Value:

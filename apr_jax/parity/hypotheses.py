@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from apr_jax import rotation
 from apr_jax.converters.formats import codecs
-from apr_jax.localise import EPSILON
-from apr_jax.mistakes import (
+from apr_jax.parity import rope_fit
+from apr_jax.parity.faults import (
     ACTIVATIONS,
     DOTS,
     NORMS,
@@ -31,7 +30,8 @@ from apr_jax.mistakes import (
     under,
     visible,
 )
-from apr_jax.scene import QKV, Scene, Value, head_name, split, unjoin
+from apr_jax.parity.localise import EPSILON
+from apr_jax.parity.replay import QKV, Replay, Value, head_name, split, unjoin
 
 Mistakes = tuple[Mistake, ...]
 
@@ -41,8 +41,8 @@ class Question:
     """A wrong stage.
 
     Attributes:
-      scene: The scene with all positions.
-      probe: The scene with some positions, which most hypotheses are judged on.
+      replay: The replay with all positions.
+      probe: The replay with some positions, which most hypotheses are judged on.
       key: The stage's key in a trace.
       theirs: The other side's values.
       right: What they should be, from the other side's own inputs.
@@ -51,8 +51,8 @@ class Question:
       dtype: What the other side declares to compute in.
     """
 
-    scene: Scene
-    probe: Scene
+    replay: Replay
+    probe: Replay
     key: str
     theirs: np.ndarray
     right: np.ndarray
@@ -75,16 +75,16 @@ class Question:
         """Relative difference below which values are taken for right ones, rounded."""
         return max(_NOTHING, 4 * EPSILON[self.dtype])
 
-    def all(self) -> Scene:
-        """The scene with all positions in which the given mistakes are made."""
-        return self._inputs_of(self.scene)
+    def all(self) -> Replay:
+        """The replay with all positions in which the given mistakes are made."""
+        return self._inputs_of(self.replay)
 
-    def some(self) -> Scene:
+    def some(self) -> Replay:
         """The same with some positions."""
         return self._inputs_of(self.probe)
 
-    def _inputs_of(self, scene: Scene) -> Scene:
-        return dataclasses.replace(under(scene, self.given), target=split(self.key), composed={})
+    def _inputs_of(self, replay: Replay) -> Replay:
+        return dataclasses.replace(under(replay, self.given), target=split(self.key), composed={})
 
     def their_rows(self) -> Value:
         """Their values at the probe's positions, float64."""
@@ -119,10 +119,10 @@ _QUIET_ROWS = 64
 PRECISIONS = [mistake for mistake, _ in DOTS]
 
 
-def other_weights(scene: Scene, layer: int, tensor: str, slight: bool = False) -> Iterator[Mistake]:
+def other_weights(replay: Replay, layer: int, tensor: str, slight: bool = False) -> Iterator[Mistake]:
     """What may stand in a tensor's place: itself quantised and, unless only a slight difference is sought, the same
     one of another layer, or its bytes under another label."""
-    right = scene.weight(layer, tensor)
+    right = replay.weight(layer, tensor)
     with np.errstate(over="ignore"):
         half = right.astype(np.float16)
     if np.isfinite(half).all() and (half != right).any():
@@ -134,7 +134,7 @@ def other_weights(scene: Scene, layer: int, tensor: str, slight: bool = False) -
         return
     for direction in ("bf16-as-f16", "f16-as-bf16"):
         yield Mistake.of("weights-relabelled", tensor=tensor, direction=direction)
-    for other in range(scene.config.num_layers if layer >= 0 else 0):
+    for other in range(replay.config.num_layers if layer >= 0 else 0):
         if other != layer:
             yield Mistake.of("weights-from-another-layer", tensor=tensor, layer=other)
 
@@ -144,9 +144,9 @@ def other_weights(scene: Scene, layer: int, tensor: str, slight: bool = False) -
 
 def norms(question: Question) -> Iterator[Mistakes]:
     """Another eps, weights left out or plus one, a mean subtracted; a final norm that is missing; another weight."""
-    scene, stage, layer = question.all(), question.stage, question.layer
+    replay, stage, layer = question.all(), question.stage, question.layer
     tokens = question.tokens
-    x = norm_input(scene, layer, stage)[tokens]
+    x = norm_input(replay, layer, stage)[tokens]
     quiet = np.argsort((x * x).mean(axis=-1))[:_QUIET_ROWS]
     x, theirs = x[quiet], np.asarray(question.theirs, np.float64)[tokens][quiet]
     if stage == "final_norm":
@@ -156,21 +156,21 @@ def norms(question: Question) -> Iterator[Mistakes]:
         None,
         Mistake.of("norm-weight-missing"),
         Mistake.of("norm-weight-plus-one"),
-        *other_weights(scene, layer, NORMS[stage]),
+        *other_weights(replay, layer, NORMS[stage]),
     ]
     for label, centred in itertools.product(labels, (False, True)):
         mistakes: Mistakes = () if label is None else (label,)
         mistakes += (Mistake.of("norm-mean-subtracted"),) if centred else ()
-        weight = _norm_weight(Made(mistakes), scene, layer, NORMS[stage])
+        weight = _norm_weight(Made(mistakes), replay, layer, NORMS[stage])
         base = x - x.mean(axis=-1, keepdims=True) if centred else x
         found += [mistakes] if mistakes else []
-        for eps in _solve_eps(base, weight, theirs, scene.config.rms_norm_eps):
+        for eps in _solve_eps(base, weight, theirs, replay.config.rms_norm_eps):
             found.append((*mistakes, Mistake.of("rms-norm-eps", eps=eps, norms=(norm_name(stage),))))
     yield from sorted(found, key=len)
 
 
-def _norm_weight(made: Made, scene: Scene, layer: int, tensor: str) -> Value:
-    weight = made.weight(scene, layer, tensor)
+def _norm_weight(made: Made, replay: Replay, layer: int, tensor: str) -> Value:
+    weight = made.weight(replay, layer, tensor)
     if made.has("norm-weight-missing"):
         return np.ones_like(weight)
     return 1 + weight if made.has("norm-weight-plus-one") else weight
@@ -201,23 +201,23 @@ TRANSPOSED = {"attn_out": "o-proj-transposed", "ffn_out": "down-proj-transposed"
 
 def products(question: Question) -> Iterator[Mistakes]:
     """One weight: transposed, swapped, relabelled, another layer's; dot products computed less precisely; both."""
-    scene, stage = question.scene, question.stage
+    replay, stage = question.replay, question.stage
     tensor = PRODUCTS[stage][1]
     special: list[Mistake] = []
     if stage in TRANSPOSED:
         special.append(Mistake.of(TRANSPOSED[stage]))
-        rows, columns = scene.weight(question.layer, tensor).shape
+        rows, columns = replay.weight(question.layer, tensor).shape
         special += [Mistake.of(TRANSPOSED[stage], buffer="file")] if rows != columns else []
     if stage in ("ffn_gate", "ffn_up"):
         special.append(Mistake.of("gate-up-swapped"))
-    yield from _imprecise(_is_slight(question), special, scene, question.layer, tensor)
+    yield from _imprecise(_is_slight(question), special, replay, question.layer, tensor)
 
 
-def _imprecise(slight: bool, special: Sequence[Mistake], scene: Scene, layer: int, tensor: str) -> Iterator[Mistakes]:
+def _imprecise(slight: bool, special: Sequence[Mistake], replay: Replay, layer: int, tensor: str) -> Iterator[Mistakes]:
     """Dot products computed less precisely, each other weight, then two of them together."""
     if slight:
         yield from ((precision,) for precision in PRECISIONS)
-    found = list(other_weights(scene, layer, tensor, slight))
+    found = list(other_weights(replay, layer, tensor, slight))
     others = found if slight else [*special, *found]
     yield from ((other,) for other in others)
     yield from itertools.product(others, PRECISIONS[:3])
@@ -242,7 +242,7 @@ def logits(question: Question) -> Iterator[Mistakes]:
         shift = _roll(question.right, question.theirs)
         yield from [(Mistake.of("logits-shifted", shift=shift),)] if shift else []
     special = [Mistake.of("head-transposed", buffer="file"), Mistake.of("head-transposed", buffer="transposed")]
-    yield from _imprecise(slight, special, question.scene, -1, head_name(question.scene.config))
+    yield from _imprecise(slight, special, question.replay, -1, head_name(question.replay.config))
 
 
 def _roll(ours: Value, theirs: Value) -> int:
@@ -260,37 +260,37 @@ _Option = tuple[Mistakes, Value]
 
 def projections(question: Question) -> Iterator[Mistakes]:
     """q, k and v products: each of the three on its own, so that three mistakes are three answers."""
-    scene = question.some()
-    x = scene.get(question.layer, "attn_norm")
+    replay = question.some()
+    x = replay.get(question.layer, "attn_norm")
     parts = []
     for tensor, theirs in zip(_tensors("weight"), _parts(question), strict=True):
-        plain = Made(()).dot(x, scene.weight(question.layer, tensor))
+        plain = Made(()).dot(x, replay.weight(question.layer, tensor))
         options: list[_Option] = [((), plain)]
         distance, norm = np.linalg.norm(plain - theirs), np.linalg.norm(theirs)
         if distance >= question.nothing * norm:
-            wrong = _imprecise(bool(distance < _SLIGHT * norm), (), scene, question.layer, tensor)
-            options += [(m, Made(m).dot(x, Made(m).weight(scene, question.layer, tensor))) for m in wrong]
+            wrong = _imprecise(bool(distance < _SLIGHT * norm), (), replay, question.layer, tensor)
+            options += [(m, Made(m).dot(x, Made(m).weight(replay, question.layer, tensor))) for m in wrong]
         parts.append((options, theirs))
     yield _by_part(question, parts)
 
 
 def biases(question: Question) -> Iterator[Mistakes]:
     """Biases of q, k and v: each there, missing, or another one; over wrong products too, if those were not dumped."""
-    scene = question.some()
-    bases = np.split(scene.get(question.layer, "qkv_matmul"), _ends(question), axis=-1)
-    composed = not scene.dumped((question.layer, "qkv_matmul"))
+    replay = question.some()
+    bases = np.split(replay.get(question.layer, "qkv_matmul"), _ends(question), axis=-1)
+    composed = not replay.dumped((question.layer, "qkv_matmul"))
     parts = []
     for name, base, theirs in zip(QKV, bases, _parts(question), strict=True):
         weight, bias = f"self_attn.{name}.weight", f"self_attn.{name}.bias"
-        right, missing = scene.weight(question.layer, bias), (Mistake.of(f"{name[0]}-bias-missing"),)
+        right, missing = replay.weight(question.layer, bias), (Mistake.of(f"{name[0]}-bias-missing"),)
         options: list[_Option] = [((), base + right), (missing, base)]
-        for other in other_weights(scene, question.layer, bias):
-            options.append(((other,), base + Made((other,)).weight(scene, question.layer, bias)))
+        for other in other_weights(replay, question.layer, bias):
+            options.append(((other,), base + Made((other,)).weight(replay, question.layer, bias)))
         if composed and _distance(options[:2], theirs) >= question.nothing * np.linalg.norm(theirs):
-            x, slight = scene.get(question.layer, "attn_norm"), _distance(options[:2], theirs)
-            wrong = _imprecise(bool(slight < _SLIGHT * np.linalg.norm(theirs)), (), scene, question.layer, weight)
+            x, slight = replay.get(question.layer, "attn_norm"), _distance(options[:2], theirs)
+            wrong = _imprecise(bool(slight < _SLIGHT * np.linalg.norm(theirs)), (), replay, question.layer, weight)
             for mistakes in wrong:
-                value = Made(mistakes).dot(x, Made(mistakes).weight(scene, question.layer, weight))
+                value = Made(mistakes).dot(x, Made(mistakes).weight(replay, question.layer, weight))
                 options += [(mistakes, value + right), (mistakes + missing, value)]
         parts.append((options, theirs))
     yield _by_part(question, parts)
@@ -306,7 +306,7 @@ def _tensors(kind: str) -> list[str]:
 
 
 def _ends(question: Question) -> np.ndarray:
-    return np.cumsum([len(question.scene.weight(question.layer, tensor)) for tensor in _tensors("bias")])[:-1]
+    return np.cumsum([len(question.replay.weight(question.layer, tensor)) for tensor in _tensors("bias")])[:-1]
 
 
 def _parts(question: Question) -> list[Value]:
@@ -333,19 +333,19 @@ def _closest(options: Sequence[_Option], theirs: Value, tokens: np.ndarray) -> M
 
 def ropes(question: Question) -> Iterator[Mistakes]:
     """Rotations that are not the right one, and biases added behind the rotation."""
-    scene, which = question.all(), 0 if question.stage == "q_post_rope" else 1
+    replay, which = question.all(), 0 if question.stage == "q_post_rope" else 1
     name, late = QKV[which], Mistake.of("bias-after-rope")
-    positions = np.where(question.tokens, scene.positions(), -1)
-    after = unjoin(np.asarray(question.theirs, np.float64), scene.config)
+    positions = np.where(question.tokens, replay.positions(), -1)
+    after = unjoin(np.asarray(question.theirs, np.float64), replay.config)
     found: list[Mistakes] = []
     for extra in ((), (late,)):
         added: Value | float = 0.0
         inner = dataclasses.replace(question, given=question.given + extra).all()
         before = inner.heads(question.layer)[which]
         if extra:
-            added = scene.weight(question.layer, f"self_attn.{name}.bias").reshape(-1, scene.config.head_dim)
+            added = replay.weight(question.layer, f"self_attn.{name}.bias").reshape(-1, replay.config.head_dim)
             before = before - added if bias_was_added(inner, question.layer, which) else before
-        for turn in rotation.candidates(before, after - added, positions, scene.config.rope_theta):
+        for turn in rope_fit.candidates(before, after - added, positions, replay.config.rope_theta):
             found.append((*extra, *name_rotation(turn, name[0])))
     yield from sorted(filter(None, found), key=len)
 
@@ -369,12 +369,12 @@ def all_scores(question: Question) -> Iterator[Mistakes]:
         ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
         found += [mapped] if mapped else []
         if abs(ratio - 1) > 1e-3:
-            scales = near(ratio * question.scene.config.head_dim**-0.5)
+            scales = near(ratio * question.replay.config.head_dim**-0.5)
             found += [(*mapped, Mistake.of("softmax-scale", scale=scale)) for scale in scales]
     found += [(precision,) for precision in PRECISIONS]
     yield from sorted(found, key=len)
     tokens = question.tokens[:, None, :, None]
-    off = np.where(visible(Made(()), question.scene)[:, None] & tokens, question.theirs - question.right, 0)
+    off = np.where(visible(Made(()), question.replay)[:, None] & tokens, question.theirs - question.right, 0)
     yield from caches(question, np.abs(off).max(axis=(0, 1, 3)), float(np.abs(question.right).max()))
     for mask in wrong_masks(question):
         yield (mask,)
@@ -404,25 +404,25 @@ def near(value: float) -> list[float]:
 
 def wrong_masks(question: Question) -> Iterator[Mistake]:
     """Masks that are not the right one; a window's width is read off their values [B, N, T, S]."""
-    scene = question.scene
-    yield from fixed_masks(scene)
-    columns = scene.columns()
-    shown = (np.abs(question.theirs).max(axis=1) > 0) & visible(Made(()), scene) & question.tokens[:, :, None]
+    replay = question.replay
+    yield from fixed_masks(replay)
+    columns = replay.columns()
+    shown = (np.abs(question.theirs).max(axis=1) > 0) & visible(Made(()), replay) & question.tokens[:, :, None]
     window = int(np.where(shown, columns[:, None] - columns + 1, 0).max(initial=0))
     if 0 < window < len(columns):
         yield Mistake.of("mask-window", window=window)
 
 
-def fixed_masks(scene: Scene) -> Iterator[Mistake]:
+def fixed_masks(replay: Replay) -> Iterator[Mistake]:
     """Wrong masks without a number to find."""
     yield Mistake.of("mask-not-causal")
     for last in (-1, 1):
         mask = Mistake.of("mask-off-by-one", last=last)
         yield mask
-        if not visible(Made((mask,)), scene)[scene.tokens()].any(axis=-1).all():
+        if not visible(Made((mask,)), replay)[replay.tokens()].any(axis=-1).all():
             # What a query that sees nothing gets depends on how the engine masks.
             yield from (Mistake.of("mask-off-by-one", last=last, empty=empty) for empty in ("self", "zero"))
-    if (scene.inputs.attention_mask == 0).any():
+    if (replay.inputs.attention_mask == 0).any():
         yield Mistake.of("padding-attended")
 
 
@@ -458,7 +458,7 @@ OTHER_ACTIVATIONS = [Mistake.of(name) for name in ACTIVATIONS]
 def embeddings(question: Question) -> Iterator[Mistakes]:
     """Neighbouring rows, or a table read under another label."""
     yield (Mistake.of("embedding-row-off-by-one"),)
-    yield from ((other,) for other in other_weights(question.scene, -1, "model.embed_tokens.weight"))
+    yield from ((other,) for other in other_weights(question.replay, -1, "model.embed_tokens.weight"))
 
 
 GENERATORS: Mapping[str, Generator] = {

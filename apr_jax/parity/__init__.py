@@ -1,0 +1,1 @@
+"""Which stages of another forward pass are wrong, and which mistake was made there."""
