@@ -1,23 +1,26 @@
-"""The stage functions one by one, in float64, on the other side's own values: what hypotheses about mistakes are built
-from.
+"""Recomputes any stage of a forward pass in float64 from another engine's dump: right, or with mistakes made.
 
-The right formulas are those of `modeling.OPS` in NumPy, for some positions at a time; a test holds them against a
-float64 trace. A stage that the other side did not dump is computed from the nearest ones that it did, so that a
-hypothesis about it is composed over the gap. A replay may look at some positions only: most hypotheses are wrong, and a
-few positions show it.
+A stage is computed for some positions at a time, from the dumped values of the stages before it; where the other side
+did not dump one of those, it is computed first, so that a mistake shows across a gap. Each stage has one formula, with
+the order of operations of `model.qwen2.OPS` (a test holds it against a float64 trace). It is written in steps
+(`Replay.step`): a fault of the table in `faults` says what it makes of some steps, so that the right formula is the one
+in which no mistake is made, and mistakes stack as they would in an engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.load.parameters import Parameters
-from apr_jax.model import rotary
+from apr_jax.parity.faults.record import Mistakes
+from apr_jax.parity.rope_fit import Rotation
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 
@@ -39,10 +42,10 @@ class Replay:
       parameters: Its parameters in float64, nested as in `LanguageModel`.
       inputs: The batch.
       theirs: The other side's values.
-      formulas: Formulas of a hypothesis, by stage name, in place of the right ones.
+      made: The mistakes that are made.
       target: The stage that is being computed and so not taken from `theirs`.
       rows: The positions that are looked at; None is all of them. Keys and values are always there for all.
-      memo: What was computed once and does not depend on `formulas`.
+      memo: What was computed once and does not depend on `made`.
       composed: What does, within one computation.
     """
 
@@ -50,20 +53,27 @@ class Replay:
     parameters: Parameters
     inputs: Inputs
     theirs: Mapping[str, np.ndarray]
-    formulas: Mapping[str, Formula] = dataclasses.field(default_factory=dict)
+    made: Mistakes = ()
     target: Node | None = None
     rows: np.ndarray | None = None
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def compute(self, key: str) -> Value:
-        """Computes one stage from the other side's values, under the replay's formulas."""
+        """Computes one stage from the other side's values, with the mistakes that are made."""
         layer, stage = node = split(key)
-        return self.formula(stage)(dataclasses.replace(self, target=node, composed={}), layer)
+        return FORMULAS[stage](dataclasses.replace(self, target=node, composed={}), layer)
 
-    def formula(self, stage: str) -> Formula:
-        """Returns the formula of a stage: the hypothesis' or the right one."""
-        return self.formulas.get(stage) or FORMULAS[stage]
+    def under(self, mistakes: Mistakes) -> Replay:
+        """Returns the replay in which these mistakes are made."""
+        return dataclasses.replace(self, made=tuple(mistakes), composed={})
+
+    def step(self, name: str, value: Any, layer: int = -1, what: str = "") -> Any:
+        """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
+        for mistake in self.made:
+            if change := mistake.fault.changes.get(name):
+                value = change(value, At(self, layer, what), **mistake.parameters)
+        return value
 
     def get(self, layer: int, stage: str) -> Value:
         """Returns an input of the stage that is being computed, float64: theirs, or computed where they lack it."""
@@ -76,11 +86,11 @@ class Replay:
 
     def _composed(self, node: Node) -> Value:
         """Computes an undumped stage once: for good, or for this hypothesis where it depends on that."""
-        free = self.formulas.keys().isdisjoint(name for _, name in self.undumped(node))
+        free = self.touched.isdisjoint(name for _, name in self.undumped(node))
         store: dict[Hashable, Any] = self.memo if free else self.composed
         name = (node, None if self.rows is None else self.rows.tobytes())
         if name not in store:
-            store[name] = self.formula(node[1])(self, node[0])
+            store[name] = FORMULAS[node[1]](self, node[0])
         return store[name]
 
     def look(self, stage: str, values: np.ndarray) -> Value:
@@ -94,6 +104,11 @@ class Replay:
         if what not in self.memo:
             self.memo[what] = compute()
         return self.memo[what]
+
+    @functools.cached_property
+    def touched(self) -> frozenset[str]:
+        """The stages at which a mistake is made."""
+        return frozenset(stage for mistake in self.made for stage in mistake.stages(self))
 
     @property
     def whole(self) -> Replay:
@@ -145,6 +160,24 @@ class Replay:
             node = node[part]
         return np.asarray(node, np.float64)
 
+    def held(self, layer: int, name: str) -> Value:
+        """Returns a tensor as the engine holds it."""
+        layer, name = self.step("tensor", (layer, name), layer, name)
+        return self.step("weight", self.weight(layer, name), layer, name)
+
+    def matrix(self, layer: int, name: str) -> Value:
+        """Returns a weight [out, in] as the engine multiplies with it."""
+        return self.step("matrix", self.held(layer, name), layer, name)
+
+    def bias(self, layer: int, name: str) -> Value:
+        """Returns the bias of q_proj, k_proj or v_proj as the engine adds it, before the rotation or behind it."""
+        tensor = f"self_attn.{name}.bias"
+        return self.step("bias", self.held(layer, tensor), layer, tensor)
+
+    def dot(self, x: Value, weight: Value) -> Value:
+        """Returns x [..., T, in] times weight [..., out, in], multiplied as the engine does."""
+        return self.step("dot", product)(x, weight)
+
     def heads(self, layer: int) -> tuple[Value, Value, Value]:
         """Returns q [B, T, N, H], k and v [B, T, K, H] before rotation."""
         return split_heads(self.get(layer, "qkv_bias"), self.config)
@@ -163,12 +196,25 @@ class Replay:
         """The columns of the batch that are looked at, int [T]."""
         return np.arange(self.inputs.input_ids.shape[1]) if self.rows is None else self.rows
 
-    def rotary(self) -> tuple[Value, Value]:
-        """Returns cos and sin at the replay's positions, [B, T, H/2]."""
-        last = int(self.inputs.positions().max())
-        cos, sin = rotary.tables(self.config.rope_theta, self.config.head_dim, last + 1)
-        positions = np.maximum(self.positions(), 0)
-        return cos[positions].astype(np.float64), sin[positions].astype(np.float64)
+    def kv_heads(self) -> np.ndarray:
+        """Which KV head each query head reads, int [N]: h // group."""
+        heads, kv = self.config.num_heads, self.config.num_kv_heads
+        return self.step("kv_heads", np.arange(heads) // (heads // kv))
+
+    def visible(self) -> np.ndarray:
+        """Which keys each query sees, bool [B, T, S]: by column, as engines build it; padding sees itself."""
+        query, key = self.columns()[:, None], np.arange(self.inputs.input_ids.shape[1])
+        order = self.step("order", key <= query + self.step("last_key", 0))
+        real = self.step("real_keys", self.inputs.attention_mask == 1)
+        return order & (real[:, None, :] | (key == query))
+
+
+class At(NamedTuple):
+    """Where a step is taken: the replay, the layer (-1 outside the layers), and the tensor, stage or part."""
+
+    replay: Replay
+    layer: int
+    what: str
 
 
 def split_heads(qkv: Value, config: Qwen2Config) -> tuple[Value, Value, Value]:
@@ -189,26 +235,44 @@ def unjoin(x: Value, config: Qwen2Config) -> Value:
 
 
 def product(x: Value, weight: Value) -> Value:
-    """x [B, T, in] times weight [out, in]."""
-    return x @ weight.T
+    """x [..., T, in] times weight [..., out, in] -> [..., T, out]."""
+    return x @ weight.swapaxes(-1, -2)
 
+
+# --- The stages' formulas --------------------------------------------------------------------------------------------
 
 QKV = ("q_proj", "k_proj", "v_proj")
-
-
-def qkv_weights(replay: Replay, layer: int) -> list[Value]:
-    """The three projections, [out, in] each."""
-    return [replay.weight(layer, f"self_attn.{name}.weight") for name in QKV]
-
-
-def qkv_biases(replay: Replay, layer: int) -> list[Value]:
-    """The three biases."""
-    return [replay.weight(layer, f"self_attn.{name}.bias") for name in QKV]
+EMBEDDING = "model.embed_tokens.weight"
+NORMS = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "final_norm": "model.norm.weight",
+}
+"""The weight of each norm, by stage."""
+PRODUCTS = {
+    "attn_out": ("attention", "self_attn.o_proj.weight"),
+    "ffn_gate": ("ffn_norm", "mlp.gate_proj.weight"),
+    "ffn_up": ("ffn_norm", "mlp.up_proj.weight"),
+    "ffn_out": ("ffn_swigl", "mlp.down_proj.weight"),
+}
+"""Input and weight of each product, by stage."""
 
 
 def head_name(config: Qwen2Config) -> str:
     """The tensor that the head multiplies with: the embedding where it is tied."""
-    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+
+
+def norm_name(stage: str) -> str:
+    """The norm's name, without what stands around it."""
+    return NORMS[stage].removesuffix(".weight").removeprefix("model.")
+
+
+def norm_input(replay: Replay, layer: int, stage: str) -> Value:
+    """Returns what a norm is taken of."""
+    if stage == "ffn_norm":
+        return replay.get(layer, "post_attn_residual")
+    return replay.residual(replay.config.num_layers if stage == "final_norm" else layer)
 
 
 def head_input(replay: Replay) -> Value:
@@ -220,38 +284,105 @@ def head_input(replay: Replay) -> Value:
     return x[np.arange(len(x)), last][:, None]
 
 
-def _norm(replay: Replay, x: Value, weight: Value) -> Value:
-    return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + replay.config.rms_norm_eps))
+def head_product(replay: Replay) -> Value:
+    """The head's product, [B, T, V] or [B, 1, V]."""
+    return replay.dot(head_input(replay), replay.matrix(-1, head_name(replay.config)))
 
 
-def _rope(replay: Replay, x: Value) -> Value:
-    cos, sin = (table[:, :, None, :] for table in replay.rotary())
-    low, high = np.split(x, 2, axis=-1)
-    return join_heads(np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1))
+def _embedding(replay: Replay, layer: int) -> Value:
+    table = replay.held(layer, EMBEDDING)
+    return table[replay.step("row", replay.inputs.input_ids[:, replay.columns()]) % len(table)]
+
+
+def _norm(stage: str, replay: Replay, layer: int) -> Value:
+    x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)
+    weight = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage)
+    eps = replay.step("eps", replay.config.rms_norm_eps, layer, stage)
+    return replay.step("normed", weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)), layer, stage)
+
+
+def _qkv_matmul(replay: Replay, layer: int) -> Value:
+    x = replay.get(layer, "attn_norm")
+    return np.concatenate([replay.dot(x, replay.held(layer, f"self_attn.{name}.weight")) for name in QKV], -1)
+
+
+def _qkv_bias(replay: Replay, layer: int) -> Value:
+    early = [replay.step("early_bias", replay.bias(layer, name), layer, name) for name in QKV]
+    return replay.get(layer, "qkv_matmul") + np.concatenate(early)
+
+
+def before_rotation(replay: Replay, layer: int, which: int) -> tuple[Value, Value | float]:
+    """Returns q (0) or k (1) [B, T, heads, H] as it is rotated, and what is added to it behind the rotation."""
+    x, late = replay.heads(layer)[which], replay.step("late_bias", None, layer, QKV[which])
+    if late is None:
+        return x, 0.0
+    late = late.reshape(-1, replay.config.head_dim)
+    return (x - late if _bias_was_added(replay, layer, which) else x), late
+
+
+def _bias_was_added(replay: Replay, layer: int, which: int) -> bool:
+    """Whether dumped inputs of the rotation hold the bias, though the rotated values may have got it later."""
+    if not replay.dumped((layer, "qkv_bias")):
+        return False
+    shown, plain = (split_heads(replay.get(layer, stage), replay.config)[which] for stage in ("qkv_bias", "qkv_matmul"))
+    bias = replay.weight(layer, f"self_attn.{QKV[which]}.bias").reshape(-1, replay.config.head_dim)
+    return bool(np.linalg.norm(shown - plain - bias) < np.linalg.norm(shown - plain))
+
+
+def _rope(which: int, replay: Replay, layer: int) -> Value:
+    x, late = before_rotation(replay, layer, which)
+    turn = replay.step("rotation", Rotation(), layer, QKV[which])
+    return join_heads(turn.apply(x, replay.positions(), replay.config.rope_theta) + late)
 
 
 def _scores(replay: Replay, layer: int) -> Value:
-    q, k = replay.get(layer, "q_post_rope"), replay.whole.get(layer, "k_post_rope")
-    q, k = (unjoin(x, replay.config).swapaxes(1, 2) for x in (q, k))
-    return q @ by_query_head(k, replay.config).swapaxes(2, 3) * replay.config.head_dim**-0.5
+    q = unjoin(replay.get(layer, "q_post_rope"), replay.config).swapaxes(1, 2)
+    k = unjoin(replay.whole.get(layer, "k_post_rope"), replay.config)[:, :, replay.kv_heads()].swapaxes(1, 2)
+    raw = replay.dot(q, k) * replay.step("scale", replay.config.head_dim**-0.5)
+    tokens = replay.step("tokens_read", None)
+    if tokens is not None:
+        raw = np.where(tokens >= 0, np.take_along_axis(raw, np.maximum(tokens, 0)[None, None], axis=-1), 0.0)
+    # An engine that masks scores shows nothing where its own mask hides.
+    return np.where(replay.visible()[:, None], raw, 0.0)
 
 
 def _softmax(replay: Replay, layer: int) -> Value:
-    queries, keys = replay.positions()[:, None, :, None], replay.inputs.positions()[:, None, None, :]
-    seen = (keys >= 0) & (keys <= queries)
-    scores = np.where(seen, replay.get(layer, "attn_scores"), np.finfo(np.float64).min)
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+    """Over the keys seen; what a query gets that sees none depends on how an engine masks, uniform here."""
+    raw, seen = replay.get(layer, "attn_scores"), replay.visible()[:, None]
+    summed = replay.step("summed", seen)
+    top = np.where(summed, raw, -np.inf).max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        powers = np.where(seen, np.exp(raw - top), 0.0)
+        shares = powers / np.where(summed, powers, 0.0).sum(axis=-1, keepdims=True)
+    empty = replay.step("empty_row", np.array(1 / raw.shape[-1]))
+    return np.where(seen.any(axis=-1, keepdims=True), shares, empty)
 
 
 def _attention(replay: Replay, layer: int) -> Value:
-    v = by_query_head(replay.whole.heads(layer)[2].swapaxes(1, 2), replay.config)
-    return join_heads((replay.get(layer, "attn_softmax") @ v).swapaxes(1, 2))
+    shares, v = replay.get(layer, "attn_softmax"), replay.step("v_heads", replay.whole.heads(layer)[2])
+    tokens = replay.step("tokens_read", None)
+    shares = shares if tokens is None else _by_token(shares, tokens)
+    values = v[:, :, replay.kv_heads()].transpose(0, 2, 3, 1)
+    return join_heads(replay.dot(shares, values).swapaxes(1, 2))
 
 
-def by_query_head(x: Value, config: Qwen2Config) -> Value:
-    """[B, K, T, H] -> [B, N, T, H]: query head h reads KV head h // G."""
-    return np.repeat(x, config.num_heads // config.num_kv_heads, axis=1)
+def _by_token(shares: Value, tokens: np.ndarray) -> Value:
+    """Turns shares of columns [B, N, T, S] into shares of the tokens [T, S] that are found there."""
+    length = shares.shape[-1]
+    result = np.zeros((*shares.shape[:3], length + 1))
+    for query, found in enumerate(tokens):
+        result[:, :, query, found] = shares[:, :, query]  # no token is found at two columns
+    return result[..., :length]
+
+
+def _product(stage: str, replay: Replay, layer: int) -> Value:
+    source, tensor = PRODUCTS[stage]
+    return replay.dot(replay.get(layer, source), replay.matrix(layer, tensor))
+
+
+def _sum(stage: str, update: str, replay: Replay, layer: int) -> Value:
+    stream = replay.residual(layer) if stage == "post_attn_residual" else replay.get(layer, "post_attn_residual")
+    return replay.step("stream", stream, layer, stage) + replay.get(layer, update)
 
 
 def silu(x: Value) -> Value:
@@ -260,27 +391,32 @@ def silu(x: Value) -> Value:
         return x / (1 + np.exp(-x))
 
 
-FORMULAS: dict[str, Formula] = {
-    "embedding": lambda s, _: s.weight(-1, "model.embed_tokens.weight")[s.inputs.input_ids[:, s.columns()]],
-    "attn_norm": lambda s, i: _norm(s, s.residual(i), s.weight(i, "input_layernorm.weight")),
-    "qkv_matmul": lambda s, i: product(s.get(i, "attn_norm"), np.concatenate(qkv_weights(s, i))),
-    "qkv_bias": lambda s, i: s.get(i, "qkv_matmul") + np.concatenate(qkv_biases(s, i)),
-    "q_post_rope": lambda s, i: _rope(s, s.heads(i)[0]),
-    "k_post_rope": lambda s, i: _rope(s, s.heads(i)[1]),
+def _activated(replay: Replay, layer: int) -> Value:
+    source, _ = replay.step("gating", ("ffn_gate", "ffn_up"))
+    return replay.step("activation", silu)(replay.get(layer, source))
+
+
+def _gated(replay: Replay, layer: int) -> Value:
+    _, other = replay.step("gating", ("ffn_gate", "ffn_up"))
+    return replay.get(layer, "ffn_silu") * replay.get(layer, other)
+
+
+FORMULAS: Mapping[str, Formula] = {
+    "embedding": _embedding,
+    **{stage: partial(_norm, stage) for stage in NORMS},
+    "qkv_matmul": _qkv_matmul,
+    "qkv_bias": _qkv_bias,
+    "q_post_rope": partial(_rope, 0),
+    "k_post_rope": partial(_rope, 1),
     "attn_scores": _scores,
     "attn_softmax": _softmax,
     "attention": _attention,
-    "attn_out": lambda s, i: product(s.get(i, "attention"), s.weight(i, "self_attn.o_proj.weight")),
-    "post_attn_residual": lambda s, i: s.residual(i) + s.get(i, "attn_out"),
-    "ffn_norm": lambda s, i: _norm(s, s.get(i, "post_attn_residual"), s.weight(i, "post_attention_layernorm.weight")),
-    "ffn_gate": lambda s, i: product(s.get(i, "ffn_norm"), s.weight(i, "mlp.gate_proj.weight")),
-    "ffn_up": lambda s, i: product(s.get(i, "ffn_norm"), s.weight(i, "mlp.up_proj.weight")),
-    "ffn_silu": lambda s, i: silu(s.get(i, "ffn_gate")),
-    "ffn_swigl": lambda s, i: s.get(i, "ffn_silu") * s.get(i, "ffn_up"),
-    "ffn_out": lambda s, i: product(s.get(i, "ffn_swigl"), s.weight(i, "mlp.down_proj.weight")),
-    "post_ffn_residual": lambda s, i: s.get(i, "post_attn_residual") + s.get(i, "ffn_out"),
-    "final_norm": lambda s, _: _norm(s, s.residual(s.config.num_layers), s.weight(-1, "model.norm.weight")),
-    "logits": lambda s, _: product(head_input(s), s.weight(-1, head_name(s.config))),
+    **{stage: partial(_product, stage) for stage in PRODUCTS},
+    "post_attn_residual": partial(_sum, "post_attn_residual", "attn_out"),
+    "ffn_silu": _activated,
+    "ffn_swigl": _gated,
+    "post_ffn_residual": partial(_sum, "post_ffn_residual", "ffn_out"),
+    "logits": lambda replay, layer: replay.step("logits", head_product(replay)),
 }
 
 _SOURCES: dict[str, tuple[str, ...]] = {

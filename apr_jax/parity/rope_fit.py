@@ -40,11 +40,17 @@ class Rotation:
     none: bool = False
 
     def apply(self, x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-        """Rotates x [B, T, heads, H] at positions [B, T]; `theta` is the configuration's."""
+        """Rotates x [B, T, heads, H] at positions [B, T]; `theta` is the configuration's.
+
+        cos and sin are rounded to float32, as engines and `rotary.tables` hold them.
+        """
         if self.none:
             return x
         rotated, rest = self._parts(x)
-        turns = np.exp(1j * self.angles(positions, rotated.shape[-1], theta))[:, :, None, :]
+        angles = self.angles(positions, rotated.shape[-1], theta)
+        turns = (np.cos(angles).astype(np.float32) + 1j * np.sin(angles).astype(np.float32).astype(np.float64))[
+            :, :, None
+        ]
         return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
 
     def angles(self, positions: np.ndarray, width: int, theta: float) -> np.ndarray:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 
 import numpy as np
 
-from apr_jax.parity.faults import DOTS, drift, touches, under, ways
-from apr_jax.parity.hypotheses import Mistakes, Question
+from apr_jax.parity.faults.products import TF32, drift
+from apr_jax.parity.faults.record import Mistakes, names
+from apr_jax.parity.hypotheses import hypotheses
 from apr_jax.parity.localise import Localisation, Site, budgets, row_norms
+from apr_jax.parity.question import Question
 from apr_jax.parity.replay import Replay, split
-from apr_jax.parity.undumped import hypotheses
 from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.positions import dumped_tokens, position_axis
 
@@ -27,7 +29,6 @@ _SURE = 1.0
 """What explained another layer is taken at once where it leaves no more than a right stage may be off."""
 _SAMPLED = 3.0
 """How much farther off a sample of the positions may be than all of them."""
-_STEPPED = ("bf16-accumulation", "activations-quantised", "tf32-dots")
 _CHAOTIC = 0.1
 """What sums in bf16 and activations in int8 may leave unexplained: a rounding that falls the other way moves a whole
 step, so that such mistakes are told by most values, not by all. So it is with TF32 where what is rounded was not dumped
@@ -37,7 +38,6 @@ _BETTER = 0.7
 
 _MOST_POSITIONS, _FEWEST_POSITIONS = 32, 8
 _SAMPLE_ELEMENTS = 1 << 21
-_PRECISIONS = {(mistake,) for mistake, _ in DOTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,9 @@ class Known:
 
     def blames_precision(self, mistakes: Mistakes) -> bool:
         """Whether another stage was explained by the same way of multiplying: that concerns all products."""
-        return mistakes in _PRECISIONS and any(a.mistakes == mistakes for found in self.answers.values() for a in found)
+        if len(mistakes) > 1 or not mistakes[0].fault.multiplies:
+            return False
+        return any(answer.mistakes == mistakes for found in self.answers.values() for answer in found)
 
     def add(self, stage: str, answer: Answer) -> None:
         """Keeps an answer."""
@@ -138,8 +140,9 @@ class _Look:
 
     def judge(self, mistakes: Mistakes) -> Fit:
         """Judges a hypothesis, made in the way that fits best."""
-        key, allowed = self._site.key, drift(mistakes, self.replay, self._site.key)
-        fits = (self.fit(under(self.replay, way).compute(key), allowed) for way in ways(mistakes))
+        key, ways = self._site.key, itertools.product(*(mistake.ways() for mistake in mistakes))
+        allowed = sum(drift(mistake, self.replay, key) for mistake in mistakes)
+        fits = (self.fit(self.replay.under(way).compute(key), allowed) for way in ways)
         return min(fits, key=lambda fit: fit.error)
 
 
@@ -187,7 +190,7 @@ class Search:
         nodes = self._replay.undumped(split(self.site.key))
         made = {}
         for mistake in mistakes:
-            where = touches(mistake, self._replay)
+            where = mistake.stages(self._replay)
             made[mistake.name] = tuple(sorted({layer for layer, stage in nodes if stage in where and layer >= 0}))
         return made
 
@@ -232,8 +235,8 @@ class Search:
         # A stage that single positions give away need not come nearer as a whole.
         single = look.before.error <= look.before.budget and fit.worst <= leniency * _BETTER * look.before.worst
         near = fit.within(leniency * _SLACK) and (single or fit.error <= leniency * _BETTER * look.before.error)
-        rest = tuple(mistake for mistake in mistakes if mistake.name not in _STEPPED)
-        tf32 = any(mistake.name == "tf32-dots" for mistake in mistakes)
+        rest = tuple(mistake for mistake in mistakes if not mistake.fault.multiplies)
+        tf32 = any(mistake.fault is TF32 for mistake in mistakes)
         if len(rest) == len(mistakes) or (near and not tf32):
             return near
         if not near and tf32 and not self._composed:
@@ -261,8 +264,3 @@ class Search:
         count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
         chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
         return _Look(dataclasses.replace(self._replay, rows=columns[chosen]), self.site, self.located)
-
-
-def names(mistakes: Mistakes) -> str:
-    """The names of some mistakes in a phrase."""
-    return " and ".join(sorted({mistake.name for mistake in mistakes}))

@@ -1,0 +1,90 @@
+"""Mistakes of RMSNorm: its eps, its weight, a mean that is subtracted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from apr_jax.parity.faults.record import UNION, Fault, Mistakes
+from apr_jax.parity.question import Question
+from apr_jax.parity.replay import NORMS, At, Value, norm_input, norm_name
+
+_STAGES = tuple(NORMS)
+_QUIET_ROWS = 64
+"""How many positions eps is solved from: those of the smallest activations feel it most."""
+
+
+def _epsilons(question: Question) -> Iterator[Mistakes]:
+    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it."""
+    replay, stage, layer = question.all(), question.stage, question.layer
+    x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)[question.tokens]
+    quiet = np.argsort((x * x).mean(axis=-1))[:_QUIET_ROWS]
+    weight = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage)
+    theirs = np.asarray(question.theirs, np.float64)[question.tokens]
+    for eps in _solve_eps(x[quiet], weight, theirs[quiet], replay.config.rms_norm_eps):
+        yield (EPS.made(eps=eps, norms=(norm_name(stage),)),)
+
+
+def _solve_eps(x: Value, weight: Value, theirs: Value, right: float) -> list[float]:
+    with np.errstate(all="ignore"):
+        base = weight * x
+        power = (base * base).sum(axis=-1)
+        r = (theirs * base).sum(axis=-1) / power
+        eps = 1 / (r * r) - (x * x).mean(axis=-1)
+        # Rows of small activations feel eps most: its error there is that of 1 / r^2.
+        weights = (1 / (r * r)) ** -2.0
+    good = np.isfinite(eps) & np.isfinite(weights)
+    if not good.any():
+        return []
+    solved = float(np.average(eps[good], weights=weights[good]))
+    if not 0 < solved < 10 or abs(solved / right - 1) < 0.005:
+        return []
+    return list(dict.fromkeys([float(f"{solved:.0e}"), float(f"{solved:.2e}"), solved]))
+
+
+def _eps(right: float, at: At, eps: float, norms: Sequence[str]) -> float:
+    return eps if norm_name(at.what) in norms else right
+
+
+def _eps_wording(eps: float, norms: Sequence[str] = ()) -> str:
+    return f"rms_norm eps is {eps:.6g}" + (f" in {', '.join(norms)}" if norms else "")
+
+
+EPS = Fault(
+    "rms-norm-eps",
+    _eps_wording,
+    _STAGES,
+    {"eps": _eps},
+    solve=_epsilons,
+    variants=lambda question, node: [{"norms": (norm_name(node[1]),)}],
+    grid=("eps", tuple(10.0**power for power in range(-10, -1))),
+    merge={"norms": UNION},
+)
+FAULTS = (
+    Fault(
+        "norm-weight-missing",
+        "the norm's weight is missing",
+        _STAGES,
+        {"norm_weight": lambda weight, at: np.ones_like(weight)},
+    ),
+    Fault(
+        "norm-weight-plus-one",
+        "the norm multiplies by 1 + weight",
+        _STAGES,
+        {"norm_weight": lambda weight, at: 1 + weight},
+    ),
+    Fault(
+        "norm-mean-subtracted",
+        "the norm subtracts the mean (LayerNorm)",
+        _STAGES,
+        {"norm_input": lambda x, at: x - x.mean(axis=-1, keepdims=True)},
+    ),
+    EPS,
+    Fault(
+        "final-norm-missing",
+        "the final norm is missing",
+        ("final_norm",),
+        {"normed": lambda y, at: norm_input(at.replay, at.layer, at.what) if at.what == "final_norm" else y},
+    ),
+)

@@ -1,0 +1,137 @@
+"""What is known of one mistake (`Fault`), and one made with its parameters (`Mistake`).
+
+The formula of a stage is written once, in `replay`, as steps with right values; a fault says what it makes of some of
+them. From its record follow the formulas that make it, alone or beside others, the hypotheses that are tried where a
+stage is wrong, what is tried where that stage was not dumped, how sightings at several stages become one finding, and
+the sentence. Adding a mistake is one record in the file of its family and one formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apr_jax.parity.question import Question
+    from apr_jax.parity.replay import Node, Replay
+
+# How sightings of a mistake that differ in a parameter become one finding.
+UNION = "union"
+"""The values are listed."""
+LEAST = "least"
+"""The smallest is the one: sums no longer than a chunk do not tell how long it is."""
+IGNORED = "ignored"
+"""What a fault makes of rows that mean nothing: not said."""
+
+
+def once(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+    """The variants of a fault without parameters."""
+    del question, node
+    yield {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fault:
+    """A mistake that can be made in a forward pass.
+
+    Attributes:
+      name: Its name, the one that users read.
+      wording: What is said of it; a format string of its parameters, or a function of them.
+      stages: The stages that it is made at, or a function of the replay and its parameters that tells them. Without
+        any it is none of a stage's formula: an order of layers, a layout, or what is merely seen.
+      changes: Step of a formula -> what this fault makes of its value. Called with the right value, the place (`At`)
+        and the fault's parameters.
+      solve: Reads its parameters, and those of the other faults that name the same function, off the values of a
+        dumped stage; yields stacks of mistakes.
+      variants: Parameter sets worth trying at a stage: where it was dumped, unless `solve` finds them, and where it
+        was not. None where it cannot be told behind a gap.
+      grid: A parameter that `variants` leave open, and rising values: behind a gap it is solved for, beginning with
+        the best of these.
+      merge: Parameter -> UNION, LEAST or IGNORED; those of others have to agree.
+      slight: Whether it moves a product by a few percent at most, or by more; None where it may do either.
+      in_weights: Whether a tensor is to blame.
+      together: A parameter; behind a gap all variants that agree in it are also tried at once.
+      ways: Further parameter sets in which engines make this variant, all under its one name.
+      consists_of: Names of faults that, all made in one layer, are this one.
+      hides: Names of faults that look made where this one is.
+      beside_blocks: Whether engines do it on purpose where weights are quantised in blocks.
+      unexplained: Whether it says what is seen, and not how it came about.
+      mistake: Whether it is one; a layout is not.
+    """
+
+    name: str
+    wording: str | Callable[..., str]
+    stages: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
+    changes: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    solve: Callable[[Question], Iterable[Mistakes]] | None = None
+    variants: Callable[[Question, Node], Iterable[Mapping[str, Any]]] | None = once
+    grid: tuple[str, tuple[float, ...]] | None = None
+    merge: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    slight: bool | None = None
+    in_weights: bool = False
+    together: str | None = None
+    ways: Callable[..., tuple[Mapping[str, Any], ...]] = lambda **_: ()
+    consists_of: tuple[str, ...] = ()
+    hides: tuple[str, ...] = ()
+    beside_blocks: bool = False
+    unexplained: bool = False
+    mistake: bool = True
+
+    def __repr__(self) -> str:
+        return f"Fault({self.name!r})"
+
+    def made(self, **parameters: Any) -> Mistake:
+        """Returns it with parameters."""
+        return Mistake(self, tuple(sorted(parameters.items())))
+
+    def said(self, parameters: Mapping[str, Any]) -> str:
+        """Returns what is wrong, in words."""
+        return self.wording(**parameters) if callable(self.wording) else self.wording.format(**parameters)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a way of multiplying: it concerns all products, and moves values by whole steps."""
+        return "dot" in self.changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A fault with its parameters.
+
+    Attributes:
+      fault: What is made.
+      pairs: Sorted (parameter, value) pairs.
+    """
+
+    fault: Fault
+    pairs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The fault's name."""
+        return self.fault.name
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters by name."""
+        return dict(self.pairs)
+
+    def stages(self, replay: Replay) -> tuple[str, ...]:
+        """Returns the stages that it is made at."""
+        stages = self.fault.stages
+        return stages(replay, **self.parameters) if callable(stages) else stages
+
+    def ways(self) -> tuple[Mistake, ...]:
+        """Returns it in each of the ways in which engines make it; the commonest first."""
+        others = self.fault.ways(**self.parameters)
+        return (self, *(self.fault.made(**self.parameters, **more) for more in others))
+
+
+Mistakes = tuple[Mistake, ...]
+"""A hypothesis: all of these are made."""
+
+
+def names(mistakes: Mistakes) -> str:
+    """The names of some mistakes in a phrase."""
+    return " and ".join(sorted({mistake.name for mistake in mistakes}))
