@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak clean
+.PHONY: demo test lint test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak fault-list clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -89,6 +89,10 @@ parity-budgets: $(VENV)/reference-installed
 # 500 generations of random lengths in one process, twice: compiled programs and memory; MODEL and DEVICE=cuda as you like.
 soak: $(VENV)/installed
 	$(BIN)/python tests/bench/generate_soak.py $(MODEL) $(if $(DEVICE),--device $(DEVICE))
+
+# docs/faults.md, from the table of faults.
+fault-list: $(VENV)/installed
+	$(BIN)/python -m apr_jax.parity.faults.table > docs/faults.md
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

@@ -24,7 +24,7 @@ class Finding:
     """One mistake, wherever it was found.
 
     Attributes:
-      fault: Its name; or "unknown", "non-finite", "constant" or "positions-permuted", which say what is seen.
+      fault: Its name in the table of faults; where nothing explains a stage, that of what is seen.
       layers: Layers that it was found in; "all"; or empty outside the layers.
       stage: The first stage that shows it.
       parameters: What it is parameterised by.

@@ -47,13 +47,9 @@ def _eps(right: float, at: At, eps: float, norms: Sequence[str]) -> float:
     return eps if norm_name(at.what) in norms else right
 
 
-def _eps_wording(eps: float, norms: Sequence[str] = ()) -> str:
-    return f"rms_norm eps is {eps:.6g}" + (f" in {', '.join(norms)}" if norms else "")
-
-
 EPS = Fault(
     "rms-norm-eps",
-    _eps_wording,
+    "rms_norm eps is {eps:.6g} in {norms}",
     _STAGES,
     {"eps": _eps},
     solve=_epsilons,

@@ -9,12 +9,16 @@ the sentence. Adding a mistake is one record in the file of its family and one f
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apr_jax.parity.question import Question
     from apr_jax.parity.replay import Node, Replay
+
+_SHOWN = 3
+"""As many names are spelled out in a sentence."""
 
 # How sightings of a mistake that differ in a parameter become one finding.
 UNION = "union"
@@ -31,13 +35,24 @@ def once(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
     yield {}
 
 
+def _fields(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+def _shown(value: Any) -> Any:
+    """Names in a row, or how many there are."""
+    if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
+        return value
+    return ", ".join(value) if len(value) <= _SHOWN else f"{len(value)} of them ({value[0]}, ...)"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fault:
     """A mistake that can be made in a forward pass.
 
     Attributes:
       name: Its name, the one that users read.
-      wording: What is said of it; a format string of its parameters, or a function of them.
+      wording: What is said of it, a format string of its parameters; of several the first whose parameters are there.
       stages: The stages that it is made at, or a function of the replay and its parameters that tells them. Without
         any it is none of a stage's formula: an order of layers, a layout, or what is merely seen.
       changes: Step of a formula -> what this fault makes of its value. Called with the right value, the place (`At`)
@@ -61,7 +76,7 @@ class Fault:
     """
 
     name: str
-    wording: str | Callable[..., str]
+    wording: str | tuple[str, ...]
     stages: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     changes: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     solve: Callable[[Question], Iterable[Mistakes]] | None = None
@@ -87,7 +102,13 @@ class Fault:
 
     def said(self, parameters: Mapping[str, Any]) -> str:
         """Returns what is wrong, in words."""
-        return self.wording(**parameters) if callable(self.wording) else self.wording.format(**parameters)
+        shown = {name: _shown(value) for name, value in parameters.items()}
+        return next(text for text in self.wordings if _fields(text) <= shown.keys()).format(**shown)
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """The forms of its wording."""
+        return (self.wording,) if isinstance(self.wording, str) else self.wording
 
     @property
     def multiplies(self) -> bool:

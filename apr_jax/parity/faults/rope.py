@@ -65,10 +65,6 @@ def _moved(turn: rope_fit.Rotation, at: At, shift: int = 0, restart: int = 0) ->
     return dataclasses.replace(turn, shift=shift, restart=restart)
 
 
-def _position_wording(shift: int = 0, restart: int = 0) -> str:
-    return f"positions restart every {restart}" if restart else f"positions are shifted by {shift:+d}"
-
-
 _BASES = (1e3, 3e3, 1e4, 2e4, 3e4, 5e4, 1e5, 1.5e5, 2e5, 3e5, 5e5, 7e5, 1e6, 1.5e6, 2e6, 3e6, 5e6, 8e6, 1e7, 3e7, 1e8)
 
 ADJACENT_PAIRS = Fault(
@@ -95,7 +91,14 @@ THETA = Fault(
     solve=rotations,
     grid=("theta", _BASES),
 )
-POSITION = Fault("rope-position", _position_wording, _STAGES, {"rotation": _moved}, solve=rotations, variants=_restarts)
+POSITION = Fault(
+    "rope-position",
+    ("positions are shifted by {shift:+d}", "positions restart every {restart}"),
+    _STAGES,
+    {"rotation": _moved},
+    solve=rotations,
+    variants=_restarts,
+)
 NOT_ON_Q = Fault(
     "rope-not-on-q",
     "q is not rotated",

@@ -101,13 +101,6 @@ def _of_another_layer(value: Value, at: At, tensor: str, layer: int) -> Value:
     return at.replay.weight(layer, tensor) if at.what == tensor else value
 
 
-def _quantised_wording(codec: str, tensor: str | Sequence[str]) -> str:
-    if isinstance(tensor, str):
-        return f"{tensor} is quantised ({codec})"
-    named = ", ".join(tensor) if len(tensor) < 3 else f"{len(tensor)} kinds of tensors ({tensor[0]}, ...)"
-    return f"{named} {'are' if len(tensor) > 1 else 'is'} quantised ({codec})"
-
-
 # --- A matrix in the wrong place or the wrong way round --------------------------------------------------------------
 
 _PAIR = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
@@ -186,7 +179,7 @@ FAULTS = (
     _transposed("head-transposed", "logits", "the head is used transposed", "file", "transposed"),
     Fault(
         "weights-quantised",
-        _quantised_wording,
+        "quantised ({codec}): {tensor}",
         _stages,
         _in_place(_quantised, "codec"),
         variants=_quantisations,
