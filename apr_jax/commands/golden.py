@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax.converters.storage.output import termination_as_interrupt
+    from apr_jax.converters.storage.interrupts import termination_as_interrupt
     from apr_jax.generate import compilation_cache
 
     with termination_as_interrupt():

@@ -19,13 +19,21 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint import file_names
-from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, PREPARED_NAME, SINGLE_NAME
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
 from apr_jax.converters.checkpoint.qwen2 import HEAD, Qwen2Config
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, StorageError
+from apr_jax.converters.errors import (
+    AprJaxError,
+    BrokenContainerError,
+    MissingFileError,
+    RefusedError,
+    StorageError,
+    counted,
+)
 from apr_jax.converters.formats import apr_format, prepared_format, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import DType, Legacy, element_count
-from apr_jax.converters.storage.source import SourceFile, refuse_foreign
+from apr_jax.converters.formats.foreign import refuse_foreign
+from apr_jax.converters.formats.prepared_format import PREPARED_NAME
+from apr_jax.converters.storage.source import SourceFile, is_plain_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -737,7 +745,7 @@ def _parse_index(source: SourceFile) -> _ShardIndex:
 def _check_shard_names(index: _ShardIndex) -> None:
     shards = index.shards
     for name in shards:
-        if not file_names.is_plain(name):
+        if not is_plain_name(name):
             raise RefusedError(
                 "the index names a shard that is no plain file name in its folder",
                 code="path-escapes",

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import printable
+from apr_jax.converters.errors import counted, printable
 
 if TYPE_CHECKING:
     from apr_jax.converters.convert.conversion import Outcome, Plan

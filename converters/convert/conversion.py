@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
+from apr_jax.converters.checkpoint.file_names import CHECKPOINT, CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from apr_jax.converters.checkpoint.openers import (
     SAFETENSORS_SOURCE_FILES_KEY,
     SOURCE_FILES_KEY,
@@ -26,19 +26,17 @@ from apr_jax.converters.checkpoint.openers import (
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.convert import apr_metadata, streaming
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, counted, printable
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import DType, Legacy
+from apr_jax.converters.storage.interrupts import termination_as_interrupt
 from apr_jax.converters.storage.output import (
-    CHECKPOINT,
     FolderKind,
     Notice,
     OutputFile,
     atomic_file,
     atomic_folder,
     check_target,
-    termination_as_interrupt,
 )
 
 if TYPE_CHECKING:
