@@ -17,7 +17,7 @@ from apr_jax.converters.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
     from apr_jax.trace.compare import Comparison
     from apr_jax.trace.golden import Golden
     from apr_jax.trace.inputs import Inputs

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from apr_jax.converters.checkpoint import file_names
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
-from apr_jax.converters.checkpoint.openers import Checkpoint
 from apr_jax.converters.convert import apr_metadata
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.converters.formats import prepared_format

@@ -16,7 +16,7 @@ from apr_jax.converters.errors import AprJaxError, StorageError, printable
 from apr_jax.converters.storage.interrupts import EXIT_INTERRUPTED, termination_as_interrupt
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
 EXIT_DIFFERS = 1
 

@@ -11,7 +11,8 @@ from apr_jax.converters.commands import cli
 from apr_jax.converters.errors import counted, printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint.tensor import Tensor
     from apr_jax.converters.inspect import html_report
     from apr_jax.converters.inspect.statistics import Statistics
 

@@ -15,15 +15,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
 from apr_jax.converters.checkpoint.file_names import CHECKPOINT, CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
-from apr_jax.converters.checkpoint.openers import (
-    SAFETENSORS_SOURCE_FILES_KEY,
-    SOURCE_FILES_KEY,
-    Checkpoint,
-    Tensor,
-    open_checkpoint,
-)
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.convert import apr_metadata, streaming
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, counted, printable

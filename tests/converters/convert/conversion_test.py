@@ -711,7 +711,7 @@ class RefusalTest(ConversionTestCase):
 _SLOW = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from apr_jax.converters import streaming
+from apr_jax.converters.convert import streaming
 from apr_jax.converters.commands import cli, convert
 streaming._CHUNK_BYTES, streaming._BLOCK_BYTES = 4096, 16384
 write = streaming.OutputFile.write_at
