@@ -183,7 +183,7 @@ def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) ->
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.path
         if checkpoint.kind != "safetensors" or not os.path.isdir(folder):
-            from apr_jax.converters.convert.conversion import convert
+            from apr_jax.converters.convert.run import convert
 
             folder = os.path.join(scratch, "hf")
             convert(checkpoint.path, folder, to="safetensors")
