@@ -10,7 +10,7 @@ import numpy as np
 
 from apr_jax.converters.formats import casts
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.pair import Bits, Pair, Select
 
 _ROUNDINGS = ("nearest-even", "truncated", "half-away")

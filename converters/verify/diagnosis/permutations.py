@@ -9,8 +9,8 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.verify.diagnosis import orders
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.context import Context, projection
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
 from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair, Predict, Select
 
 _PROBED_LINES = 24

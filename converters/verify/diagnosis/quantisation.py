@@ -10,7 +10,7 @@ import numpy as np
 
 from apr_jax.converters.formats import casts, codecs, dtypes
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair
 
 # float32 [blocks, 32] -> the values that are left of them.

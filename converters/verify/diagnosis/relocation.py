@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.causes import CAUSES
+from apr_jax.converters.verify.diagnosis.causes import CAUSES, Found
 from apr_jax.converters.verify.diagnosis.context import Context, split_layer
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
 from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair, Select
 
 _PROBE = 12  # elements that are looked for

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.pair import Pair
 
 _LISTED = 8

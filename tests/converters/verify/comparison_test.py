@@ -9,7 +9,6 @@ import struct
 import sys
 import tempfile
 import tracemalloc
-import types
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
@@ -24,6 +23,7 @@ from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify import comparison, distance, tensor_pairs
 from apr_jax.converters.verify.comparison import compare
+from apr_jax.converters.verify.diagnosis import search
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from tests.paths import DATA, NAMES, checkpoint
 
@@ -454,13 +454,7 @@ class FindingsTest(ComparisonTestCase):
             a[name] = typed(values, "f32")
             b[name] = typed(values * (1 + (distances or {}).get(name, 0.5)), "f32")
         a["exact"], b["exact"] = typed([1.0], "f16"), typed([1.0], "f32")
-        fake = types.SimpleNamespace(
-            Context=lambda one, two: (one, two), diagnose=lambda name, one, two, context: [causes[name]]
-        )
-        with (
-            mock.patch.dict(sys.modules, {"apr_jax.converters.verify.diagnosis": fake}),
-            mock.patch("apr_jax.converters.verify.diagnosis", fake),
-        ):
+        with mock.patch.object(search, "diagnose", lambda name, one, two, context: [causes[name]]):
             return self.compare(a, b, diagnose=True).findings
 
     def test_equal_causes_with_equal_parameters_are_one_finding_and_others_are_not(self):
