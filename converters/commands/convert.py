@@ -168,9 +168,9 @@ def _print_errors(plan: Plan, outcome: Outcome) -> None:
 
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     rows = []
-    for name, error in sorted(outcome.quantised.items(), key=lambda item: -item[1].relative_l2):
+    for name, error in sorted(outcome.quantised.items(), key=lambda item: -item[1].sums.relative_l2):
         begins_at = error.to_json(shapes[name])["worst_block"]["begins_at"]
-        figures = (f"{error.relative_l2:.3e}", f"{error.cosine:.6f}", f"{error.max_abs:.3e}")
+        figures = (f"{error.sums.relative_l2:.3e}", f"{error.cosine:.6f}", f"{error.sums.max_abs:.3e}")
         rows.append((printable(name), *figures, f"{error.worst_relative_l2:.3e} at {begins_at}"))
     columns = ("quantised tensor", "relative L2", "cosine", "max abs", "worst block")
     print_table(columns, rows, right=(1, 2, 3))

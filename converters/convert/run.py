@@ -204,7 +204,7 @@ def _recoded(part: streaming.Part, tensor: PlannedTensor) -> streaming.Part:
 def _quantised(blocks: Iterable[streaming.Block]) -> dict[str, QuantisationError]:
     errors: dict[str, QuantisationError] = {}
     for block in blocks:
-        if block.error is not None and block.part.recoding is not None and block.part.recoding.target.is_block:
+        if block.error is not None:
             name = block.part.tensor
             errors[name] = errors[name] + block.error if name in errors else block.error
     return errors

@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.distance import Sums
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import recoding
 from apr_jax.converters.convert.plan import CastRule
@@ -146,11 +147,13 @@ class RecodingTest(parameterized.TestCase):
         self.assertEqual(list(outcome.quantised), ["w"])
         error = outcome.quantised["w"]
         found, source = self.values("q.apr")["w"].astype(np.float64), values.astype(np.float64)
-        self.assertAlmostEqual(error.relative_l2, np.linalg.norm(found - source) / np.linalg.norm(source), places=9)
+        self.assertAlmostEqual(
+            error.sums.relative_l2, np.linalg.norm(found - source) / np.linalg.norm(source), places=9
+        )
         norms = np.linalg.norm(found) * np.linalg.norm(source)
         self.assertAlmostEqual(error.cosine, np.vdot(found, source) / norms, places=9)
-        self.assertEqual(error.max_abs, np.abs(found - source).max())
-        self.assertBetween(error.worst_relative_l2, error.relative_l2, 3.0)
+        self.assertEqual(error.sums.max_abs, np.abs(found - source).max())
+        self.assertBetween(error.worst_relative_l2, error.sums.relative_l2, 3.0)
         report = error.to_json((1500, 300))
         self.assertEqual(json.loads(json.dumps(report)), report)
         row, column = report["worst_block"]["begins_at"]
@@ -203,12 +206,14 @@ class RecodingTest(parameterized.TestCase):
 
     def test_errors_add_up_whatever_the_order(self):
         parts = [
-            recoding.QuantisationError(1, 4, 5, 4, 0.5, 64, 0.3),
-            recoding.QuantisationError(2, 6, 7, 6, 0.25, 0, 0.3),
+            recoding.QuantisationError(Sums(dd=1, aa=4, bb=5, ab=4, max_abs=0.5), 64, 0.3),
+            recoding.QuantisationError(Sums(dd=2, aa=6, bb=7, ab=6, max_abs=0.25), 0, 0.3),
         ]
         self.assertEqual(parts[0] + parts[1], parts[1] + parts[0])
         self.assertEqual((parts[0] + parts[1]).worst_first, 0)
-        self.assertEqual(recoding.QuantisationError().cosine, 1.0)
+        self.assertEqual((parts[0] + parts[1]).sums, Sums(dd=3, aa=10, bb=12, ab=10, max_abs=0.5))
+        self.assertEqual(recoding.QuantisationError(Sums(), 0, 0.0).cosine, 1.0)
+        self.assertEqual(recoding.QuantisationError(Sums(aa=1.0, dd=1.0, max_abs=1.0), 0, 1.0).cosine, 0.0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
-from apr_jax.converters.verify import comparison, distance, tensor_pairs
+from apr_jax.converters.verify import comparison, tensor_pairs
 from apr_jax.converters.verify.comparison import compare
 from apr_jax.converters.verify.diagnosis import search
 from apr_jax.converters.verify.diagnosis.causes import Cause
@@ -540,11 +540,6 @@ class ChecksumTest(ComparisonTestCase):
         found = self.compare(source, path)
         self.assertEqual(found.verdict, "different")
         self.assertIn("the checksum of B is wrong", found.notes[0])
-
-
-class SumsTest(absltest.TestCase):
-    def test_nothing_compared_is_no_distance(self):
-        self.assertEqual((distance.Sums().relative_l2, distance.Sums().cosine), (0.0, 1.0))
 
 
 if __name__ == "__main__":
