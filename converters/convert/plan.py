@@ -17,7 +17,7 @@ from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KE
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.checkpoint.tied_heads import same_values
+from apr_jax.converters.checkpoint.tied_heads import is_tied, same_values
 from apr_jax.converters.convert import apr_metadata
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
@@ -311,17 +311,10 @@ def _choose_tensors(
                 del tensors[HEAD]
             else:
                 tensors[HEAD] = embedding
-    elif tied_head == "copy" and _is_tied(checkpoint):
+    elif tied_head == "copy" and is_tied(checkpoint):
         dropped.pop(HEAD, None)
         tensors[HEAD] = embedding
     return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
-
-
-def _is_tied(checkpoint: Checkpoint) -> bool:
-    try:
-        return checkpoint.model_config().tie_word_embeddings
-    except RefusedError:
-        return HEAD in checkpoint.placeholders
 
 
 def _is_copy(head: Tensor, embedding: Tensor) -> bool:
