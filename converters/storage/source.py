@@ -30,7 +30,6 @@ class SourceFile:
     Attributes:
       path: As the user or the index named it.
       size: Bytes, at the time of opening.
-      device, inode: Its identity (st_dev, st_ino), to see that an output is not the input.
       links: Hard links to it.
     """
 
@@ -62,7 +61,7 @@ class SourceFile:
             self.close()
             raise
         self.size = found.st_size
-        self.device, self.inode, self.links = found.st_dev, found.st_ino, found.st_nlink
+        self.links = found.st_nlink
         self._stamp = (found.st_size, found.st_mtime_ns)
 
     def readinto_at(self, offset: int, buffer: bytearray | memoryview) -> None:

@@ -238,7 +238,7 @@ def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Pro
             parameters = {"from": pair.a.dtype.name, "to": pair.b.dtype.name, "values_converted": False}
             causes.append((pair, Cause("relabelled-dtype", parameters, 1.0)))
         else:
-            causes.extend((pair, cause) for cause in diagnose(pair.name, pair.a, pair.b, context)[:1])
+            causes.extend((pair, cause) for cause in diagnose(pair.a, pair.b, context)[:1])
         meter.advance(pair.b.nbytes)
 
     # The largest first, so that no thread is left alone with it at the end.

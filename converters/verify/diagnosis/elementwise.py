@@ -17,7 +17,6 @@ _ROUNDINGS = ("nearest-even", "truncated", "half-away")
 _EIGHT_BITS = ("f8_e4m3", "f8_e5m2")
 _THROUGH = ("f16", "bf16", *_EIGHT_BITS, "f32")
 _MISREADINGS = {1: ("i8", "u8", "f8_e4m3", "f8_e5m2"), 2: ("f16", "bf16", "i16"), 4: ("f32", "i32"), 8: ("f64", "i64")}
-_INTEGERS = ("i8", "u8", "i16", "i32", "i64")
 # Elements that narrow the range of a factor or a constant down.
 _WIDE_SAMPLE = 1 << 17
 

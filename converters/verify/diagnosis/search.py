@@ -35,11 +35,10 @@ _IMPLIED = {
 }
 
 
-def diagnose(name: str, a: Tensor, b: Tensor, context: Context) -> list[Cause]:
+def diagnose(a: Tensor, b: Tensor, context: Context) -> list[Cause]:
     """Finds out what happened to a tensor.
 
     Args:
-      name: Its name.
       a: The original.
       b: The suspect.
       context: Both checkpoints.

@@ -454,7 +454,7 @@ class FindingsTest(ComparisonTestCase):
             a[name] = typed(values, "f32")
             b[name] = typed(values * (1 + (distances or {}).get(name, 0.5)), "f32")
         a["exact"], b["exact"] = typed([1.0], "f16"), typed([1.0], "f32")
-        with mock.patch.object(search, "diagnose", lambda name, one, two, context: [causes[name]]):
+        with mock.patch.object(search, "diagnose", lambda one, two, context: [causes[one.name]]):
             return self.compare(a, b, diagnose=True).findings
 
     def test_equal_causes_with_equal_parameters_are_one_finding_and_others_are_not(self):

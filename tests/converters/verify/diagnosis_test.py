@@ -36,7 +36,7 @@ class DiagnosisTest(parameterized.TestCase):
         write(folder / "b", after)
         with open_checkpoint(folder / "a") as a, open_checkpoint(folder / "b") as b:
             context = Context(a, b)
-            return {name: diagnose(name, a.tensors[name], b.tensors[name], context) for name in before if name in after}
+            return {name: diagnose(a.tensors[name], b.tensors[name], context) for name in before if name in after}
 
     def matches(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> list[Match]:
         folder = pathlib.Path(self.create_tempdir().full_path)
@@ -221,7 +221,7 @@ class DiagnosisTest(parameterized.TestCase):
             damaged.write_bytes(whole)
             with open_checkpoint(damaged) as suspect:
                 context = Context(original, suspect)
-                (first, *_) = diagnose(name, tensor, suspect.tensors[name], context)
+                (first, *_) = diagnose(tensor, suspect.tensors[name], context)
         self.assertEqual((first.cause, first.parameters), (cause, parameters))
 
     # --- sizes
