@@ -25,7 +25,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
-from apr_jax.converters.formats import codecs
+from apr_jax.converters.formats import casts
 from apr_jax.model.language_model import load_model
 from apr_jax.model.qwen2 import OPS
 from apr_jax.trace import aprt, stages, tolerances
@@ -223,7 +223,7 @@ class LiveTest(DumpTestCase):
         with open_checkpoint(self.imported(source, kind)) as opened:
             payload = opened.tensors[EMBEDDING].raw()
         self.assertEqual(hashlib.sha256(payload).hexdigest(), quantiser_cases.HARD_SHA256[kind])
-        expected = codecs.quantise(values[EMBEDDING], quantiser_cases.KINDS[kind][1], values[EMBEDDING].shape)
+        expected = casts.quantise(values[EMBEDDING], quantiser_cases.KINDS[kind][1], values[EMBEDDING].shape)
         self.assertEqual(payload, expected)
 
     def trace(self, model, layers):

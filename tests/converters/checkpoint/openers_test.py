@@ -27,7 +27,7 @@ from apr_jax.converters.errors import (
     RefusedError,
     StorageError,
 )
-from apr_jax.converters.formats import apr_format, codecs, dtypes
+from apr_jax.converters.formats import apr_format, casts, dtypes
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 DATA = ROOT / "tests" / "data" / "apr"
@@ -570,7 +570,7 @@ class AprTest(CheckpointTestCase):
 
     def test_decoding_in_parts_takes_little_memory(self):
         shape = (4000, 1000)
-        data = codecs.quantise(np.tile(np.float32([-1, 1]), (4000, 500)), "q4_k", shape)
+        data = casts.quantise(np.tile(np.float32([-1, 1]), (4000, 500)), "q4_k", shape)
         tensor = self.open_apr({"a": ("q4_k", shape, data)}, {}).tensors["a"]
         del data
         tracemalloc.start()

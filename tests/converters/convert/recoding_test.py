@@ -23,7 +23,7 @@ from apr_jax.converters.convert import recoding
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
-from apr_jax.converters.formats import codecs, dtypes
+from apr_jax.converters.formats import casts, codecs, dtypes
 from tests import quantiser_cases
 from tests.paths import DATA, checkpoint
 
@@ -78,7 +78,7 @@ class RecodingTest(parameterized.TestCase):
         self.convert(self.save(w=values), "q.apr", cast)
         self.assert_footer("q.apr")
         with open_checkpoint(self.folder / "q.apr") as opened:
-            self.assertEqual(opened.tensors["w"].raw(), codecs.quantise(values, CASTS[cast], shape))
+            self.assertEqual(opened.tensors["w"].raw(), casts.quantise(values, CASTS[cast], shape))
 
     @parameterized.product(cast=list(CASTS), dtype=(np.float16, ml_dtypes.bfloat16, np.float64))
     def test_other_floats_are_cast_to_float32_first(self, cast, dtype):
@@ -86,7 +86,7 @@ class RecodingTest(parameterized.TestCase):
         source = self.save(w=values)
         self.convert(source, "q.apr", cast)
         with open_checkpoint(self.folder / "q.apr") as opened:
-            expected = codecs.quantise(values.astype(np.float32), CASTS[cast], (40, 70))
+            expected = casts.quantise(values.astype(np.float32), CASTS[cast], (40, 70))
             self.assertEqual(opened.tensors["w"].raw(), expected)
 
     @parameterized.product(source=(INT8, INT4), target=("f32", "bf16", "f16", "f64"), output=("out", "out.apr"))
@@ -111,7 +111,7 @@ class RecodingTest(parameterized.TestCase):
             self.convert(self.folder / "k.apr", "other.apr", cast)
             with open_checkpoint(self.folder / "other.apr") as opened, open_checkpoint(self.folder / "k.apr") as k:
                 tensor = opened.tensors["w"]
-                same = k.tensors["w"].raw() if name == "q4_k" else codecs.quantise(decoded, name, (1100, 300))
+                same = k.tensors["w"].raw() if name == "q4_k" else casts.quantise(decoded, name, (1100, 300))
                 self.assertEqual(tensor.raw(), same)
         self.convert(self.folder / "k.apr", "k.safetensors", "f32")
         self.assertEqual(self.values("k.safetensors")["w"].tobytes(), decoded.tobytes())

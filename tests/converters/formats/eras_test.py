@@ -21,7 +21,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError
-from apr_jax.converters.formats import codecs, dtypes
+from apr_jax.converters.formats import casts, dtypes
 from tests.paths import DATA, ROOT
 
 ROW_MAJOR, QUANTIZED = 0x0400, 0x0020
@@ -58,13 +58,13 @@ Q4, Q8, Q4_EVEN = floats(3, 40), floats(5, 7), floats(4, 64)
 OLD_APRENDER = {
     "bf16": (2, (6, 4), BF16.tobytes()),
     "f32": (0, (5, 7), Q8.tobytes()),
-    "q4": (8, (3, 40), codecs.quantise(Q4, "apr_q4", (3, 40))),
-    "q8": (9, (5, 7), codecs.quantise(Q8, "apr_q8", (5, 7))),
+    "q4": (8, (3, 40), casts.quantise(Q4, "apr_q4", (3, 40))),
+    "q8": (9, (5, 7), casts.quantise(Q8, "apr_q8", (5, 7))),
 }
 # The size of q4 leaves two types: 256 divides its elements.
-AMBIGUOUS = OLD_APRENDER | {"even": (8, (4, 64), codecs.quantise(Q4_EVEN, "apr_q4", (4, 64)))}
+AMBIGUOUS = OLD_APRENDER | {"even": (8, (4, 64), casts.quantise(Q4_EVEN, "apr_q4", (4, 64)))}
 # What realizar's converters wrote, with a table of their own and later with GGML's numbers; no footer.
-Q4_K = codecs.quantise(floats(2, 256), "q4_k", (2, 256))
+Q4_K = casts.quantise(floats(2, 256), "q4_k", (2, 256))
 Q4_0 = np.float16(0.5).tobytes() + bytes(range(16))
 Q8_0 = np.float16(0.25).tobytes() + bytes(range(32))
 OLD_ENGINE = {"a": (0, (3,), floats(3).tobytes()), "k": (8, (2, 256), Q4_K), "n": (2, (6, 4), BF16.tobytes())}
