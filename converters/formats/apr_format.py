@@ -1,4 +1,4 @@
-"""The `.apr` v2 container as pure functions over bytes.
+"""The `.apr` v2 container, the model format of the Rust project aprender, as pure functions over bytes.
 
     64-byte header | metadata, JSON | tensor index | tensor data | CRC-32 of everything before, u32
 

@@ -1,4 +1,4 @@
-"""Codecs of quantised blocks: bytes of a file to float32 values, and back as the genuine `apr` quantises.
+"""Codecs of quantised blocks: bytes of a file to float32 values, and back as aprender's `apr` quantises.
 
 One class per block format. The registry (`dtypes.DType.codec`) says which class belongs to a type; a class says how
 its bytes are laid out, in one structured numpy type, and what a value is. Every formula keeps the order of float32

@@ -1,7 +1,7 @@
-"""What one checkpoint says about itself: checks that need no original to compare with.
+"""Checks one checkpoint by itself, without an original to compare with.
 
 Structure, checksums, sizes, configuration against shapes, and what the values look like. The bounds S1 and S24 are
-those of upstream's tests (`pretrain_real.rs`, tensor-layout FALSIFY-001 to 006), unchanged. What a relabelled type
+those of aprender's tests (`pretrain_real.rs`, tensor-layout FALSIFY-001 to 006), unchanged. What a relabelled type
 looks like was measured, over 195 matrices of 13 checkpoints: bf16 read as f16 has at least 99.5 % of its magnitudes in
 [0.5, 4), a genuine matrix 0.6 % at most; f16 read as bf16 has at least 92 % below 2**-20, a genuine one 0.03 % at most.
 """

@@ -1,4 +1,4 @@
-"""Reading a file at given offsets, and nothing else: no mapping, no re-opening, no surprise.
+"""Reads a file at given offsets, and does nothing else: no mapping, no re-opening, no surprise.
 
 One descriptor serves for the life of a checkpoint, so a file replaced by a rename changes nothing; a file that shrinks
 is an error that names the byte, where a mapped file would end the process with SIGBUS.

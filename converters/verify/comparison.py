@@ -2,7 +2,7 @@
 
 A is the original, B the one in question. Both are streamed: memory does not grow with their size. Where bytes are
 equal nothing is decoded; where they are not, values are compared, so that an exact cast is known for what it is; and
-where values differ, `diagnosis` searches for the cause.
+where values differ, `diagnosis.search` looks for the cause.
 """
 
 from __future__ import annotations

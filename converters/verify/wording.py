@@ -1,4 +1,4 @@
-"""Causes in words: what became of a tensor, in half a line for people."""
+"""Puts into words what became of a tensor: half a line for each cause, with its parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The causes that are known, and what the search for them answers."""
+"""The ways in which a tensor can come to differ from its original (causes), and what the search for them answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the diagnosis of one tensor may look at beside it: the other tensors of both sides, and the attention heads."""
+"""What the search for a tensor's cause may look at beside it: the other tensors of both sides, the attention heads."""
 
 from __future__ import annotations
 

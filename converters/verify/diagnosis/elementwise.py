@@ -1,4 +1,4 @@
-"""Causes that change each element by itself: misread, cast, swapped bytes, scaled, moved by a constant."""
+"""Finds causes that change each element by itself: misread, cast, swapped bytes, a factor, a constant added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that only one side has: q, k and v against a fused projection, and the same content under another name."""
+"""Finds out what became of tensors that only one checkpoint has: fused, split, or under another name."""
 
 from __future__ import annotations
 

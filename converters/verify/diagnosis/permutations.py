@@ -1,4 +1,4 @@
-"""Causes that move whole rows, columns or heads, or turn the matrix."""
+"""Finds transposed matrices, and rows, columns or attention heads that stand in another order."""
 
 from __future__ import annotations
 

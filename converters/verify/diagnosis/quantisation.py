@@ -1,4 +1,4 @@
-"""A quantised type and back: found by quantising the original again, or by the lattice that the values lie on."""
+"""Finds values that went through a quantised type: by quantising the original again, or by their lattice."""
 
 from __future__ import annotations
 

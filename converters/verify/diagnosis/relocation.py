@@ -1,4 +1,4 @@
-"""Causes that bring data from elsewhere: another tensor, or another place in the file."""
+"""Finds content that belongs elsewhere: that of another tensor, or of another place in the file (shifts)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causes that leave most elements alone or wipe them out: zeros, cut tails, NaN and infinities, flipped bits."""
+"""Finds causes that leave most elements alone or wipe them out: zeros, cut tails, NaN and infinities, flipped bits."""
 
 from __future__ import annotations
 
