@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak fault-list clean
+.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak fault-list clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The rooms of the code: modules, lines and imports of each; fails on an import that goes up or sideways.
+rooms:
+	@$(PYTHON) tests/rooms.py
 
 # Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`.
 test-reference: $(VENV)/reference-installed

@@ -32,7 +32,7 @@ _HOMES = {
     "OPS": "apr_jax.model.qwen2",
     "Ops": "apr_jax.model.qwen2",
     "Qwen2ForCausalLM": "apr_jax.model.qwen2",
-    "open_checkpoint": "apr_jax.converters.checkpoint",
+    "open_checkpoint": "apr_jax.converters.checkpoint.openers",
     "Qwen2Config": "apr_jax.converters.checkpoint.qwen2",
 }
 __all__ = list(_HOMES)

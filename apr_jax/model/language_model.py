@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import UsageError
 from apr_jax.load.parameters import DTYPES, Parameters, load_parameters

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax.converters.formats import codecs, dtypes
+from apr_jax.converters.formats import casts, codecs, dtypes
 from apr_jax.parity.faults.record import UNION, Fault
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import EMBEDDING, NORMS, PRODUCTS, QKV, At, Node, Replay, Value, head_name
@@ -89,7 +89,7 @@ def _quantised(weight: Value, codec: str) -> Value:
         with np.errstate(over="ignore"):
             return weight.astype(np.float16).astype(np.float64)
     dtype = dtypes.by_name(_CODECS[codec])
-    payload = codecs.quantise(weight.astype(np.float32), _CODECS[codec], weight.shape)
+    payload = casts.quantise(weight.astype(np.float32), _CODECS[codec], weight.shape)
     columns = dtype.padded_columns(weight.shape, len(payload))
     width = weight.shape[-1] if columns is None else columns + -columns % dtype.block_elements
     out = np.empty(weight.size // weight.shape[-1] * width, np.float32)

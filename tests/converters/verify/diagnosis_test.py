@@ -11,7 +11,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.verify import diagnosis
+from apr_jax.converters.verify.diagnosis.causes import Cause
+from apr_jax.converters.verify.diagnosis.context import Context
+from apr_jax.converters.verify.diagnosis.missing import Match, diagnose_missing
+from apr_jax.converters.verify.diagnosis.search import diagnose
 from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
 from tests.paths import DATA
 
@@ -24,31 +27,25 @@ def _random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 class DiagnosisTest(parameterized.TestCase):
-    def diagnose(self, before: Stored, after: Stored, name: str = NAME) -> list[diagnosis.Cause]:
+    def diagnose(self, before: Stored, after: Stored, name: str = NAME) -> list[Cause]:
         return self.diagnose_all({name: before}, {name: after})[name]
 
-    def diagnose_all(
-        self, before: Mapping[str, Stored], after: Mapping[str, Stored]
-    ) -> dict[str, list[diagnosis.Cause]]:
+    def diagnose_all(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> dict[str, list[Cause]]:
         folder = pathlib.Path(self.create_tempdir().full_path)
         write(folder / "a", before)
         write(folder / "b", after)
         with open_checkpoint(folder / "a") as a, open_checkpoint(folder / "b") as b:
-            context = diagnosis.Context(a, b)
-            return {
-                name: diagnosis.diagnose(name, a.tensors[name], b.tensors[name], context)
-                for name in before
-                if name in after
-            }
+            context = Context(a, b)
+            return {name: diagnose(a.tensors[name], b.tensors[name], context) for name in before if name in after}
 
-    def matches(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> list[diagnosis.Match]:
+    def matches(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> list[Match]:
         folder = pathlib.Path(self.create_tempdir().full_path)
         write(folder / "a", before)
         write(folder / "b", after)
         with open_checkpoint(folder / "a") as a, open_checkpoint(folder / "b") as b:
             only_a = [name for name in before if name not in after]
             only_b = [name for name in after if name not in before]
-            return diagnosis.diagnose_missing(only_a, only_b, diagnosis.Context(a, b))
+            return diagnose_missing(only_a, only_b, Context(a, b))
 
     def test_equal_tensors_have_no_cause(self):
         same = stored(_random(8, 8))
@@ -223,8 +220,8 @@ class DiagnosisTest(parameterized.TestCase):
             damaged = pathlib.Path(self.create_tempdir().full_path) / "damaged.apr"
             damaged.write_bytes(whole)
             with open_checkpoint(damaged) as suspect:
-                context = diagnosis.Context(original, suspect)
-                (first, *_) = diagnosis.diagnose(name, tensor, suspect.tensors[name], context)
+                context = Context(original, suspect)
+                (first, *_) = diagnose(tensor, suspect.tensors[name], context)
         self.assertEqual((first.cause, first.parameters), (cause, parameters))
 
     # --- sizes
