@@ -21,9 +21,9 @@ from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.stages import Key
 
 _MAX_BYTES = 64 << 20
-_ATTENTION = ("attn_scores", "attn_softmax")
 
 Positions = Sequence[int] | Sequence[Sequence[int]]
 """Positions of the dumped rows: one list for all rows of the batch, or one for each."""
@@ -122,7 +122,7 @@ def shown_positions(inputs: Inputs, columns: np.ndarray) -> str:
 
 def position_axis(key: str) -> int:
     """Returns the axis of a stage's values that runs over positions, batch axis counted."""
-    return 2 if stages.stage_of(key) in _ATTENTION else 1
+    return 2 if Key(key).per_pair else 1
 
 
 def dumped_columns(key: str, count: int, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray | None:
@@ -149,7 +149,7 @@ def dumped_shape(
     """
     batch, length = inputs.input_ids.shape
     counts = [length, *([] if columns is None else [columns.shape[1]]), *([1] if key == stages.LOGITS else [])]
-    whole, axis = (batch, *stages.shape(config, stages.stage_of(key), length)), position_axis(key)
+    whole, axis = (batch, *stages.shape(config, Key(key).stage, length)), position_axis(key)
     shapes = [(*whole[:axis], count, *whole[axis + 1 :]) for count in counts]
     for shape in shapes:
         if math.prod(shape) == size:

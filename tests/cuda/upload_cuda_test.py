@@ -13,8 +13,8 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.load import prepared, upload
 from apr_jax.model.language_model import load_model
 from tests import paths
-from tests.apr_jax import upload_test
 from tests.cuda.devices import cuda_devices
+from tests.load import upload_test
 
 
 @absltest.skipUnless(cuda_devices(), "JAX finds no CUDA device")
