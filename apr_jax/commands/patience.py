@@ -1,4 +1,4 @@
-"""Ends a process soon after Ctrl-C even where the interpreter cannot: XLA compiles for seconds without looking up."""
+"""Ends a process a second after Ctrl-C or a signal even while XLA compiles, when the interpreter notices neither."""
 
 from __future__ import annotations
 

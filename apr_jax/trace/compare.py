@@ -1,4 +1,4 @@
-"""Two traces side by side: how far apart, stage by stage, and whether that is within the bar."""
+"""Compares two traces tensor by tensor: how far apart they are, whether within a bar, and how far logits agree."""
 
 from __future__ import annotations
 

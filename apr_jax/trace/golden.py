@@ -1,4 +1,4 @@
-"""Golden files: reference logits and intermediate values of one batch, with their provenance, as safetensors.
+"""Golden files, in which reference logits and intermediate values of one batch are kept: safetensors, with provenance.
 
 Content (B rows, T positions): `input_ids`, `attention_mask`, `position_ids` int32 [B, T]; `logits` float32 [B, T, V]
 (float64 where computed so); `loss_nats` float64 [1]; `hidden.{layer}` and `hidden.final_norm` [B, T, D] on request;

@@ -1,4 +1,4 @@
-"""The HuggingFace witness: logits and intermediate values of transformers' own Qwen2, in eager attention.
+"""HuggingFace as a second opinion: logits and intermediate values of transformers' own Qwen2, in eager attention.
 
 Nothing of the forward pass is written again here. Values are taken from the genuine modules by hooks, and, where a
 stage is no module's output, by wrapping the functions that `modeling_qwen2` itself calls for the time of one run.
