@@ -46,9 +46,10 @@ rooms:
 test-reference: $(VENV)/reference-installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/reference
 
-# On a machine with an NVIDIA GPU; skips with a reason elsewhere. Uses the Python that is active, not the one in .venv.
+# On a machine with an NVIDIA GPU that JAX can compute on; fails elsewhere. Uses the Python that is active, not the one in
+# .venv, and several processes where it has pytest-xdist.
 test-cuda:
-	$(PYTHON) -m pytest tests/cuda
+	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses=8 --dist=worksteal) tests/cuda
 
 # Speed of the 0.5B shape on the CPU beside HuggingFace and, where APR_BIN names it, the genuine `apr`; 5 minutes, 6 GB.
 # Other shapes, cases and devices: `tools/bench.py --help`; the figures of an H200: `tests/bench/on_gpu.py DIR`.

@@ -1,1 +1,3 @@
-"""What `apr-jax bench` measures: the model beside its peers and beside the limits of the machine, in one run."""
+"""The benchmark behind `apr-jax bench`: our model, HuggingFace and `apr` on the same cases, in one run, beside what the
+machine's memory and arithmetic allow.
+"""

@@ -1,4 +1,4 @@
-"""What is measured, how much work it is at least, and how fast the machine could do that.
+"""The cases of the benchmark, prompts and decode steps; the least work each takes, and the least time on a machine.
 
 Letters: B batch, T tokens of a prompt, S tokens in the cache.
 """

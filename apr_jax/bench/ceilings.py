@@ -1,4 +1,4 @@
-"""What the machine reaches on work without a model: a product of matrices, a copy and a sum."""
+"""Measures what a machine can do without any model: operations a second of a product, bytes a second of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The genuine `apr` as a peer: `apr bench FILE --fast`, which generates from a short prompt, one row, on the CPU."""
+"""The genuine `apr` as a contestant: `apr bench FILE --fast`, a few tokens after a short prompt, on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HuggingFace transformers as a contestant, on the very arrays that the model holds."""
+"""HuggingFace transformers as a contestant of the benchmark, on the very weight arrays that our model holds."""
 
 from __future__ import annotations
 

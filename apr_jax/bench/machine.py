@@ -1,4 +1,4 @@
-"""What a measurement was made on and with."""
+"""Describes what a benchmark ran on and with: processor or GPU, date, versions, commit."""
 
 from __future__ import annotations
 

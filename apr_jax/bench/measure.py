@@ -1,4 +1,4 @@
-"""Contestants side by side: rounds that alternate between them, so that what else the machine does hits all alike."""
+"""Times contestants in rounds that alternate between them, so that what else the machine does hits all alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as a contestant: the programs that generation runs, with random weights made on the device."""
+"""Our model as a contestant: the programs that generation runs, with random weights made on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as tables: text for a terminal, Markdown for the README."""
+"""Shows results of the benchmark as tables: text for a terminal, Markdown for the README."""
 
 from __future__ import annotations
 

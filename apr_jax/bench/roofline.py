@@ -1,4 +1,4 @@
-"""A roofline picture (Williams, Waterman, Patterson 2009) as SVG: every case beside the limits of the machine."""
+"""Draws a roofline picture (Williams, Waterman, Patterson 2009) as SVG: every case beside the limits of the machine."""
 
 from __future__ import annotations
 

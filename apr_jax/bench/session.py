@@ -1,4 +1,4 @@
-"""One run of the benchmark: limits of the machine, contestants, cases, start-up; results as they come."""
+"""Runs the benchmark: the machine's limits, each case with all contestants, start-up; gives results as they come."""
 
 from __future__ import annotations
 

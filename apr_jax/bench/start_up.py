@@ -1,4 +1,4 @@
-"""From the start of a process to its first token: ours with a cold and a warm compilation cache, and HuggingFace's."""
+"""Measures whole processes up to a first token: ours with a cold and a warm compilation cache, and HuggingFace's."""
 
 from __future__ import annotations
 

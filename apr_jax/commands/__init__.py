@@ -1,1 +1,1 @@
-"""The commands that run models, and `entry`, the console script `apr-jax`."""
+"""The commands that run models (golden, parity, generate and others), and `entry`, the console script `apr-jax`."""

@@ -109,7 +109,7 @@ def _make(args: argparse.Namespace) -> int:
         made = _compute(args, checkpoint, inputs)
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
     if as_dump:
-        written = {key: value for key, value in made.values.items() if not key.startswith("hidden.")}
+        written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
         aprt.write(args.output, inputs, written, force=args.force)
     else:
         written = dict(made.values)
@@ -163,14 +163,14 @@ def _run_jax(
 
     model = load_model(checkpoint, args.dtype, args.device)
     layers = model.config.num_layers
-    keys = set(stages.trace_keys(layers)) if args.trace else {stages.LOGITS}
+    keys: set[str] = set(stages.trace_keys(layers)) if args.trace else {stages.LOGITS}
     if args.hidden_states:
         keys |= set(stages.hidden_sources(layers).values())
     trace = model.trace(inputs, keys)
     values = {key: trace[key] for key in trace if args.trace or key == stages.LOGITS}
     if args.hidden_states:
         hidden = golden.with_hidden_states(trace, layers)
-        values |= {key: hidden[key] for key in hidden if key.startswith("hidden.")}
+        values |= {key: hidden[key] for key in hidden if stages.Key(key).is_hidden}
     return values, f"{model.device.platform} ({model.device.device_kind})", "dots HIGHEST, no excess precision"
 
 
@@ -317,10 +317,12 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
 
 def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[str, np.ndarray]:
     from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.trace.stages import Key
 
     settings = argparse.Namespace(**vars(args) | {"dtype": dtype})
-    settings.trace = any(key.startswith("stage.") for key in reference.values)
-    settings.hidden_states = any(key.startswith("hidden.") for key in reference.values)
+    keys = [Key(key) for key in reference.values]
+    settings.trace = any(key.is_inner for key in keys)
+    settings.hidden_states = any(key.is_hidden for key in keys)
     with open_checkpoint(args.model) as checkpoint:
         values, _, _ = (_run_hf if args.reference == "hf" else _run_jax)(settings, checkpoint, reference.inputs)
     return values

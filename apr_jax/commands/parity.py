@@ -199,7 +199,7 @@ def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[s
             f"only positions {shown_positions(dump.inputs, dump.columns)} were dumped: what earlier ones left in the"
             " cache of keys and values is taken to be right but for the mistakes that are found, and was not examined"
         )
-    if not any(key.startswith("stage.") for key in dump.values):
+    if not any(stages.Key(key).is_inner for key in dump.values):
         notes.append("no stages were dumped: the mistake cannot be named from logits or layer outputs alone yet")
     if dump.strangers:
         notes.append(f"not read, no stage of this model: {', '.join(dump.strangers[:8])}")
@@ -276,7 +276,7 @@ def _unexamined(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel) -> list[
     from apr_jax.trace.positions import shown_positions
 
     judged = {site.key for site in diagnosis.localisation.sites if site.elements}
-    keys = [key for key in stages.trace_keys(exact.config.num_layers) if key not in judged]
+    keys: list[str] = [key for key in stages.trace_keys(exact.config.num_layers) if key not in judged]
     if dump.columns is None:
         return keys
     others = np.delete(np.arange(dump.inputs.input_ids.shape[1]), np.unique(dump.columns))

@@ -1,7 +1,7 @@
-"""Calls a CUDA C++ kernel from a JAX program.
+"""Puts a CUDA C++ kernel into a JAX program, as XLA's custom call for PTX.
 
-XLA takes PTX in a custom call of its own; `jax.ffi.ffi_call` writes that call, and it goes into CUDA graphs like any
-other kernel. The target is XLA's own and not documented: seen working with jaxlib 0.11.2; 0.10.2 has it too.
+`jax.ffi.ffi_call` writes the call, and it goes into CUDA graphs like any other kernel. The call's target is XLA's own
+and not documented: seen working with jaxlib 0.11.2; 0.10.2 has it too.
 """
 
 from __future__ import annotations

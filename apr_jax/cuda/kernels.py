@@ -1,4 +1,7 @@
-"""Kernels for what XLA leaves apart or reads slowly: attention of one new token, residual with norm, SwiGLU, matvec."""
+"""The smaller CUDA kernels as JAX functions: attention of one new token, residual sum with norm, SwiGLU, matvec.
+
+Each stands for several kernels that XLA leaves apart, or for one of XLA's that reads memory slowly.
+"""
 
 from __future__ import annotations
 

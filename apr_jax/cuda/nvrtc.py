@@ -1,4 +1,4 @@
-"""CUDA C++ to PTX through NVRTC, the library that JAX's CUDA wheels bring along."""
+"""Compiles CUDA C++ to PTX, NVIDIA's assembly, with NVRTC, the compiler library in JAX's CUDA wheels."""
 
 from __future__ import annotations
 

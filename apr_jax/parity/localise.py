@@ -15,9 +15,8 @@ import numpy as np
 
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.trace import stages
-from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import complete, dumped_columns, gather_positions, position_axis
+from apr_jax.trace.positions import compared_positions, complete, dumped_columns, gather_positions, position_axis
 
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 """Half a unit in the last place, relative: the largest error of one rounding."""

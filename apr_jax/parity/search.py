@@ -20,8 +20,7 @@ from apr_jax.parity.hypotheses import hypotheses
 from apr_jax.parity.localise import Localisation, Site, budgets, row_norms
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import Replay, split
-from apr_jax.trace.compare import compared_positions
-from apr_jax.trace.positions import dumped_tokens, position_axis
+from apr_jax.trace.positions import compared_positions, dumped_tokens, position_axis
 
 _SLACK = 1.5
 """A hypothesis may be this much farther off than a right stage: the mistake's own rounding is not ours."""

@@ -1,1 +1,1 @@
-"""What a forward pass shows: stages, inputs, positions, and how two of them compare."""
+"""Traces, the intermediate values of a forward pass: keys, shapes, inputs, files of them, how far apart two are."""

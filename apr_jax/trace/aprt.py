@@ -24,6 +24,7 @@ from apr_jax.converters.storage.output import FolderKind, atomic_folder
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import TOKEN_IDS, Inputs, beside
 from apr_jax.trace.positions import dumped_shape
+from apr_jax.trace.stages import Key
 
 MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF
@@ -42,11 +43,17 @@ _ALIASES = {"layer_output": "post_ffn_residual"}
 
 
 def path_of(key: str) -> str:
-    """Returns where a trace key lies in a dump: `stage.1.ffn_up` -> `layer-1/ffn_up.bin`."""
-    if key in _OUTER_PATHS:
-        return _OUTER_PATHS[key]
-    _, layer, stage = key.split(".")
-    return f"layer-{layer}/{stage}.bin"
+    """Returns where a trace key lies in a dump: `stage.1.ffn_up` -> `layer-1/ffn_up.bin`.
+
+    Raises:
+      ValueError: A dump has no place for it: a hidden state, which lies there as the stage that it equals.
+    """
+    name = Key(key)
+    if name in _OUTER_PATHS:
+        return _OUTER_PATHS[name]
+    if name.is_hidden or name.layer is None:
+        raise ValueError(f"{key} is no stage of an APRT dump")
+    return f"layer-{name.layer}/{name.stage}.bin"
 
 
 def encode(layer: int, values: np.ndarray) -> bytes:
@@ -157,9 +164,8 @@ def read(
 
 def _layer_of(key: str) -> int:
     """Returns the layer in the header of a key's file; the embedding counts to layer 0."""
-    if key == stages.EMBEDDING:
-        return 0
-    return WHOLE_MODEL if key in _OUTER_PATHS else int(key.split(".")[1])
+    layer = 0 if key == stages.EMBEDDING else Key(key).layer
+    return WHOLE_MODEL if layer is None else layer
 
 
 def unknown_files(folder: str | os.PathLike[str], config: Qwen2Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""Two traces side by side: how far apart, stage by stage, and whether that is within the bar."""
+"""Compares two traces tensor by tensor: how far apart they are, whether within a bar, and how far logits agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import numpy as np
 from apr_jax.converters.errors import RefusedError
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import dumped_columns, gather_positions, position_axis
+from apr_jax.trace.positions import (
+    compared_positions,
+    dumped_columns,
+    gather_positions,
+    next_token_pairs,
+    position_axis,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +108,15 @@ def compare(
         )
     results = []
     for key in keys:
-        ours, theirs = left[key], right[key]
-        chosen = compared_positions(key, inputs, ours.shape)
+        ours, theirs, part = left[key], right[key], None
         if theirs.ndim == ours.ndim:
             part = dumped_columns(key, theirs.shape[position_axis(key)], inputs, columns)
-            ours, chosen = (gather_positions(key, x, part) for x in (ours, chosen))
+            ours = gather_positions(key, ours, part)
         if ours.shape != theirs.shape:
             raise RefusedError(
                 "shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape
             )
+        chosen = compared_positions(key, inputs, ours.shape, part)
         results.append(_compare_one(key, ours[chosen], theirs[chosen], bar(key)))
     return results
 
@@ -156,7 +162,7 @@ def loss_nats(logits: np.ndarray, inputs: Inputs) -> float:
     Raises:
       RefusedError: No such pair.
     """
-    pairs = inputs.next_token_pairs()
+    pairs = next_token_pairs(inputs)
     if not pairs.any():
         raise RefusedError("no next token to predict", code="nothing-compared", expected="two tokens in a row at least")
     predicting, targets = logits[:, :-1][pairs], inputs.input_ids[:, 1:][pairs]
@@ -186,13 +192,3 @@ def _compare_logits(left: np.ndarray, right: np.ndarray) -> dict[str, float]:
 def _parts(count: int, size: int = 64) -> Iterator[slice]:
     """Slices of `size` positions: a vocabulary in float64 is more than a megabyte a position."""
     return (slice(start, start + size) for start in range(0, count, size))
-
-
-def compared_positions(key: str, inputs: Inputs, shape: tuple[int, ...]) -> np.ndarray:
-    """Which entries count, bool [B, T], or [B, N, T, T] for attention stages, where hidden keys are not compared."""
-    tokens = inputs.attention_mask == 1
-    if stages.stage_of(key) not in ("attn_scores", "attn_softmax"):
-        return tokens
-    positions = inputs.positions()
-    seen = (positions[:, None, :] >= 0) & (positions[:, None, :] <= positions[:, :, None])
-    return np.broadcast_to(seen[:, None], shape)

@@ -1,4 +1,4 @@
-"""Golden files: reference logits and intermediate values of one batch, with their provenance, as safetensors.
+"""Golden files, in which reference logits and intermediate values of one batch are kept: safetensors, with provenance.
 
 Content (B rows, T positions): `input_ids`, `attention_mask`, `position_ids` int32 [B, T]; `logits` float32 [B, T, V]
 (float64 where computed so); `loss_nats` float64 [1]; `hidden.{layer}` and `hidden.final_norm` [B, T, D] on request;
@@ -29,7 +29,7 @@ from apr_jax.converters.storage.output import atomic_file
 from apr_jax.trace import stages
 from apr_jax.trace.compare import loss_nats
 from apr_jax.trace.inputs import Inputs, beside, from_json
-from apr_jax.trace.positions import Positions, checked_positions
+from apr_jax.trace.positions import Positions, checked_positions, next_token_pairs
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _LOSS = "loss_nats"
@@ -113,7 +113,7 @@ def write(path: str | os.PathLike[str], golden: Golden, force: bool = False) -> 
       StorageError: The disk.
     """
     arrays = {name: getattr(golden.inputs, name) for name in _INPUTS} | dict(golden.values)
-    if golden.inputs.next_token_pairs().any():
+    if next_token_pairs(golden.inputs).any():
         arrays[_LOSS] = np.array([loss_nats(golden.values[stages.LOGITS], golden.inputs)], np.float64)
     names = sorted(arrays)
     types = {name: _type_of(arrays[name]) for name in names}
@@ -170,7 +170,7 @@ def summary(logits: np.ndarray | None, inputs: Inputs, config: Qwen2Config) -> d
 
     None where logits are not there for all positions, or where no token has a next one.
     """
-    if logits is None or logits.shape[1] != inputs.input_ids.shape[1] or not inputs.next_token_pairs().any():
+    if logits is None or logits.shape[1] != inputs.input_ids.shape[1] or not next_token_pairs(inputs).any():
         return None
     loss, uniform = loss_nats(logits, inputs), float(np.log(config.vocab_size))
     return {

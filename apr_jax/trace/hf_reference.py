@@ -1,4 +1,4 @@
-"""The HuggingFace witness: logits and intermediate values of transformers' own Qwen2, in eager attention.
+"""HuggingFace as a second opinion: logits and intermediate values of transformers' own Qwen2, in eager attention.
 
 Nothing of the forward pass is written again here. Values are taken from the genuine modules by hooks, and, where a
 stage is no module's output, by wrapping the functions that `modeling_qwen2` itself calls for the time of one run.
@@ -18,6 +18,8 @@ from unittest import mock
 import numpy as np
 
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
+from apr_jax.trace import stages
+from apr_jax.trace.stages import Key
 
 DType = Literal["float32", "bfloat16", "float64"]
 
@@ -86,8 +88,8 @@ def run(
             use_cache=False,
         ).logits
     if not hidden_states:
-        taken = {name: value for name, value in taken.items() if not name.startswith("hidden.")}
-    return {"logits": _numpy(logits)} | taken
+        taken = {name: value for name, value in taken.items() if not Key(name).is_hidden}
+    return {stages.LOGITS: _numpy(logits)} | taken
 
 
 def load(folder: str | os.PathLike[str], dtype: DType = "float32", device: str = "cpu") -> Any:
@@ -213,17 +215,16 @@ def _input(taken: dict[str, np.ndarray], key: str, module: Any) -> Any:
 
 
 def _hidden_states(model: Any, taken: dict[str, np.ndarray]) -> contextlib.AbstractContextManager[None]:
-    inputs = [_input(taken, f"hidden.{index}", layer) for index, layer in enumerate(model.model.layers)]
-    return _hooks(*inputs, _output(taken, "hidden.final_norm", model.model.norm))
+    inputs = [_input(taken, Key.of(index, "hidden"), layer) for index, layer in enumerate(model.model.layers)]
+    return _hooks(*inputs, _output(taken, Key.of(None, "hidden"), model.model.norm))
 
 
 @contextlib.contextmanager
 def _trace(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
-    hooks = [_output(taken, "stage.embedding", model.model.embed_tokens)]
+    hooks = [_output(taken, stages.EMBEDDING, model.model.embed_tokens)]
     parts: dict[str, np.ndarray] = {}
     products: list[Any] = []
     for index, layer in enumerate(model.model.layers):
-        stage = f"stage.{index}."
         for key, module in (
             ("attn_norm", layer.input_layernorm),
             ("attn_out", layer.self_attn.o_proj),
@@ -234,16 +235,16 @@ def _trace(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
             ("ffn_out", layer.mlp.down_proj),
             ("post_ffn_residual", layer),
         ):
-            hooks.append(_output(taken, stage + key, module))
+            hooks.append(_output(taken, Key.of(index, key), module))
         for key, module in (
             ("attention", layer.self_attn.o_proj),
             ("post_attn_residual", layer.post_attention_layernorm),
             ("ffn_swigl", layer.mlp.down_proj),
         ):
-            hooks.append(_input(taken, stage + key, module))
+            hooks.append(_input(taken, Key.of(index, key), module))
         for name in "qkv":
-            hooks.extend(_projection(parts, products, taken, stage, name, layer.self_attn))
-    hooks.append(_output(taken, "stage.final_norm", model.model.norm))
+            hooks.extend(_projection(parts, products, taken, index, name, layer.self_attn))
+    hooks.append(_output(taken, stages.FINAL_NORM, model.model.norm))
     with _hooks(*hooks), _unbiased(products), _attention_internals(model, taken):
         yield
 
@@ -269,7 +270,7 @@ def _projection(
     parts: dict[str, np.ndarray],
     products: list[Any],
     taken: dict[str, np.ndarray],
-    stage: str,
+    layer: int,
     name: str,
     attention: Any,
 ) -> Iterator[Any]:
@@ -283,11 +284,11 @@ def _projection(
         parts[f"qkv_bias.{name}"] = _numpy(output)
         parts.update({f"qkv_matmul.{name}": _numpy(product) for product in products})
         if name == "v":
-            for key in ("qkv_matmul", "qkv_bias"):
-                names = [f"{key}.{part}" for part in "qkv"]
+            for stage in ("qkv_matmul", "qkv_bias"):
+                names = [f"{stage}.{part}" for part in "qkv"]
                 # A projection that never called torch's product has none to show.
                 if set(names) <= set(parts):
-                    taken[stage + key] = np.concatenate([parts[part] for part in names], -1)
+                    taken[Key.of(layer, stage)] = np.concatenate([parts[part] for part in names], -1)
             parts.clear()
 
     yield module.register_forward_pre_hook(forget)
@@ -316,7 +317,7 @@ def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[N
     def rotated(_args: Any, result: Any) -> None:
         index = next(rotations)
         for name, value in zip("qk", result, strict=True):
-            taken[f"stage.{index}.{name}_post_rope"] = _numpy(value.transpose(1, 2).flatten(2))
+            taken[Key.of(index, f"{name}_post_rope")] = _numpy(value.transpose(1, 2).flatten(2))
 
     def attended(args: Any, result: Any) -> None:
         mask, index = args[4], next(attentions)
@@ -324,8 +325,8 @@ def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[N
             scores = softmax_inputs.pop()
             # The mask has been added to the scores: plus 0 where the key is visible, a huge negative value elsewhere.
             seen = scores if mask is None else torch.where(mask == 0, scores, 0)
-            taken[f"stage.{index}.attn_scores"] = _numpy(seen)
-        taken[f"stage.{index}.attn_softmax"] = _numpy(result[1])
+            taken[Key.of(index, "attn_scores")] = _numpy(seen)
+        taken[Key.of(index, "attn_softmax")] = _numpy(result[1])
 
     functional = torch.nn.functional
     with (

@@ -115,10 +115,6 @@ class Inputs:
         """Returns positions with -1 at padding, int32 [B, T]: what the model takes."""
         return np.where(self.attention_mask == 1, self.position_ids, np.int32(-1)).astype(np.int32)
 
-    def next_token_pairs(self) -> np.ndarray:
-        """Returns at which positions a token is followed by another one, bool [B, T - 1]."""
-        return (self.attention_mask[:, :-1] == 1) & (self.attention_mask[:, 1:] == 1)
-
     @property
     def tokens(self) -> int:
         """Number of positions that are not padding."""

@@ -1,8 +1,11 @@
-"""Dumps of some positions only: decoding steps, or the logits of the last token.
+"""Which positions of a batch a dump holds, and which entries of its values count when two sides are compared.
 
-Their values are rows [B, R, ...] (attention stages [B, N, R, T]: every row has all keys). `columns` [B, R] say where in
-the batch the rows stand. To be judged they are completed to the whole length: what the other side did not dump is ours,
-so that its rows are computed from its own values at the dumped positions and from right ones before them.
+A dump may hold some positions only: decoding steps, or the logits of the last token. Its values are then rows
+[B, R, ...] (attention stages [B, N, R, T]: every row has all keys), and `columns` [B, R] say where in the batch they
+stand. To be judged they are completed to the whole length: what the other side did not dump is ours, so that its rows
+are computed from its own values at the dumped positions and from right ones before them.
+
+What counts are tokens, not padding; of attention stages the keys that a query sees; of a dump of some positions these.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.stages import Key
 
 _MAX_BYTES = 64 << 20
-_ATTENTION = ("attn_scores", "attn_softmax")
 
 Positions = Sequence[int] | Sequence[Sequence[int]]
 """Positions of the dumped rows: one list for all rows of the batch, or one for each."""
@@ -102,7 +105,7 @@ def find_columns(positions: Positions, inputs: Inputs) -> np.ndarray:
 
 def last_columns(inputs: Inputs) -> np.ndarray:
     """Returns the column of the last token of each row, int [B, 1]."""
-    return np.where(inputs.attention_mask == 1, np.arange(inputs.input_ids.shape[1]), -1).max(axis=1)[:, None]
+    return np.where(token_mask(inputs), np.arange(inputs.input_ids.shape[1]), -1).max(axis=1)[:, None]
 
 
 def shown_positions(inputs: Inputs, columns: np.ndarray) -> str:
@@ -122,7 +125,7 @@ def shown_positions(inputs: Inputs, columns: np.ndarray) -> str:
 
 def position_axis(key: str) -> int:
     """Returns the axis of a stage's values that runs over positions, batch axis counted."""
-    return 2 if stages.stage_of(key) in _ATTENTION else 1
+    return 2 if Key(key).per_pair else 1
 
 
 def dumped_columns(key: str, count: int, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray | None:
@@ -149,7 +152,7 @@ def dumped_shape(
     """
     batch, length = inputs.input_ids.shape
     counts = [length, *([] if columns is None else [columns.shape[1]]), *([1] if key == stages.LOGITS else [])]
-    whole, axis = (batch, *stages.shape(config, stages.stage_of(key), length)), position_axis(key)
+    whole, axis = (batch, *stages.shape(config, Key(key).stage, length)), position_axis(key)
     shapes = [(*whole[:axis], count, *whole[axis + 1 :]) for count in counts]
     for shape in shapes:
         if math.prod(shape) == size:
@@ -216,11 +219,55 @@ def complete(
     return whole, missing
 
 
+# --- What counts -----------------------------------------------------------------------------------------------------
+
+
+def token_mask(inputs: Inputs) -> np.ndarray:
+    """Returns which positions hold a token and no padding, bool [B, T]."""
+    return inputs.attention_mask == 1
+
+
+def next_token_pairs(inputs: Inputs) -> np.ndarray:
+    """Returns at which positions a token is followed by another one, bool [B, T - 1]: what a loss is over."""
+    tokens = token_mask(inputs)
+    return tokens[:, :-1] & tokens[:, 1:]
+
+
 def dumped_tokens(inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
     """Returns which positions hold a token and are the other side's, bool [B, T]."""
-    real = inputs.attention_mask == 1
+    tokens = token_mask(inputs)
     if columns is None:
-        return real
-    dumped = np.zeros_like(real)
+        return tokens
+    dumped = np.zeros_like(tokens)
     np.put_along_axis(dumped, columns, True, axis=1)
-    return real & dumped
+    return tokens & dumped
+
+
+def visible(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Which keys each query sees: positions [B, R] and [B, T], -1 at padding -> bool [B, R, T].
+
+    A key is seen at the query's own position and before it; padding is never seen and sees nothing. In programs the
+    same is `qwen2.visible`.
+    """
+    return (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
+
+
+def compared_positions(
+    key: str, inputs: Inputs, shape: tuple[int, ...], columns: np.ndarray | None = None
+) -> np.ndarray:
+    """Which entries of a stage's values count.
+
+    Args:
+      key: The stage's key in a trace.
+      inputs: The batch.
+      shape: Shape of the values: [B, T, ...], or of rows [B, R, ...].
+      columns: Which columns of the batch the rows stand for, [B, R]; None where they are all there.
+
+    Returns:
+      bool [B, T or R] for stages with rows, the whole `shape` for attention stages.
+    """
+    positions = inputs.positions()
+    queries = positions if columns is None else np.take_along_axis(positions, columns, axis=1)
+    if not Key(key).per_pair:
+        return queries >= 0
+    return np.broadcast_to(visible(queries, positions)[:, None], shape)

@@ -1,7 +1,6 @@
-"""The stages of a Qwen2 forward pass: their names, order and shapes, shared by traces, golden files and dumps.
+"""The stages of a Qwen2 forward pass: their names, order and shapes, and the keys under which traces hold their values.
 
-Keys of a trace: `stage.embedding`, `stage.{layer}.{name}`, `stage.final_norm` and `logits`; `hidden.{layer}` is the
-input of a layer and `hidden.final_norm` the input of the head. The layer number is the position in execution.
+Golden files, dumps and JSON hold the keys as plain strings; here alone they are put together and taken apart.
 """
 
 from __future__ import annotations
@@ -29,52 +28,98 @@ LAYER_STAGES = (
     "ffn_out",
     "post_ffn_residual",
 )
-EMBEDDING = "stage.embedding"
-FINAL_NORM = "stage.final_norm"
-LOGITS = "logits"
+PER_PAIR = ("attn_scores", "attn_softmax")
+"""Stages with a value for every pair of a query and a key: [B, N, T, T]. All others have rows: [B, T, ...]."""
+
+
+class Key(str):
+    """Key of one value of a trace. It is its own text, so that it finds what stands under that text in any dict.
+
+        stage.{layer}.{stage}                        a stage of a layer, which counts in order of execution
+        stage.embedding, stage.final_norm, logits    a stage outside the layers: layer None
+        hidden.{layer}, hidden.final_norm            the input of a layer, or of the head (layer None): stage "hidden"
+
+    `Key(text)` reads a key and `Key.of(layer, stage)` makes one. Any text is taken, and what is none of the above is no
+    error: which keys a model has, `trace_keys` says.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, layer: int | None, stage: str) -> Key:
+        """Returns the key with these two attributes."""
+        if stage == "hidden":
+            return cls("hidden.final_norm" if layer is None else f"hidden.{layer}")
+        if stage == "logits":
+            return cls(stage)
+        return cls(f"stage.{stage}" if layer is None else f"stage.{layer}.{stage}")
+
+    @property
+    def layer(self) -> int | None:
+        """The layer, None outside the layers."""
+        kind, _, rest = self.partition(".")
+        number = rest.partition(".")[0]
+        return int(number) if kind in ("stage", "hidden") and number.isdecimal() else None
+
+    @property
+    def stage(self) -> str:
+        """The bare name: one of LAYER_STAGES, "embedding", "final_norm", "logits" or "hidden"."""
+        return "hidden" if self.is_hidden else self.rpartition(".")[2]
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it names a hidden state: a stage's value once more, see `hidden_sources`."""
+        return self.startswith("hidden.")
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether it names a stage on the way to the logits, not these and no hidden state."""
+        return self.startswith("stage.")
+
+    @property
+    def per_pair(self) -> bool:
+        """Whether the values are [B, N, T, T], one for every query and key."""
+        return self.stage in PER_PAIR
+
+
+EMBEDDING = Key("stage.embedding")
+FINAL_NORM = Key("stage.final_norm")
+LOGITS = Key("logits")
 
 
 def layer_key(layer: int, stage: str) -> str:
     """Returns the key of a layer's stage in a trace."""
-    return f"stage.{layer}.{stage}"
+    return Key.of(layer, stage)
 
 
-def hidden_key(layer: int) -> str:
-    """Returns the key of a layer's input."""
-    return f"hidden.{layer}"
-
-
-HIDDEN_FINAL_NORM = "hidden.final_norm"
-
-
-def trace_keys(num_layers: int) -> Iterator[str]:
+def trace_keys(num_layers: int) -> Iterator[Key]:
     """Yields the key of every stage, in order of execution, logits last."""
     yield EMBEDDING
     for layer in range(num_layers):
         for stage in LAYER_STAGES:
-            yield layer_key(layer, stage)
+            yield Key.of(layer, stage)
     yield FINAL_NORM
     yield LOGITS
 
 
 def hidden_sources(num_layers: int) -> dict[str, str]:
     """Returns the key of each hidden state -> the key of the stage that is the same value."""
-    sources = {hidden_key(0): EMBEDDING}
+    sources: dict[str, str] = {Key.of(0, "hidden"): EMBEDDING}
     for layer in range(1, num_layers):
-        sources[hidden_key(layer)] = layer_key(layer - 1, "post_ffn_residual")
-    sources[HIDDEN_FINAL_NORM] = FINAL_NORM
+        sources[Key.of(layer, "hidden")] = Key.of(layer - 1, "post_ffn_residual")
+    sources[Key.of(None, "hidden")] = FINAL_NORM
     return sources
 
 
 def stage_of(key: str) -> str:
     """Returns the bare stage name of a trace key: `stage.3.q_post_rope` -> `q_post_rope`."""
-    return key.rsplit(".", 1)[-1]
+    return Key(key).stage
 
 
 def shape(config: Qwen2Config, stage: str, length: int) -> tuple[int, ...]:
     """Returns the shape of a stage for one sequence of `length` positions, without a batch axis."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if stage in ("attn_scores", "attn_softmax"):
+    if stage in PER_PAIR:
         return (config.num_heads, length, length)
     widths = {
         "qkv_matmul": q + 2 * kv,

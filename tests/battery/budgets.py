@@ -32,8 +32,8 @@ from apr_jax.model.language_model import LanguageModel, load_model
 from apr_jax.parity.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.testing.sample import Sample, draw, side_files
 from apr_jax.trace import hf_reference
-from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.inputs import Inputs, seeded
+from apr_jax.trace.positions import compared_positions
 from tests import oracle
 from tests.battery.faulty_forward import forward
 

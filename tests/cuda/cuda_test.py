@@ -15,7 +15,6 @@ from apr_jax.trace import golden, hf_reference, stages, tolerances
 from apr_jax.trace.compare import compare, relative_l2
 from apr_jax.trace.inputs import Inputs, seeded
 from tests import faults, oracle, paths
-from tests.cuda.devices import cuda_devices
 
 
 def against_golden(name, ops=None):
@@ -30,7 +29,6 @@ def against_golden(name, ops=None):
     return results
 
 
-@absltest.skipUnless(cuda_devices(), "JAX finds no CUDA device")
 class CudaTest(parameterized.TestCase):
     @parameterized.parameters(paths.NAMES)
     def test_float32_holds_1e_5_against_huggingfaces_recorded_values(self, name):

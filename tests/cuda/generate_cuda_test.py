@@ -13,7 +13,6 @@ from apr_jax.generate.generator import Generator, load_generator
 from apr_jax.kernels.fastest_ops import ops_for
 from apr_jax.model.language_model import LanguageModel, load_model
 from tests import paths
-from tests.cuda.devices import cuda_devices
 
 GREEDY = {"do_sample": False, "eos_token_id": (), "max_new_tokens": 100}
 
@@ -28,7 +27,6 @@ def on_cuda(name: str, dtype: str, fused: bool) -> LanguageModel:
     return model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
 
 
-@absltest.skipUnless(cuda_devices(), "JAX finds no CUDA device")
 class GenerateCudaTest(parameterized.TestCase):
     @parameterized.parameters(
         ("gqa_tied_bf16", True), ("gqa_untied_bf16", False), ("mqa_f16", True), ("head_dim_given", False)

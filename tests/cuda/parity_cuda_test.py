@@ -29,7 +29,6 @@ from apr_jax.trace.golden import stored
 from apr_jax.trace.inputs import seeded
 from tests import paths
 from tests.battery import clean_runs
-from tests.cuda.devices import cuda_devices
 
 
 def examine(folder, dtype, ops, batch, length):
@@ -48,7 +47,6 @@ def worst(diagnosis):
     return f"{len(sites)} stages, worst {site.key}: {share:.2f} of its budget, worst position {site.worst:.2f}"
 
 
-@absltest.skipUnless(cuda_devices(), "JAX finds no CUDA device")
 class ParityCudaTest(parameterized.TestCase):
     @parameterized.product(name=["gqa_tied_bf16", "mha_untied_f32_sharded"], dtype=["float32", "bfloat16"])
     def test_a_right_run_is_rounding_at_every_stage(self, name, dtype):

@@ -13,13 +13,14 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.load import prepared, upload
 from apr_jax.model.language_model import load_model
 from tests import paths
-from tests.apr_jax import upload_test
-from tests.cuda.devices import cuda_devices
+from tests.load import upload_test
 
 
-@absltest.skipUnless(cuda_devices(), "JAX finds no CUDA device")
 class CudaUploadTest(upload_test.UploadTest):
-    device = (cuda_devices() or [None])[0]
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.device = jax.devices("cuda")[0]
 
     def test_staging_memory_is_writable_and_goes_to_the_device_as_it_is(self):
         memory = upload._staging(1 << 20, self.device)

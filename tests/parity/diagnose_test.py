@@ -17,9 +17,8 @@ from apr_jax.parity.localise import infer_dtype
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Search
 from apr_jax.testing import sample
-from apr_jax.trace.compare import compared_positions
 from apr_jax.trace.inputs import seeded
-from apr_jax.trace.positions import position_axis
+from apr_jax.trace.positions import compared_positions, position_axis
 from tests import oracle
 from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import REAL_CASE, Bench, matches

@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.trace import inputs
 from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import next_token_pairs
 
 
 class InputsTest(parameterized.TestCase):
@@ -21,7 +22,7 @@ class InputsTest(parameterized.TestCase):
         self.assertEqual(batch.attention_mask.tolist(), [[1, 1, 1], [1, 0, 0]])
         self.assertEqual(batch.positions().tolist(), [[0, 1, 2], [0, -1, -1]])
         self.assertEqual((batch.tokens, batch.input_ids.dtype), (4, np.int32))
-        self.assertEqual(batch.next_token_pairs().tolist(), [[True, True], [False, False]])
+        self.assertEqual(next_token_pairs(batch).tolist(), [[True, True], [False, False]])
 
     def test_positions_count_tokens_behind_padding_on_the_left(self):
         batch = Inputs.of([[9, 9, 5, 6]], [[0, 0, 1, 1]])

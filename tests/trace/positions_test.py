@@ -11,13 +11,16 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
+from apr_jax.model import qwen2
 from apr_jax.model.language_model import load_model
 from apr_jax.parity.localise import localise
 from apr_jax.testing import sample
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
 from apr_jax.trace.positions import (
+    compared_positions,
     complete,
+    dumped_tokens,
     find_columns,
     gather_positions,
     last_columns,
@@ -25,6 +28,7 @@ from apr_jax.trace.positions import (
     position_axis,
     scatter_positions,
     shown_positions,
+    visible,
 )
 from tests import oracle, paths
 from tests.battery.faulty_forward import forward
@@ -70,6 +74,36 @@ class PositionsTest(parameterized.TestCase):
     def test_what_a_row_does_not_have_is_refused(self, positions):
         with self.assertRaises(UsageError):
             find_columns(positions, PADDED)
+
+
+class CountedTest(parameterized.TestCase):
+    def test_a_query_sees_tokens_up_to_itself_as_in_programs(self):
+        queries = np.array([[0, 4], [-1, 2]])
+        keys = np.array([[0, 1, -1, 4, 9], [-1, 0, 1, 2, -1]])
+        expected = [[[1, 0, 0, 0, 0], [1, 1, 0, 1, 0]], [[0, 0, 0, 0, 0], [0, 1, 1, 1, 0]]]
+        np.testing.assert_array_equal(visible(queries, keys), np.array(expected, bool))
+        np.testing.assert_array_equal(visible(queries, keys), qwen2.visible(queries, keys))
+
+    @parameterized.parameters(
+        ("stage.0.ffn_up", (2, 5, 6)), ("stage.0.attn_scores", (2, 3, 5, 5)), ("logits", (2, 5, 9))
+    )
+    def test_of_a_partial_dump_its_rows_of_the_whole_count(self, key, shape):
+        whole = compared_positions(key, PADDED, shape)
+        self.assertEqual(whole.shape, shape if "scores" in key else shape[:2])
+        columns = np.array([[0, 3], [2, 4]])
+        rows = list(shape)
+        rows[position_axis(key)] = 2
+        counted = compared_positions(key, PADDED, tuple(rows), columns)
+        np.testing.assert_array_equal(counted, gather_positions(key, whole, columns))
+        self.assertTrue(counted.any())
+        self.assertFalse(counted.all())
+
+    def test_dumped_tokens_are_no_padding(self):
+        columns = np.array([[0, 3], [2, 4]])
+        found = dumped_tokens(PADDED, columns)
+        tokens = PADDED.attention_mask == 1
+        self.assertEqual(np.argwhere(found).tolist(), [[r, c] for r in (0, 1) for c in columns[r] if tokens[r, c]])
+        np.testing.assert_array_equal(dumped_tokens(PADDED, None), tokens)
 
 
 class ValuesTest(parameterized.TestCase):
