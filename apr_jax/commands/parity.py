@@ -326,7 +326,7 @@ def _print_grid(diagnosis: Diagnosis) -> None:
     by_key = {site.key: site for site in diagnosis.localisation.sites}
     layers = sorted({site.layer for site in by_key.values() if site.layer is not None})
 
-    def mark(key: str) -> str:
+    def mark(key: stages.Key) -> str:
         if key not in by_key:
             return " "
         return "?" if not by_key[key].elements else ("X" if by_key[key].wrong else ".")
@@ -338,6 +338,6 @@ def _print_grid(diagnosis: Diagnosis) -> None:
     if layers:
         print(f"{'layer':{width}} " + " ".join(f"{layer:>2}" for layer in layers))
     for name in names:
-        cells = [f"{mark(stages.layer_key(layer, name)):>2}" for layer in layers]
+        cells = [f"{mark(stages.Key.of(layer, name)):>2}" for layer in layers]
         if any(cell.strip() for cell in cells):
             print(f"{name:{width}} " + " ".join(cells))

@@ -22,12 +22,13 @@ from apr_jax.parity.findings import Explanation, Finding, gather, layout_finding
 from apr_jax.parity.layer_order import execution_order, reordered
 from apr_jax.parity.layouts import undo
 from apr_jax.parity.localise import Localisation, Site, judge, localise
-from apr_jax.parity.replay import Replay, split
+from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Answer, Known, Search
 from apr_jax.parity.wording import description, places, where_not_finite
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import gather_positions, scatter_positions
+from apr_jax.trace.stages import Key
 
 _THREADS = 8
 """At how many stages at a time what is known is tried: each takes some copies of the stage."""
@@ -123,7 +124,7 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
         named = PERMUTED.made(moved=int((moved & (replay.inputs.attention_mask == 1)).sum()))
         return Explanation(site, (named,), None, note=places(moved, columns))
     note = description(replay.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
-    if missing := [stage for _, stage in replay.undumped(split(site.key))[:-1]]:
+    if missing := [before.stage for before in replay.undumped(site.key)[:-1]]:
         note += f"; not dumped before it: {', '.join(missing)}"
     return Explanation(site, (UNKNOWN.made(),), None, note=note)
 
@@ -186,4 +187,4 @@ def _reads_cache(key: str, dumped: Container[str], order: Sequence[str]) -> bool
     gap = itertools.takewhile(
         lambda other: other == key or other not in dumped, reversed(order[: order.index(key) + 1])
     )
-    return any(stages.stage_of(stage) in ("attn_scores", "attention") for stage in gap)
+    return any(Key(other).stage in ("attn_scores", "attention") for other in gap)

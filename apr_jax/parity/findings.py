@@ -13,7 +13,6 @@ from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.layouts import Layout
 from apr_jax.parity.localise import Site
 from apr_jax.parity.wording import sentence
-from apr_jax.trace import stages
 
 _SAME = 0.01
 """Solved numbers that agree to this are one."""
@@ -195,12 +194,10 @@ def layout_findings(layouts: Iterable[Layout], num_layers: int) -> list[Finding]
         kinds.setdefault(layout.kind, []).append(layout)
     findings = []
     for kind, members in kinds.items():
-        layers = sorted({int(layout.key.split(".")[1]) for layout in members if layout.key.count(".") == 2})
+        layers = sorted({layout.key.layer for layout in members if layout.key.layer is not None})
         named: tuple[int, ...] | str = "all" if layers == list(range(num_layers)) else tuple(layers)
-        shown = sorted({stages.stage_of(layout.key) for layout in members})
+        shown = sorted({layout.key.stage for layout in members})
         parameters = {"kind": kind, "stages": shown}
         text = sentence(LAYOUT, named, ", ".join(shown), parameters, None, None)
-        findings.append(
-            Finding(LAYOUT.name, named, stages.stage_of(members[0].key), parameters, 0.0, None, (), "certain", text)
-        )
+        findings.append(Finding(LAYOUT.name, named, members[0].key.stage, parameters, 0.0, None, (), "certain", text))
     return findings

@@ -19,7 +19,7 @@ from apr_jax.parity.faults.products import MULTIPLIED
 from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
 from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import Node
+from apr_jax.trace.stages import Key
 
 _LONGEST = 24
 """A gap of more stages than a layer and a half is not searched: too many mistakes could hide in it."""
@@ -71,7 +71,7 @@ def _own(question: Question) -> Iterator[Mistakes]:
     yield from filter(None, _singles(question, question.nodes[-1]))
 
 
-def _singles(question: Question, node: Node) -> Iterator[Mistakes]:
+def _singles(question: Question, node: Key) -> Iterator[Mistakes]:
     """What the table has for a stage, one mistake each but where a solver finds several together."""
     own = node == question.nodes[-1]
     solvers = {mistake.fault.solve for mistake in question.given}
@@ -90,9 +90,9 @@ def _too_small_or_large(fault: Fault, question: Question) -> bool:
     return question.stage in MULTIPLIED and fault.slight not in (None, question.slight)
 
 
-def _may_be_made(fault: Fault, node: Node) -> bool:
+def _may_be_made(fault: Fault, node: Key) -> bool:
     # Where a function tells the stages, the variants are none at others.
-    return callable(fault.stages) or node[1] in fault.stages
+    return callable(fault.stages) or node.stage in fault.stages
 
 
 def _of_part(question: Question) -> Mistakes:
@@ -101,7 +101,7 @@ def _of_part(question: Question) -> Mistakes:
     least = question.misfit(())
     if question.shares() < question.nothing:
         return chosen
-    nodes = [node for node in question.nodes if node[1] in ("qkv_matmul", question.stage)]
+    nodes = [node for node in question.nodes if node.stage in ("qkv_matmul", question.stage)]
     singles = sorted(_misfits(question, nodes), key=lambda pair: pair[0])[:_MOST]
     if singles and singles[0][0] < _CLEARLY * least:
         least, chosen = singles[0]
@@ -115,7 +115,7 @@ def _of_part(question: Question) -> Mistakes:
     return chosen
 
 
-def _misfits(question: Question, nodes: Sequence[Node]) -> Iterator[tuple[float, Mistakes]]:
+def _misfits(question: Question, nodes: Sequence[Key]) -> Iterator[tuple[float, Mistakes]]:
     for node in nodes:
         for stack in _singles(question, node):
             misfit = question.misfit(stack)
@@ -123,7 +123,7 @@ def _misfits(question: Question, nodes: Sequence[Node]) -> Iterator[tuple[float,
                 yield misfit, stack
 
 
-def _solved(question: Question, gap: Sequence[Node]) -> Iterator[Mistakes]:
+def _solved(question: Question, gap: Sequence[Key]) -> Iterator[Mistakes]:
     """Mistakes behind the gap with a number: a base, an eps or a scale that reproduces the dumped stage best."""
     made = {mistake.fault for mistake in question.given}
     tried = set()
@@ -149,7 +149,7 @@ def _together(question: Question) -> Iterator[Mistakes]:
 
 def _stacked(
     question: Question,
-    gap: Sequence[Node],
+    gap: Sequence[Key],
     singles: Sequence[Mistakes],
     before: Sequence[Mistakes],
     left: Mapping[Mistakes, float],

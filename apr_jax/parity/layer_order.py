@@ -13,6 +13,7 @@ from apr_jax.parity.faults.record import Mistake
 from apr_jax.parity.replay import Replay
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.stages import Key
 
 _TELLING = ("qkv_matmul", "qkv_bias", "attn_out", "ffn_gate", "ffn_up", "ffn_out")
 _BY_POSITION = ("qkv_matmul", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl")
@@ -25,7 +26,7 @@ def execution_order(
 ) -> tuple[list[int], Mistake | None]:
     """Which layer's weights each dumped layer was computed with, and what that order is called."""
     layers = exact.config.num_layers
-    dumped = 1 + max((int(key.split(".")[1]) for key in theirs if key.count(".") == 2), default=-1)
+    dumped = 1 + max((layer for key in theirs if (layer := Key(key).layer) is not None), default=-1)
     count = dumped if dumped > layers or _ends_after(exact, inputs, theirs, dumped) else layers
     order = [_weights_of(exact, inputs, theirs, layer) for layer in range(count)]
     if order == list(range(layers)):
@@ -40,7 +41,7 @@ def execution_order(
 
 def _ends_after(exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray], dumped: int) -> bool:
     """Whether the final norm follows the last dumped layer: else the layers behind it ran and were not dumped."""
-    source = stages.layer_key(dumped - 1, "post_ffn_residual")
+    source = Key.of(dumped - 1, "post_ffn_residual")
     if source not in theirs or stages.FINAL_NORM not in theirs:
         return False
     config = dataclasses.replace(exact.config, num_layers=dumped)
@@ -55,11 +56,11 @@ def _ends_after(exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.nd
 def _weights_of(exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray], layer: int) -> int:
     """The layer of the file whose matrices reproduce most products of a dumped layer; its own number in doubt."""
     count, votes = exact.config.num_layers, dict[int, int]()
-    dumped = {stage for stage in stages.LAYER_STAGES if stages.layer_key(layer, stage) in theirs}
+    dumped = {stage for stage in stages.LAYER_STAGES if Key.of(layer, stage) in theirs}
     for stage in _TELLING:
         if stage not in dumped or (stage == "qkv_bias" and "qkv_matmul" in dumped):
             continue
-        best = _vote(exact, inputs, {name: theirs[stages.layer_key(layer, name)] for name in dumped}, stage, layer)
+        best = _vote(exact, inputs, {name: theirs[Key.of(layer, name)] for name in dumped}, stage, layer)
         if best is not None:
             votes[best] = votes.get(best, 0) + 1
     if layer < count and (not votes or votes.get(layer, 0) >= max(votes.values())):
@@ -81,12 +82,12 @@ def _vote(exact: LanguageModel, inputs: Inputs, dumped: Mapping[str, np.ndarray]
     enough, distances = 0.05 * float(np.linalg.norm(wanted[tokens])), []
     # Its own layer first: it is seldom another one's.
     for candidate in sorted(range(count), key=lambda index: index != layer):
-        moved = {stages.layer_key(candidate, name): values for name, values in dumped.items()}
+        key = Key.of(candidate, stage)
+        moved: dict[str, np.ndarray] = {Key.of(candidate, name): values for name, values in dumped.items()}
         replay = Replay(exact.config, exact.parameters, inputs, moved, rows=few)
-        gap = replay.undumped((candidate, stage))[:-1]
-        if any(name not in _BY_POSITION or place != candidate for place, name in gap):
+        if any(before.stage not in _BY_POSITION or before.layer != candidate for before in replay.undumped(key)[:-1]):
             return None
-        value = replay.compute(stages.layer_key(candidate, stage))
+        value = replay.compute(key)
         distances.append((float(np.linalg.norm((value - wanted)[tokens])), candidate))
         if candidate == layer and distances[-1][0] <= enough:
             break
@@ -95,6 +96,7 @@ def _vote(exact: LanguageModel, inputs: Inputs, dumped: Mapping[str, np.ndarray]
 
 
 def reordered(model: LanguageModel, order: Sequence[int]) -> LanguageModel:
+    """Returns the model whose layer n is layer order[n] of the given one."""
     outer = model.parameters["model"]
     layers = {place: outer["layers"][source] for place, source in enumerate(order)}
     config = dataclasses.replace(model.config, num_layers=len(order))

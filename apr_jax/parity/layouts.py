@@ -18,6 +18,7 @@ from apr_jax.parity.replay import Replay
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import complete, dumped_tokens, scatter_positions
+from apr_jax.trace.stages import Key
 
 _FAR = 0.3
 """Relative L2 from which a stage's layout is doubted."""
@@ -39,7 +40,7 @@ class Layout:
       kind: "heads-major", "qk-interleaved" or "transposed".
     """
 
-    key: str
+    key: Key
     kind: str
 
 
@@ -71,7 +72,7 @@ def undo(
         before = _distance(shown, right, tokens)
         if before <= _FAR * float(np.linalg.norm(right[tokens])):
             continue
-        for kind, reorder in _reorderings(exact.config, stages.stage_of(key)).items():
+        for kind, reorder in _reorderings(exact.config, key.stage).items():
             reordered = reorder(values[key])
             moved = reordered if part is None else scatter_positions(key, whole[key], reordered, part)
             other = moved[:, few]

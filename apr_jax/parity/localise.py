@@ -17,6 +17,7 @@ from apr_jax.model.language_model import LanguageModel
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import compared_positions, complete, dumped_columns, gather_positions, position_axis
+from apr_jax.trace.stages import Key
 
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 """Half a unit in the last place, relative: the largest error of one rounding."""
@@ -55,7 +56,7 @@ class Site:
       constant: Whether all of theirs are one value, where ours are not.
     """
 
-    key: str
+    key: Key
     error: float
     own: float
     budget: float
@@ -69,13 +70,12 @@ class Site:
     @property
     def stage(self) -> str:
         """The bare stage name."""
-        return stages.stage_of(self.key)
+        return self.key.stage
 
     @property
     def layer(self) -> int | None:
         """The layer, None outside the layers."""
-        parts = self.key.split(".")
-        return int(parts[1]) if len(parts) == 3 else None
+        return self.key.layer
 
     @property
     def share(self) -> float:
@@ -114,7 +114,7 @@ def infer_dtype(values: Mapping[str, np.ndarray]) -> str:
 
     `qkv_matmul` does not count: a 16-bit engine may well keep that sum in float32 until the bias is added.
     """
-    values = {key: array for key, array in values.items() if stages.stage_of(key) != "qkv_matmul"}
+    values = {key: array for key, array in values.items() if Key(key).stage != "qkv_matmul"}
     if any(array.dtype == np.float64 and (array != array.astype(np.float32)).any() for array in values.values()):
         return "float64"
     singles = [np.ascontiguousarray(array, np.float32) for array in values.values()]
@@ -204,7 +204,7 @@ def judge(
         shares = np.where(error > 0, error / row_budget, 0.0)
     chosen = theirs[mask]
     return Site(
-        key,
+        Key(key),
         error=float(np.linalg.norm(error)) if finite else float("inf"),
         own=own_total,
         budget=budget,
@@ -231,7 +231,7 @@ def budgets(key: str, dtype: str, own: np.ndarray, size: np.ndarray, positions: 
       positions: Positions of the rows, [B, T].
     """
     rounding = size * _rounding(key, dtype, positions, size.shape)
-    factor = FACTORS[CLASS_OF[stages.stage_of(key)]]
+    factor = FACTORS[CLASS_OF[Key(key).stage]]
     own_total, rounding_total = float(np.linalg.norm(own)), float(np.linalg.norm(rounding))
     # A position where we happen to round well is no measure: the stage's typical error is the floor.
     typical = own_total / max(1, int(np.count_nonzero(size))) ** 0.5
@@ -249,7 +249,7 @@ def row_norms(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _rounding(key: str, dtype: str, positions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The relative rounding of one result, per row; typical rather than worst: uniform errors have 1/sqrt(3) of it."""
     epsilon = EPSILON[dtype] / np.sqrt(3)
-    if CLASS_OF[stages.stage_of(key)] != "rope":
+    if CLASS_OF[Key(key).stage] != "rope":
         return np.full(shape, epsilon)
     # A frequency that is off by one unit in the last place (another pow) turns position p by p such units.
     angles = 2.0**-24 * np.maximum(positions, 0) if dtype != "float64" else 0.0

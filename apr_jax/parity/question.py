@@ -9,14 +9,14 @@ import numpy as np
 
 from apr_jax.parity.faults.record import Mistakes
 from apr_jax.parity.localise import EPSILON
-from apr_jax.parity.replay import QKV, Node, Replay, Value, split
+from apr_jax.parity.replay import QKV, Replay, Value
 from apr_jax.trace.positions import position_axis
+from apr_jax.trace.stages import Key
 
 _SLIGHT = 0.03
 """Relative L2 below which no other matrix is meant: only the same one, rounded or multiplied less precisely."""
 _NOTHING = 1e-6
 """The least relative difference that counts, however fine the dtype."""
-_BY_PAIRS = ("attn_scores", "attn_softmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Question:
     Attributes:
       replay: The replay with all positions.
       probe: The replay with some positions, which most hypotheses are judged on.
-      key: The stage's key in a trace.
+      key: The stage.
       theirs: The other side's values.
       right: What they should be, from the other side's own inputs.
       tokens: Which positions are theirs and no padding, bool [B, T].
@@ -37,7 +37,7 @@ class Question:
 
     replay: Replay
     probe: Replay
-    key: str
+    key: Key
     theirs: np.ndarray
     right: np.ndarray
     tokens: np.ndarray
@@ -46,19 +46,19 @@ class Question:
     only: str = ""
 
     @property
-    def layer(self) -> int:
-        """The layer, -1 outside the layers."""
-        return split(self.key)[0]
+    def layer(self) -> int | None:
+        """The layer, None outside the layers."""
+        return self.key.layer
 
     @property
     def stage(self) -> str:
         """The bare stage name."""
-        return split(self.key)[1]
+        return self.key.stage
 
     @functools.cached_property
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[Key]:
         """The stage, and what was not dumped before it, in order of execution."""
-        return self.replay.undumped(split(self.key))
+        return self.replay.undumped(self.key)
 
     @property
     def nothing(self) -> float:
@@ -67,7 +67,7 @@ class Question:
 
     def all(self) -> Replay:
         """The replay with all positions in which the given mistakes are made."""
-        return dataclasses.replace(self.replay.under(self.given), target=split(self.key))
+        return dataclasses.replace(self.replay.under(self.given), target=self.key)
 
     def shares(self, mistakes: Mistakes = ()) -> float:
         """What share of their values the mistakes, beside the given ones, leave unexplained."""
@@ -107,7 +107,7 @@ class Question:
             return float(np.linalg.norm(self._counted(self._their_rows() - self.value(mistakes))))
 
     def _counted(self, values: Value) -> Value:
-        if self.stage in _BY_PAIRS:
+        if self.key.per_pair:
             return np.where(self.seen(), values, 0.0)
         return values[self.their_tokens()]
 
@@ -119,7 +119,7 @@ class Question:
     def off(self) -> np.ndarray:
         """The largest difference of each of their positions from the right values, [B, T]; 0 elsewhere."""
         difference = np.abs(self.theirs - self.right)
-        if self.stage in _BY_PAIRS:
+        if self.key.per_pair:
             difference = difference * self.replay.visible()[:, None]
         axes = tuple(axis for axis in range(1, difference.ndim) if axis != position_axis(self.key))
         return difference.max(axis=axes) * self.tokens

@@ -23,14 +23,12 @@ from apr_jax.parity.faults.record import Mistakes
 from apr_jax.parity.rope_fit import Rotation
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import last_columns, token_mask, visible
+from apr_jax.trace.stages import Key
 
 Value = np.ndarray
-Node = tuple[int, str]
-"""A stage of a layer; layer -1 is outside the layers."""
-Formula = Callable[["Replay", int], Value]
+Formula = Callable[["Replay", int | None], Value]
 """Computes a stage of a layer; asks the replay for its inputs."""
-
-_BY_PAIRS = ("attn_scores", "attn_softmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,49 +52,50 @@ class Replay:
     inputs: Inputs
     theirs: Mapping[str, np.ndarray]
     made: Mistakes = ()
-    target: Node | None = None
+    target: Key | None = None
     rows: np.ndarray | None = None
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def compute(self, key: str) -> Value:
         """Computes one stage from the other side's values, with the mistakes that are made."""
-        layer, stage = node = split(key)
-        return FORMULAS[stage](dataclasses.replace(self, target=node, composed={}), layer)
+        key = Key(key)
+        return FORMULAS[key.stage](dataclasses.replace(self, target=key, composed={}), key.layer)
 
     def under(self, mistakes: Mistakes) -> Replay:
         """Returns the replay in which these mistakes are made."""
         return dataclasses.replace(self, made=tuple(mistakes), composed={})
 
-    def step(self, name: str, value: Any, layer: int = -1, what: str = "") -> Any:
+    def step(self, name: str, value: Any, layer: int | None = None, what: str = "") -> Any:
         """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
         for mistake in self.made:
             if change := mistake.fault.changes.get(name):
                 value = change(value, At(self, layer, what), **mistake.parameters)
         return value
 
-    def get(self, layer: int, stage: str) -> Value:
+    def get(self, layer: int | None, stage: str) -> Value:
         """Returns an input of the stage that is being computed, float64: theirs, or computed where they lack it."""
-        if self.dumped((layer, stage)):
-            return self.look(stage, self.theirs[key_of(layer, stage)])
+        key = Key.of(layer, stage)
+        if self.dumped(key):
+            return self.look(stage, self.theirs[key])
         # In order of execution, so that a long gap is no deep recursion.
-        for node in self.undumped((layer, stage)):
-            value = self._composed(node)
+        for other in self.undumped(key):
+            value = self._composed(other)
         return value
 
-    def _composed(self, node: Node) -> Value:
+    def _composed(self, key: Key) -> Value:
         """Computes an undumped stage once: for good, or for this hypothesis where it depends on that."""
-        free = self.touched.isdisjoint(name for _, name in self.undumped(node))
+        free = self.touched.isdisjoint(other.stage for other in self.undumped(key))
         store: dict[Hashable, Any] = self.memo if free else self.composed
-        name = (node, None if self.rows is None else self.rows.tobytes())
+        name = (key, None if self.rows is None else self.rows.tobytes())
         if name not in store:
-            store[name] = FORMULAS[node[1]](self, node[0])
+            store[name] = FORMULAS[key.stage](self, key.layer)
         return store[name]
 
     def look(self, stage: str, values: np.ndarray) -> Value:
         """Returns the replay's positions of a stage's values, float64."""
         if self.rows is not None:
-            values = values[:, :, self.rows] if stage in _BY_PAIRS else values[:, self.rows]
+            values = values[:, :, self.rows] if stage in stages.PER_PAIR else values[:, self.rows]
         return np.asarray(values, np.float64)
 
     def remember(self, what: Hashable, compute: Callable[[], Any]) -> Any:
@@ -115,61 +114,64 @@ class Replay:
         """The replay with all positions."""
         return self if self.rows is None else dataclasses.replace(self, rows=None)
 
-    def dumped(self, node: Node) -> bool:
+    def dumped(self, key: Key) -> bool:
         """Whether a stage is known from the other side."""
-        return node != self.target and key_of(*node) in self.theirs
+        return key != self.target and key in self.theirs
 
-    def undumped(self, node: Node) -> list[Node]:
+    def undumped(self, key: Key) -> list[Key]:
         """Returns a stage and what has to be computed before it because it was not dumped, in order of execution."""
-        known = ("undumped", node, self.target)
+        known = ("undumped", key, self.target)
         if known in self.memo:
             return self.memo[known]
-        found: dict[Node, None] = {}
+        found: dict[Key, None] = {}
 
-        def visit(at: Node) -> None:
+        def visit(at: Key) -> None:
             for source in self.sources(at):
                 if source not in found and not self.dumped(source):
                     visit(source)
             found[at] = None
 
-        visit(node)
+        visit(key)
         self.memo[known] = list(found)
         return self.memo[known]
 
-    def sources(self, node: Node) -> Iterator[Node]:
+    def sources(self, key: Key) -> Iterator[Key]:
         """Yields the stages that a stage is computed from."""
-        layer, stage = node
-        for name in _SOURCES[stage]:
+        for name in _SOURCES[key.stage]:
             if name == "final_norm":
-                yield -1, name
+                yield stages.FINAL_NORM
             elif name != "residual":
-                yield layer, name
-            elif (place := self.config.num_layers if stage == "final_norm" else layer) > 0:
-                yield place - 1, "post_ffn_residual"
+                yield Key.of(key.layer, name)
             else:
-                yield -1, "embedding"
+                yield self._stream_before(key.layer)
 
-    def residual(self, layer: int) -> Value:
-        """Returns the input of a layer, or of the final norm for layer = number of layers."""
-        return self.get(-1, "embedding") if layer == 0 else self.get(layer - 1, "post_ffn_residual")
+    def _stream_before(self, layer: int | None) -> Key:
+        """The residual stream that a layer, or (None) the final norm, is given."""
+        place = self.config.num_layers if layer is None else layer
+        return Key.of(place - 1, "post_ffn_residual") if place > 0 else stages.EMBEDDING
 
-    def weight(self, layer: int, name: str) -> Value:
-        """Returns a tensor by its name below the layer ("mlp.up_proj.weight"), or by its whole name for layer -1."""
-        node: Any = self.parameters if layer < 0 else self.parameters["model"]["layers"][layer]
+    def residual(self, layer: int | None) -> Value:
+        """Returns the input of a layer, or (None) of the final norm."""
+        source = self._stream_before(layer)
+        return self.get(source.layer, source.stage)
+
+    def weight(self, layer: int | None, name: str) -> Value:
+        """Returns a tensor by its name below the layer ("mlp.up_proj.weight"), or by its whole name for none."""
+        node: Any = self.parameters if layer is None else self.parameters["model"]["layers"][layer]
         for part in name.split("."):
             node = node[part]
         return np.asarray(node, np.float64)
 
-    def held(self, layer: int, name: str) -> Value:
+    def held(self, layer: int | None, name: str) -> Value:
         """Returns a tensor as the engine holds it."""
         layer, name = self.step("tensor", (layer, name), layer, name)
         return self.step("weight", self.weight(layer, name), layer, name)
 
-    def matrix(self, layer: int, name: str) -> Value:
+    def matrix(self, layer: int | None, name: str) -> Value:
         """Returns a weight [out, in] as the engine multiplies with it."""
         return self.step("matrix", self.held(layer, name), layer, name)
 
-    def bias(self, layer: int, name: str) -> Value:
+    def bias(self, layer: int | None, name: str) -> Value:
         """Returns the bias of q_proj, k_proj or v_proj as the engine adds it, before the rotation or behind it."""
         tensor = f"self_attn.{name}.bias"
         return self.step("bias", self.held(layer, tensor), layer, tensor)
@@ -178,7 +180,7 @@ class Replay:
         """Returns x [..., T, in] times weight [..., out, in], multiplied as the engine does."""
         return self.step("dot", product)(x, weight)
 
-    def heads(self, layer: int) -> tuple[Value, Value, Value]:
+    def heads(self, layer: int | None) -> tuple[Value, Value, Value]:
         """Returns q [B, T, N, H], k and v [B, T, K, H] before rotation."""
         return split_heads(self.get(layer, "qkv_bias"), self.config)
 
@@ -189,7 +191,7 @@ class Replay:
 
     def tokens(self) -> np.ndarray:
         """Which positions are no padding, bool [B, T]."""
-        tokens = self.inputs.attention_mask == 1
+        tokens = token_mask(self.inputs)
         return tokens if self.rows is None else tokens[:, self.rows]
 
     def columns(self) -> np.ndarray:
@@ -202,18 +204,18 @@ class Replay:
         return self.step("kv_heads", np.arange(heads) // (heads // kv))
 
     def visible(self) -> np.ndarray:
-        """Which keys each query sees, bool [B, T, S]: by column, as engines build it; padding sees itself."""
-        query, key = self.columns()[:, None], np.arange(self.inputs.input_ids.shape[1])
-        order = self.step("order", key <= query + self.step("last_key", 0))
-        real = self.step("real_keys", self.inputs.attention_mask == 1)
-        return order & (real[:, None, :] | (key == query))
+        """Which keys each query sees, bool [B, T, S]: by column, as engines build it."""
+        tokens = self.step("real_keys", token_mask(self.inputs))
+        queries = np.broadcast_to(self.columns() + self.step("last_key", 0), (len(tokens), len(self.columns())))
+        keys = np.where(tokens, np.arange(tokens.shape[1]), -1)
+        return self.step("seen", visible(queries, keys))
 
 
 class At(NamedTuple):
-    """Where a step is taken: the replay, the layer (-1 outside the layers), and the tensor, stage or part."""
+    """Where a step is taken: the replay, the layer (None outside the layers), and the tensor, stage or part."""
 
     replay: Replay
-    layer: int
+    layer: int | None
     what: str
 
 
@@ -268,50 +270,49 @@ def norm_name(stage: str) -> str:
     return NORMS[stage].removesuffix(".weight").removeprefix("model.")
 
 
-def norm_input(replay: Replay, layer: int, stage: str) -> Value:
+def norm_input(replay: Replay, layer: int | None, stage: str) -> Value:
     """Returns what a norm is taken of."""
     if stage == "ffn_norm":
         return replay.get(layer, "post_attn_residual")
-    return replay.residual(replay.config.num_layers if stage == "final_norm" else layer)
+    return replay.residual(layer)
 
 
 def head_input(replay: Replay) -> Value:
     """What the head multiplies with: the last token of each row [B, 1, D] where only its logits were dumped."""
-    x, logits = replay.get(-1, "final_norm"), replay.theirs.get(stages.LOGITS)
+    x, logits = replay.get(None, "final_norm"), replay.theirs.get(stages.LOGITS)
     if logits is None or logits.shape[1] != 1:
         return x
-    last = np.where(replay.inputs.attention_mask == 1, np.arange(x.shape[1]), -1).max(axis=1)
-    return x[np.arange(len(x)), last][:, None]
+    return np.take_along_axis(x, last_columns(replay.inputs)[..., None], axis=1)
 
 
 def head_product(replay: Replay) -> Value:
     """The head's product, [B, T, V] or [B, 1, V]."""
-    return replay.dot(head_input(replay), replay.matrix(-1, head_name(replay.config)))
+    return replay.dot(head_input(replay), replay.matrix(None, head_name(replay.config)))
 
 
-def _embedding(replay: Replay, layer: int) -> Value:
+def _embedding(replay: Replay, layer: int | None) -> Value:
     table = replay.held(layer, EMBEDDING)
     return table[replay.step("row", replay.inputs.input_ids[:, replay.columns()]) % len(table)]
 
 
-def _norm(stage: str, replay: Replay, layer: int) -> Value:
+def _norm(stage: str, replay: Replay, layer: int | None) -> Value:
     x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)
     weight = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage)
     eps = replay.step("eps", replay.config.rms_norm_eps, layer, stage)
     return replay.step("normed", weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)), layer, stage)
 
 
-def _qkv_matmul(replay: Replay, layer: int) -> Value:
+def _qkv_matmul(replay: Replay, layer: int | None) -> Value:
     x = replay.get(layer, "attn_norm")
     return np.concatenate([replay.dot(x, replay.held(layer, f"self_attn.{name}.weight")) for name in QKV], -1)
 
 
-def _qkv_bias(replay: Replay, layer: int) -> Value:
+def _qkv_bias(replay: Replay, layer: int | None) -> Value:
     early = [replay.step("early_bias", replay.bias(layer, name), layer, name) for name in QKV]
     return replay.get(layer, "qkv_matmul") + np.concatenate(early)
 
 
-def before_rotation(replay: Replay, layer: int, which: int) -> tuple[Value, Value | float]:
+def before_rotation(replay: Replay, layer: int | None, which: int) -> tuple[Value, Value | float]:
     """Returns q (0) or k (1) [B, T, heads, H] as it is rotated, and what is added to it behind the rotation."""
     x, late = replay.heads(layer)[which], replay.step("late_bias", None, layer, QKV[which])
     if late is None:
@@ -320,22 +321,22 @@ def before_rotation(replay: Replay, layer: int, which: int) -> tuple[Value, Valu
     return (x - late if _bias_was_added(replay, layer, which) else x), late
 
 
-def _bias_was_added(replay: Replay, layer: int, which: int) -> bool:
+def _bias_was_added(replay: Replay, layer: int | None, which: int) -> bool:
     """Whether dumped inputs of the rotation hold the bias, though the rotated values may have got it later."""
-    if not replay.dumped((layer, "qkv_bias")):
+    if not replay.dumped(Key.of(layer, "qkv_bias")):
         return False
     shown, plain = (split_heads(replay.get(layer, stage), replay.config)[which] for stage in ("qkv_bias", "qkv_matmul"))
     bias = replay.weight(layer, f"self_attn.{QKV[which]}.bias").reshape(-1, replay.config.head_dim)
     return bool(np.linalg.norm(shown - plain - bias) < np.linalg.norm(shown - plain))
 
 
-def _rope(which: int, replay: Replay, layer: int) -> Value:
+def _rope(which: int, replay: Replay, layer: int | None) -> Value:
     x, late = before_rotation(replay, layer, which)
     turn = replay.step("rotation", Rotation(), layer, QKV[which])
     return join_heads(turn.apply(x, replay.positions(), replay.config.rope_theta) + late)
 
 
-def _scores(replay: Replay, layer: int) -> Value:
+def _scores(replay: Replay, layer: int | None) -> Value:
     q = unjoin(replay.get(layer, "q_post_rope"), replay.config).swapaxes(1, 2)
     k = unjoin(replay.whole.get(layer, "k_post_rope"), replay.config)[:, :, replay.kv_heads()].swapaxes(1, 2)
     raw = replay.dot(q, k) * replay.step("scale", replay.config.head_dim**-0.5)
@@ -346,7 +347,7 @@ def _scores(replay: Replay, layer: int) -> Value:
     return np.where(replay.visible()[:, None], raw, 0.0)
 
 
-def _softmax(replay: Replay, layer: int) -> Value:
+def _softmax(replay: Replay, layer: int | None) -> Value:
     """Over the keys seen; what a query gets that sees none depends on how an engine masks, uniform here."""
     raw, seen = replay.get(layer, "attn_scores"), replay.visible()[:, None]
     summed = replay.step("summed", seen)
@@ -358,7 +359,7 @@ def _softmax(replay: Replay, layer: int) -> Value:
     return np.where(seen.any(axis=-1, keepdims=True), shares, empty)
 
 
-def _attention(replay: Replay, layer: int) -> Value:
+def _attention(replay: Replay, layer: int | None) -> Value:
     shares, v = replay.get(layer, "attn_softmax"), replay.step("v_heads", replay.whole.heads(layer)[2])
     tokens = replay.step("tokens_read", None)
     shares = shares if tokens is None else _by_token(shares, tokens)
@@ -375,12 +376,12 @@ def _by_token(shares: Value, tokens: np.ndarray) -> Value:
     return result[..., :length]
 
 
-def _product(stage: str, replay: Replay, layer: int) -> Value:
+def _product(stage: str, replay: Replay, layer: int | None) -> Value:
     source, tensor = PRODUCTS[stage]
     return replay.dot(replay.get(layer, source), replay.matrix(layer, tensor))
 
 
-def _sum(stage: str, update: str, replay: Replay, layer: int) -> Value:
+def _sum(stage: str, update: str, replay: Replay, layer: int | None) -> Value:
     stream = replay.residual(layer) if stage == "post_attn_residual" else replay.get(layer, "post_attn_residual")
     return replay.step("stream", stream, layer, stage) + replay.get(layer, update)
 
@@ -391,12 +392,12 @@ def silu(x: Value) -> Value:
         return x / (1 + np.exp(-x))
 
 
-def _activated(replay: Replay, layer: int) -> Value:
+def _activated(replay: Replay, layer: int | None) -> Value:
     source, _ = replay.step("gating", ("ffn_gate", "ffn_up"))
     return replay.step("activation", silu)(replay.get(layer, source))
 
 
-def _gated(replay: Replay, layer: int) -> Value:
+def _gated(replay: Replay, layer: int | None) -> Value:
     _, other = replay.step("gating", ("ffn_gate", "ffn_up"))
     return replay.get(layer, "ffn_silu") * replay.get(layer, other)
 
@@ -441,16 +442,3 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "final_norm": ("residual",),
     "logits": ("final_norm",),
 }
-
-
-def key_of(layer: int, stage: str) -> str:
-    """Returns the trace key of a stage."""
-    return {"embedding": stages.EMBEDDING, "final_norm": stages.FINAL_NORM, "logits": stages.LOGITS}.get(
-        stage
-    ) or stages.layer_key(layer, stage)
-
-
-def split(key: str) -> Node:
-    """Returns layer (-1 outside the layers) and stage of a trace key."""
-    parts = key.split(".")
-    return (int(parts[1]) if len(parts) == 3 else -1), parts[-1]

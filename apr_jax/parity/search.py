@@ -19,7 +19,7 @@ from apr_jax.parity.faults.record import Mistakes, names
 from apr_jax.parity.hypotheses import hypotheses
 from apr_jax.parity.localise import Localisation, Site, budgets, row_norms
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import Replay, split
+from apr_jax.parity.replay import Replay
 from apr_jax.trace.positions import compared_positions, dumped_tokens, position_axis
 
 _SLACK = 1.5
@@ -186,11 +186,13 @@ class Search:
 
     def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
         """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, the one before."""
-        nodes = self._replay.undumped(split(self.site.key))
+        nodes = self._replay.undumped(self.site.key)
         made = {}
         for mistake in mistakes:
             where = mistake.stages(self._replay)
-            made[mistake.name] = tuple(sorted({layer for layer, stage in nodes if stage in where and layer >= 0}))
+            made[mistake.name] = tuple(
+                sorted({node.layer for node in nodes if node.stage in where and node.layer is not None})
+            )
         return made
 
     def permuted(self) -> np.ndarray | None:
@@ -247,7 +249,7 @@ class Search:
     @functools.cached_property
     def _composed(self) -> bool:
         """Whether the stage is computed over others that were not dumped: what is rounded is then known but nearly."""
-        return len(self._replay.undumped(split(self.site.key))) > 1
+        return len(self._replay.undumped(self.site.key)) > 1
 
     @functools.cached_property
     def _all(self) -> _Look:

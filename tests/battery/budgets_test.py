@@ -67,7 +67,7 @@ class BudgetsTest(absltest.TestCase):
         sites = {site.key: site for site in localise.localise(exact, same, inputs, clean).sites}
         generator = np.random.default_rng(SEED)
         for stage in ("attn_norm", "qkv_matmul", "k_post_rope", "attn_scores", "attn_softmax", "ffn_silu", "ffn_out"):
-            key = stages.layer_key(0, stage)
+            key = stages.Key.of(0, stage)
             noise = budgets.disturbances(sites[key], clean[key], inputs, "float32", generator)
             for where, disturbed in noise:
                 dump = gone_on_with(same, inputs, clean, key, disturbed)

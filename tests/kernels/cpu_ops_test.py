@@ -89,7 +89,7 @@ class CpuOpsTest(parameterized.TestCase):
     def test_a_trace_records_whole_attention_scores(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"), "float32", "cpu", CPU_OPS)
         inputs = padded(model.config.vocab_size)
-        key = stages.layer_key(0, "attn_scores")
+        key = stages.Key.of(0, "attn_scores")
         heads = model.config.num_heads
         self.assertEqual(model.trace(inputs, {key})[key].shape, (3, heads, LONG, LONG))
 

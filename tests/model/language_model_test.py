@@ -193,7 +193,7 @@ class TraceTest(parameterized.TestCase):
         theirs = right.with_ops(right.ops, {1: ops}).trace(inputs)
         ours = right.trace(inputs, force=theirs)
         differing = {r.key for r in compare(ours, theirs, inputs, lambda key: 1e-6) if not r.within}
-        self.assertEqual(differing, {stages.layer_key(1, stage) for stage in wrong})
+        self.assertEqual(differing, {stages.Key.of(1, stage) for stage in wrong})
         unforced = {r.key for r in compare(right.trace(inputs), theirs, inputs, lambda key: 1e-6) if not r.within}
         self.assertIn(stages.LOGITS, unforced)
 
@@ -201,7 +201,7 @@ class TraceTest(parameterized.TestCase):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         inputs = padded(model.config.vocab_size)
         trace = model.trace(inputs)
-        partial = {key: trace[key] for key in trace if stages.stage_of(key) in ("attn_norm", "ffn_up")}
+        partial = {key: trace[key] for key in trace if stages.Key(key).stage in ("attn_norm", "ffn_up")}
         for key, value in model.trace(inputs, force=partial).items():
             np.testing.assert_array_equal(value, trace[key], key)
 
@@ -214,7 +214,7 @@ class TraceTest(parameterized.TestCase):
         model = load_model(paths.checkpoint("head_dim_given"))
         inputs = padded(model.config.vocab_size)
         for key, value in model.trace(inputs).items():
-            self.assertEqual(value.shape, (3, *stages.shape(model.config, stages.stage_of(key), 20)), key)
+            self.assertEqual(value.shape, (3, *stages.shape(model.config, stages.Key(key).stage, 20)), key)
 
     def test_only_what_is_asked_for_is_returned_and_unknown_stages_are_errors(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))

@@ -84,7 +84,7 @@ def rounded_products(model_path):
     for layer in range(layers):
         for stage, weights in PRODUCTS.items():
             if {types[f"model.layers.{layer}.{name}.weight"] for name in weights} == {"q4_k"}:
-                keys.add(stages.layer_key(layer, stage))
+                keys.add(stages.Key.of(layer, stage))
     return keys
 
 

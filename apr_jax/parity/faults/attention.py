@@ -12,14 +12,15 @@ from apr_jax.parity.faults.record import IGNORED, Fault, Mistakes
 from apr_jax.parity.localise import EPSILON
 from apr_jax.parity.numbers import near
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import At, Node
+from apr_jax.parity.replay import At
+from apr_jax.trace.stages import Key
 
 # --- Masks -----------------------------------------------------------------------------------------------------------
 
 _MASKED = ("attn_scores", "attn_softmax")
 
 
-def _last_keys(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def _last_keys(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     replay = question.replay
     for last in (-1, 1):
         yield {"last": last}
@@ -35,15 +36,15 @@ def _empty_row(row: np.ndarray, at: At, last: int, empty: str = "uniform") -> np
     return np.eye(length)[at.replay.columns()] if empty == "self" else np.array(0.0)
 
 
-def _window(order: np.ndarray, at: At, window: int) -> np.ndarray:
-    query, key = at.replay.columns()[:, None], np.arange(order.shape[-1])
-    return order & (key > query - window)
+def _window(seen: np.ndarray, at: At, window: int) -> np.ndarray:
+    query, key = at.replay.columns()[:, None], np.arange(seen.shape[-1])
+    return seen & (key > query - window)
 
 
-def _windows(question: Question, node: Node) -> Iterable[Mapping[str, Any]]:
+def _windows(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
     """How wide a window is: read off the pairs that are not zero or, behind a gap, as wide as the tokens before the
     first one that is off; beside another mistake, which hides that, powers of two."""
-    if node == question.nodes[-1] and node[1] in _MASKED:
+    if node == question.nodes[-1] and node.stage in _MASKED:
         columns = question.replay.columns()
         seen = question.replay.visible() & question.tokens[:, :, None]
         shown = (np.abs(question.theirs).max(axis=1) > 0) & seen
@@ -69,7 +70,7 @@ _MASKS = (
         "mask-not-causal",
         "the attention mask is not causal: all keys are seen",
         _MASKED,
-        {"order": lambda order, at: np.ones_like(order)},
+        {"last_key": lambda right, at: at.replay.inputs.input_ids.shape[1]},
     ),
     OFF_BY_ONE,
     Fault(
@@ -79,7 +80,7 @@ _MASKS = (
         {"real_keys": lambda real, at: np.ones_like(real)},
         variants=lambda question, node: [{}] if (question.replay.inputs.attention_mask == 0).any() else [],
     ),
-    Fault("mask-window", "only the last {window} keys are seen", _MASKED, {"order": _window}, variants=_windows),
+    Fault("mask-window", "only the last {window} keys are seen", _MASKED, {"seen": _window}, variants=_windows),
 )
 
 # --- Scores and shares -----------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ SCALE = Fault(
 _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
 
 
-def _caches(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def _caches(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     """Caches written or read at position + n, where positions are right up to some column."""
     off, size = question.off().max(axis=0), float(np.abs(question.right).max())
     # What the first wrong column is off by may be little more than rounding.

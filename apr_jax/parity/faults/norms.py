@@ -53,7 +53,7 @@ EPS = Fault(
     _STAGES,
     {"eps": _eps},
     solve=_epsilons,
-    variants=lambda question, node: [{"norms": (norm_name(node[1]),)}],
+    variants=lambda question, node: [{"norms": (norm_name(node.stage),)}],
     grid=("eps", tuple(10.0**power for power in range(-10, -1))),
     merge={"norms": UNION},
 )

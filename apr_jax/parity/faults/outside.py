@@ -9,10 +9,11 @@ import numpy as np
 
 from apr_jax.parity.faults.record import Fault, Mistakes
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import At, Node, Value, head_product
+from apr_jax.parity.replay import At, Value, head_product
+from apr_jax.trace.stages import Key
 
 
-def _silent(question: Question, node: Node) -> list[Mapping[str, Any]]:
+def _silent(question: Question, node: Key) -> list[Mapping[str, Any]]:
     return [] if node == question.nodes[-1] and np.any(question.theirs) else [{}]
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from apr_jax.parity.faults.record import LEAST, Fault, Mistake
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import PRODUCTS, At, Node, Replay, Value, product, split
+from apr_jax.parity.replay import PRODUCTS, At, Replay, Value, product
+from apr_jax.trace.stages import Key
 
 MULTIPLIED = ("qkv_matmul", "attn_scores", "attention", *PRODUCTS, "logits")
 _Dot = Callable[[Value, Value], Value]
@@ -58,7 +59,7 @@ def _in_bf16(chunk: int, x: Value, weight: Value) -> Value:
     return total.astype(np.float64)
 
 
-def drift(mistake: Mistake, replay: Replay, key: str) -> float:
+def drift(mistake: Mistake, replay: Replay, key: Key) -> float:
     """Returns what a stage may be off, relative to it, because of how TF32 products are added up; 0 for others.
 
     Tensor cores cut the running sum off after every 8 products instead of rounding it, so that the errors do not
@@ -81,10 +82,10 @@ def drift(mistake: Mistake, replay: Replay, key: str) -> float:
         "attn_out": config.num_heads * config.head_dim,
         "ffn_out": config.intermediate_size,
     }
-    return sum(columns.get(stage, 0) for _, stage in replay.undumped(split(key))) / 8 * 2.0**-23
+    return sum(columns.get(before.stage, 0) for before in replay.undumped(key)) / 8 * 2.0**-23
 
 
-def _chunks(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def _chunks(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     """The more precise ones first."""
     yield from ({"chunk": 1 << power} for power in range(9, 2, -1))
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from apr_jax.parity.question import Question
-    from apr_jax.parity.replay import Node, Replay
+    from apr_jax.parity.replay import Replay
+    from apr_jax.trace.stages import Key
 
 _SHOWN = 3
 """As many names are spelled out in a sentence."""
@@ -29,7 +30,7 @@ IGNORED = "ignored"
 """What a fault makes of rows that mean nothing: not said."""
 
 
-def once(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def once(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     """The variants of a fault without parameters."""
     del question, node
     yield {}
@@ -80,7 +81,7 @@ class Fault:
     stages: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     changes: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     solve: Callable[[Question], Iterable[Mistakes]] | None = None
-    variants: Callable[[Question, Node], Iterable[Mapping[str, Any]]] | None = once
+    variants: Callable[[Question, Key], Iterable[Mapping[str, Any]]] | None = once
     grid: tuple[str, tuple[float, ...]] | None = None
     merge: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slight: bool | None = None

@@ -11,7 +11,8 @@ import numpy as np
 from apr_jax.parity import rope_fit
 from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import QKV, At, Node, before_rotation, unjoin
+from apr_jax.parity.replay import QKV, At, before_rotation, unjoin
+from apr_jax.trace.stages import Key
 
 _STAGES = ("q_post_rope", "k_post_rope")
 
@@ -50,12 +51,12 @@ def _named(turn: rope_fit.Rotation, projection: str) -> Iterator[Mistake]:
         yield POSITION.made(restart=turn.restart)
 
 
-def _halved(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def _halved(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     if question.replay.config.head_dim % 4 == 0:
         yield {}
 
 
-def _restarts(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def _restarts(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     """Behind a gap only powers of two are tried; a constant shift of q and k alike shows nowhere behind them."""
     last = int(question.replay.inputs.positions().max())
     yield from ({"restart": 1 << power} for power in range(2, last.bit_length()))
@@ -121,7 +122,7 @@ BIAS_AFTER_ROPE = Fault(
         "early_bias": lambda bias, at: bias if at.what == "v_proj" else np.zeros_like(bias),
         "late_bias": lambda late, at: at.replay.bias(at.layer, at.what),
     },
-    variants=lambda question, node: [{}] if node[1] in _STAGES else [],
+    variants=lambda question, node: [{}] if node.stage in _STAGES else [],
     hides=("q-bias-missing", "k-bias-missing"),
 )
 FAULTS = (ADJACENT_PAIRS, HALF_DIMS, SIGN, THETA, POSITION, NOT_ON_Q, NOT_ON_K, BIAS_AFTER_ROPE)

@@ -11,8 +11,9 @@ import numpy as np
 from apr_jax.converters.formats import casts, codecs, dtypes
 from apr_jax.parity.faults.record import UNION, Fault
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import EMBEDDING, NORMS, PRODUCTS, QKV, At, Node, Replay, Value, head_name
+from apr_jax.parity.replay import EMBEDDING, NORMS, PRODUCTS, QKV, At, Replay, Value, head_name
 from apr_jax.trace import stages
+from apr_jax.trace.stages import Key
 
 # --- Other values in a tensor's place --------------------------------------------------------------------------------
 
@@ -36,16 +37,16 @@ def _stages(replay: Replay, tensor: str | Sequence[str], **_: Any) -> tuple[str,
 _ALL_STAGES = ("embedding", *stages.LAYER_STAGES, "final_norm", "logits")
 
 
-def _suspects(question: Question, node: Node) -> list[str]:
+def _suspects(question: Question, node: Key) -> list[str]:
     """The tensors of a stage; of norms and biases only where the stage itself was dumped: they are small, and a gap
     holds many."""
-    small = node[1] in (*NORMS, "qkv_bias") and node != question.nodes[-1]
-    return [] if small else [name for name in tensors_of(question.replay, node[1]) if question.only in name]
+    small = node.stage in (*NORMS, "qkv_bias") and node != question.nodes[-1]
+    return [] if small else [name for name in tensors_of(question.replay, node.stage) if question.only in name]
 
 
-def _quantisations(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def _quantisations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     for tensor in _suspects(question, node):
-        right = question.replay.weight(node[0], tensor)
+        right = question.replay.weight(node.layer, tensor)
         with np.errstate(over="ignore"):
             half = right.astype(np.float16)
         if np.isfinite(half).all() and (half != right).any():
@@ -54,13 +55,13 @@ def _quantisations(question: Question, node: Node) -> Iterator[Mapping[str, Any]
             yield from ({"tensor": tensor, "codec": codec} for codec in _CODECS)
 
 
-def _labels(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
+def _labels(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     for tensor in _suspects(question, node):
         yield from ({"tensor": tensor, "direction": direction} for direction in _LABELS)
 
 
-def _layers(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
-    others = [layer for layer in range(question.replay.config.num_layers) if layer != node[0] >= 0]
+def _layers(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    others = [layer for layer in range(question.replay.config.num_layers) if node.layer not in (None, layer)]
     yield from ({"tensor": tensor, "layer": layer} for tensor in _suspects(question, node) for layer in others)
 
 
@@ -128,8 +129,8 @@ def _transposed(name: str, stage: str, wording: str, first: str | None, second: 
             return value
         return value.reshape(value.shape[::-1]).T if buffer == "file" else value.T.reshape(value.shape)
 
-    def variants(question: Question, node: Node) -> Iterable[Mapping[str, Any]]:
-        rows, columns = question.replay.weight(node[0], tensors_of(question.replay, stage)[0]).shape
+    def variants(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
+        rows, columns = question.replay.weight(node.layer, tensors_of(question.replay, stage)[0]).shape
         buffers = [{} if first is None else {"buffer": first}, {"buffer": second}]
         return buffers if rows != columns else buffers[:1]
 
@@ -141,15 +142,15 @@ def _transposed(name: str, stage: str, wording: str, first: str | None, second: 
 _CARRIES = {"q": "q_post_rope", "k": "k_post_rope", "v": "attention"}
 
 
-def _without(parts: str) -> tuple[Callable[..., Value], Callable[[Question, Node], Iterator[Mapping[str, Any]]]]:
+def _without(parts: str) -> tuple[Callable[..., Value], Callable[[Question, Key], Iterator[Mapping[str, Any]]]]:
     """Biases of these projections left out; behind a gap those that the dumped stage can show."""
     tensors = [f"self_attn.{part}_proj.bias" for part in parts]
 
     def bias(value: Value, at: At) -> Value:
         return np.zeros_like(value) if at.what in tensors else value
 
-    def variants(question: Question, node: Node) -> Iterator[Mapping[str, Any]]:
-        reached = {stage for _, stage in question.nodes}
+    def variants(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+        reached = {before.stage for before in question.nodes}
         shown = node == question.nodes[-1] or all(_CARRIES[part] in reached for part in parts)
         if shown and all(question.only in tensor for tensor in tensors):
             yield {}
