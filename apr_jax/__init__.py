@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config as Qwen2Config
     from apr_jax.generate.generator import Generator as Generator
     from apr_jax.generate.generator import load_generator as load_generator
+    from apr_jax.load.load_model import load_model as load_model
     from apr_jax.model.language_model import LanguageModel as LanguageModel
-    from apr_jax.model.language_model import load_model as load_model
     from apr_jax.model.qwen2 import OPS as OPS
     from apr_jax.model.qwen2 import Ops as Ops
     from apr_jax.model.qwen2 import Qwen2ForCausalLM as Qwen2ForCausalLM
@@ -27,12 +27,12 @@ _HOMES = {
     "Generator": "apr_jax.generate.generator",
     "load_generator": "apr_jax.generate.generator",
     "Inputs": "apr_jax.trace.inputs",
-    "LanguageModel": "apr_jax.model",
-    "load_model": "apr_jax.model",
+    "LanguageModel": "apr_jax.model.language_model",
+    "load_model": "apr_jax.load.load_model",
     "OPS": "apr_jax.model.qwen2",
     "Ops": "apr_jax.model.qwen2",
     "Qwen2ForCausalLM": "apr_jax.model.qwen2",
-    "open_checkpoint": "apr_jax.converters.checkpoint",
+    "open_checkpoint": "apr_jax.converters.checkpoint.openers",
     "Qwen2Config": "apr_jax.converters.checkpoint.qwen2",
 }
 __all__ = list(_HOMES)

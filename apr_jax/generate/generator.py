@@ -25,7 +25,8 @@ from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, 
 from apr_jax.generate.sampling import Method, Numbers
 from apr_jax.generate.tokenizer import Detokenizer, StopStrings, Tokenizer
 from apr_jax.kernels.fastest_ops import ops_for, prompts_keep_no_scores
-from apr_jax.model.language_model import LanguageModel, find_device, load_model
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.qwen2 import NO_POSITION, Cache
 from apr_jax.trace.inputs import Inputs
 

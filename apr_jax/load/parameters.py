@@ -18,11 +18,7 @@ from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import casts
 from apr_jax.load import upload
-
-DTYPES = ("float32", "bfloat16", "float64")
-
-Parameters = dict[Any, Any]
-"""Arrays in nested dicts, keyed as the attributes of `Qwen2ForCausalLM`: HuggingFace's names, split at the dots."""
+from apr_jax.model.parameters import Parameters, nested, parameter_sources
 
 _CHUNK_BYTES = 8 << 20
 _THREADS = min(4, os.cpu_count() or 1)
@@ -67,7 +63,7 @@ def load_parameters(
     }
     x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
     with x64:
-        return _nested(_load(sources, dtype, device))
+        return nested(_load(sources, dtype, device))
 
 
 def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device) -> dict[str, jax.Array]:
@@ -82,33 +78,6 @@ def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Devic
     return {path: _put(read(path), device) for path in sources if path not in there} | upload.upload(
         there, dtype, device
     )
-
-
-def _nested(arrays: Mapping[str, jax.Array]) -> Parameters:
-    parameters: Parameters = {}
-    for path, array in arrays.items():
-        *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("."))
-        node = parameters
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return parameters
-
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""The modules of a layer that a fused model holds as one, in the order of their rows."""
-
-
-def parameter_sources(config: Qwen2Config, fused: bool) -> dict[str, tuple[str, ...]]:
-    """Returns for each parameter, by its dotted path, the tensors whose rows it holds, one behind the other."""
-    module_of = {part: module for module, parts in FUSED.items() for part in parts} if fused else {}
-    sources = {}
-    for name in config.tensor_shapes():
-        *parents, part, leaf = name.split(".")
-        module = module_of.get(part, part)
-        names = (".".join((*parents, each, leaf)) for each in FUSED.get(module, (part,)))
-        sources[".".join((*parents, module, leaf))] = tuple(names)
-    return sources
 
 
 def read_as(tensors: Sequence[Tensor], dtype: str) -> np.ndarray:

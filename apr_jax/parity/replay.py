@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.load.parameters import Parameters
 from apr_jax.model import rotary
+from apr_jax.model.parameters import Parameters
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 

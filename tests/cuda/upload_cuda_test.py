@@ -8,12 +8,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
+from tests.apr_jax import upload_test
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.load import prepared, upload
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from tests import paths
-from tests.apr_jax import upload_test
 from tests.cuda.devices import cuda_devices
 
 

@@ -25,7 +25,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert import conversion
 from apr_jax.converters.formats import codecs
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.model.qwen2 import OPS
 from apr_jax.trace import aprt, stages, tolerances
 from apr_jax.trace.compare import compare

@@ -19,7 +19,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.commands import parity
 from apr_jax.converters.convert import conversion
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import aprt, stages
 from apr_jax.trace.inputs import seeded
 from tests import paths
