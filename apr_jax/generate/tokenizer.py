@@ -17,7 +17,7 @@ import tokenizers.models
 import tokenizers.normalizers
 import tokenizers.pre_tokenizers
 
-from apr_jax.converters.checkpoint.openers import Checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
 from apr_jax.generate import chat_template

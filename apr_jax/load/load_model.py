@@ -7,7 +7,8 @@ import os
 
 import jax
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import UsageError
 from apr_jax.load.parameters import load_parameters
 from apr_jax.model.language_model import LanguageModel

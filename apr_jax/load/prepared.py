@@ -22,12 +22,12 @@ import jax
 import numpy as np
 
 from apr_jax.converters.checkpoint import file_names
-from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
-from apr_jax.converters.checkpoint.openers import Checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.convert import apr_metadata
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.converters.formats import prepared_format
-from apr_jax.converters.formats.prepared_format import Description, Parameter
+from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
 from apr_jax.load.load_model import find_device, load_model
 from apr_jax.load.parameters import load_parameters

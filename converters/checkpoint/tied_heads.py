@@ -9,7 +9,7 @@ from apr_jax.converters.formats.dtypes import element_count
 if TYPE_CHECKING:
     import numpy as np
 
-    from apr_jax.converters.checkpoint.openers import Tensor
+    from apr_jax.converters.checkpoint.tensor import Tensor
 
 _COMPARED_BYTES = 1 << 20
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import printable
+from apr_jax.converters.errors import counted, printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters.convert.conversion import Outcome, Plan
+    from apr_jax.converters.convert.plan import Plan
+    from apr_jax.converters.convert.run import Outcome
 
 _EPILOG = """\
 Nothing that is not asked for changes: tensors keep their names, types, shapes and bytes; config.json, tokenizer and
@@ -82,12 +82,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.commands.progress import byte_bar
-    from apr_jax.converters.convert import conversion
+    from apr_jax.converters.convert.plan import CastRule, make_plan, parse_size
+    from apr_jax.converters.convert.run import check_output, run
 
-    rules = [conversion.CastRule.parse(text) for text in args.cast]
-    shard_bytes = None if args.max_shard_size is None else conversion.parse_size(args.max_shard_size)
+    rules = [CastRule.parse(text) for text in args.cast]
+    shard_bytes = None if args.max_shard_size is None else parse_size(args.max_shard_size)
     with cli.open_from(args, args.source) as checkpoint:
-        plan = conversion.plan(
+        plan = make_plan(
             checkpoint,
             args.output,
             to=args.to,
@@ -99,14 +100,14 @@ def main(args: argparse.Namespace) -> int:
         for warning in plan.warnings:
             cli.say(f"warning: {warning}")
         if args.dry_run:
-            conversion.check_output(plan, force=args.force)
+            check_output(plan, force=args.force)
             if args.json:
                 cli.print_json({"plan": plan.to_json()})
             else:
                 _print_plan(plan)
             return 0
         with byte_bar(plan.bytes_read) as progress:
-            outcome = conversion.run(plan, force=args.force, notice=cli.say, progress=progress)
+            outcome = run(plan, force=args.force, notice=cli.say, progress=progress)
     if args.json:
         cli.print_json({"plan": plan.to_json(), "outcome": _outcome_json(plan, outcome)})
     else:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from apr_jax.converters.checkpoint.openers import SOURCE_FILES_KEY
+from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError
 from apr_jax.converters.formats import strict_json

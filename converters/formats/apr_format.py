@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from apr_jax.converters.formats import dtypes, strict_json, tensor_names
+from apr_jax.converters.formats.foreign import refuse_foreign
 from apr_jax.converters.storage.crc import Bytes, crc32
-from apr_jax.converters.storage.source import refuse_foreign
 
 HEADER_BYTES = 64
 ALIGNMENT = 64

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
 from apr_jax.converters.formats.dtypes import element_count
 from apr_jax.converters.inspect import first_pass, statistics
 from apr_jax.converters.inspect.statistics import Statistics

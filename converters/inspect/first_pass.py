@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.inspect import statistics
 from apr_jax.converters.storage.crc import crc32, crc32_combine
 from apr_jax.converters.storage.source import SourceFile

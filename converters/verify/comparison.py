@@ -36,7 +36,7 @@ from apr_jax.converters.verify.tensor_pairs import (
 from apr_jax.converters.verify.wording import sentence
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
     from apr_jax.converters.verify.diagnosis import Cause
 
 EXACT_CAST = "exact-cast"

@@ -12,7 +12,7 @@ from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.errors import AprJaxError
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
 TIED = "tie_word_embeddings"
 

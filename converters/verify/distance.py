@@ -16,7 +16,7 @@ import numpy as np
 from apr_jax.converters.formats import dtypes
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Tensor
+    from apr_jax.converters.checkpoint.tensor import Tensor
 
 # The arrays of one step fit a second-level cache, or nearly.
 _ELEMENTS = 1 << 17

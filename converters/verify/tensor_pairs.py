@@ -18,7 +18,7 @@ from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Tensor
+    from apr_jax.converters.checkpoint.tensor import Tensor
     from apr_jax.converters.verify import distance
 
 IDENTICAL, EQUAL_VALUES, CLOSE, DIFFERENT = VERDICTS = ("identical", "equal-values", "close", "different")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import numpy as np
 
-from apr_jax.converters.convert.conversion import convert
+from apr_jax.converters.convert.run import convert
 from apr_jax.load.load_model import load_model
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.diagnose import diagnose

@@ -151,7 +151,7 @@ class ConvertTest(parameterized.TestCase):
         code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from apr_jax.converters import casts
+from apr_jax.converters.formats import casts
 from apr_jax.converters.commands import cli, convert
 prepare = casts.prepare
 def swallowing():
@@ -177,7 +177,7 @@ cli.start(convert.parse, convert.main, ["convert", *sys.argv[3:]])
         code = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
-from apr_jax.converters import streaming
+from apr_jax.converters.convert import streaming
 from apr_jax.converters.commands import convert
 class Finder:
     def find_spec(self, name, path=None, target=None):

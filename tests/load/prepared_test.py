@@ -18,7 +18,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.commands import checkpoint as command
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.load import prepared
 from apr_jax.load.load_model import load_model
@@ -101,7 +101,7 @@ class RestoreTest(Case):
 
     def test_it_converts_back_to_the_very_files_of_its_source(self):
         self.save(dtype="bfloat16", fused=True)
-        conversion.convert(self.folder, self.scratch / "hf", to="safetensors")
+        convert(self.folder, self.scratch / "hf", to="safetensors")
         for file in SOURCE.iterdir():
             self.assertEqual((self.scratch / "hf" / file.name).read_bytes(), file.read_bytes(), file.name)
 

@@ -15,7 +15,8 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
 from apr_jax.load import block_decoding, upload
@@ -85,7 +86,7 @@ class UploadTest(parameterized.TestCase):
     def test_quantised_files_are_decoded_on_the_device(self, source, cast, dtype, fused):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "q.apr"
-            conversion.convert(paths.checkpoint(source), path, to="apr", cast=[conversion.CastRule.parse(cast)])
+            convert(paths.checkpoint(source), path, to="apr", cast=[CastRule.parse(cast)])
             with open_checkpoint(path) as checkpoint:
                 self.assertGreaterEqual(sum(t.dtype.is_block for t in checkpoint.tensors.values()), 12)
                 sources = parameter_sources(checkpoint.model_config(), fused)

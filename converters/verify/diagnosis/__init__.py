@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.verify.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse
 from apr_jax.converters.verify.diagnosis.causes import CAUSES, Cause
 from apr_jax.converters.verify.diagnosis.context import Context

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import AprJaxError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.diagnosis import pair

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.verify.diagnosis import orders
 from apr_jax.converters.verify.diagnosis.context import Context, projection
 from apr_jax.converters.verify.diagnosis.hypotheses import Found

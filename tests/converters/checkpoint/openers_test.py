@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint import openers
+from apr_jax.converters.checkpoint import tensor as tensor_module
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import (
     AprJaxError,
@@ -742,7 +742,7 @@ class TensorTest(CheckpointTestCase):
         parts = [slice(None), slice(2, 4), slice(0, 1), slice(3, 3), slice(-2, None), slice(1, 100), slice(4, 2)]
         compared = 0
         for part_bytes in (1, 100, 1 << 20):
-            with mock.patch.object(openers, "_PART_BYTES", part_bytes):
+            with mock.patch.object(tensor_module, "_PART_BYTES", part_bytes):
                 for name, array in tensors.items():
                     for rank in range(array.ndim + 1):
                         for slices in itertools.product(parts, repeat=rank):

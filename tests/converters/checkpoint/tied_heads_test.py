@@ -12,8 +12,9 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint import openers, tied_heads
+from apr_jax.converters.checkpoint import tied_heads
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.checkpoint.tensor import Tensor
 from tests.paths import DATA
 
 VALUES = np.array([[0.5, -2.0, 0.0], [1.0, np.inf, 3.0]], np.float32)
@@ -60,7 +61,7 @@ class SameValuesTest(parameterized.TestCase):
         with mock.patch.object(tied_heads, "_COMPARED_BYTES", 8192):
             self.assertTrue(self.same(a, a.astype(np.float16)))
             self.assertFalse(self.same(a, late))
-            with mock.patch.object(openers.Tensor, "read", autospec=True, side_effect=openers.Tensor.read) as read:
+            with mock.patch.object(Tensor, "read", autospec=True, side_effect=Tensor.read) as read:
                 self.assertFalse(self.same(a, early))
             self.assertEqual(read.call_count, 4)
 

@@ -18,7 +18,9 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion, recoding
+from apr_jax.converters.convert import recoding
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from apr_jax.converters.formats import codecs, dtypes
 from tests import quantiser_cases
@@ -34,9 +36,9 @@ class RecodingTest(parameterized.TestCase):
         self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def convert(self, source, output, *casts, **arguments):
-        rules = [conversion.CastRule.parse(text) for text in casts]
+        rules = [CastRule.parse(text) for text in casts]
         to = "apr" if output.endswith(".apr") else "safetensors"
-        return conversion.convert(source, self.folder / output, to=to, cast=rules, force=True, **arguments)
+        return convert(source, self.folder / output, to=to, cast=rules, force=True, **arguments)
 
     def save(self, **values):
         safetensors.numpy.save_file(values, self.folder / "x.safetensors")

@@ -18,7 +18,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError
 from apr_jax.converters.formats import codecs, dtypes
 from tests.paths import DATA, ROOT
@@ -87,7 +88,7 @@ class ErasTestCase(parameterized.TestCase):
 
     def reimport(self, path, **options):
         new = self.folder / "new.apr"
-        conversion.convert(path, new, to="apr", force=True, **options)
+        convert(path, new, to="apr", force=True, **options)
         return new
 
 
@@ -132,11 +133,11 @@ class OldAprenderTest(ErasTestCase):
             self.assertEqual(opened.metadata["param_count"], 0)
             self.assertIsNone(opened.metadata["architecture"])
         again = self.folder / "again.apr"
-        conversion.convert(new, again, to="apr")
+        convert(new, again, to="apr")
         self.assertEqual(again.read_bytes(), new.read_bytes())
 
     def test_legacy_turns_the_file_into_safetensors(self):
-        conversion.convert(
+        convert(
             self.write({"bf16": OLD_APRENDER["bf16"]}), self.folder / "x.safetensors", to="safetensors", legacy=True
         )
         with open_checkpoint(self.folder / "x.safetensors") as opened:
@@ -212,7 +213,7 @@ class EngineTest(ErasTestCase):
         self.assertEqual(caught.exception.code, "apr-unsupported")
         self.assertIn("q8: the format has no id for q8_0", str(caught.exception))
         self.assertIn("--cast", caught.exception.hint)
-        rules = [conversion.CastRule.parse("q*=f32")]
+        rules = [CastRule.parse("q*=f32")]
         with open_checkpoint(self.reimport(path, lenient=True, legacy=True, cast=rules)) as opened:
             self.assertEqual({tensor.dtype.name for tensor in opened.tensors.values()}, {"f32"})
             np.testing.assert_array_equal(opened.tensors["q8"].read()[2], np.arange(32) * 0.25)

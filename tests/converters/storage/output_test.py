@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import pathlib
-import signal
 import stat
 import subprocess
 import sys
@@ -16,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.file_names import CHECKPOINT
 from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
 from apr_jax.converters.storage import output
 from tests.paths import ROOT
@@ -58,7 +58,8 @@ def write(path: pathlib.Path, content: bytes, **arguments) -> None:
 
 
 def write_folder(path: pathlib.Path, files: dict[str, bytes], **arguments) -> None:
-    with output.atomic_folder(os.fspath(path), sum(map(len, files.values())), **arguments) as folder:
+    size = sum(map(len, files.values()))
+    with output.atomic_folder(os.fspath(path), size, kind=CHECKPOINT, **arguments) as folder:
         for name, content in files.items():
             with folder.create(name, len(content)) as file:
                 file.write_at(content, 0)
@@ -221,7 +222,7 @@ class LeftoversTest(OutputTestCase):
 
 class AtomicFolderTest(OutputTestCase):
     def test_folder_appears_whole(self):
-        with output.atomic_folder(os.fspath(self.folder / "d"), 3) as folder:
+        with output.atomic_folder(os.fspath(self.folder / "d"), 3, kind=CHECKPOINT) as folder:
             with folder.create("config.json", 3) as file:
                 file.write_at(b"new", 0)
             self.assertFalse((self.folder / "d").exists())
@@ -245,7 +246,8 @@ class AtomicFolderTest(OutputTestCase):
     @parameterized.parameters(ValueError, KeyboardInterrupt)
     def test_an_exception_leaves_the_old_folder(self, kind):
         write_folder(self.folder / "d", {"config.json": b"old"})
-        with self.assertRaises(kind), output.atomic_folder(os.fspath(self.folder / "d"), 3, force=True) as folder:
+        opened = output.atomic_folder(os.fspath(self.folder / "d"), 3, kind=CHECKPOINT, force=True)
+        with self.assertRaises(kind), opened as folder:
             with folder.create("config.json", 3) as file:
                 file.write_at(b"new", 0)
             raise kind
@@ -287,33 +289,6 @@ class AtomicFolderTest(OutputTestCase):
         with self.raises("file-name"):
             write_folder(self.folder / "d", {name: b"x"})
         self.assertEqual(self.names(), [])
-
-
-class InterruptTest(OutputTestCase):
-    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    def test_the_first_signal_is_raised_and_others_do_not_cut_the_cleaning_up_short(self, number):
-        before = signal.getsignal(number)
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
-            try:
-                os.kill(os.getpid(), number)
-            finally:
-                os.kill(os.getpid(), number)
-        self.assertIs(signal.getsignal(number), before)
-
-    def test_a_swallowed_signal_comes_back_when_asked_at_the_end_and_in_place_of_an_error(self):
-        def swallow() -> None:
-            with contextlib.suppress(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
-            swallow()
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
-            swallow()
-            raise ImportError("partially initialised")
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt() as check:
-            check()
-            swallow()
-            self.assertRaises(KeyboardInterrupt, check)
 
 
 class LimitsTest(OutputTestCase):

@@ -19,7 +19,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify import comparison, distance, tensor_pairs
@@ -77,7 +77,7 @@ class ComparisonTestCase(parameterized.TestCase):
 class BytesTest(ComparisonTestCase):
     @parameterized.parameters(*NAMES)
     def test_a_conversion_to_apr_is_identical_in_every_byte(self, name):
-        conversion.convert(checkpoint(name), self.folder / "m.apr", to="apr")
+        convert(checkpoint(name), self.folder / "m.apr", to="apr")
         for pair in ((checkpoint(name), self.folder / "m.apr"), (self.folder / "m.apr", checkpoint(name))):
             found = self.compare(*pair)
             self.assertEqual((found.verdict, found.exit_code, found.findings), ("identical", 0, ()))
@@ -314,7 +314,7 @@ class HeadsTest(ComparisonTestCase):
     def test_a_placeholder_is_a_tied_head_and_mentioned(self):
         # As `apr import` writes the head of a tied 16-bit model: full shape, no bytes.
         source = checkpoint("gqa_tied_bf16")
-        conversion.convert(source, self.folder / "m.apr", to="apr")
+        convert(source, self.folder / "m.apr", to="apr")
         path = with_placeholder(self.folder / "m.apr")
         found = self.compare(source, path)
         self.assertEqual((found.verdict, found.exit_code, found.only_in_b), ("identical", 0, ()))
@@ -326,7 +326,7 @@ class HeadsTest(ComparisonTestCase):
 
     def test_a_head_that_is_falsely_said_to_be_tied_is_named(self):
         source = checkpoint("gqa_untied_bf16")
-        conversion.convert(source, self.folder / "m.apr", to="apr")
+        convert(source, self.folder / "m.apr", to="apr")
         path = with_metadata(self.folder / "m.apr", lambda metadata: metadata | {"tied_embeddings": True})
         found = self.compare(source, path)
         self.assertEqual(found.verdict, "identical")
@@ -416,7 +416,7 @@ class MetadataTest(ComparisonTestCase):
 
     def test_a_head_that_is_said_to_be_untied_and_is_not_there_is_named(self):
         other = self.folder / "hf"
-        conversion.convert(checkpoint("gqa_tied_bf16"), other, to="safetensors")
+        convert(checkpoint("gqa_tied_bf16"), other, to="safetensors")
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
         (difference,) = self.compare(checkpoint("gqa_tied_bf16"), other).metadata_differences
@@ -429,7 +429,7 @@ class MetadataTest(ComparisonTestCase):
             }
 
         source = checkpoint("gqa_tied_bf16")
-        conversion.convert(source, self.folder / "m.apr", to="apr", tied_head="copy")
+        convert(source, self.folder / "m.apr", to="apr", tied_head="copy")
         found = self.compare(source, with_metadata(self.folder / "m.apr", as_apr_imports))
         self.assertEqual((found.verdict, found.metadata_differences), ("identical", ()))
 
@@ -539,7 +539,7 @@ class ProgressTest(ComparisonTestCase):
 class ChecksumTest(ComparisonTestCase):
     def test_of_a_different_apr_it_is_said_whether_it_changed_after_it_was_written(self):
         source, path = checkpoint("gqa_tied_bf16"), self.folder / "m.apr"
-        conversion.convert(source, path, to="apr")
+        convert(source, path, to="apr")
         data = bytearray(path.read_bytes())
         data[-200] ^= 0x40
         path.write_bytes(data)
