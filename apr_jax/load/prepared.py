@@ -31,7 +31,7 @@ from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
 from apr_jax.load.load_model import find_device, load_model
 from apr_jax.load.parameters import load_parameters
-from apr_jax.model.parameters import DTYPES, Parameters, named, parameter_sources
+from apr_jax.model.parameters import Parameters, dtype_name, named, parameter_sources
 from apr_jax.trace import golden
 
 PREPARED = FolderKind(
@@ -68,8 +68,7 @@ def save(
       RefusedError: As `load_parameters`, or there is no configuration.
       StorageError: The disk.
     """
-    if dtype not in DTYPES:
-        raise UsageError("unknown dtype", code="dtype", found=dtype, expected=" or ".join(DTYPES))
+    dtype = dtype_name(dtype)
     files = _side_files(checkpoint)
     config = checkpoint.model_config()
     sources = parameter_sources(config, fused)

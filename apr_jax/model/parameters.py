@@ -12,14 +12,28 @@ from typing import Any
 import jax
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "float64")
+_SHORT = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f64": "float64", "fp64": "float64"}
 
 Parameters = dict[Any, Any]
 """Arrays in nested dicts, keyed as the attributes of `Qwen2ForCausalLM`: HuggingFace's names, split at the dots."""
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """The modules of a layer that a fused model holds as one, in the order of their rows."""
+
+
+def dtype_name(dtype: Any) -> str:
+    """Returns which of `DTYPES` is meant by `jnp.bfloat16`, a NumPy dtype, "bfloat16" or "bf16".
+
+    Raises:
+      UsageError: None of them.
+    """
+    name = _SHORT.get(dtype, dtype) if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    if name not in DTYPES:
+        raise UsageError("unknown dtype", code="dtype", found=name, expected=" or ".join(DTYPES))
+    return name
 
 
 def parameter_sources(config: Qwen2Config, fused: bool) -> dict[str, tuple[str, ...]]:
