@@ -19,7 +19,8 @@ from apr_jax.bench.measure import Contestant, Plan
 from apr_jax.bench.ours import Ours, random_parameters, tokens
 from apr_jax.converters.convert.run import convert
 from apr_jax.kernels import fastest_ops
-from apr_jax.model.language_model import LanguageModel, find_device, load_model
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.testing.sample import SAMPLES, write_sample
 from apr_jax.trace import hf_reference, tolerances
 

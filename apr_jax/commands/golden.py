@@ -158,7 +158,7 @@ def _compute(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -
 def _run_jax(
     args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs
 ) -> tuple[dict[str, np.ndarray], str, str]:
-    from apr_jax.model.language_model import load_model
+    from apr_jax.load.load_model import load_model
     from apr_jax.trace import golden, stages
 
     model = load_model(checkpoint, args.dtype, args.device)

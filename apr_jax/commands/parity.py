@@ -86,8 +86,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.generate import compilation_cache
-    from apr_jax.load.parameters import DTYPES
-    from apr_jax.model.language_model import load_model
+    from apr_jax.load.load_model import load_model
+    from apr_jax.model.parameters import DTYPES
     from apr_jax.parity.diagnose import diagnose
     from apr_jax.parity.localise import infer_dtype
 
@@ -159,7 +159,7 @@ def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
     if args.right == "hf":
         values = _huggingface(args, batch, dtype)
     else:
-        from apr_jax.model.language_model import load_model
+        from apr_jax.load.load_model import load_model
 
         values = golden.stored(load_model(args.model, dtype, args.right).trace(batch))
     return dumps.Dump(batch, values, dtype)
@@ -217,7 +217,7 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import jax
     import numpy as np
 
-    from apr_jax.model.language_model import load_model
+    from apr_jax.load.load_model import load_model
     from apr_jax.parity.faults.seen import UPLOAD
     from apr_jax.parity.findings import Finding
 

@@ -100,6 +100,9 @@ class Tokenizer:
         named = {name: _content(config.get(name)) for name in _NAMED_TOKENS}
         return cls(backend, template, {name: text for name, text in named.items() if text}, checkpoint.path)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._backend.get_vocab_size()} tokens)"
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text; special tokens that it spells out become such.
 

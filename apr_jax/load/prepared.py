@@ -29,8 +29,9 @@ from apr_jax.converters.errors import BrokenContainerError, MissingFileError, Us
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
-from apr_jax.load.parameters import DTYPES, Parameters, load_parameters, parameter_sources
-from apr_jax.model.language_model import find_device, load_model
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.load.parameters import load_parameters
+from apr_jax.model.parameters import Parameters, dtype_name, named, parameter_sources
 from apr_jax.trace import golden
 
 PREPARED = FolderKind(
@@ -67,8 +68,7 @@ def save(
       RefusedError: As `load_parameters`, or there is no configuration.
       StorageError: The disk.
     """
-    if dtype not in DTYPES:
-        raise UsageError("unknown dtype", code="dtype", found=dtype, expected=" or ".join(DTYPES))
+    dtype = dtype_name(dtype)
     files = _side_files(checkpoint)
     config = checkpoint.model_config()
     sources = parameter_sources(config, fused)
@@ -129,15 +129,6 @@ def check(folder: str, device: str | jax.Device | None = None) -> Description:
             hint="Prepare it anew from its source",
         )
     return description
-
-
-def named(parameters: Parameters, prefix: str = "") -> dict[str, jax.Array]:
-    """Returns the parameters by their paths in the model, with dots."""
-    flat: dict[str, jax.Array] = {}
-    for key, value in parameters.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
-        flat |= named(value, path) if isinstance(value, dict) else {path: value}
-    return flat
 
 
 def hashes(parameters: Mapping[str, jax.Array]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.load.parameters import Parameters
+from apr_jax.model.parameters import Parameters
 from apr_jax.parity.faults.record import Mistakes
 from apr_jax.parity.rope_fit import Rotation
 from apr_jax.trace import stages

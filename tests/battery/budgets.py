@@ -28,7 +28,8 @@ import numpy as np
 import safetensors.numpy
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.load.load_model import load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.testing.sample import Sample, draw, side_files
 from apr_jax.trace import hf_reference

@@ -30,7 +30,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.load.load_model import load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.diagnose import Diagnosis, diagnose
 from apr_jax.parity.localise import localise
 from apr_jax.trace import stages

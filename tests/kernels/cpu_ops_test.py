@@ -12,8 +12,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.kernels.cpu_ops import CPU_OPS, attention, linear
+from apr_jax.load.load_model import load_model
 from apr_jax.model import qwen2
-from apr_jax.model.language_model import load_model
 from apr_jax.trace import golden, stages, tolerances
 from apr_jax.trace.compare import relative_l2
 from apr_jax.trace.inputs import Inputs, seeded

@@ -12,8 +12,8 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
+from apr_jax.load.load_model import load_model
 from apr_jax.load.parameters import read_as
-from apr_jax.model.language_model import load_model
 from tests import oracle
 from tests.paths import DATA, checkpoint
 

@@ -20,7 +20,8 @@ from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
 from apr_jax.load import block_decoding, upload
-from apr_jax.load.parameters import parameter_sources, read_as
+from apr_jax.load.parameters import read_as
+from apr_jax.model.parameters import parameter_sources
 from tests import paths
 
 BLOCKS = [dtype.name for dtype in dtypes.TYPES.values() if dtype.codec_name]

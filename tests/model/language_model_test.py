@@ -13,8 +13,9 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from apr_jax.converters.errors import UsageError
+from apr_jax.load.load_model import load_model
 from apr_jax.model import qwen2
-from apr_jax.model.language_model import LanguageModel, load_model, model_graph
+from apr_jax.model.language_model import LanguageModel, model_graph
 from apr_jax.model.qwen2 import OPS
 from apr_jax.trace import golden, stages, tolerances
 from apr_jax.trace.compare import compare, relative_l2

@@ -13,7 +13,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.parity import dumps
 from apr_jax.trace import aprt, golden, inputs
 from apr_jax.trace.inputs import seeded

@@ -13,7 +13,7 @@ import tokenizers
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.convert.run import convert
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import aprt, stages, tolerances
 from apr_jax.trace.compare import Comparison, compare
 from apr_jax.trace.inputs import Inputs

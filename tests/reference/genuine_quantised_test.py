@@ -26,7 +26,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.formats import casts
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.model.qwen2 import OPS
 from apr_jax.trace import aprt, stages, tolerances
 from apr_jax.trace.compare import compare

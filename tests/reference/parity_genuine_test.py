@@ -20,7 +20,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.commands import parity
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import aprt, stages
 from apr_jax.trace.inputs import seeded
 from tests import paths

@@ -11,8 +11,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
+from apr_jax.load.load_model import load_model
 from apr_jax.model import qwen2
-from apr_jax.model.language_model import load_model
 from apr_jax.parity.localise import localise
 from apr_jax.testing import sample
 from apr_jax.trace import stages

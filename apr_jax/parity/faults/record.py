@@ -11,12 +11,9 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from apr_jax.parity.question import Question
-    from apr_jax.parity.replay import Replay
-    from apr_jax.trace.stages import Key
+from apr_jax.trace.stages import Key
 
 _SHOWN = 3
 """As many names are spelled out in a sentence."""
@@ -30,7 +27,7 @@ IGNORED = "ignored"
 """What a fault makes of rows that mean nothing: not said."""
 
 
-def once(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+def once(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
     """The variants of a fault without parameters."""
     del question, node
     yield {}
@@ -58,10 +55,10 @@ class Fault:
         any it is none of a stage's formula: an order of layers, a layout, or what is merely seen.
       changes: Step of a formula -> what this fault makes of its value. Called with the right value, the place (`At`)
         and the fault's parameters.
-      solve: Reads its parameters, and those of the other faults that name the same function, off the values of a
-        dumped stage; yields stacks of mistakes.
-      variants: Parameter sets worth trying at a stage: where it was dumped, unless `solve` finds them, and where it
-        was not. None where it cannot be told behind a gap.
+      solve: Given a `question.Question`, reads its parameters, and those of the other faults that name the same
+        function, off the values of a dumped stage; yields stacks of mistakes.
+      variants: Given a question and a stage, parameter sets worth trying at it: where it was dumped, unless `solve`
+        finds them, and where it was not. None where it cannot be told behind a gap.
       grid: A parameter that `variants` leave open, and rising values: behind a gap it is solved for, beginning with
         the best of these.
       merge: Parameter -> UNION, LEAST or IGNORED; those of others have to agree.
@@ -80,8 +77,8 @@ class Fault:
     wording: str | tuple[str, ...]
     stages: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     changes: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
-    solve: Callable[[Question], Iterable[Mistakes]] | None = None
-    variants: Callable[[Question, Key], Iterable[Mapping[str, Any]]] | None = once
+    solve: Callable[[Any], Iterable[Mistakes]] | None = None
+    variants: Callable[[Any, Key], Iterable[Mapping[str, Any]]] | None = once
     grid: tuple[str, tuple[float, ...]] | None = None
     merge: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slight: bool | None = None
@@ -139,7 +136,7 @@ class Mistake:
         """The parameters by name."""
         return dict(self.pairs)
 
-    def stages(self, replay: Replay) -> tuple[str, ...]:
+    def stages(self, replay: Any) -> tuple[str, ...]:
         """Returns the stages that it is made at."""
         stages = self.fault.stages
         return stages(replay, **self.parameters) if callable(stages) else stages
