@@ -168,7 +168,7 @@ def _write_parameters(parameters: Parameters, folder: str) -> None:
         waited_for.submit(writer.save, os.path.abspath(folder), arrays).result()
         writer.close()
     for place, _, names in os.walk(folder):
-        for name in (*names, "."):
+        for name in names:
             _sync(os.path.join(place, name))
 
 

@@ -18,6 +18,7 @@ from absl.testing import absltest, parameterized
 
 from converters import output
 from converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
+from tests import flushes
 from tests.paths import ROOT
 
 
@@ -289,7 +290,67 @@ class AtomicFolderTest(OutputTestCase):
         self.assertEqual(self.names(), [])
 
 
+class PowerCutTest(OutputTestCase):
+    """Content is on the disk before its name is, and the name before anything is removed that it replaces."""
+
+    @parameterized.parameters((False, True), (False, False), (True, True))
+    def test_a_file_is_flushed_before_it_gets_its_name_and_its_folder_after(self, force, has_renameat2):
+        if force:
+            (self.folder / "a").write_bytes(b"old")
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with flushes.recorded(self.folder) as flushed, without:
+            write(self.folder / "a", b"new", force=force)
+        self.assertEqual(flushes.lacking(flushed, self.folder / "a"), [])
+
+    @parameterized.product(force=[False, True], has_renameat2=[True, False])
+    def test_so_is_a_folder_with_every_file_and_folder_in_it(self, force, has_renameat2):
+        path = self.folder / "d"
+        if force:
+            write_folder(path, {"config.json": b"old"})
+        old = path.stat().st_ino if force else None
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with flushes.recorded(self.folder) as flushed, without:
+            write_folder(path, {"config.json": b"new", "layer-0/x.bin": b"x", "p/q/y.bin": b"y"}, force=force)
+        self.assertEqual(flushes.lacking(flushed, path), [])
+        if force:
+            named = [flush for flush in flushed if flush.names.get("d") == path.stat().st_ino]
+            self.assertIn(old, named[0].names.values(), "the old folder was removed before the new name was flushed")
+
+    def test_a_disk_that_refuses_to_flush_is_an_error_and_leaves_nothing(self):
+        for number in (errno.EIO, errno.ENOSPC):
+            for writing in (
+                lambda: write(self.folder / "a", b"x"),
+                lambda: write_folder(self.folder / "d", {"x": b""}),
+            ):
+                with mock.patch.object(os, "fsync", side_effect=OSError(number, "no")), self.assertRaises(StorageError):
+                    writing()
+                self.assertEqual(self.names(), [])
+
+
 class InterruptTest(OutputTestCase):
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def test_a_signal_that_was_ignored_stays_ignored_within_and_after(self, number):
+        # As of a job behind nohup, whose terminal goes away.
+        before = signal.signal(number, signal.SIG_IGN)
+        self.addCleanup(signal.signal, number, before)
+        with output.termination_as_interrupt() as check:
+            self.assertIs(signal.getsignal(number), signal.SIG_IGN)
+            os.kill(os.getpid(), number)
+            check()
+        self.assertIs(signal.getsignal(number), signal.SIG_IGN)
+
+    def test_signals_are_what_they_were_after_the_block_or_ignored_where_the_process_ends_with_it(self):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in numbers}
+        for number, handler in before.items():
+            self.addCleanup(signal.signal, number, handler)
+        with output.termination_as_interrupt():
+            self.assertNotIn(signal.SIG_DFL, [signal.getsignal(number) for number in numbers])
+        self.assertEqual({number: signal.getsignal(number) for number in numbers}, before)
+        with output.termination_as_interrupt(last=True):
+            pass
+        self.assertEqual([signal.getsignal(number) for number in numbers], [signal.SIG_IGN] * 3)
+
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     def test_the_first_signal_is_raised_and_others_do_not_cut_the_cleaning_up_short(self, number):
         before = signal.getsignal(number)
