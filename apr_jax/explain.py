@@ -7,7 +7,6 @@ those that cannot be told from it are its alternatives. What is found at several
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -25,6 +24,7 @@ from apr_jax.model import LanguageModel
 from apr_jax.scene import Scene, split
 from apr_jax.search import Answer, Known, Search
 from apr_jax.sentences import sentence
+from converters.workers import Workers
 
 _THREADS = 8
 """At how many stages at a time what is known is tried: each takes some copies of the stage."""
@@ -152,8 +152,8 @@ def _explain_all(scene: Scene, located: Localisation) -> list[Explanation]:
     for site in (site for site in wrong if firsts[site.stage] is site):
         found[site.key] = explain(scene, site, located, known)
     others = [site for site in wrong if site.key not in found and site.finite and known.at(site.stage)]
-    with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        replayed = pool.map(lambda site: _replay(scene, site, located, known), others)
+    with Workers(min(_THREADS, os.cpu_count() or 1)) as workers:
+        replayed = workers.map(lambda site: _replay(scene, site, located, known), others)
         found |= {site.key: answer for site, answer in zip(others, replayed, strict=True) if answer is not None}
     for site in wrong:
         if site.key not in found:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from converters.checkpoint import Checkpoint, Tensor
 from converters.errors import RefusedError
 from converters.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from converters.tied_heads import same_values
+from converters.workers import Workers
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -76,8 +76,8 @@ def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Devic
 
     if device.platform == "cpu":
         # The system clears the pages of a new array when they are first written to: that is what several threads share.
-        with ThreadPoolExecutor(_THREADS) as threads:
-            return {path: _put(array, device) for path, array in zip(sources, threads.map(read, sources), strict=True)}
+        with Workers(_THREADS) as workers:
+            return {path: _put(array, device) for path, array in zip(sources, workers.map(read, sources), strict=True)}
     there = {path: tensors for path, tensors in sources.items() if upload.can_upload(tensors, dtype)}
     return {path: _put(read(path), device) for path in sources if path not in there} | upload.upload(
         there, dtype, device

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.ma  # np.unique imports it when it is first called, which would be in a thread.
 
 from converters.checkpoint import Tensor
 from converters.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse
