@@ -4,7 +4,7 @@
 
 A seeded sample of all mutants (see mutants.py) is drawn; PATHs restrict it to files or folders. Each is planted in a
 copy of the tree, and the tests that could notice it are run there, the nearest first, until one fails: as many as take
-no longer than `--seconds` together, but always the nearest. What an unchanged tree takes is measured once for each file
+no longer than `--seconds` together, one at least. What an unchanged tree takes is measured once for each file
 of tests; a mutant that takes more than thrice that is killed as well. Results go into a file, line by line, and what is
 there already is not run again, unless the module or its tests have changed. Exits 1 if fewer than 85 % are killed.
 """
@@ -16,6 +16,7 @@ import ast
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -145,16 +146,17 @@ class Run:
         return self._results.add(key, mutant=str(mutant), killed_by=None if code == 0 else said, tests=tests)
 
     def _tests(self, path: str) -> list[str]:
-        """The nearest tests, and as many of the others as there is time for, in this order."""
+        """The nearest tests, one at least, and as many more as there is time for, in this order."""
         chosen: list[str] = []
         left = self._seconds
-        for distance, tests in enumerate(self._which.by_distance(path)):
-            if distance and left <= 0:
+        for test in itertools.chain.from_iterable(self._which.by_distance(path)):
+            takes = self._takes(test)
+            if takes <= left or not chosen:
+                chosen.append(test)
+            # What is too long counts as well, or all of a large suite would have to be measured first.
+            left -= takes
+            if left <= 0:
                 break
-            for test in tests:
-                if (takes := self._takes(test)) <= left or not distance:
-                    chosen.append(test)
-                    left -= takes
         return chosen
 
     def _takes(self, test: str) -> float:
