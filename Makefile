@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak fault-list clean
+.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak mutation fault-list clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +90,10 @@ parity-battery: $(VENV)/reference-installed
 # Budgets hold right programs and flag three times themselves, over widths, lengths, weight scales and seeds.
 parity-budgets: $(VENV)/reference-installed
 	$(BIN)/python tests/battery/budgets.py
+
+# Small mistakes planted in copies of the tree, a seeded sample of them: which does no test notice? Goes on where it ended.
+mutation: $(VENV)/installed
+	$(BIN)/python tests/mutation/run.py --seed $(or $(SEED),0) --count $(or $(COUNT),200)
 
 # 500 generations of random lengths in one process, twice: compiled programs and memory; MODEL and DEVICE=cuda as you like.
 soak: $(VENV)/installed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import casts
+from apr_jax.converters.storage.workers import Workers
 from apr_jax.load import upload
 from apr_jax.model.parameters import Parameters, nested, parameter_sources
 
@@ -75,8 +75,8 @@ def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Devic
 
     if isinstance(device, Sharding) or device.platform == "cpu":
         # The system clears the pages of a new array when they are first written to: that is what several threads share.
-        with ThreadPoolExecutor(_THREADS) as threads:
-            return {path: _put(array, device) for path, array in zip(sources, threads.map(read, sources), strict=True)}
+        with Workers(_THREADS) as workers:
+            return {path: _put(array, device) for path, array in zip(sources, workers.map(read, sources), strict=True)}
     there = {path: tensors for path, tensors in sources.items() if upload.can_upload(tensors, dtype)}
     return {path: _put(read(path), device) for path in sources if path not in there} | upload.upload(
         there, dtype, device

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from apr_jax.converters.errors import BrokenContainerError, MissingFileError, Us
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
+from apr_jax.converters.storage.workers import Workers
 from apr_jax.load.load_model import find_device, load_model
 from apr_jax.load.parameters import load_parameters
 from apr_jax.model.parameters import Parameters, dtype_name, named, parameter_sources
@@ -137,8 +137,8 @@ def hashes(parameters: Mapping[str, jax.Array]) -> dict[str, str]:
     def digest(array: jax.Array) -> str:
         return hashlib.sha256(np.asarray(array).reshape(-1).view("u1").data).hexdigest()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return dict(zip(parameters, threads.map(digest, parameters.values()), strict=True))
+    with Workers(min(8, os.cpu_count() or 1)) as workers:
+        return dict(zip(parameters, workers.map(digest, parameters.values()), strict=True))
 
 
 def _described(
@@ -157,11 +157,11 @@ def _write_parameters(parameters: Parameters, folder: str) -> None:
     # Arrays of the host's, so that the checkpoint names no device that another machine may not have.
     arrays = jax.tree.map(np.asarray, parameters)
     # Orbax writes in threads that an interrupt does not reach: they have to be done before anything can be removed.
-    with _quiet(), ThreadPoolExecutor(1) as waited_for:
-        waited_for.submit(writer.save, os.path.abspath(folder), arrays).result()
+    with _quiet(), Workers(1) as waited_for:
+        waited_for.start(writer.save, os.path.abspath(folder), arrays).result()
         writer.close()
     for place, _, names in os.walk(folder):
-        for name in (*names, "."):
+        for name in names:
             _sync(os.path.join(place, name))
 
 

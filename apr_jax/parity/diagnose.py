@@ -7,7 +7,6 @@ those that cannot be told from it are its alternatives. What is found at several
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -15,6 +14,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from apr_jax.converters.storage.workers import Workers
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.faults.record import Mistake
 from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, PERMUTED, UNKNOWN
@@ -93,8 +93,8 @@ def _explain_all(replay: Replay, located: Localisation) -> list[Explanation]:
     for site in (site for site in wrong if firsts[site.stage] is site):
         found[site.key] = explain(replay, site, located, known)
     others = [site for site in wrong if site.key not in found and site.finite and known.at(site.stage)]
-    with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        recalled = pool.map(lambda site: _recall(replay, site, located, known), others)
+    with Workers(min(_THREADS, os.cpu_count() or 1)) as workers:
+        recalled = workers.map(lambda site: _recall(replay, site, located, known), others)
         found |= {site.key: answer for site, answer in zip(others, recalled, strict=True) if answer is not None}
     for site in wrong:
         if site.key not in found:

@@ -125,8 +125,6 @@ class OutputFolder:
             output.sync()
         finally:
             os.close(fd)
-        if "/" in name:
-            _sync_folder(os.path.dirname(place))
 
 
 @contextlib.contextmanager
@@ -203,7 +201,9 @@ def atomic_folder(
             os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
         yield OutputFolder(temporary, path)
         with _as_storage_error(path):
-            os.fsync(fd)
+            # Files were flushed one by one; the names in the folders, at any depth, are not part of them.
+            for place, _, _ in os.walk(temporary):
+                _sync_folder(place)
             if os.path.exists(final) and force:
                 _replace_folder(temporary, final)
             else:

@@ -6,7 +6,6 @@ decoded.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import math
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes
+from apr_jax.converters.storage.workers import Workers
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint import distance
@@ -136,13 +136,9 @@ class Meter:
 
 def in_threads(function: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
     """Calls `function(*item)` for all items on a few threads; the first error ends it."""
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for future in [pool.submit(function, *item) for item in work]:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with Workers(_THREADS) as workers:
+        for _ in workers.map(lambda item: function(*item), work):
+            pass
 
 
 # --- bytes

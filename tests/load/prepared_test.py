@@ -23,7 +23,7 @@ from apr_jax.converters.errors import AprJaxError, BrokenContainerError, Missing
 from apr_jax.load import prepared
 from apr_jax.load.load_model import load_model
 from apr_jax.trace import golden
-from tests import paths
+from tests import flushes, paths
 
 SOURCE = paths.checkpoint("gqa_tied_bf16")
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -198,6 +198,15 @@ class AtomicTest(Case):
         self.save(dtype="float32", fused=True, force=True)
         self.assertEqual(prepared.check(str(self.folder), "cpu").dtype, "float32")
         self.assertEqual(self.listed(), ["prepared"])
+
+    @parameterized.parameters(False, True)
+    def test_every_file_and_folder_is_flushed_before_the_folder_gets_its_name_and_the_name_after(self, force):
+        if force:
+            self.save(dtype="bfloat16")
+        with flushes.recorded(self.scratch) as flushed:
+            self.save(dtype="bfloat16", fused=True, force=force)
+        self.assertTrue((self.folder / "parameters" / DOWN / "0.0").is_file())
+        self.assertEqual(flushes.lacking(flushed, self.folder), [])
 
     def test_force_replaces_nothing_but_a_prepared_checkpoint(self):
         self.folder.mkdir()

@@ -4,6 +4,7 @@ import pathlib
 import sys
 import tempfile
 import threading
+import time
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -157,6 +158,10 @@ class UploadTest(parameterized.TestCase):
                 upload.upload({name: [tensor] for name, tensor in checkpoint.tensors.items()}, "float32", self.device)
         self.assertEqual(caught.exception.code, "short-read")
         self.assertIsNotNone(caught.exception.tensor)
+        # A thread that has nothing more to do ends in its own time.
+        ends = time.monotonic() + 10
+        while threading.active_count() > before and time.monotonic() < ends:
+            time.sleep(0.001)
         self.assertEqual(threading.active_count(), before)
 
 

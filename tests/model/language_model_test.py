@@ -150,6 +150,14 @@ class CacheTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "1 rows, not 2"):
             model.step(Inputs.of([[8], [9]], None, [[3], [3]]), cache)
 
+    def test_a_step_at_the_position_reached_last_is_refused_and_at_the_next_one_taken(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        _, cache = model.step(Inputs.of([[5, 6, 7], [5, 6, 7]]), model.empty_cache(2, 8))
+        with self.assertRaisesRegex(ValueError, "row 1 goes on at position 2, but its cache has reached 2"):
+            model.step(Inputs.of([[8], [8]], None, [[3], [2]]), cache)
+        _, cache = model.step(Inputs.of([[8], [8]], None, [[3], [3]]), cache)
+        self.assertEqual(int(cache.length), 4)
+
     def test_a_full_cache_is_refused(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         with self.assertRaisesRegex(ValueError, "no room for 5 more"):

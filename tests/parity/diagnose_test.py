@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.load.load_model import load_model
 from apr_jax.parity.diagnose import diagnose
-from apr_jax.parity.localise import infer_dtype
+from apr_jax.parity.localise import infer_dtype, localise
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Search
 from apr_jax.testing import sample
@@ -70,6 +70,29 @@ class ExplainTest(parameterized.TestCase):
 
     def test_a_clean_dump_has_no_finding(self):
         self.assertEqual(self.bench.diagnose(self.bench.dump(())).findings, ())
+
+    def noisy(self, dump, key, budgets):
+        """The dump with noise of so many of the stage's budgets in it."""
+        located = localise(self.bench.exact, self.bench.same, self.bench.inputs, dump)
+        (site,) = [site for site in located.sites if site.key == key]
+        counted = compared_positions(key, self.bench.inputs, dump[key].shape)
+        noise = np.random.default_rng(0).standard_normal(dump[key].shape)
+        noise = np.where(counted if counted.ndim == noise.ndim else counted[..., None], noise, 0)
+        scaled = noise * (budgets * site.budget / np.linalg.norm(noise))
+        return dict(dump) | {key: (dump[key] + scaled).astype(np.float32)}
+
+    @parameterized.parameters((0.8, "logits-shifted"), (2.5, "unknown"), (5.0, "unknown"))
+    def test_a_mistake_is_named_only_where_it_leaves_little_more_than_a_right_stage_may_be_off(self, budgets, fault):
+        shifted = self.bench.dump([Planted("logits-shifted", None, {"shift": 7})])
+        findings = self.bench.diagnose(self.noisy(shifted, "logits", budgets)).findings
+        self.assertEqual([finding.fault for finding in findings], [fault])
+
+    @parameterized.parameters("logits", "stage.0.attn_scores", "stage.0.ffn_out")
+    def test_what_leaves_as_much_as_was_there_explains_nothing_however_near_the_budget(self, key):
+        # A head quantised by some codec, or a mask of another kind, is no farther off than the right values are.
+        findings = self.bench.diagnose(self.noisy(self.bench.dump(()), key, 1.25)).findings
+        self.assertEqual({finding.fault for finding in findings}, {"unknown"}, [f.sentence for f in findings])
+        self.assertEqual(findings[0].stage, key.split(".")[-1])
 
     @parameterized.parameters((None,), (range(20, 40),))
     def test_the_scene_computes_every_stage_as_the_model_does_in_float64(self, rows):

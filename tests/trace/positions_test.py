@@ -70,9 +70,17 @@ class PositionsTest(parameterized.TestCase):
         np.testing.assert_array_equal(last_columns(PADDED), [[4], [4]])
         self.assertEqual(shown_positions(PADDED, np.array([[2, 3], [1, 4]])), "0-1, 4")
 
-    @parameterized.parameters([[[3]]], [[[1, 1]]], [[[2, 1]]], [[[-1]]], [[[[0], [0, 1]]]], [[[[0]]]])
-    def test_what_a_row_does_not_have_is_refused(self, positions):
-        with self.assertRaises(UsageError):
+    @parameterized.parameters(
+        ([3], "in row 0, rising"),
+        ([1, 1], "in row 0, rising"),
+        ([[0, 1], [4, 4]], "in row 1, rising"),
+        ([2, 1], "in row 0, rising"),
+        ([-1], "in row 0, rising"),
+        ([[0], [0, 1]], "fit the batch"),
+        ([[0]], "fit the batch"),
+    )
+    def test_positions_that_a_row_lacks_or_that_do_not_rise_are_refused(self, positions, said):
+        with self.assertRaisesRegex(UsageError, said):
             find_columns(positions, PADDED)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.ma  # np.unique imports it when it is first called, which would be in a thread.
 
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.verify.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse

@@ -13,6 +13,29 @@ from apr_jax.converters.storage import interrupts
 
 class InterruptTest(parameterized.TestCase):
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def test_a_signal_that_was_ignored_stays_ignored_within_and_after(self, number):
+        # As of a job behind nohup, whose terminal goes away.
+        before = signal.signal(number, signal.SIG_IGN)
+        self.addCleanup(signal.signal, number, before)
+        with interrupts.termination_as_interrupt() as check:
+            self.assertIs(signal.getsignal(number), signal.SIG_IGN)
+            os.kill(os.getpid(), number)
+            check()
+        self.assertIs(signal.getsignal(number), signal.SIG_IGN)
+
+    def test_signals_are_what_they_were_after_the_block_or_ignored_where_the_process_ends_with_it(self):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in numbers}
+        for number, handler in before.items():
+            self.addCleanup(signal.signal, number, handler)
+        with interrupts.termination_as_interrupt():
+            self.assertNotIn(signal.SIG_DFL, [signal.getsignal(number) for number in numbers])
+        self.assertEqual({number: signal.getsignal(number) for number in numbers}, before)
+        with interrupts.termination_as_interrupt(last=True):
+            pass
+        self.assertEqual([signal.getsignal(number) for number in numbers], [signal.SIG_IGN] * 3)
+
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     def test_the_first_signal_is_raised_and_others_do_not_cut_the_cleaning_up_short(self, number):
         before = signal.getsignal(number)
         with self.assertRaises(KeyboardInterrupt), interrupts.termination_as_interrupt():

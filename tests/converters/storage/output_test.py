@@ -18,6 +18,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.file_names import CHECKPOINT
 from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
 from apr_jax.converters.storage import output
+from tests import flushes
 from tests.paths import ROOT
 
 
@@ -289,6 +290,43 @@ class AtomicFolderTest(OutputTestCase):
         with self.raises("file-name"):
             write_folder(self.folder / "d", {name: b"x"})
         self.assertEqual(self.names(), [])
+
+
+class PowerCutTest(OutputTestCase):
+    """Content is on the disk before its name is, and the name before anything is removed that it replaces."""
+
+    @parameterized.parameters((False, True), (False, False), (True, True))
+    def test_a_file_is_flushed_before_it_gets_its_name_and_its_folder_after(self, force, has_renameat2):
+        if force:
+            (self.folder / "a").write_bytes(b"old")
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with flushes.recorded(self.folder) as flushed, without:
+            write(self.folder / "a", b"new", force=force)
+        self.assertEqual(flushes.lacking(flushed, self.folder / "a"), [])
+
+    @parameterized.product(force=[False, True], has_renameat2=[True, False])
+    def test_so_is_a_folder_with_every_file_and_folder_in_it(self, force, has_renameat2):
+        path = self.folder / "d"
+        if force:
+            write_folder(path, {"config.json": b"old"})
+        old = path.stat().st_ino if force else None
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with flushes.recorded(self.folder) as flushed, without:
+            write_folder(path, {"config.json": b"new", "layer-0/x.bin": b"x", "p/q/y.bin": b"y"}, force=force)
+        self.assertEqual(flushes.lacking(flushed, path), [])
+        if force:
+            named = [flush for flush in flushed if flush.names.get("d") == path.stat().st_ino]
+            self.assertIn(old, named[0].names.values(), "the old folder was removed before the new name was flushed")
+
+    def test_a_disk_that_refuses_to_flush_is_an_error_and_leaves_nothing(self):
+        for number in (errno.EIO, errno.ENOSPC):
+            for writing in (
+                lambda: write(self.folder / "a", b"x"),
+                lambda: write_folder(self.folder / "d", {"x": b""}),
+            ):
+                with mock.patch.object(os, "fsync", side_effect=OSError(number, "no")), self.assertRaises(StorageError):
+                    writing()
+                self.assertEqual(self.names(), [])
 
 
 class LimitsTest(OutputTestCase):

@@ -47,6 +47,18 @@ class DiagnosisTest(parameterized.TestCase):
             only_b = [name for name in after if name not in before]
             return diagnose_missing(only_a, only_b, Context(a, b))
 
+    @parameterized.parameters((0.55, False), (0.75, False), (0.9, False), (0.98, True))
+    def test_a_shift_is_named_only_where_nearly_all_elements_moved(self, share, named):
+        before = _random(64, 64)
+        after = np.concatenate([np.zeros(5, "<f4"), before.ravel()[:-5]])
+        replaced = round((1 - share) * after.size)
+        after[-replaced:] = _random(replaced, seed=1)
+        (first, *_) = self.diagnose(stored(before), stored(after.reshape(64, 64)))
+        self.assertEqual(first.cause == "shifted", named, first)
+        if named:
+            self.assertEqual(first.parameters, {"by": 5, "unit": "elements", "fill": "zero"})
+            self.assertAlmostEqual(first.explained, share, 2)
+
     def test_equal_tensors_have_no_cause(self):
         same = stored(_random(8, 8))
         self.assertEqual(self.diagnose(same, same), [])
