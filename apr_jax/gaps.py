@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from apr_jax import round_numbers
 from apr_jax.hypotheses import (
     GENERATORS,
     INTERLEAVED,
@@ -28,7 +29,6 @@ from apr_jax.hypotheses import (
     Question,
     caches,
     fixed_masks,
-    near,
     other_weights,
 )
 from apr_jax.mistakes import NORMS, PRODUCTS, Mistake, norm_name
@@ -93,7 +93,8 @@ def _stacked(
                     made[frozenset(stack)] = stack
                     yield stack
         yield from (stack for stack in longer if len(stack) == count + 1)
-        bases = sorted(made.values(), key=lambda stack: left.get(stack, np.inf))[:_KEPT]
+        # To three digits: among those that come as near, the cut shall not hang on the last bits.
+        bases = sorted(made.values(), key=lambda stack: float(f"{left.get(stack, np.inf):.2e}"))[:_KEPT]
 
 
 # --- What the gap allows ---------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def _windows(question: Question) -> Iterator[Mistake]:
 # --- Numbers ---------------------------------------------------------------------------------------------------------
 
 _BASES = (1e3, 3e3, 1e4, 2e4, 3e4, 5e4, 1e5, 1.5e5, 2e5, 3e5, 5e5, 7e5, 1e6, 1.5e6, 2e6, 3e6, 5e6, 8e6, 1e7, 3e7, 1e8)
-_EPS = tuple(10.0**power for power in range(-10, -1))
+_EPS = tuple(10.0**power for power in range(-12, -1))
 _SCALES = tuple(2.0 ** (power / 2) for power in range(-12, 5))
 _WORTH = 0.7
 """A number is solved for to the end only if some value nearby leaves less than this share of the difference."""
@@ -217,14 +218,14 @@ def _solved(nodes: Sequence[Node], question: Question) -> Iterator[Mistakes]:
     """Mistakes with a number: base, eps and scale that reproduce the dumped stage best."""
     stages = {stage for _, stage in nodes[:-1]}
     if stages & {"q_post_rope", "k_post_rope"}:
-        for theta in _solve(question, lambda x: Mistake.of("rope-theta", theta=x), _BASES):
+        for theta in _solve(question, lambda x: Mistake.of("rope-theta", theta=x), _BASES, round_numbers.near):
             yield (Mistake.of("rope-theta", theta=theta),)
     if "attn_scores" in stages:
-        for scale in _solve(question, lambda x: Mistake.of("softmax-scale", scale=x), _SCALES):
+        for scale in _solve(question, lambda x: Mistake.of("softmax-scale", scale=x), _SCALES, round_numbers.scales):
             yield (Mistake.of("softmax-scale", scale=scale),)
-    for stage in stages & set(NORMS):
+    for stage in (stage for stage in NORMS if stage in stages):
         names = (norm_name(stage),)
-        for eps in _solve(question, partial(_eps, names), _EPS):
+        for eps in _solve(question, partial(_eps, names), _EPS, round_numbers.epsilons):
             yield (_eps(names, eps),)
 
 
@@ -232,8 +233,13 @@ def _eps(names: tuple[str, ...], eps: float) -> Mistake:
     return Mistake.of("rms-norm-eps", eps=eps, norms=names)
 
 
-def _solve(question: Question, mistake: Callable[[float], Mistake], grid: Iterable[float]) -> list[float]:
-    """Returns the number that leaves least, round ones near it first; none if no number helps."""
+def _solve(
+    question: Question,
+    mistake: Callable[[float], Mistake],
+    grid: Iterable[float],
+    near: Callable[[float], list[float]],
+) -> list[float]:
+    """Returns the number that leaves least, among those `near` it that engines hold; none if no number helps."""
 
     def misfit(logarithm: float) -> float:
         value = question.misfit((mistake(float(np.exp(logarithm))),))

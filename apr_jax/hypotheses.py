@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from apr_jax import rotation
+from apr_jax import rotation, round_numbers
 from apr_jax.localise import EPSILON
 from apr_jax.mistakes import (
     ACTIVATIONS,
@@ -164,7 +164,7 @@ def norms(question: Question) -> Iterator[Mistakes]:
         weight = _norm_weight(Made(mistakes), scene, layer, NORMS[stage])
         base = x - x.mean(axis=-1, keepdims=True) if centred else x
         found += [mistakes] if mistakes else []
-        for eps in _solve_eps(base, weight, theirs, scene.config.rms_norm_eps):
+        for eps in _solve_eps(base, weight, theirs, scene.config.rms_norm_eps, question.nothing):
             found.append((*mistakes, Mistake.of("rms-norm-eps", eps=eps, norms=(norm_name(stage),))))
     yield from sorted(found, key=len)
 
@@ -176,22 +176,26 @@ def _norm_weight(made: Made, scene: Scene, layer: int, tensor: str) -> Value:
     return 1 + weight if made.has("norm-weight-plus-one") else weight
 
 
-def _solve_eps(x: Value, weight: Value, theirs: Value, right: float) -> list[float]:
-    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it."""
+def _solve_eps(x: Value, weight: Value, theirs: Value, right: float, nothing: float) -> list[float]:
+    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it.
+
+    As r is known to a relative `nothing`, eps is to twice that share of mean square + eps.
+    """
     with np.errstate(all="ignore"):
         base = weight * x
         power = (base * base).sum(axis=-1)
         r = (theirs * base).sum(axis=-1) / power
-        eps = 1 / (r * r) - (x * x).mean(axis=-1)
+        square = 1 / (r * r)
+        eps = square - (x * x).mean(axis=-1)
         # Rows of small activations feel eps most: its error there is that of 1 / r^2.
-        weights = (1 / (r * r)) ** -2.0
+        weights = square**-2.0
     good = np.isfinite(eps) & np.isfinite(weights)
     if not good.any():
         return []
     solved = float(np.average(eps[good], weights=weights[good]))
-    if not 0 < solved < 10 or abs(solved / right - 1) < 0.005:
+    if solved > 10 or abs(solved / right - 1) < 0.005:
         return []
-    return list(dict.fromkeys([float(f"{solved:.0e}"), float(f"{solved:.2e}"), solved]))
+    return round_numbers.epsilons(solved, 2 * nothing * float(np.average(square[good], weights=weights[good])))
 
 
 # --- Products --------------------------------------------------------------------------------------------------------
@@ -369,7 +373,7 @@ def all_scores(question: Question) -> Iterator[Mistakes]:
         ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
         found += [mapped] if mapped else []
         if abs(ratio - 1) > 1e-3:
-            scales = near(ratio * question.scene.config.head_dim**-0.5)
+            scales = round_numbers.scales(ratio * question.scene.config.head_dim**-0.5)
             found += [(*mapped, Mistake.of("softmax-scale", scale=scale)) for scale in scales]
     found += [(precision,) for precision in PRECISIONS]
     yield from sorted(found, key=len)
@@ -395,11 +399,6 @@ def caches(question: Question, off: np.ndarray, size: float) -> Iterator[Mistake
     for first, shift, side in itertools.product(firsts, _SHIFTS, ("write", "read")):
         if first:
             yield (Mistake.of("cache-position", shift=shift, side=side, prefill=first),)
-
-
-def near(value: float) -> list[float]:
-    """Returns round numbers near a solved one, then itself: engines hold round ones."""
-    return list(dict.fromkeys([*(float(f"{value:.{digits}e}") for digits in (0, 1, 2, 4)), value]))
 
 
 def wrong_masks(question: Question) -> Iterator[Mistake]:

@@ -18,7 +18,7 @@ from apr_jax.compare import compared_positions
 from apr_jax.gaps import hypotheses
 from apr_jax.hypotheses import Mistakes, Question
 from apr_jax.localise import Localisation, Site, budgets, row_norms
-from apr_jax.mistakes import DOTS, drift, touches, under, ways
+from apr_jax.mistakes import DOTS, Mistake, drift, touches, under, ways
 from apr_jax.scene import Scene, split
 
 _SLACK = 1.5
@@ -72,6 +72,12 @@ class Known:
     def blames_precision(self, mistakes: Mistakes) -> bool:
         """Whether another stage was explained by the same way of multiplying: that concerns all products."""
         return mistakes in _PRECISIONS and any(a.mistakes == mistakes for found in self.answers.values() for a in found)
+
+    def with_numbers(self, mistakes: Mistakes) -> list[Mistakes]:
+        """Returns these mistakes with numbers that were solved for at other stages in place of their own."""
+        answers = [answer.mistakes for found in self.answers.values() for answer in found]
+        moved = (tuple(_with_numbers_of(others, mistake) for mistake in mistakes) for others in answers)
+        return [one for one in dict.fromkeys(moved) if one != mistakes]
 
     def add(self, stage: str, answer: Answer) -> None:
         """Keeps an answer."""
@@ -178,7 +184,7 @@ class Search:
                 break
         if not accepted:
             return None
-        answer = self._choose(accepted)
+        answer = self._choose(accepted, known)
         known.add(self.site.stage, answer)
         return answer
 
@@ -208,13 +214,25 @@ class Search:
         tokens = rows.tokens(self._scene.inputs, self.located.columns.get(key))
         return Question(self._scene, self._some.scene, key, theirs, right, tokens, dtype=self.located.dtype)
 
-    def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]]) -> Answer:
-        """The first that is about as near as the nearest; the others of its kind are alternatives."""
+    def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]], known: Known) -> Answer:
+        """The first that is about as near as the nearest; the others of its kind are alternatives.
+
+        Numbers are those that explained another stage, if these values cannot tell them from their own.
+        """
         pairs = [(mistakes, fit.error) for mistakes, fit in accepted]
-        least, budget = min(error for _, error in pairs), self.site.budget
-        chosen, error = next(pair for pair in pairs if pair[1] <= 2 * least + 0.5 * budget)
-        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * budget}
+        least = min(error for _, error in pairs)
+        chosen, error = next(pair for pair in pairs if self._as_near(pair[1], least))
+        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * self.site.budget}
+        for mistakes in known.with_numbers(chosen):
+            fit = self._judge(mistakes)
+            if fit is not None and self._as_near(fit.error, least):
+                chosen, error = mistakes, fit.error
+                break
         return Answer(chosen, error, tuple(sorted(others - {names(chosen)})))
+
+    def _as_near(self, error: float, least: float) -> bool:
+        """Whether a hypothesis comes about as near as the nearest does: what is between them may be rounding."""
+        return error <= 2 * least + 0.5 * self.site.budget
 
     def _judge(self, mistakes: Mistakes) -> Fit | None:
         """Returns how well a hypothesis fits if it explains the stage: on a sample, then on everything."""
@@ -259,6 +277,13 @@ class Search:
         count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
         chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
         return _Look(dataclasses.replace(self._scene, rows=columns[chosen]), self.site, self.located)
+
+
+def _with_numbers_of(others: Mistakes, mistake: Mistake) -> Mistake:
+    """A mistake with the solved numbers of the one among others that has its name."""
+    same = [parameter for other in others if other.name == mistake.name for parameter in other.parameters]
+    numbers = {name: value for name, value in same if isinstance(value, float)}
+    return Mistake(mistake.name, tuple((name, numbers.get(name, value)) for name, value in mistake.parameters))
 
 
 def names(mistakes: Mistakes) -> str:
