@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -208,17 +209,22 @@ def _explain_in_order(scene: Scene, located: Localisation) -> tuple[Localisation
     unexplained, the keys and values before the dumped positions may be as wrong as those that are seen: so this goes on
     in order of execution, from positions that hold what each stage's mistakes make of the stages before. What reads
     keys or values behind an unexplained stage, or behind roundings that are not ours, cannot be judged and is left out.
+
+    A number that was solved for is known to what it leaves unexplained. Beside the values there are those that another
+    number, off by that error, makes: a stage may differ from the one by as much as from the other.
     """
     values: dict[str, np.ndarray] = {}
+    doubted = values
     sites: list[Site] = []
     explained: list[Explanation] = []
     known, order = Known(), list(stages.trace_keys(scene.config.num_layers))
     for before in located.sites:
         key, part = before.key, located.columns.get(before.key)
-        here = dataclasses.replace(scene, theirs=values, memo={})
-        right = here.compute(key)
-        values[key] = located.theirs[key] if part is None else _filled_up(key, located.theirs[key], right, part)
-        own = right * (1 + before.own / before.norm) if before.norm else right
+        here, there = (dataclasses.replace(scene, theirs=each, memo={}) for each in (values, doubted))
+        right, theirs = here.compute(key), located.theirs[key]
+        doubtful = right if doubted is values else there.compute(key)
+        values[key], doubted[key] = (_filled_up(key, theirs, each, part) for each in (right, doubtful))
+        own = right + np.hypot(right * (before.own / before.norm if before.norm else 0.0), doubtful - right)
         site = judge(key, values[key], right, own, scene.inputs, located.dtype, part)
         if site.wrong:
             one = dataclasses.replace(located, sites=(site,), reference={key: right}, theirs=values)
@@ -230,14 +236,41 @@ def _explain_in_order(scene: Scene, located: Localisation) -> tuple[Localisation
             explained.append(explanation)
             if part is not None and not unexplained:
                 made = under(here, explanation.mistakes).compute(key)
-                values[key] = _filled_up(key, located.theirs[key], made, part)
+                others = _with_errors(explanation, here, made, part)
+                if others != explanation.mistakes and doubted is values:
+                    doubted = dict(values)
+                doubted[key] = _filled_up(key, theirs, under(there, others).compute(key), part)
+                values[key] = _filled_up(key, theirs, made, part)
         sites.append(site)
     return dataclasses.replace(located, sites=tuple(sites)), explained
 
 
-def _filled_up(key: str, theirs: np.ndarray, ours: np.ndarray, part: np.ndarray) -> np.ndarray:
+def _filled_up(key: str, theirs: np.ndarray, ours: np.ndarray, part: np.ndarray | None) -> np.ndarray:
     """Their values at the positions that they dumped, ours elsewhere."""
-    return rows.scatter(key, ours, rows.gather(key, theirs, part), part)
+    return theirs if part is None else rows.scatter(key, ours, rows.gather(key, theirs, part), part)
+
+
+_STEP = 1e-4
+"""Relative step of a number, to see what it changes."""
+
+
+def _with_errors(explanation: Explanation, scene: Scene, made: np.ndarray, part: np.ndarray) -> tuple[Mistake, ...]:
+    """Returns the mistakes with each solved number moved until it changes the dumped rows by what they leave."""
+    key, left = explanation.site.key, (explanation.after or 0.0) * explanation.site.norm
+    moved = list(explanation.mistakes)
+    for place, mistake in enumerate(explanation.mistakes):
+        other = _scaled(mistake, 1 + _STEP)
+        if other != mistake:
+            changed = under(scene, (*moved[:place], other, *moved[place + 1 :])).compute(key)
+            change = float(np.linalg.norm(rows.gather(key, changed - made, part)))
+            moved[place] = _scaled(mistake, 1 + min(_STEP * left / change, 1.0) if change else 1.0)
+    return tuple(moved)
+
+
+def _scaled(mistake: Mistake, factor: float) -> Mistake:
+    """A mistake with its numbers that were solved for, which are floats, multiplied."""
+    scaled = ((name, value * factor if isinstance(value, float) else value) for name, value in mistake.parameters)
+    return Mistake(mistake.name, tuple(scaled))
 
 
 def _reads_cache(key: str, dumped: Container[str], order: Sequence[str]) -> bool:
@@ -370,24 +403,39 @@ def _gather(explained: Iterable[Explanation], num_layers: int) -> list[Finding]:
     groups: dict[tuple[str, Any], list[tuple[Mistake, Explanation]]] = {}
     for explanation in explained:
         for mistake in explanation.mistakes:
-            groups.setdefault(_identity(mistake, explanation), []).append((mistake, explanation))
+            identity = _identity(mistake, explanation)
+            group = next((known for known in groups if _agree(known, identity)), identity)
+            groups.setdefault(group, []).append((mistake, explanation))
     _merge_biases(groups)
     return [_finding(name, members, num_layers) for (name, _), members in groups.items()]
 
 
+_SAME_NUMBER = 0.01
+"""Relative difference up to which two solved numbers are one: they are compared, not rounded, which has edges."""
 _UNEXPLAINED = ("unknown", "non-finite", "constant", "positions-permuted")
 """What is seen, and not how it came about: a finding of its own at each stage."""
 
 
 def _identity(mistake: Mistake, explanation: Explanation) -> tuple[str, Any]:
-    """What makes two sightings one mistake. Solved numbers are the same if they agree to 1 %."""
+    """What makes two sightings one mistake, if it agrees."""
     parameters = dict(mistake.parameters)
     for found_at_the_site in ("norms", "chunk", "empty"):
         parameters.pop(found_at_the_site, None)
-    rounded = tuple((k, float(f"{v:.1e}") if isinstance(v, float) else v) for k, v in sorted(parameters.items()))
     if mistake.name in _UNEXPLAINED:
         return mistake.name, explanation.site.stage
-    return mistake.name, rounded
+    return mistake.name, tuple(sorted(parameters.items()))
+
+
+def _agree(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
+    """Whether two identities are of one mistake: solved numbers may differ by 1 %, nothing else."""
+    if one[0] != other[0] or one[0] in _UNEXPLAINED or len(one[1]) != len(other[1]):
+        return one == other
+    pairs = zip(one[1], other[1], strict=True)
+    return all(a == b or (a[0] == b[0] and _close(a[1], b[1])) for a, b in pairs)
+
+
+def _close(one: Any, other: Any) -> bool:
+    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=_SAME_NUMBER)
 
 
 def _merge_biases(groups: dict[tuple[str, Any], list[tuple[Mistake, Explanation]]]) -> None:
