@@ -32,6 +32,8 @@ _CHAOTIC = 0.1
 """What sums in bf16 and activations in int8 may leave unexplained: a rounding that falls the other way moves a whole
 step, so that such mistakes are told by most values, not by all. So it is with TF32 where what is rounded was not dumped
 and is known nearly; elsewhere it has to fit and to leave no more than this."""
+_EQUAL = 1e-9
+"""Relative difference of squares up to which two distances are equal."""
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
@@ -203,7 +205,11 @@ class Search:
         if theirs.ndim != 3 or theirs.shape != right.shape or not np.isfinite(theirs).all():
             return None
         squares = (right * right).sum(axis=-1)
-        nearest = np.argmin(squares[:, None, :] - 2 * theirs @ right.swapaxes(1, 2), axis=-1)
+        distances = squares[:, None, :] - 2 * theirs @ right.swapaxes(1, 2)
+        # Equal tokens have equal values: a position that is as near to itself as to any other is where it should be.
+        slack = _EQUAL * squares
+        own = distances.diagonal(axis1=1, axis2=2) <= distances.min(axis=-1) + slack
+        nearest = np.where(own, np.arange(right.shape[1]), np.argmin(distances, axis=-1))
         moved = np.take_along_axis(right, nearest[..., None], axis=1)
         fit = self._all.fit(moved)
         return nearest if fit.within(_SLACK) and fit.error <= _CHAOTIC * self._all.before.error else None

@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 from apr_jax import explain, rotation, sample
 from apr_jax.compare import compared_positions
 from apr_jax.explain import diagnose
-from apr_jax.inputs import seeded
+from apr_jax.inputs import Inputs, seeded
 from apr_jax.localise import infer_dtype
 from apr_jax.mistakes import Mistake
 from apr_jax.model import load_model
@@ -142,6 +142,16 @@ class ExplainTest(parameterized.TestCase):
             (finding.fault, finding.layers, finding.parameters), ("positions-permuted", (0,), {"moved": 2})
         )
         self.assertIn("row 1 position 30 holds 31", finding.sentence)
+
+    def test_positions_of_equal_tokens_are_not_taken_for_moved_ones(self):
+        ids = np.tile(np.arange(8), 10)[None]
+        inputs = Inputs.of(ids)
+        dump = forward(self.bench.weights, self.bench.config, ids)
+        wrong = dump["stage.0.qkv_matmul"]
+        wrong[0, [33, 34]] = wrong[0, [34, 33]]
+        findings = diagnose(self.bench.exact, self.bench.same, inputs, dump).findings
+        (finding,) = [f for f in findings if f.stage == "qkv_matmul"]
+        self.assertEqual((finding.fault, finding.parameters), ("positions-permuted", {"moved": 2}))
 
     def test_mistakes_that_cannot_be_told_apart_behind_a_gap_are_named_as_alternatives(self):
         fused = {k: v for k, v in self.bench.dump([Planted("gate-up-swapped")]).items() if k.split(".")[-1] in FUSED}
