@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak mutation fault-list clean
+.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ lint: $(VENV)/installed
 # The rooms of the code: modules, lines and imports of each; fails on an import that goes up or sideways.
 rooms:
 	@$(PYTHON) tests/rooms.py
+
+# The default suite and the batteries as CPUs without AVX-512 and without AVX2 compute, one thread and two; hours.
+test-every-cpu: $(VENV)/reference-installed
+	$(BIN)/python tests/every_cpu.py
 
 # Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`.
 test-reference: $(VENV)/reference-installed
@@ -86,6 +90,10 @@ damage-battery: $(VENV)/installed
 parity-battery: $(VENV)/reference-installed
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/parity_battery.py
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/clean_runs.py
+
+# The real four-fold case on 100 checkpoints, as a full dump and as decoding steps: four names and nothing else, on each.
+four-fold: $(VENV)/installed
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/four_fold.py
 
 # Budgets hold right programs and flag three times themselves, over widths, lengths, weight scales and seeds.
 parity-budgets: $(VENV)/reference-installed

@@ -16,7 +16,7 @@ import numpy as np
 
 from apr_jax.converters.storage.workers import Workers
 from apr_jax.model.language_model import LanguageModel
-from apr_jax.parity.faults.record import Mistake
+from apr_jax.parity.faults.record import Mistake, Mistakes
 from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, PERMUTED, UNKNOWN
 from apr_jax.parity.findings import Explanation, Finding, gather, layout_findings, order_finding
 from apr_jax.parity.layer_order import execution_order, reordered
@@ -150,17 +150,22 @@ def _explain_in_order(replay: Replay, located: Localisation) -> tuple[Localisati
     unexplained, the keys and values before the dumped positions may be as wrong as those that are seen: so this goes on
     in order of execution, from positions that hold what each stage's mistakes make of the stages before. What reads
     keys or values behind an unexplained stage, or behind roundings that are not ours, cannot be judged and is left out.
+
+    A number that was solved for is known to what it leaves unexplained. Beside the values there are those that another
+    number, off by that error, makes: a stage may differ from the one by as much as from the other.
     """
     values: dict[str, np.ndarray] = {}
+    doubted = values
     sites: list[Site] = []
     explained: list[Explanation] = []
     known, order = Known(), list(stages.trace_keys(replay.config.num_layers))
     for before in located.sites:
         key, part = before.key, located.columns.get(before.key)
-        here = dataclasses.replace(replay, theirs=values, memo={})
-        right = here.compute(key)
-        values[key] = located.theirs[key] if part is None else _filled_up(key, located.theirs[key], right, part)
-        own = right * (1 + before.own / before.norm) if before.norm else right
+        here, there = (dataclasses.replace(replay, theirs=each, memo={}) for each in (values, doubted))
+        right, theirs = here.compute(key), located.theirs[key]
+        doubtful = right if doubted is values else there.compute(key)
+        values[key], doubted[key] = (_filled_up(key, theirs, each, part) for each in (right, doubtful))
+        own = right + np.hypot(right * (before.own / before.norm if before.norm else 0.0), doubtful - right)
         site = judge(key, values[key], right, own, replay.inputs, located.dtype, part)
         if site.wrong:
             one = dataclasses.replace(located, sites=(site,), reference={key: right}, theirs=values)
@@ -172,14 +177,41 @@ def _explain_in_order(replay: Replay, located: Localisation) -> tuple[Localisati
             explained.append(explanation)
             if part is not None and not unexplained:
                 made = here.under(explanation.mistakes).compute(key)
-                values[key] = _filled_up(key, located.theirs[key], made, part)
+                others = _with_errors(explanation, here, made, part)
+                if others != explanation.mistakes and doubted is values:
+                    doubted = dict(values)
+                doubted[key] = _filled_up(key, theirs, there.under(others).compute(key), part)
+                values[key] = _filled_up(key, theirs, made, part)
         sites.append(site)
     return dataclasses.replace(located, sites=tuple(sites)), explained
 
 
-def _filled_up(key: str, theirs: np.ndarray, ours: np.ndarray, part: np.ndarray) -> np.ndarray:
+def _filled_up(key: str, theirs: np.ndarray, ours: np.ndarray, part: np.ndarray | None) -> np.ndarray:
     """Their values at the positions that they dumped, ours elsewhere."""
-    return scatter_positions(key, ours, gather_positions(key, theirs, part), part)
+    return theirs if part is None else scatter_positions(key, ours, gather_positions(key, theirs, part), part)
+
+
+_STEP = 1e-4
+"""Relative step of a number, to see what it changes."""
+
+
+def _with_errors(explanation: Explanation, replay: Replay, made: np.ndarray, part: np.ndarray) -> Mistakes:
+    """Returns the mistakes with each solved number moved until it changes the dumped rows by what they leave."""
+    key, left = explanation.site.key, (explanation.after or 0.0) * explanation.site.norm
+    moved = list(explanation.mistakes)
+    for place, mistake in enumerate(explanation.mistakes):
+        other = _scaled(mistake, 1 + _STEP)
+        if other != mistake:
+            changed = replay.under((*moved[:place], other, *moved[place + 1 :])).compute(key)
+            change = float(np.linalg.norm(gather_positions(key, changed - made, part)))
+            moved[place] = _scaled(mistake, 1 + min(_STEP * left / change, 1.0) if change else 1.0)
+    return tuple(moved)
+
+
+def _scaled(mistake: Mistake, factor: float) -> Mistake:
+    """A mistake with its numbers that were solved for, which are floats, multiplied."""
+    scaled = {name: value * factor if isinstance(value, float) else value for name, value in mistake.pairs}
+    return mistake.fault.made(**scaled)
 
 
 def _reads_cache(key: str, dumped: Container[str], order: Sequence[str]) -> bool:

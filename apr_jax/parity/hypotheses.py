@@ -157,9 +157,10 @@ def _stacked(
     """Two mistakes, then more on the best of them; what is solved for is solved for beside the others."""
 
     def leaves(stack: Mistakes) -> float:
-        return left.get(stack, np.inf)
+        # To three digits: among those that come as near, a cut shall not hang on the last bits.
+        return float(f"{left.get(stack, np.inf):.2e}")
 
-    seen = [stack for stack in singles if abs(leaves(stack) - 1) > _NO_EFFECT]
+    seen = [stack for stack in singles if abs(left.get(stack, np.inf) - 1) > _NO_EFFECT]
     plain = [stack for stack in seen if not _is_numerical(stack[0])]
     near = sorted((stack for stack in seen if _is_numerical(stack[0]) and leaves(stack) < 1), key=leaves)
     bases = [*plain, *near[: 0 if gap else _KEPT]]

@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
+from apr_jax.model import rotary
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
@@ -145,7 +147,7 @@ def localise(
     keys = [key for key in known if key in theirs]
     theirs = {key: theirs[key] for key in keys}
     whole, parts = complete(theirs, inputs, columns, lambda: exact.trace(inputs))
-    rounded, _ = complete(theirs, inputs, columns, lambda: same.trace(inputs))
+    rounded, _ = complete(theirs, inputs, columns, lambda: _other_engine(same).trace(inputs))
     reference = exact.trace(inputs, force=_to_force(whole))
     own = same.trace(inputs, keys, force=_to_force(rounded))
     sites, judged = [], inputs
@@ -153,6 +155,27 @@ def localise(
         sites.append(judge(key, whole[key], reference[key], own[key], judged, same.dtype, parts.get(key)))
         judged = _before_the_first_nan(key, judged, whole[key])
     return Localisation(tuple(sites), reference, same.dtype, whole, parts)
+
+
+class _WithAnotherPow(LanguageModel):
+    """A model whose rotation is another engine's, that has another pow: every frequency is off by one unit.
+
+    Where rotated keys were dumped, their budget allows that (`_rounding`). Where they were not, what reads them shows
+    it, and what the next layers make of that.
+    """
+
+    def rotary_tables(self, length: int) -> tuple[jax.Array, jax.Array]:
+        """Returns cos and sin of the other rotation, as the model's own."""
+        tables = rotary.tables(self.config.rope_theta, self.config.head_dim, length, another_pow=True)
+        cos, sin = (jax.device_put(table, self.device) for table in tables)
+        return cos, sin
+
+
+def _other_engine(model: LanguageModel) -> LanguageModel:
+    """A right engine other than the model, in its dtype."""
+    if model.dtype == "float64":
+        return model
+    return _WithAnotherPow(model.config, model.parameters, model.device, model.ops, model.layer_ops)
 
 
 def _to_force(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

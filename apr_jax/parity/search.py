@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from apr_jax.parity.faults.products import TF32, drift
-from apr_jax.parity.faults.record import Mistakes, names
+from apr_jax.parity.faults.record import Mistake, Mistakes, names
 from apr_jax.parity.hypotheses import hypotheses
 from apr_jax.parity.localise import Localisation, Site, budgets, row_norms
 from apr_jax.parity.question import Question
@@ -32,6 +32,8 @@ _CHAOTIC = 0.1
 """What sums in bf16 and activations in int8 may leave unexplained: a rounding that falls the other way moves a whole
 step, so that such mistakes are told by most values, not by all. So it is with TF32 where what is rounded was not dumped
 and is known nearly; elsewhere it has to fit and to leave no more than this."""
+_EQUAL = 1e-9
+"""Relative difference of squares up to which two distances are equal."""
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
@@ -73,6 +75,12 @@ class Known:
         if len(mistakes) > 1 or not mistakes[0].fault.multiplies:
             return False
         return any(answer.mistakes == mistakes for found in self.answers.values() for answer in found)
+
+    def with_numbers(self, mistakes: Mistakes) -> list[Mistakes]:
+        """Returns these mistakes with numbers that were solved for at other stages in place of their own."""
+        answers = [answer.mistakes for found in self.answers.values() for answer in found]
+        moved = (tuple(_with_numbers_of(others, mistake) for mistake in mistakes) for others in answers)
+        return [one for one in dict.fromkeys(moved) if one != mistakes]
 
     def add(self, stage: str, answer: Answer) -> None:
         """Keeps an answer."""
@@ -180,7 +188,7 @@ class Search:
                 break
         if not accepted:
             return None
-        answer = self._choose(accepted)
+        answer = self._choose(accepted, known)
         known.add(self.site.stage, answer)
         return answer
 
@@ -201,7 +209,11 @@ class Search:
         if theirs.ndim != 3 or theirs.shape != right.shape or not np.isfinite(theirs).all():
             return None
         squares = (right * right).sum(axis=-1)
-        nearest = np.argmin(squares[:, None, :] - 2 * theirs @ right.swapaxes(1, 2), axis=-1)
+        distances = squares[:, None, :] - 2 * theirs @ right.swapaxes(1, 2)
+        # Equal tokens have equal values: a position that is as near to itself as to any other is where it should be.
+        slack = _EQUAL * squares
+        own = distances.diagonal(axis1=1, axis2=2) <= distances.min(axis=-1) + slack
+        nearest = np.where(own, np.arange(right.shape[1]), np.argmin(distances, axis=-1))
         moved = np.take_along_axis(right, nearest[..., None], axis=1)
         fit = self._all.fit(moved)
         return nearest if fit.within(_SLACK) and fit.error <= _CHAOTIC * self._all.before.error else None
@@ -212,13 +224,25 @@ class Search:
         tokens = dumped_tokens(self._replay.inputs, self.located.columns.get(key))
         return Question(self._replay, self._some.replay, key, theirs, right, tokens, dtype=self.located.dtype)
 
-    def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]]) -> Answer:
-        """The first that is about as near as the nearest; the others of its kind are alternatives."""
+    def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]], known: Known) -> Answer:
+        """The first that is about as near as the nearest; the others of its kind are alternatives.
+
+        Numbers are those that explained another stage, if these values cannot tell them from their own.
+        """
         pairs = [(mistakes, fit.error) for mistakes, fit in accepted]
-        least, budget = min(error for _, error in pairs), self.site.budget
-        chosen, error = next(pair for pair in pairs if pair[1] <= 2 * least + 0.5 * budget)
-        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * budget}
+        least = min(error for _, error in pairs)
+        chosen, error = next(pair for pair in pairs if self._as_near(pair[1], least))
+        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * self.site.budget}
+        for mistakes in known.with_numbers(chosen):
+            fit = self._judge(mistakes)
+            if fit is not None and self._as_near(fit.error, least):
+                chosen, error = mistakes, fit.error
+                break
         return Answer(chosen, error, tuple(sorted(others - {names(chosen)})))
+
+    def _as_near(self, error: float, least: float) -> bool:
+        """Whether a hypothesis comes about as near as the nearest does: what is between them may be rounding."""
+        return error <= 2 * least + 0.5 * self.site.budget
 
     def _judge(self, mistakes: Mistakes) -> Fit | None:
         """Returns how well a hypothesis fits if it explains the stage: on a sample, then on everything."""
@@ -265,3 +289,10 @@ class Search:
         count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
         chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
         return _Look(dataclasses.replace(self._replay, rows=columns[chosen]), self.site, self.located)
+
+
+def _with_numbers_of(others: Mistakes, mistake: Mistake) -> Mistake:
+    """A mistake with the solved numbers of the one among others that is the same fault."""
+    same = {name: value for other in others if other.fault is mistake.fault for name, value in other.pairs}
+    numbers = {name: value for name, value in same.items() if isinstance(value, float)}
+    return mistake.fault.made(**(mistake.parameters | numbers))

@@ -6,7 +6,6 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from apr_jax.parity.faults.record import Mistake
-from apr_jax.parity.numbers import near
 from apr_jax.parity.question import Question
 
 _WORTH = 0.7
@@ -21,20 +20,22 @@ def solve(question: Question, base: Mistake) -> list[Mistake]:
       question: The dumped stage behind the gap.
       base: The fault with its other parameters; its `grid` says what is solved for, and where to begin.
     """
-    name, grid = base.fault.grid or ("", ())
+    grid = base.fault.grid
+    if grid is None:
+        raise ValueError(f"{base.fault} has no number to solve for")
 
     def with_number(value: float) -> Mistake:
-        return base.fault.made(**base.parameters, **{name: value})
+        return base.fault.made(**base.parameters, **{grid.parameter: value})
 
     def misfit(logarithm: float) -> float:
         value = question.misfit((with_number(float(np.exp(logarithm))),))
         return value if np.isfinite(value) else np.finfo(np.float64).max
 
-    points = np.log(grid)
+    points = np.log(grid.values)
     errors = [misfit(point) for point in points]
     best = int(np.argmin(errors))
     if errors[best] > _WORTH * question.misfit(()):
         return []
     bounds = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
     found = minimize_scalar(misfit, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE, "maxiter": 60})
-    return [with_number(value) for value in near(float(np.exp(found.x)))]
+    return [with_number(value) for value in grid.near(float(np.exp(found.x)))]

@@ -13,9 +13,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.model.qwen2 import OPS, at_least_float32
+from apr_jax.parity import round_numbers
 from apr_jax.parity.faults import table
 from apr_jax.parity.faults.outside import LAYOUT
-from apr_jax.parity.faults.record import Fault
+from apr_jax.parity.faults.record import Fault, Grid
 from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.replay import FORMULAS, NORMS
 from tests.battery import faulty_forward
@@ -77,7 +78,7 @@ class OneRecordTest(parameterized.TestCase):
         ("ffn_silu",),
         {"activation": lambda silu, at, factor: lambda x: factor * silu(x)},
         solve=lambda question: [(OneRecordTest.SCALED.made(factor=OneRecordTest.factor(question)),)],
-        grid=("factor", (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0)),
+        grid=Grid("factor", (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0), round_numbers.near),
     )
 
     @staticmethod

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.parity.faults.record import IGNORED, Fault, Mistakes
+from apr_jax.parity import round_numbers
+from apr_jax.parity.faults.record import IGNORED, Fault, Grid, Mistakes
 from apr_jax.parity.localise import EPSILON
-from apr_jax.parity.numbers import near
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import At
 from apr_jax.trace.stages import Key
@@ -93,7 +93,9 @@ def _scales(question: Question) -> Iterator[Mistakes]:
     power = float((raw * raw * seen).sum())
     ratio = float((theirs * raw).sum()) / power if power else 1.0
     if abs(ratio - 1) > 1e-3:
-        yield from ((SCALE.made(scale=scale),) for scale in near(ratio * question.replay.config.head_dim**-0.5))
+        yield from (
+            (SCALE.made(scale=scale),) for scale in round_numbers.scales(ratio * question.replay.config.head_dim**-0.5)
+        )
 
 
 def _warp(summed: np.ndarray, at: At) -> np.ndarray:
@@ -108,7 +110,7 @@ SCALE = Fault(
     ("attn_scores",),
     {"scale": lambda right, at, scale: scale},
     solve=_scales,
-    grid=("scale", tuple(2.0 ** (power / 2) for power in range(-12, 5))),
+    grid=Grid("scale", tuple(2.0 ** (power / 2) for power in range(-12, 5)), round_numbers.scales),
 )
 
 # --- The cache -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from apr_jax.parity.faults.record import UNION, Fault, Mistakes
+from apr_jax.parity import round_numbers
+from apr_jax.parity.faults.record import UNION, Fault, Grid, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import NORMS, At, Value, norm_input, norm_name
 
@@ -16,31 +17,36 @@ _QUIET_ROWS = 64
 
 
 def _epsilons(question: Question) -> Iterator[Mistakes]:
-    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it."""
+    """Other values of eps, from the rows of the smallest activations."""
     replay, stage, layer = question.all(), question.stage, question.layer
     x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)[question.tokens]
     quiet = np.argsort((x * x).mean(axis=-1))[:_QUIET_ROWS]
     weight = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage)
     theirs = np.asarray(question.theirs, np.float64)[question.tokens]
-    for eps in _solve_eps(x[quiet], weight, theirs[quiet], replay.config.rms_norm_eps):
+    for eps in _solve_eps(x[quiet], weight, theirs[quiet], replay.config.rms_norm_eps, question.nothing):
         yield (EPS.made(eps=eps, norms=(norm_name(stage),)),)
 
 
-def _solve_eps(x: Value, weight: Value, theirs: Value, right: float) -> list[float]:
+def _solve_eps(x: Value, weight: Value, theirs: Value, right: float, nothing: float) -> list[float]:
+    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it.
+
+    As r is known to a relative `nothing`, eps is to twice that share of mean square + eps.
+    """
     with np.errstate(all="ignore"):
         base = weight * x
         power = (base * base).sum(axis=-1)
         r = (theirs * base).sum(axis=-1) / power
-        eps = 1 / (r * r) - (x * x).mean(axis=-1)
+        square = 1 / (r * r)
+        eps = square - (x * x).mean(axis=-1)
         # Rows of small activations feel eps most: its error there is that of 1 / r^2.
-        weights = (1 / (r * r)) ** -2.0
+        weights = square**-2.0
     good = np.isfinite(eps) & np.isfinite(weights)
     if not good.any():
         return []
     solved = float(np.average(eps[good], weights=weights[good]))
-    if not 0 < solved < 10 or abs(solved / right - 1) < 0.005:
+    if solved > 10 or abs(solved / right - 1) < 0.005:
         return []
-    return list(dict.fromkeys([float(f"{solved:.0e}"), float(f"{solved:.2e}"), solved]))
+    return round_numbers.epsilons(solved, 2 * nothing * float(np.average(square[good], weights=weights[good])))
 
 
 def _eps(right: float, at: At, eps: float, norms: Sequence[str]) -> float:
@@ -54,7 +60,7 @@ EPS = Fault(
     {"eps": _eps},
     solve=_epsilons,
     variants=lambda question, node: [{"norms": (norm_name(node.stage),)}],
-    grid=("eps", tuple(10.0**power for power in range(-10, -1))),
+    grid=Grid("eps", tuple(10.0**power for power in range(-12, -1)), round_numbers.epsilons),
     merge={"norms": UNION},
 )
 FAULTS = (

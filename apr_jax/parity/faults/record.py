@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from apr_jax.trace.stages import Key
 
@@ -44,6 +44,20 @@ def _shown(value: Any) -> Any:
     return ", ".join(value) if len(value) <= _SHOWN else f"{len(value)} of them ({value[0]}, ...)"
 
 
+class Grid(NamedTuple):
+    """A number that is solved for by how well a later stage is reproduced.
+
+    Attributes:
+      parameter: Its name.
+      values: Rising values; the best of them and its neighbours are where it is sought.
+      near: Numbers that engines may hold near a solved one, this one last.
+    """
+
+    parameter: str
+    values: tuple[float, ...]
+    near: Callable[[float], list[float]]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fault:
     """A mistake that can be made in a forward pass.
@@ -59,8 +73,7 @@ class Fault:
         function, off the values of a dumped stage; yields stacks of mistakes.
       variants: Given a question and a stage, parameter sets worth trying at it: where it was dumped, unless `solve`
         finds them, and where it was not. None where it cannot be told behind a gap.
-      grid: A parameter that `variants` leave open, and rising values: behind a gap it is solved for, beginning with
-        the best of these.
+      grid: A parameter that `variants` leave open: behind a gap it is solved for.
       merge: Parameter -> UNION, LEAST or IGNORED; those of others have to agree.
       slight: Whether it moves a product by a few percent at most, or by more; None where it may do either.
       in_weights: Whether a tensor is to blame.
@@ -79,7 +92,7 @@ class Fault:
     changes: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     solve: Callable[[Any], Iterable[Mistakes]] | None = None
     variants: Callable[[Any, Key], Iterable[Mapping[str, Any]]] | None = once
-    grid: tuple[str, tuple[float, ...]] | None = None
+    grid: Grid | None = None
     merge: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slight: bool | None = None
     in_weights: bool = False

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.parity import rope_fit
-from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
+from apr_jax.parity import rope_fit, round_numbers
+from apr_jax.parity.faults.record import Fault, Grid, Mistake, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import QKV, At, before_rotation, unjoin
 from apr_jax.trace.stages import Key
@@ -90,7 +90,7 @@ THETA = Fault(
     _STAGES,
     {"rotation": lambda turn, at, theta: dataclasses.replace(turn, theta=theta)},
     solve=rotations,
-    grid=("theta", _BASES),
+    grid=Grid("theta", _BASES, round_numbers.near),
 )
 POSITION = Fault(
     "rope-position",
