@@ -27,7 +27,7 @@ from apr_jax.parity.search import Answer, Known, Search
 from apr_jax.parity.wording import description, places, where_not_finite
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import gather_positions, scatter_positions
+from apr_jax.trace.positions import complete, gather_positions, scatter_positions
 from apr_jax.trace.stages import Key
 
 _THREADS = 8
@@ -65,15 +65,15 @@ def diagnose(
       theirs: Trace key -> array [B, T, ...], or rows [B, R, ...]; stages may be missing.
       columns: Which columns of the batch such rows stand for, [B, R].
     """
-    theirs, layouts = undo(exact, inputs, theirs, columns)
-    order, mistake = execution_order(exact, inputs, theirs)
+    dumped, layouts = undo(exact, inputs, complete(theirs, inputs, columns, lambda: exact.trace(inputs)))
+    order, mistake = execution_order(exact, inputs, dumped.rows())
     if mistake is not None:
         exact, same = (reordered(model, order) for model in (exact, same))
-    located = localise(exact, same, inputs, theirs, columns)
+        dumped = dumped.over(exact.trace(inputs)) if dumped.partial else dumped
+    located = localise(exact, same, inputs, dumped)
     replay = Replay(exact.config, exact.parameters, inputs, located.theirs)
     explained = _explain_all(replay, located)
-    partial = bool(located.columns.keys() - {stages.LOGITS})
-    if partial and _unknown(explained) and all(site.finite for site in located.sites):
+    if dumped.partial and _unknown(explained) and all(site.finite for site in located.sites):
         located, explained = min((located, explained), _explain_in_order(replay, located), key=lambda e: _unknown(e[1]))
     findings = gather(explained, exact.config.num_layers)
     if mistake is not None:

@@ -18,7 +18,7 @@ from apr_jax.model import rotary
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import compared_positions, complete, dumped_columns, gather_positions, position_axis
+from apr_jax.trace.positions import Dumped, compared_positions, dumped_columns, gather_positions, position_axis
 from apr_jax.trace.stages import Key
 
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
@@ -129,8 +129,7 @@ def localise(
     exact: LanguageModel,
     same: LanguageModel,
     inputs: Inputs,
-    theirs: Mapping[str, np.ndarray],
-    columns: np.ndarray | None = None,
+    dumped: Dumped,
 ) -> Localisation:
     """Judges every stage of a dump.
 
@@ -138,23 +137,20 @@ def localise(
       exact: The model in float64.
       same: The model in the dtype that the other side computes in.
       inputs: The batch.
-      theirs: Trace key -> array [B, T, ...], or rows [B, R, ...]; stages may be missing. Logits may hold the last
-        position only.
-      columns: Which columns of the batch those rows stand for, [B, R]. Before them the forced runs go on with values
-        of their own, so that the budget holds what keys and values of the other side's dtype may be off.
+      dumped: The other side's values, over ours in float64 where it dumped some positions only; stages may be missing.
+        There the run that shows rounding goes on with values of another engine of the other side's dtype, so that the
+        budget holds what keys and values that were not dumped may be off.
     """
-    known = list(stages.trace_keys(exact.config.num_layers))
-    keys = [key for key in known if key in theirs]
-    theirs = {key: theirs[key] for key in keys}
-    whole, parts = complete(theirs, inputs, columns, lambda: exact.trace(inputs))
-    rounded, _ = complete(theirs, inputs, columns, lambda: _other_engine(same).trace(inputs))
-    reference = exact.trace(inputs, force=_to_force(whole))
-    own = same.trace(inputs, keys, force=_to_force(rounded))
+    keys: list[str] = [key for key in stages.trace_keys(exact.config.num_layers) if key in dumped.values]
+    theirs = {key: dumped.values[key] for key in keys}
+    rounded = dumped.over(_other_engine(same).trace(inputs)).values if dumped.partial else theirs
+    reference = exact.trace(inputs, force=_to_force(theirs))
+    own = same.trace(inputs, keys, force=_to_force({key: rounded[key] for key in keys}))
     sites, judged = [], inputs
     for key in keys:
-        sites.append(judge(key, whole[key], reference[key], own[key], judged, same.dtype, parts.get(key)))
-        judged = _before_the_first_nan(key, judged, whole[key])
-    return Localisation(tuple(sites), reference, same.dtype, whole, parts)
+        sites.append(judge(key, theirs[key], reference[key], own[key], judged, same.dtype, dumped.columns.get(key)))
+        judged = _before_the_first_nan(key, judged, theirs[key])
+    return Localisation(tuple(sites), reference, same.dtype, theirs, dumped.columns)
 
 
 class _WithAnotherPow(LanguageModel):

@@ -34,7 +34,7 @@ from apr_jax.parity.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.testing.sample import Sample, draw, side_files
 from apr_jax.trace import hf_reference
 from apr_jax.trace.inputs import Inputs, seeded
-from apr_jax.trace.positions import compared_positions
+from apr_jax.trace.positions import compared_positions, complete
 from tests import oracle
 from tests.battery.faulty_forward import forward
 
@@ -143,7 +143,7 @@ def examine(
 ) -> None:
     """Judges every stage of a clean dump, and each stage disturbed."""
     exact, same = models
-    located = localise(exact, same, inputs, dump)
+    located = localise(exact, same, inputs, complete(dump, inputs))
     own = same.trace(inputs, force={key: value for key, value in dump.items() if key != "logits"})
     for site in located.sites:
         tally = tallies[CLASS_OF[site.stage], same.dtype]

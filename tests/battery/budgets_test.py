@@ -15,7 +15,7 @@ from absl.testing import absltest
 from apr_jax.load.load_model import load_model
 from apr_jax.parity import localise
 from apr_jax.trace import hf_reference, stages
-from apr_jax.trace.positions import compared_positions
+from apr_jax.trace.positions import compared_positions, complete
 from tests.battery import budgets
 
 WIDTH, LENGTH, SEED = 64, 40, 0
@@ -77,7 +77,7 @@ class BudgetsTest(absltest.TestCase):
             exact, *others = (load_model(folder, dtype, "cpu") for dtype in ("float64", *budgets.DTYPES))
         for number, same in enumerate(others):
             clean = same.trace(inputs)
-            located = localise.localise(exact, same, inputs, clean)
+            located = localise.localise(exact, same, inputs, complete(clean, inputs))
             own = same.trace(inputs, force={key: value for key, value in clean.items() if key != stages.LOGITS})
             for site in located.sites:
                 right, shares = located.reference[site.key], SEEN[localise.CLASS_OF[site.stage]][number]
@@ -92,14 +92,18 @@ class BudgetsTest(absltest.TestCase):
             exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
         inputs = budgets.batch(LENGTH, SEED)
         clean = same.trace(inputs)
-        sites = {site.key: site for site in localise.localise(exact, same, inputs, clean).sites}
+        sites = {site.key: site for site in localise.localise(exact, same, inputs, complete(clean, inputs)).sites}
         generator = np.random.default_rng(SEED)
         for stage in ("attn_norm", "qkv_matmul", "k_post_rope", "attn_scores", "attn_softmax", "ffn_silu", "ffn_out"):
             key = stages.Key.of(0, stage)
             noise = budgets.disturbances(sites[key], clean[key], inputs, "float32", generator)
             for where, disturbed in noise:
                 dump = gone_on_with(same, inputs, clean, key, disturbed)
-                wrong = [site.key for site in localise.localise(exact, same, inputs, dump).sites if site.wrong]
+                wrong = [
+                    site.key
+                    for site in localise.localise(exact, same, inputs, complete(dump, inputs)).sites
+                    if site.wrong
+                ]
                 self.assertEqual(wrong, [key], where)
 
 

@@ -21,7 +21,7 @@ from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Search
 from apr_jax.testing import sample
 from apr_jax.trace.inputs import Inputs, seeded
-from apr_jax.trace.positions import compared_positions, position_axis
+from apr_jax.trace.positions import compared_positions, complete, position_axis
 from tests import oracle
 from tests.battery import faulty_forward
 from tests.battery.faulty_forward import Planted, at_rows, forward
@@ -100,7 +100,7 @@ class ExplainTest(parameterized.TestCase):
 
     def noisy(self, dump, key, budgets):
         """The dump with noise of so many of the stage's budgets in it."""
-        located = localise(self.bench.exact, self.bench.same, self.bench.inputs, dump)
+        located = localise(self.bench.exact, self.bench.same, self.bench.inputs, complete(dump, self.bench.inputs))
         (site,) = [site for site in located.sites if site.key == key]
         counted = compared_positions(key, self.bench.inputs, dump[key].shape)
         noise = np.random.default_rng(0).standard_normal(dump[key].shape)
