@@ -160,7 +160,7 @@ class Generator:
         self._prefill_chunk = prefill_chunk
 
     def __repr__(self) -> str:
-        return f"Generator({self.model!r}, {'no tokenizer' if self.tokenizer is None else self.tokenizer!r})"
+        return f"Generator({self.model}, {self.tokenizer or 'no tokenizer'})"
 
     def prefill_chunk(self, rows: int) -> int:
         """Returns how many tokens of each of `rows` prompts go through the model at once, at most: a power of two."""

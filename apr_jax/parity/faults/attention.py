@@ -92,7 +92,7 @@ def _scales(question: Question) -> Iterator[Mistakes]:
     theirs = np.where(seen, question.probe.look(question.stage, question.theirs), 0)
     power = float((raw * raw * seen).sum())
     ratio = float((theirs * raw).sum()) / power if power else 1.0
-    if abs(ratio - 1) > 1e-3:
+    if abs(ratio - 1) > question.nothing:
         yield from (
             (SCALE.made(scale=scale),) for scale in round_numbers.scales(ratio * question.replay.config.head_dim**-0.5)
         )
