@@ -372,7 +372,7 @@ def all_scores(question: Question) -> Iterator[Mistakes]:
         power = float((raw * raw * seen).sum())
         ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
         found += [mapped] if mapped else []
-        if abs(ratio - 1) > 1e-3:
+        if abs(ratio - 1) > question.nothing:
             scales = round_numbers.scales(ratio * question.scene.config.head_dim**-0.5)
             found += [(*mapped, Mistake.of("softmax-scale", scale=scale)) for scale in scales]
     found += [(precision,) for precision in PRECISIONS]

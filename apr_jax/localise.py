@@ -140,7 +140,8 @@ def localise(
       theirs: Trace key -> array [B, T, ...], or rows [B, R, ...]; stages may be missing. Logits may hold the last
         position only.
       columns: Which columns of the batch those rows stand for, [B, R]. Before them the forced runs go on with values
-        of their own, so that the budget holds what keys and values of the other side's dtype may be off.
+        of their own, so that the budget holds what keys and values of another right engine in the other side's dtype
+        may be off.
     """
     known = list(stages.trace_keys(exact.config.num_layers))
     keys = [key for key in known if key in theirs]
