@@ -138,8 +138,8 @@ def localise(
       same: The model in the dtype that the other side computes in.
       inputs: The batch.
       dumped: The other side's values, over ours in float64 where it dumped some positions only; stages may be missing.
-        There the run that shows rounding goes on with values of another engine of the other side's dtype, so that the
-        budget holds what keys and values that were not dumped may be off.
+        There the run that shows rounding goes on with values of another right engine in the other side's dtype, so
+        that the budget holds what keys and values that were not dumped may be off.
     """
     keys: list[str] = [key for key in stages.trace_keys(exact.config.num_layers) if key in dumped.values]
     theirs = {key: dumped.values[key] for key in keys}

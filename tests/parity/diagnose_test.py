@@ -34,6 +34,7 @@ CASES = {
     "eps_next_to_none": [Planted("rms-norm-eps", None, {"eps": 1e-12})],
     "eps_that_only_quiet_norms_show": [Planted("rms-norm-eps", None, {"eps": 1e-8})],
     "scale": [Planted("softmax-scale", None, {"scale": 0.2})],
+    "scale_next_to_the_right_one": [Planted("softmax-scale", None, {"scale": 0.2501})],
     "window": [Planted("mask-window", None, {"window": 16})],
     "warp": [Planted("softmax-partial-warp")],
     "heads": [Planted("kv-heads-interleaved")],
