@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from converters import diagnosis
 from converters.checkpoint import open_checkpoint
+from converters.diagnosis.pair import bits_of
 from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
 from tests.paths import DATA
 
@@ -61,6 +63,15 @@ class DiagnosisTest(parameterized.TestCase):
         if named:
             self.assertEqual(first.parameters, {"by": 5, "unit": "elements", "fill": "zero"})
             self.assertAlmostEqual(first.explained, share, 2)
+
+    def test_values_are_rounded_to_bf16_as_ml_dtypes_does_ties_included(self):
+        # Each sign, exponent and fraction of bf16, with what lies below a tie, on it and above it.
+        high = np.arange(1 << 16, dtype="<u4")[:, None] << np.uint32(16)
+        values = (high | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], "<u4")).view("<f4")
+        values = values[np.isfinite(values)]
+        with np.errstate(over="ignore"):
+            expected = values.astype(ml_dtypes.bfloat16).view("<u2")
+        np.testing.assert_array_equal(bits_of(values, "bf16"), expected)
 
     def test_equal_tensors_have_no_cause(self):
         same = stored(_random(8, 8))

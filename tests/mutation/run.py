@@ -85,8 +85,9 @@ class Tree:
                 # With all that the tests have started.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-        failed = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return process.returncode, failed[0].split(" ")[1] if failed else printed[-2000:]
+        lines = (line.split() for line in printed.splitlines() if line.startswith(("FAILED", "ERROR", "SUBFAILED")))
+        failed = [word for words in lines for word in words if word.startswith("tests/")]
+        return process.returncode, failed[0] if failed else f"exit code {process.returncode}"
 
     @contextlib.contextmanager
     def planted(self, mutant: Mutant) -> Iterator[None]:
