@@ -98,6 +98,9 @@ class WorkersTest(parameterized.TestCase):
 
         with self.assertRaisesRegex(ValueError, "failed"), Workers(2) as workers:
             last, _ = workers.start(lasting), workers.start(failing)
+            while not last.is_done():
+                time.sleep(0.001)
+            # It came to its end early: this is no result.
             last.result()
         self.assertIsInstance(workers.error, ValueError)
 
