@@ -2,12 +2,14 @@
 
 An interrupt reaches the main thread alone, wherever it is. `Thread.join` then takes a thread for ended that is not
 (CPython 3.11), and so does whatever joins, as the pool of `concurrent.futures` does: a file would be closed, or its
-memory used again, while a helper still writes. Here nothing is joined, and the main thread waits on no lock that a
-helper holds for long: it looks, now and then.
+memory used again, while a helper still writes. And `Thread.start` waits for the thread on a lock that an interrupt can
+leave held, so that the thread never begins and the process never ends. Here nothing is joined, and threads are started
+without waiting for them: the main thread looks, now and then.
 """
 
 from __future__ import annotations
 
+import _thread
 import collections
 import threading
 import time
@@ -68,7 +70,7 @@ class Workers:
             more = self._begun < self._most
             self._begun += more
         if more:
-            threading.Thread(target=self._work).start()
+            _thread.start_new_thread(self._work, ())
         return task
 
     def map(self, function: Callable[..., T], items: Iterable[Any]) -> Iterator[T]:
@@ -122,8 +124,11 @@ class Task(Generic[T]):
           BaseException: Whatever the first of all tasks to fail raised, this one or another.
         """
         _look_until(lambda: self.is_done() or self._workers.stopped)
+        if self._workers.error is not None:
+            # Also where this one came to its end, perhaps early because of that.
+            raise self._workers.error
         if not self.is_done():
-            raise self._workers.error or RuntimeError("the block has ended")
+            raise RuntimeError("the block has ended")
         return self._results[0]
 
 

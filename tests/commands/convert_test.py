@@ -191,11 +191,12 @@ class Finder:
         if threading.current_thread() is not threading.main_thread():
             print("imported by a helper:", name)
 sys.meta_path.insert(0, Finder())
-start = threading.Thread.start
-def said(self):
+import _thread
+start = _thread.start_new_thread
+def said(*arguments):
     print("a helper began")
-    start(self)
-threading.Thread.start = said
+    return start(*arguments)
+_thread.start_new_thread = said
 command = {"convert": convert, "verify": verify}[sys.argv[2]]
 sys.exit(command.main(command.parse(sys.argv[2:])))
 """

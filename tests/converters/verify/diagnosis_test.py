@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
+import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -14,6 +15,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import Context
 from apr_jax.converters.verify.diagnosis.missing import Match, diagnose_missing
+from apr_jax.converters.verify.diagnosis.pair import bits_of
 from apr_jax.converters.verify.diagnosis.search import diagnose
 from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
 from tests.paths import DATA
@@ -58,6 +60,15 @@ class DiagnosisTest(parameterized.TestCase):
         if named:
             self.assertEqual(first.parameters, {"by": 5, "unit": "elements", "fill": "zero"})
             self.assertAlmostEqual(first.explained, share, 2)
+
+    def test_values_are_rounded_to_bf16_as_ml_dtypes_does_ties_included(self):
+        # Each sign, exponent and fraction of bf16, with what lies below a tie, on it and above it.
+        high = np.arange(1 << 16, dtype="<u4")[:, None] << np.uint32(16)
+        values = (high | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], "<u4")).view("<f4")
+        values = values[np.isfinite(values)]
+        with np.errstate(over="ignore"):
+            expected = values.astype(ml_dtypes.bfloat16).view("<u2")
+        np.testing.assert_array_equal(bits_of(values, "bf16"), expected)
 
     def test_equal_tensors_have_no_cause(self):
         same = stored(_random(8, 8))
