@@ -114,8 +114,10 @@ ADAMW = (optax.adamw, torch.optim.AdamW, {"weight_decay": 0.01})
 
 
 class StepsTest(parameterized.TestCase):
-    """Five steps. In float64 at rates that move the weights far; in float32 at those of fine-tuning, since what rounding
-    leaves of gradients near 0 decides the direction of AdamW's steps, and large steps magnify it."""
+    """Five steps: in float64 at rates that move the weights far, in float32 at those of fine-tuning.
+
+    What rounding leaves of gradients near 0 decides the direction of AdamW's steps, and large steps magnify it.
+    """
 
     @parameterized.parameters(
         (SGD, 0.05, "float64", 1e-10),
