@@ -23,14 +23,14 @@ _LEAST_BLOCK = 64
 
 
 def linear(ops: Ops, x: Array, weight: Array, dtype: Any = None) -> Array:
-    """As `modeling.linear`: x [B, T, in] times weight [out, in] -> [B, T, out]; the weight on the left for few rows."""
+    """As `qwen2.linear`: x [B, T, in] times weight [out, in] -> [B, T, out]; the weight on the left for few rows."""
     if x.shape[0] * x.shape[1] > _FEW_ROWS:
         return qwen2.linear(ops, x, weight, dtype)
     return jnp.moveaxis(ops.dot("oi,bti->obt", weight, x, dtype or x.dtype), 0, -1)
 
 
 def attention(ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array, tap: Tap) -> Array:
-    """As `modeling.attention`, for a prompt in blocks of queries that leave out the keys behind them.
+    """As `qwen2.attention`, for a prompt in blocks of queries that leave out the keys behind them.
 
     Where there are as many keys as queries, they are the same tokens in the same order: positions rise along a row, so
     no query sees a later key. Three eighths of the scores are not computed.

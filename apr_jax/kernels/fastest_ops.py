@@ -1,4 +1,4 @@
-"""Which table of operations runs a model fastest where.
+"""Which operations run a model fastest on which device; a model takes them as a table, `qwen2.Ops`.
 
 On CUDA, bfloat16 with fused leaves: cuDNN's flash attention for prompts, and CUDA kernels (`apr_jax.cuda`) for residual
 with norm and for SwiGLU there, for the attention of decode steps, and, batch 1, for all layers of a token at once.
@@ -97,7 +97,7 @@ def cuda_layers(
     caches: Sequence[LayerCache | None],
     layer_ops: Mapping[int, Ops],
 ) -> tuple[Array, tuple[LayerCache | None, ...]]:
-    """`modeling.decoder_layers` in CUDA kernels; layers with tables of their own go to that function."""
+    """`qwen2.decoder_layers` in CUDA kernels; layers with tables of their own go to that function."""
     if layer_ops:
         return decoder_layers(ops, x, layers, step, caches, layer_ops)
     config = layers[0].self_attn.config
@@ -146,7 +146,7 @@ def token_attention(
     cache: LayerCache,
     tap: Tap,
 ) -> tuple[Array, LayerCache | None]:
-    """`modeling.attention_block` for one token a row, with one kernel between the two products."""
+    """`qwen2.attention_block` for one token a row, with one kernel between the two products."""
     config, batch, projection = layer.self_attn.config, x.shape[0], layer.self_attn.qkv_proj
     if cache.keys.shape[1] > _MOST_SLOTS and batch * config.num_heads < multiprocessors:
         return attention_block(ops, x, layer, step, cache, tap)
@@ -156,14 +156,14 @@ def token_attention(
 
 
 def matvec_linear(ops: Ops, x: Array, weight: Array, dtype: object = None) -> Array:
-    """`modeling.linear`, of one token: long rows go to a kernel of their own."""
+    """`qwen2.linear`, of one token: long rows go to a kernel of their own."""
     if weight.shape[1] < _LONG_ROWS or weight.shape[1] % 8 or dtype is not None:
         return linear(ops, x, weight, dtype)
     return kernels.matvec(weight, x)
 
 
 def fused_glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
-    """`modeling.glu`, the activation and the product in one kernel."""
+    """`qwen2.glu`, the activation and the product in one kernel."""
     gate_up = ops.linear(ops, x, weights.gate_up_proj.weight[...])
     if gate_up.shape[2] % 16 or x.shape[0] * x.shape[1] > _MOST_ROWS:
         return glu(ops, x, weights, tap)
@@ -171,7 +171,7 @@ def fused_glu(ops: Ops, x: Array, weights: MLP, tap: Tap) -> Array:
 
 
 def qkv(ops: Ops, x: Array, weights: Attention, tap: Tap) -> tuple[Array, Array, Array]:
-    """`modeling.qkv` in one GEMM with the bias in its epilogue: there too it is added before the sum is rounded."""
+    """`qwen2.qkv` in one GEMM with the bias in its epilogue: there too it is added before the sum is rounded."""
     del tap
     config, (batch, length) = weights.config, x.shape[:2]
     (projection,) = weights.projections()
@@ -187,7 +187,7 @@ def causal_attention(
     """cuDNN's flash attention of the first tokens of a cache over themselves: q [B, T, N, H], k, v [B, T, K, H].
 
     Padding stands behind a row's tokens, so that a causal mask alone hides it from them. Where one query of each row is
-    kept it is not the first token, which cuDNN would take it for: `modeling.attention` has positions.
+    kept it is not the first token, which cuDNN would take it for: `qwen2.attention` has positions.
     """
     if q.shape[1] != k.shape[1]:
         return attention(ops, q, k, v, q_positions, kv_positions, tap)

@@ -1,9 +1,9 @@
 """Tensors decoded where they are to be used: quantised blocks and narrow floats, from a file's bytes, inside a jit.
 
-Each format has the formula of its class in `converters.codecs`, whose table of fields says where in a block what
-stands. The values are the host's bit for bit (what NaN carry aside): a product of a half, a 6-bit scale and a quant of
-at most 5 bits needs 22 bits and is exact in float32, so that it does not matter whether the compiler contracts it with
-the difference after it; every other formula rounds once.
+Each format has the formula of its class in `converters.formats.codecs`, whose table of fields says where in a block
+what stands. The values are the host's bit for bit (what NaN carry aside): a product of a half, a 6-bit scale and a
+quant of at most 5 bits needs 22 bits and is exact in float32, so that it does not matter whether the compiler contracts
+it with the difference after it; every other formula rounds once.
 """
 
 from __future__ import annotations

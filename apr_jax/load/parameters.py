@@ -1,4 +1,6 @@
-"""Parameters from a checkpoint: strict, every tensor accounted for, with little more memory than they need."""
+"""Reads a checkpoint's tensors into arrays on a device: strict, every tensor accounted for, in little more memory
+than the arrays need.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Prepared checkpoints: the parameters of a model, cast and fused, saved by Orbax and ready to be read as they are.
 
-What stands in such a folder, `converters.prepared_format` says; `open_checkpoint`, and so everything that
+What stands in such a folder, `converters.formats.prepared_format` says; `open_checkpoint`, and so everything that
 opens a model, reads it like any other checkpoint.
 """
 

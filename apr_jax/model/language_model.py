@@ -1,4 +1,9 @@
-"""Qwen2 from a checkpoint, jit-compiled: logits, cached steps, and traces of every stage."""
+"""`LanguageModel`: a Qwen2 model with its weights on a device, called with token ids from the host.
+
+It computes logits of whole sequences, goes on from a cache of keys and values, and traces: records the value of every
+stage of the forward pass, or goes on with another implementation's. Each kind of run is a program that is compiled once
+for a configuration, a dtype and a table of operations; weights are its arguments.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ operations, casts included, is that of `modeling_qwen2.py` in HuggingFace transf
 bfloat16 agrees as well as bfloat16 can.
 
 Modules hold weights under HuggingFace's names and in its `[out, in]` layout; every operation is a pure function in a
-frozen table, `Ops`. A backend variant is another table, and so is a planted fault.
+frozen table, `Ops`. A kernel for some device is another table, and so is a mistake that a test plants.
 
 Letters in shapes: B batch, T query positions, S key positions, D hidden, N query heads, K key/value heads, G = N / K,
 H head dimension, F intermediate, V vocabulary.

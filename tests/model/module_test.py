@@ -211,7 +211,7 @@ class WordsTest(parameterized.TestCase):
         for name in (*apr_jax.__all__, "__version__"):
             self.assertIsNotNone(getattr(apr_jax, name))
             self.assertIn(name, dir(apr_jax))
-        self.assertRegex(apr_jax.__version__, r"^\d+\.\d+")
+        self.assertRegex(apr_jax.__version__, r"^\d")
 
 
 FOUR_DEVICES = """
