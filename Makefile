@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery parity-budgets soak clean
+.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The rooms of the code: modules, lines and imports of each; fails on an import that goes up or sideways.
+rooms:
+	@$(PYTHON) tests/rooms.py
+
+# The default suite and the batteries as CPUs without AVX-512 and without AVX2 compute, one thread and two; hours.
+test-every-cpu: $(VENV)/reference-installed
+	$(BIN)/python tests/every_cpu.py
 
 # Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`.
 test-reference: $(VENV)/reference-installed
@@ -83,13 +91,25 @@ parity-battery: $(VENV)/reference-installed
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/parity_battery.py
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/clean_runs.py
 
+# The real four-fold case on 100 checkpoints, as a full dump and as decoding steps: four names and nothing else, on each.
+four-fold: $(VENV)/installed
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/four_fold.py
+
 # Budgets hold right programs and flag three times themselves, over widths, lengths, weight scales and seeds.
 parity-budgets: $(VENV)/reference-installed
 	$(BIN)/python tests/battery/budgets.py
 
+# Small mistakes planted in copies of the tree, a seeded sample of them: which does no test notice? Goes on where it ended.
+mutation: $(VENV)/installed
+	$(BIN)/python tests/mutation/run.py --seed $(or $(SEED),0) --count $(or $(COUNT),200)
+
 # 500 generations of random lengths in one process, twice: compiled programs and memory; MODEL and DEVICE=cuda as you like.
 soak: $(VENV)/installed
 	$(BIN)/python tests/bench/generate_soak.py $(MODEL) $(if $(DEVICE),--device $(DEVICE))
+
+# docs/faults.md, from the table of faults.
+fault-list: $(VENV)/installed
+	$(BIN)/python -m apr_jax.parity.faults.table > docs/faults.md
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

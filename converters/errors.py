@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns "1 tensor", "2 tensors"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class AprJaxError(Exception):
     """Base of all errors that a user can cause or meet.
 

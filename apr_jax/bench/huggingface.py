@@ -10,8 +10,8 @@ import numpy as np
 from apr_jax.bench.cases import PREFILL, Case
 from apr_jax.bench.ours import Calls, tokens
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.load.parameters import Parameters, parameter_sources
 from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.parameters import Parameters, parameter_sources
 
 
 class HuggingFace:

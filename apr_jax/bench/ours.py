@@ -16,8 +16,8 @@ from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.programs import BLOCK, Choice, Programs, State, bucket
 from apr_jax.generate.sampling import Method, Numbers
-from apr_jax.load.parameters import Parameters
 from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.parameters import Parameters
 from apr_jax.model.qwen2 import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
 
 Calls = Callable[[int], float]

@@ -17,9 +17,10 @@ from apr_jax.bench import ceilings, genuine, machine, measure, report, start_up
 from apr_jax.bench.cases import DECODE, Case, Ceilings, work
 from apr_jax.bench.measure import Contestant, Plan
 from apr_jax.bench.ours import Ours, random_parameters, tokens
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.run import convert
 from apr_jax.kernels import fastest_ops
-from apr_jax.model.language_model import LanguageModel, find_device, load_model
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.testing.sample import SAMPLES, write_sample
 from apr_jax.trace import hf_reference, tolerances
 
@@ -209,7 +210,7 @@ def _add_genuine(settings: Settings, path: str, beside: dict[str, Any]) -> None:
         file = path
         if not path.endswith(".apr"):
             file = os.path.join(folder, "model.apr")
-            conversion.convert(path, file, to="apr")
+            convert(path, file, to="apr")
         beside["rows"].append(genuine.run(file))
 
 

@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax.commands import patience
+    from apr_jax.converters.storage import interrupts
     from apr_jax.generate import compilation_cache
     from apr_jax.generate.config import GenerationConfig
 
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     GenerationConfig().but(**settings)
     prompts = _read_prompts(args.prompts) if args.prompts else []
     output = _Output(args)
-    with patience.bounded(output.interrupted):
+    with interrupts.bounded(output.interrupted):
         compilation_cache.enable()
         from apr_jax.generate.generator import load_generator
 

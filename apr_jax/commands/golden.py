@@ -17,7 +17,7 @@ from apr_jax.converters.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
     from apr_jax.trace.compare import Comparison
     from apr_jax.trace.golden import Golden
     from apr_jax.trace.inputs import Inputs
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax.converters.storage.output import termination_as_interrupt
+    from apr_jax.converters.storage.interrupts import termination_as_interrupt
     from apr_jax.generate import compilation_cache
 
     with termination_as_interrupt():
@@ -158,7 +158,7 @@ def _compute(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -
 def _run_jax(
     args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs
 ) -> tuple[dict[str, np.ndarray], str, str]:
-    from apr_jax.model.language_model import load_model
+    from apr_jax.load.load_model import load_model
     from apr_jax.trace import golden, stages
 
     model = load_model(checkpoint, args.dtype, args.device)
@@ -183,7 +183,7 @@ def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) ->
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.path
         if checkpoint.kind != "safetensors" or not os.path.isdir(folder):
-            from apr_jax.converters.convert.conversion import convert
+            from apr_jax.converters.convert.run import convert
 
             folder = os.path.join(scratch, "hf")
             convert(checkpoint.path, folder, to="safetensors")

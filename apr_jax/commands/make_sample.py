@@ -49,13 +49,13 @@ def main(args: argparse.Namespace) -> int:
       UsageError: Unknown name, an output that exists, or a tokenizer that does not fit.
       StorageError: The disk.
     """
-    from apr_jax.converters.storage import output
+    from apr_jax.converters.storage.interrupts import termination_as_interrupt
     from apr_jax.testing import sample
 
     if args.list:
         _print_list(sample.SAMPLES, args.json)
         return 0
-    with output.termination_as_interrupt():
+    with termination_as_interrupt():
         written = sample.write_sample(
             args.name, args.output, seed=args.seed, tokenizer=args.tokenizer, force=args.force
         )

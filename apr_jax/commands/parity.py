@@ -16,8 +16,9 @@ from apr_jax.converters.errors import MissingFileError, UsageError
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
     from apr_jax.model.language_model import LanguageModel
-    from apr_jax.parity.diagnose import Diagnosis, Finding
+    from apr_jax.parity.diagnose import Diagnosis
     from apr_jax.parity.dumps import Dump
+    from apr_jax.parity.findings import Finding
     from apr_jax.trace.inputs import Inputs
 
 _SIDES = ("cpu", "cuda", "hf")
@@ -85,8 +86,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.generate import compilation_cache
-    from apr_jax.load.parameters import DTYPES
-    from apr_jax.model.language_model import load_model
+    from apr_jax.load.load_model import load_model
+    from apr_jax.model.parameters import DTYPES
     from apr_jax.parity.diagnose import diagnose
     from apr_jax.parity.localise import infer_dtype
 
@@ -123,15 +124,16 @@ def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: lis
     """Takes out what belongs to a quantised file: engines round activations beside Q4_K weights, by design."""
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.parity.diagnose import Diagnosis
+    from apr_jax.parity.faults.table import FAULTS
 
     with open_checkpoint(args.model) as checkpoint:
         quantised = any(tensor.dtype.is_block for tensor in checkpoint.tensors.values())
-    by_design = [finding for finding in diagnosis.findings if finding.fault == "activations-quantised"]
+    by_design = [finding for finding in diagnosis.findings if FAULTS[finding.fault].beside_blocks]
     if not quantised or not by_design:
         return diagnosis
     notes += [f"no mistake beside quantised weights: {finding.sentence}" for finding in by_design]
     findings = tuple(finding for finding in diagnosis.findings if finding not in by_design)
-    return Diagnosis(findings, diagnosis.localisation, frozenset({"activations-quantised"}))
+    return Diagnosis(findings, diagnosis.localisation, frozenset(finding.fault for finding in by_design))
 
 
 def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
@@ -157,7 +159,7 @@ def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
     if args.right == "hf":
         values = _huggingface(args, batch, dtype)
     else:
-        from apr_jax.model.language_model import load_model
+        from apr_jax.load.load_model import load_model
 
         values = golden.stored(load_model(args.model, dtype, args.right).trace(batch))
     return dumps.Dump(batch, values, dtype)
@@ -215,8 +217,9 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import jax
     import numpy as np
 
-    from apr_jax.model.language_model import load_model
-    from apr_jax.parity.diagnose import Finding
+    from apr_jax.load.load_model import load_model
+    from apr_jax.parity.faults.seen import UPLOAD
+    from apr_jax.parity.findings import Finding
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
     there = jax.tree.leaves(load_model(args.model, dtype, device).parameters)
@@ -226,13 +229,15 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     notes.append(text)
     if same == len(here):
         return diagnosis
-    wrong = Finding("upload", (), "", {"different": len(here) - same}, float("nan"), None, (), "certain", text)
+    wrong = Finding(UPLOAD.name, (), "", {"different": len(here) - same}, float("nan"), None, (), "certain", text)
     return dataclasses.replace(diagnosis, findings=(wrong, *diagnosis.findings))
 
 
 def _report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, dtype: str, notes: Sequence[str]) -> dict[str, Any]:
+    from apr_jax.parity.faults.table import FAULTS
+
     sites = [site for site in diagnosis.localisation.sites if site.elements]
-    mistakes = [finding for finding in diagnosis.findings if finding.fault != "layout"]
+    mistakes = [finding for finding in diagnosis.findings if FAULTS[finding.fault].mistake]
     exactly = all(site.error == 0 for site in sites)
     unexplained = any(site.wrong for site in sites) and not diagnosis.by_design
     verdict = "mistake" if mistakes or unexplained else ("equal" if exactly else "rounding")
@@ -288,10 +293,12 @@ def _to_json(finding: Finding) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
+    from apr_jax.parity.faults.table import FAULTS
+
     for note in report["notes"]:
         print(f"note: {note}", file=sys.stderr)
     compared, dtype = report["compared"], report["dtype"]
-    mistakes = sum(finding["fault"] != "layout" for finding in report["findings"])
+    mistakes = sum(FAULTS[finding["fault"]].mistake for finding in report["findings"])
     words = {
         "equal": "equal: every stage is bit for bit what float64 gives",
         "rounding": f"rounding: every stage is as right as {dtype} can be"
@@ -319,7 +326,7 @@ def _print_grid(diagnosis: Diagnosis) -> None:
     by_key = {site.key: site for site in diagnosis.localisation.sites}
     layers = sorted({site.layer for site in by_key.values() if site.layer is not None})
 
-    def mark(key: str) -> str:
+    def mark(key: stages.Key) -> str:
         if key not in by_key:
             return " "
         return "?" if not by_key[key].elements else ("X" if by_key[key].wrong else ".")
@@ -331,6 +338,6 @@ def _print_grid(diagnosis: Diagnosis) -> None:
     if layers:
         print(f"{'layer':{width}} " + " ".join(f"{layer:>2}" for layer in layers))
     for name in names:
-        cells = [f"{mark(stages.layer_key(layer, name)):>2}" for layer in layers]
+        cells = [f"{mark(stages.Key.of(layer, name)):>2}" for layer in layers]
         if any(cell.strip() for cell in cells):
             print(f"{name:{width}} " + " ".join(cells))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from apr_jax.converters.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
 DEFAULT_MAX_NEW_TOKENS = 256
 

@@ -18,14 +18,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.generate.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
 from apr_jax.generate.sampling import Method, Numbers
 from apr_jax.generate.tokenizer import Detokenizer, StopStrings, Tokenizer
 from apr_jax.kernels.fastest_ops import ops_for, prompts_keep_no_scores
-from apr_jax.model.language_model import LanguageModel, find_device, load_model
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.parameters import dtype_name
 from apr_jax.model.qwen2 import NO_POSITION, Cache
 from apr_jax.trace.inputs import Inputs
 
@@ -105,7 +108,7 @@ class Timing:
 
 
 def load_generator(
-    source: str | os.PathLike[str] | Checkpoint, dtype: str = "float32", device: str | jax.Device | None = None
+    source: str | os.PathLike[str] | Checkpoint, dtype: Any = "float32", device: str | jax.Device | None = None
 ) -> Generator:
     """Loads a model with its tokenizer and its generation_config.json, and with the operations that run it fastest.
 
@@ -114,7 +117,7 @@ def load_generator(
     Args:
       source: As for `load_model`.
       dtype: As for `load_model`.
-      device: As for `load_model`.
+      device: As for `load_model`; one device.
 
     Raises:
       RefusedError: As `load_model`; or a tokenizer or generation settings that are not supported.
@@ -126,7 +129,9 @@ def load_generator(
         tokenizer = Tokenizer.of(checkpoint)
         target = find_device(device)
         # The kernels for CUDA are made for bfloat16 and read fused leaves.
-        model = load_model(checkpoint, dtype, target, fused=target.platform == "gpu" and dtype == "bfloat16")
+        model = load_model(
+            checkpoint, dtype, target, fused=target.platform == "gpu" and dtype_name(dtype) == "bfloat16"
+        )
     model = model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
     return Generator(model, tokenizer, settings)
 
@@ -153,6 +158,9 @@ class Generator:
         self.generation_config = generation_config or GenerationConfig()
         self.programs = programs_of(model)
         self._prefill_chunk = prefill_chunk
+
+    def __repr__(self) -> str:
+        return f"Generator({self.model}, {self.tokenizer or 'no tokenizer'})"
 
     def prefill_chunk(self, rows: int) -> int:
         """Returns how many tokens of each of `rows` prompts go through the model at once, at most: a power of two."""
@@ -239,6 +247,8 @@ class Stream:
         seed: int,
     ):
         self._model = generator.model
+        # One text comes from one set of parameters, whatever a training loop does meanwhile.
+        self._parameters = self._model.parameters
         self._programs = generator.programs
         self._chunk = generator.prefill_chunk(len(prompts))
         self._inputs = inputs
@@ -283,7 +293,7 @@ class Stream:
                     limit = min(left, steps)
                     stopped = np.asarray([row.finish_reason is not None for row in self._rows])
                     state, block = self._programs.decode(
-                        self._model.parameters, state, stopped, limit, self._choice, tables, self._method
+                        self._parameters, state, stopped, limit, self._choice, tables, self._method
                     )
                     waiting.append((block, limit))
                     left -= limit
@@ -307,7 +317,7 @@ class Stream:
         padded, capacity = rounded(length, self._new_tokens, self._chunk)
         ids = np.pad(ids, ((0, 0), (0, padded - length)))
         positions = np.pad(positions, ((0, 0), (0, padded - length)), constant_values=NO_POSITION)
-        parameters, tables = self._model.parameters, self._model.rotary_tables(capacity)
+        parameters, tables = self._parameters, self._model.rotary_tables(capacity)
         cache: Cache | None = None
         for begin in range(0, length, self._chunk):
             part = slice(begin, min(begin + self._chunk, padded))

@@ -35,8 +35,8 @@ from jax import Array, lax
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.generate.sampling import Method, Numbers, pick, row_keys
-from apr_jax.load.parameters import Parameters
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
+from apr_jax.model.parameters import Parameters
 from apr_jax.model.qwen2 import NO_POSITION, Cache, Ops, Qwen2ForCausalLM
 
 BLOCK = 64

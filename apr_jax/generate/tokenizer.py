@@ -17,7 +17,7 @@ import tokenizers.models
 import tokenizers.normalizers
 import tokenizers.pre_tokenizers
 
-from apr_jax.converters.checkpoint.openers import Checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
 from apr_jax.generate import chat_template
@@ -99,6 +99,9 @@ class Tokenizer:
             template = checkpoint.files[_TEMPLATE].decode(errors="replace")
         named = {name: _content(config.get(name)) for name in _NAMED_TOKENS}
         return cls(backend, template, {name: text for name, text in named.items() if text}, checkpoint.path)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._backend.get_vocab_size()} tokens)"
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Returns the ids of a text; special tokens that it spells out become such.

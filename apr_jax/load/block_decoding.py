@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.formats import dtypes
 
 Fields = dict[str, Array]

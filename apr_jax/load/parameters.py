@@ -5,24 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import casts
+from apr_jax.converters.storage.workers import Workers
 from apr_jax.load import upload
-
-DTYPES = ("float32", "bfloat16", "float64")
-
-Parameters = dict[Any, Any]
-"""Arrays in nested dicts, keyed as the attributes of `Qwen2ForCausalLM`: HuggingFace's names, split at the dots."""
+from apr_jax.model.parameters import Parameters, nested, parameter_sources
 
 _CHUNK_BYTES = 8 << 20
 _THREADS = min(4, os.cpu_count() or 1)
@@ -31,7 +29,7 @@ _ALIGNMENT = 64
 
 
 def load_parameters(
-    checkpoint: Checkpoint, config: Qwen2Config, dtype: str, device: jax.Device, fused: bool = False
+    checkpoint: Checkpoint, config: Qwen2Config, dtype: str, device: jax.Device | Sharding, fused: bool = False
 ) -> Parameters:
     """Reads every tensor of a checkpoint, casts it to `dtype` and puts it on `device`.
 
@@ -39,7 +37,7 @@ def load_parameters(
       checkpoint: Holds exactly the tensors of `config`; a head beside a tied configuration must equal the embedding.
       config: The model's configuration.
       dtype: "float32", "bfloat16" or "float64".
-      device: Where the arrays go.
+      device: Where the arrays go: one device, or a sharding that fits all of them.
       fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
 
     Returns:
@@ -49,6 +47,7 @@ def load_parameters(
     Raises:
       RefusedError: Tensors that are missing, unexpected or mis-shaped, all named; a tied head that is another matrix;
         a dtype that cannot be decoded.
+      UsageError: The sharding does not fit a parameter.
     """
     check_tensors(config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()}, checkpoint.path)
     strange = {
@@ -67,48 +66,21 @@ def load_parameters(
     }
     x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
     with x64:
-        return _nested(_load(sources, dtype, device))
+        return nested(_load(sources, dtype, device))
 
 
-def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device) -> dict[str, jax.Array]:
+def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device | Sharding) -> dict[str, jax.Array]:
     def read(path: str) -> np.ndarray:
         return read_as(sources[path], dtype)
 
-    if device.platform == "cpu":
+    if isinstance(device, Sharding) or device.platform == "cpu":
         # The system clears the pages of a new array when they are first written to: that is what several threads share.
-        with ThreadPoolExecutor(_THREADS) as threads:
-            return {path: _put(array, device) for path, array in zip(sources, threads.map(read, sources), strict=True)}
+        with Workers(_THREADS) as workers:
+            return {path: _put(array, device) for path, array in zip(sources, workers.map(read, sources), strict=True)}
     there = {path: tensors for path, tensors in sources.items() if upload.can_upload(tensors, dtype)}
     return {path: _put(read(path), device) for path in sources if path not in there} | upload.upload(
         there, dtype, device
     )
-
-
-def _nested(arrays: Mapping[str, jax.Array]) -> Parameters:
-    parameters: Parameters = {}
-    for path, array in arrays.items():
-        *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("."))
-        node = parameters
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array
-    return parameters
-
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""The modules of a layer that a fused model holds as one, in the order of their rows."""
-
-
-def parameter_sources(config: Qwen2Config, fused: bool) -> dict[str, tuple[str, ...]]:
-    """Returns for each parameter, by its dotted path, the tensors whose rows it holds, one behind the other."""
-    module_of = {part: module for module, parts in FUSED.items() for part in parts} if fused else {}
-    sources = {}
-    for name in config.tensor_shapes():
-        *parents, part, leaf = name.split(".")
-        module = module_of.get(part, part)
-        names = (".".join((*parents, each, leaf)) for each in FUSED.get(module, (part,)))
-        sources[".".join((*parents, module, leaf))] = tuple(names)
-    return sources
 
 
 def read_as(tensors: Sequence[Tensor], dtype: str) -> np.ndarray:
@@ -141,9 +113,16 @@ def _rounded(values: np.ndarray, target: np.dtype) -> np.ndarray:
     return np.frombuffer(data, target).reshape(values.shape)
 
 
-def _put(array: np.ndarray, device: jax.Device) -> jax.Array:
-    # Nobody else holds `array`, so that the CPU backend may keep it as it is.
-    return jax.device_put(array, device, may_alias=True)
+def _put(array: np.ndarray, device: jax.Device | Sharding) -> jax.Array:
+    try:
+        # Nobody else holds `array`, so that the CPU backend may keep it as it is.
+        return jax.device_put(array, device, may_alias=True)
+    except ValueError as error:
+        raise UsageError(
+            f"the sharding does not fit a parameter of shape {list(array.shape)}: {error}",
+            code="sharding",
+            hint="Load the model on one device and put the state of `model.module` where it belongs",
+        ) from None
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

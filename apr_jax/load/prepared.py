@@ -15,22 +15,23 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
 from apr_jax.converters.checkpoint import file_names
-from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, PREPARED_FOLDER, PREPARED_NAME
-from apr_jax.converters.checkpoint.openers import Checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.convert import apr_metadata
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.converters.formats import prepared_format
-from apr_jax.converters.formats.prepared_format import Description, Parameter
+from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
-from apr_jax.load.parameters import DTYPES, Parameters, load_parameters, parameter_sources
-from apr_jax.model.language_model import find_device, load_model
+from apr_jax.converters.storage.workers import Workers
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.load.parameters import load_parameters
+from apr_jax.model.parameters import Parameters, dtype_name, named, parameter_sources
 from apr_jax.trace import golden
 
 PREPARED = FolderKind(
@@ -67,8 +68,7 @@ def save(
       RefusedError: As `load_parameters`, or there is no configuration.
       StorageError: The disk.
     """
-    if dtype not in DTYPES:
-        raise UsageError("unknown dtype", code="dtype", found=dtype, expected=" or ".join(DTYPES))
+    dtype = dtype_name(dtype)
     files = _side_files(checkpoint)
     config = checkpoint.model_config()
     sources = parameter_sources(config, fused)
@@ -131,23 +131,14 @@ def check(folder: str, device: str | jax.Device | None = None) -> Description:
     return description
 
 
-def named(parameters: Parameters, prefix: str = "") -> dict[str, jax.Array]:
-    """Returns the parameters by their paths in the model, with dots."""
-    flat: dict[str, jax.Array] = {}
-    for key, value in parameters.items():
-        path = f"{prefix}.{key}" if prefix else str(key)
-        flat |= named(value, path) if isinstance(value, dict) else {path: value}
-    return flat
-
-
 def hashes(parameters: Mapping[str, jax.Array]) -> dict[str, str]:
     """Returns the SHA-256 of each parameter's bytes in C order."""
 
     def digest(array: jax.Array) -> str:
         return hashlib.sha256(np.asarray(array).reshape(-1).view("u1").data).hexdigest()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return dict(zip(parameters, threads.map(digest, parameters.values()), strict=True))
+    with Workers(min(8, os.cpu_count() or 1)) as workers:
+        return dict(zip(parameters, workers.map(digest, parameters.values()), strict=True))
 
 
 def _described(
@@ -166,11 +157,11 @@ def _write_parameters(parameters: Parameters, folder: str) -> None:
     # Arrays of the host's, so that the checkpoint names no device that another machine may not have.
     arrays = jax.tree.map(np.asarray, parameters)
     # Orbax writes in threads that an interrupt does not reach: they have to be done before anything can be removed.
-    with _quiet(), ThreadPoolExecutor(1) as waited_for:
-        waited_for.submit(writer.save, os.path.abspath(folder), arrays).result()
+    with _quiet(), Workers(1) as waited_for:
+        waited_for.start(writer.save, os.path.abspath(folder), arrays).result()
         writer.close()
     for place, _, names in os.walk(folder):
-        for name in (*names, "."):
+        for name in names:
             _sync(os.path.join(place, name))
 
 

@@ -17,7 +17,6 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,8 +25,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import SingleDeviceSharding
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.formats import dtypes
+from apr_jax.converters.storage.workers import Task, Workers
 from apr_jax.load import block_decoding
 
 _STAGING_BYTES = 64 << 20
@@ -74,10 +74,9 @@ def upload(parameters: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.D
     arrays: dict[str, Array] = {}
     reading: collections.deque[_Reading] = collections.deque()
     moving: collections.deque[list[Array]] = collections.deque()
-    readers, compilers = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_THREADS)
-    try:
+    with Workers(_THREADS) as readers, Workers(_THREADS) as compilers:
         recipes = {_Recipe.of(part, dtype) for part in parts}
-        programs = {recipe: compilers.submit(_compiled, recipe, device) for recipe in recipes if not recipe.is_nothing}
+        programs = {recipe: compilers.start(_compiled, recipe, device) for recipe in recipes if not recipe.is_nothing}
         there = SingleDeviceSharding(device)
         ring = _Ring(_staging(max(largest, min(total, _STAGING_BYTES)), device))
 
@@ -105,9 +104,6 @@ def upload(parameters: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.D
             send()
         # The staging memory must outlive the transfers from it.
         jax.block_until_ready((list(moving), arrays))
-    finally:
-        readers.shutdown(cancel_futures=True)
-        compilers.shutdown(cancel_futures=True)
     return arrays
 
 
@@ -211,10 +207,10 @@ class _Reading:
 
     part: _Part
     views: list[np.ndarray]
-    reads: list[Future[None]]
+    reads: list[Task[None]]
 
     @classmethod
-    def start(cls, part: _Part, memory: np.ndarray, readers: ThreadPoolExecutor) -> _Reading:
+    def start(cls, part: _Part, memory: np.ndarray, readers: Workers) -> _Reading:
         reading, begin = cls(part, [], []), 0
         for run in part.runs:
             room = memory[begin : begin + run.kind.nbytes]
@@ -223,11 +219,11 @@ class _Reading:
             for tensor, low, high in run.extents:
                 for at in range(low, high, _READ_BYTES):
                     piece, room = room[: min(_READ_BYTES, high - at)], room[min(_READ_BYTES, high - at) :]
-                    reading.reads.append(readers.submit(tensor.readinto_at, at, piece.data))
+                    reading.reads.append(readers.start(tensor.readinto_at, at, piece.data))
         return reading
 
     def is_done(self) -> bool:
-        return all(read.done() for read in self.reads)
+        return all(read.is_done() for read in self.reads)
 
     def finished(self) -> list[np.ndarray]:
         for read in self.reads:
@@ -239,7 +235,7 @@ class _Reading:
 
 
 def _finished(
-    part: _Part, raws: Sequence[Array], so_far: Array | None, programs: Mapping[_Recipe, Future[Any]], recipe: _Recipe
+    part: _Part, raws: Sequence[Array], so_far: Array | None, programs: Mapping[_Recipe, Task[Any]], recipe: _Recipe
 ) -> Array:
     """Returns the parameter, as far as it is there, from the arrays of a part and what came before it."""
     if recipe.is_nothing:

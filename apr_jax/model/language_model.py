@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,78 +14,32 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import UsageError
-from apr_jax.load.parameters import DTYPES, Parameters, load_parameters
 from apr_jax.model import rotary
+from apr_jax.model.describing import placed, sizes
+from apr_jax.model.origin import Origin
+from apr_jax.model.parameters import Parameters, nested, parameter_sources
 from apr_jax.model.qwen2 import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
 from apr_jax.trace import stages
-from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.inputs import Inputs, refuse_traced
 
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 """Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32."""
 
 
-def load_model(
-    source: str | os.PathLike[str] | Checkpoint,
-    dtype: str = "float32",
-    device: str | jax.Device | None = None,
-    ops: Ops = OPS,
-    fused: bool = False,
-) -> LanguageModel:
-    """Loads a Qwen2 model from anything that `apr_jax.converters.open_checkpoint` opens.
-
-    Args:
-      source: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index; or an open checkpoint,
-        which stays open.
-      dtype: "float32", "bfloat16" or "float64": of the parameters and of the computation.
-      device: "cpu", "cuda", a jax.Device, or None for JAX's default device.
-      ops: The table of operations.
-      fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
-
-    Returns:
-      The model, its parameters on the device.
-
-    Raises:
-      RefusedError: Missing, unexpected or mis-shaped tensors, all named; or an unsupported configuration.
-      UsageError: Unknown dtype, or no such device.
-    """
-    if dtype not in DTYPES:
-        raise UsageError("unknown dtype", code="dtype", found=dtype, expected=" or ".join(DTYPES))
-    target = find_device(device)
-    opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
-    with opened as checkpoint:
-        config = checkpoint.model_config()
-        parameters = load_parameters(checkpoint, config, dtype, target, fused)
-    return LanguageModel(config, parameters, target, ops)
-
-
-def find_device(device: str | jax.Device | None) -> jax.Device:
-    """Returns the device that `device` names; raises UsageError if this machine or this JAX has none."""
-    if device is None:
-        return jax.devices()[0]
-    if not isinstance(device, str):
-        return device
-    try:
-        return jax.devices(device)[0]
-    except RuntimeError as error:
-        raise UsageError(
-            f"no device '{device}'",
-            code="device",
-            hint="For CUDA, install the extra: pip install 'apr-jax[cuda]'" if device == "cuda" else str(error),
-        ) from None
-
-
 class LanguageModel:
-    """A Qwen2 model that is ready to run.
+    """A Qwen2 model that is ready to run on host values: lists and NumPy arrays in, checked before anything computes.
+
+    Inside `jax.jit`, `jax.grad` and the like use `module`, which is the same model: there is one set of arrays, and
+    what an optimiser writes into the module is what this model computes with from then on.
 
     Attributes:
       config: Its configuration.
-      parameters: Its weights, nested as the modules of `Qwen2ForCausalLM` are, on one device.
-      device: That device.
-      ops: The table of operations.
+      module: The weights, in a Flax NNX module.
+      device: Where it runs; of several devices that the parameters are spread over, the first.
+      ops: The table of operations; `module` itself computes with the plain ones.
       layer_ops: Tables for single layers, by index.
+      origin: What came beside the weights, for `apr_jax.save`; None for a model that was loaded from nothing.
     """
 
     def __init__(
@@ -95,29 +49,47 @@ class LanguageModel:
         device: jax.Device,
         ops: Ops = OPS,
         layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
+        origin: Origin | None = None,
     ):
         self.config = config
-        self.parameters = parameters
         self.device = device
         self.ops = ops
         self.layer_ops = layer_ops
+        self.origin = origin
+        dtype = str(parameters["model"]["norm"]["weight"].dtype)
+        fused = "qkv_proj" in parameters["model"]["layers"][0]["self_attn"]
+        self._paths = tuple(parameter_sources(config, fused))
+        with jax.enable_x64(dtype == "float64"):
+            self.module: Qwen2ForCausalLM = nnx.merge(model_graph(config, dtype, fused), parameters)
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({sizes(self.config)}, {placed(self.module.model.norm.weight.get_raw_value())}, {self.ops})"
+        )
+
+    @property
+    def parameters(self) -> Parameters:
+        """The arrays that `module` holds now, nested as its attributes are."""
+        return nested({path: variable(self.module, path).get_raw_value() for path in self._paths})
 
     @property
     def dtype(self) -> str:
         """Name of the dtype of parameters and computation."""
-        return str(self.parameters["model"]["norm"]["weight"].dtype)
+        return str(self.module.model.norm.weight.get_raw_value().dtype)
 
     @property
     def fused(self) -> bool:
         """Whether q, k and v of a layer are one parameter, and gate and up another."""
-        return "qkv_proj" in self.parameters["model"]["layers"][0]["self_attn"]
+        return self.module.model.layers[0].self_attn.fused
 
     def with_ops(self, ops: Ops, layer_ops: Mapping[int, Ops] = NO_OVERRIDES) -> LanguageModel:
-        """Returns the model with other tables of operations and the same parameters."""
-        return LanguageModel(self.config, self.parameters, self.device, ops, layer_ops)
+        """Returns the model with other tables of operations and the same module."""
+        other = copy.copy(self)
+        other.ops, other.layer_ops = ops, layer_ops
+        return other
 
     def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Array:
-        """Computes logits; arguments as `Inputs.of`. Returns [B, T, V] in the model's dtype."""
+        """Computes logits; arguments and errors as `Inputs.of`. Returns [B, T, V] in the model's dtype."""
         return self.logits(Inputs.of(input_ids, attention_mask, position_ids))
 
     def logits(self, inputs: Inputs) -> Array:
@@ -146,6 +118,7 @@ class LanguageModel:
           ValueError: The cache has no room for T more tokens, is for another batch, or the positions do not go on
             from those in it.
         """
+        refuse_traced(*jax.tree.leaves(cache))
         inputs.check_vocabulary(self.config.vocab_size)
         capacity, filled = cache.positions.shape[1], int(cache.length)
         if cache.positions.shape[0] != inputs.input_ids.shape[0]:
@@ -212,7 +185,7 @@ class LanguageModel:
         step = outer["step"](inputs.positions(), *self._rotary(inputs))
         x = keep(stages.EMBEDDING, outer["embed"](self.parameters, inputs.input_ids))
         for layer in range(config.num_layers):
-            names = {stage: stages.layer_key(layer, stage) for stage in stages.LAYER_STAGES}
+            names = {stage: stages.Key.of(layer, stage) for stage in stages.LAYER_STAGES}
             forced = {stage: jnp.asarray(force[key], wide) for stage, key in names.items() if key in force}
             record = frozenset(stage for stage, key in names.items() if key in wanted)
             program = _layer_program(config, self.dtype, self.fused, self.layer_ops.get(layer, self.ops), record)
@@ -229,7 +202,7 @@ class LanguageModel:
 
     def _stage_shape(self, key: str, inputs: Inputs) -> tuple[int, ...]:
         batch, length = inputs.input_ids.shape
-        return (batch, *stages.shape(self.config, stages.stage_of(key), length))
+        return (batch, *stages.shape(self.config, stages.Key(key).stage, length))
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -248,12 +221,22 @@ class LanguageModel:
 @functools.lru_cache(maxsize=8)
 def _rotary_tables(theta: float, head_dim: int, length: int, device: jax.Device) -> tuple[Array, Array]:
     cos, sin = rotary.tables(theta, head_dim, length)
-    return jax.device_put(cos, device), jax.device_put(sin, device)
+    # Not bound to the device, so that they go where the parameters are, be it several.
+    with jax.default_device(device):
+        return jnp.asarray(cos), jnp.asarray(sin)
 
 
 def _round_up(length: int) -> int:
     """Rounds a table's length up to a power of two, so that few programs are compiled."""
     return max(64, 1 << (length - 1).bit_length())
+
+
+def variable(module: nnx.Module, path: str) -> nnx.Variable:
+    """Returns the variable of a module that stands at a dotted path, "model.layers.0.mlp.up_proj.weight"."""
+    node: Any = module
+    for part in path.split("."):
+        node = node[int(part)] if part.isdigit() else getattr(node, part)
+    return node
 
 
 @functools.cache
@@ -276,7 +259,7 @@ def _forward_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, lay
 
     def forward(parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array) -> Array:
         model = nnx.merge(graph, parameters)
-        return model(ids, positions, cos, sin, ops=ops, layer_ops=dict(layer_ops))[0]
+        return model.forward(ids, positions, cos, sin, ops=ops, layer_ops=dict(layer_ops))[0]
 
     return jax.jit(forward, compiler_options=COMPILER_OPTIONS)
 
@@ -289,7 +272,7 @@ def _step_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, layer_
         parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array, cache: Cache
     ) -> tuple[Array, Cache]:
         model = nnx.merge(graph, parameters)
-        return model(ids, positions, cos, sin, cache, ops, dict(layer_ops), first)
+        return model.forward(ids, positions, cos, sin, cache, ops, dict(layer_ops), first)
 
     return jax.jit(step, compiler_options=COMPILER_OPTIONS, donate_argnames="cache")
 

@@ -22,10 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.model import rotary
+from apr_jax.model.describing import function_name, placed
 
 Tap = Callable[[str, Array], Array]
 """`value = tap(stage, value)`: sees a stage's value and returns the one that the computation goes on with."""
@@ -250,6 +253,15 @@ class Ops:
     layers: Callable[..., tuple[Array, tuple[Any, ...]]] = decoder_layers
     head: Callable[[Ops, Array, Array], Array] = head
 
+    def __repr__(self) -> str:
+        """Names the operations that are not the plain ones."""
+        own = [
+            f"{field.name}={function_name(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) is not field.default
+        ]
+        return f"Ops({', '.join(own)})" if own else "OPS"
+
 
 OPS = Ops()
 """The right operations, in the dtype of the parameters; float32 stays float32 on every backend."""
@@ -417,6 +429,10 @@ class Cache(NamedTuple):
         layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
         return cls(layers, jnp.full((batch, capacity), NO_POSITION, jnp.int32), jnp.zeros((), jnp.int32))
 
+    def __repr__(self) -> str:
+        rows, slots = self.positions.shape
+        return f"Cache({rows} rows of {slots} slots, {len(self.layers)} layers, {placed(self.layers[0].keys)})"
+
 
 class Decoder(nnx.Module):
     """Embedding, layers and final norm: what HuggingFace's checkpoints call `model`."""
@@ -430,8 +446,8 @@ class Decoder(nnx.Module):
 class Qwen2ForCausalLM(nnx.Module):
     """Qwen2 with its language-model head; `lm_head` is absent where the head is tied to the embedding.
 
-    Freshly made it has zero weights: parameters come from a checkpoint (`apr_jax.load_model`). With `fused` each layer
-    has one leaf for q, k and v and one for gate and up: fewer, larger products, the same values.
+    Freshly made it has zero weights: parameters come from a checkpoint (`apr_jax.load_model(...).module`). With `fused`
+    each layer has one leaf for q, k and v and one for gate and up: fewer, larger products, the same values.
     """
 
     def __init__(self, config: Qwen2Config, dtype: Any = jnp.float32, fused: bool = False):
@@ -440,7 +456,55 @@ class Qwen2ForCausalLM(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
 
-    def __call__(
+    def __call__(self, input_ids: Any, positions: Any = None, attention_mask: Any = None) -> Array:
+        """Computes next-token logits: a pure, differentiable function of the parameters, for use in JAX's transforms.
+
+        It makes its own positions and rotary tables. To save memory in training, write its five lines yourself and
+        wrap the layer's into `jax.checkpoint`. Masks come from positions: padding may stand on either side.
+
+        Args:
+          input_ids: Token ids, integers [B, T].
+          positions: Position of each token in its sequence, integers that broadcast to [B, T], rising along a row. None
+            counts each row's tokens from 0, those that the mask hides left out.
+          attention_mask: 0 at padding, else not, [B, T]; None means no padding.
+
+        Returns:
+          Logits [B, T, V] in the parameters' dtype; those at padding mean nothing. Float64 parameters need
+          `jax.enable_x64` around the call. A token beyond the vocabulary gives NaN, as does a position from
+          `config.max_position_embeddings` on where the positions are traced: nothing can be raised there.
+
+        Raises:
+          ValueError: The ids have another number of axes than two.
+        """
+        step = self.place(input_ids, positions, attention_mask)
+        x = self.embed(jnp.asarray(input_ids))
+        for layer in self.model.layers:
+            x, _ = layer(x, step)
+        return self.project(self.norm(x))
+
+    def place(self, input_ids: Any, positions: Any = None, attention_mask: Any = None) -> Step:
+        """Returns what every layer needs to know of a batch without a cache; arguments as `__call__`."""
+        shape = jnp.shape(input_ids)
+        if len(shape) != 2:
+            raise ValueError(
+                f"input_ids have shape {list(shape)}, expected [batch, tokens]; under jax.vmap add an axis"
+            )
+        # The rotary tables are constants of the program that is traced, so no longer than has to be.
+        length = shape[1]
+        if positions is not None:
+            known = not isinstance(positions, jax.core.Tracer)
+            length = int(np.max(positions)) + 1 if known else self.config.max_position_embeddings
+        elif attention_mask is not None:
+            positions = jnp.cumsum(jnp.asarray(attention_mask) != 0, axis=1, dtype=jnp.int32) - 1
+        else:
+            positions = jnp.arange(length, dtype=jnp.int32)
+        positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), shape)
+        if attention_mask is not None:
+            positions = jnp.where(jnp.asarray(attention_mask) != 0, positions, NO_POSITION)
+        cos, sin = _tables(self.config.rope_theta, self.config.head_dim, max(length, 1))
+        return make_step(positions, cos, sin)[0]
+
+    def forward(
         self,
         input_ids: Array,
         positions: Array,
@@ -451,7 +515,7 @@ class Qwen2ForCausalLM(nnx.Module):
         layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
         first: bool = False,
     ) -> tuple[Array, Cache | None]:
-        """Computes next-token logits.
+        """Computes next-token logits with tables and operations of the caller's, and with a cache.
 
         Args:
           input_ids: Token ids, int32 [B, T].
@@ -482,7 +546,7 @@ class Qwen2ForCausalLM(nnx.Module):
         first: bool = False,
         kept: Array | None = None,
     ) -> tuple[Array, Cache | None]:
-        """As `__call__`, up to the final norm: hidden states [B, T, D] for `project`, and the cache.
+        """As `forward`, up to the final norm: hidden states [B, T, D] for `project`, and the cache.
 
         With `kept`, int32 [B], they are those of one token of each row, [B, 1, D]: a prompt asks for no others.
         """
@@ -508,10 +572,13 @@ class Qwen2ForCausalLM(nnx.Module):
         return ops.head(ops, x, source.weight[...])
 
 
+_tables = functools.lru_cache(maxsize=4)(rotary.tables)
+
+
 def make_step(
     positions: Array,
-    cos: Array,
-    sin: Array,
+    cos: Array | np.ndarray,
+    sin: Array | np.ndarray,
     cache: Cache | None = None,
     first: bool = False,
     kept: Array | None = None,

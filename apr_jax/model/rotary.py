@@ -36,10 +36,22 @@ def inverse_frequencies(theta: float, head_dim: int) -> np.ndarray:
     return np.float32(1.0) / powers
 
 
-def tables(theta: float, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns cos and sin of the rotary angles of positions 0 .. length-1, float32 [length, head_dim / 2] each."""
+def tables(theta: float, head_dim: int, length: int, *, another_pow: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Returns cos and sin of the rotary angles of positions 0 .. length-1, float32 [length, head_dim / 2] each.
+
+    Args:
+      theta: The rotary base.
+      head_dim: Width of a head, even.
+      length: Number of positions.
+      another_pow: With every frequency but the first, which is 1, one unit in the last place up or down, in turn: what
+        another C library may give.
+    """
     positions = np.arange(length, dtype=np.float32)
-    angles = (positions[:, None] * inverse_frequencies(theta, head_dim)).astype(np.float64)
+    frequencies = inverse_frequencies(theta, head_dim)
+    if another_pow:
+        frequencies[1::2] = np.nextafter(frequencies[1::2], np.float32(2))
+        frequencies[2::2] = np.nextafter(frequencies[2::2], np.float32(0))
+    angles = (positions[:, None] * frequencies).astype(np.float64)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 

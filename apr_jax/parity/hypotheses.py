@@ -1,483 +1,184 @@
-"""What may have gone wrong at a stage: for each stage the sets of mistakes that touch it, fewest first.
+"""Which mistakes may be behind a wrong stage: sets of them from the table of faults, fewest first.
 
-Whether one is true is for `explain` to find out, with the formulas of `mistakes`. Parameters that are numbers (a base,
-an eps, a scale, a shift) are solved for from the other side's values and not guessed: in closed form where the stage
-was dumped, else by how well a later stage is reproduced.
+A mistake may have been made at the stage itself or, where stages before it were not dumped (fused kernels), at one of
+those: it is then looked for at the first dumped stage behind it. Its parameters are read off the values of a dumped
+stage, enumerated, or solved for by how well the dumped stage is reproduced. Sets are built up from those mistakes that
+leave least. Whether a hypothesis is true is for `search` to find out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from apr_jax.converters.formats import codecs
-from apr_jax.parity import rope_fit
-from apr_jax.parity.faults import (
-    ACTIVATIONS,
-    DOTS,
-    NORMS,
-    PRODUCTS,
-    Made,
-    Mistake,
-    bias_was_added,
-    name_rotation,
-    norm_input,
-    norm_name,
-    under,
-    visible,
-)
-from apr_jax.parity.localise import EPSILON
-from apr_jax.parity.replay import QKV, Replay, Value, head_name, split, unjoin
-
-Mistakes = tuple[Mistake, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A wrong stage.
-
-    Attributes:
-      replay: The replay with all positions.
-      probe: The replay with some positions, which most hypotheses are judged on.
-      key: The stage's key in a trace.
-      theirs: The other side's values.
-      right: What they should be, from the other side's own inputs.
-      tokens: Which positions are theirs and no padding, bool [B, T].
-      given: Mistakes that are supposed to have been made before.
-      dtype: What the other side declares to compute in.
-    """
-
-    replay: Replay
-    probe: Replay
-    key: str
-    theirs: np.ndarray
-    right: np.ndarray
-    tokens: np.ndarray
-    given: Mistakes = ()
-    dtype: str = "float32"
-
-    @property
-    def layer(self) -> int:
-        """The layer, -1 outside the layers."""
-        return split(self.key)[0]
-
-    @property
-    def stage(self) -> str:
-        """The bare stage name."""
-        return split(self.key)[1]
-
-    @property
-    def nothing(self) -> float:
-        """Relative difference below which values are taken for right ones, rounded."""
-        return max(_NOTHING, 4 * EPSILON[self.dtype])
-
-    def all(self) -> Replay:
-        """The replay with all positions in which the given mistakes are made."""
-        return self._inputs_of(self.replay)
-
-    def some(self) -> Replay:
-        """The same with some positions."""
-        return self._inputs_of(self.probe)
-
-    def _inputs_of(self, replay: Replay) -> Replay:
-        return dataclasses.replace(under(replay, self.given), target=split(self.key), composed={})
-
-    def their_rows(self) -> Value:
-        """Their values at the probe's positions, float64."""
-        return self.probe.look(self.stage, self.theirs)
-
-    def value(self, mistakes: Mistakes) -> Value:
-        """The stage at the probe's positions, with these mistakes beside the given ones."""
-        return under(self.probe, self.given + mistakes).compute(self.key)
-
-    def misfit(self, mistakes: Mistakes) -> float:
-        """|theirs - the stage with these mistakes| at the probe's positions, over what is compared."""
-        difference = self.their_rows() - self.value(mistakes)
-        if self.stage in ("attn_scores", "attn_softmax"):
-            difference = difference * visible(Made(()), self.probe)[:, None]
-        return float(np.linalg.norm(difference[self._counted(difference)]))
-
-    def _counted(self, values: Value) -> np.ndarray:
-        tokens = self.tokens[:, self.probe.columns()]
-        if self.stage in ("attn_scores", "attn_softmax"):
-            return np.broadcast_to(tokens[:, None], values.shape[:3])
-        return tokens
-
-
-Generator = Callable[[Question], Iterator[Mistakes]]
-
-_SLIGHT = 0.03
-"""Relative L2 below which no other matrix is meant: only the same one, rounded or multiplied less precisely."""
-_NOTHING = 1e-6
-"""The least relative difference that counts, however fine the dtype."""
-_QUIET_ROWS = 64
-"""How many positions eps is solved from: those of the smallest activations feel it most."""
-PRECISIONS = [mistake for mistake, _ in DOTS]
-
-
-def other_weights(replay: Replay, layer: int, tensor: str, slight: bool = False) -> Iterator[Mistake]:
-    """What may stand in a tensor's place: itself quantised and, unless only a slight difference is sought, the same
-    one of another layer, or its bytes under another label."""
-    right = replay.weight(layer, tensor)
-    with np.errstate(over="ignore"):
-        half = right.astype(np.float16)
-    if np.isfinite(half).all() and (half != right).any():
-        yield Mistake.of("weights-quantised", tensor=tensor, codec="fp16")
-    if not codecs.stays_float(tensor, right.size):
-        for codec in ("int8", "int4", "q4_k"):
-            yield Mistake.of("weights-quantised", tensor=tensor, codec=codec)
-    if slight:
-        return
-    for direction in ("bf16-as-f16", "f16-as-bf16"):
-        yield Mistake.of("weights-relabelled", tensor=tensor, direction=direction)
-    for other in range(replay.config.num_layers if layer >= 0 else 0):
-        if other != layer:
-            yield Mistake.of("weights-from-another-layer", tensor=tensor, layer=other)
-
-
-# --- Norms -----------------------------------------------------------------------------------------------------------
-
-
-def norms(question: Question) -> Iterator[Mistakes]:
-    """Another eps, weights left out or plus one, a mean subtracted; a final norm that is missing; another weight."""
-    replay, stage, layer = question.all(), question.stage, question.layer
-    tokens = question.tokens
-    x = norm_input(replay, layer, stage)[tokens]
-    quiet = np.argsort((x * x).mean(axis=-1))[:_QUIET_ROWS]
-    x, theirs = x[quiet], np.asarray(question.theirs, np.float64)[tokens][quiet]
-    if stage == "final_norm":
-        yield (Mistake.of("final-norm-missing"),)
-    found: list[Mistakes] = []
-    labels = [
-        None,
-        Mistake.of("norm-weight-missing"),
-        Mistake.of("norm-weight-plus-one"),
-        *other_weights(replay, layer, NORMS[stage]),
-    ]
-    for label, centred in itertools.product(labels, (False, True)):
-        mistakes: Mistakes = () if label is None else (label,)
-        mistakes += (Mistake.of("norm-mean-subtracted"),) if centred else ()
-        weight = _norm_weight(Made(mistakes), replay, layer, NORMS[stage])
-        base = x - x.mean(axis=-1, keepdims=True) if centred else x
-        found += [mistakes] if mistakes else []
-        for eps in _solve_eps(base, weight, theirs, replay.config.rms_norm_eps):
-            found.append((*mistakes, Mistake.of("rms-norm-eps", eps=eps, norms=(norm_name(stage),))))
-    yield from sorted(found, key=len)
-
-
-def _norm_weight(made: Made, replay: Replay, layer: int, tensor: str) -> Value:
-    weight = made.weight(replay, layer, tensor)
-    if made.has("norm-weight-missing"):
-        return np.ones_like(weight)
-    return 1 + weight if made.has("norm-weight-plus-one") else weight
-
-
-def _solve_eps(x: Value, weight: Value, theirs: Value, right: float) -> list[float]:
-    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it."""
-    with np.errstate(all="ignore"):
-        base = weight * x
-        power = (base * base).sum(axis=-1)
-        r = (theirs * base).sum(axis=-1) / power
-        eps = 1 / (r * r) - (x * x).mean(axis=-1)
-        # Rows of small activations feel eps most: its error there is that of 1 / r^2.
-        weights = (1 / (r * r)) ** -2.0
-    good = np.isfinite(eps) & np.isfinite(weights)
-    if not good.any():
-        return []
-    solved = float(np.average(eps[good], weights=weights[good]))
-    if not 0 < solved < 10 or abs(solved / right - 1) < 0.005:
-        return []
-    return list(dict.fromkeys([float(f"{solved:.0e}"), float(f"{solved:.2e}"), solved]))
-
-
-# --- Products --------------------------------------------------------------------------------------------------------
-
-TRANSPOSED = {"attn_out": "o-proj-transposed", "ffn_out": "down-proj-transposed"}
-
-
-def products(question: Question) -> Iterator[Mistakes]:
-    """One weight: transposed, swapped, relabelled, another layer's; dot products computed less precisely; both."""
-    replay, stage = question.replay, question.stage
-    tensor = PRODUCTS[stage][1]
-    special: list[Mistake] = []
-    if stage in TRANSPOSED:
-        special.append(Mistake.of(TRANSPOSED[stage]))
-        rows, columns = replay.weight(question.layer, tensor).shape
-        special += [Mistake.of(TRANSPOSED[stage], buffer="file")] if rows != columns else []
-    if stage in ("ffn_gate", "ffn_up"):
-        special.append(Mistake.of("gate-up-swapped"))
-    yield from _imprecise(_is_slight(question), special, replay, question.layer, tensor)
-
-
-def _imprecise(slight: bool, special: Sequence[Mistake], replay: Replay, layer: int, tensor: str) -> Iterator[Mistakes]:
-    """Dot products computed less precisely, each other weight, then two of them together."""
-    if slight:
-        yield from ((precision,) for precision in PRECISIONS)
-    found = list(other_weights(replay, layer, tensor, slight))
-    others = found if slight else [*special, *found]
-    yield from ((other,) for other in others)
-    yield from itertools.product(others, PRECISIONS[:3])
-    if not slight:
-        quantised = [mistake for mistake in found if mistake.name == "weights-quantised"]
-        yield from itertools.product(special, quantised)
-
-
-def _is_slight(question: Question) -> bool:
-    theirs = question.their_rows()
-    counted = question._counted(theirs)
-    return question.misfit(()) < _SLIGHT * float(np.linalg.norm(theirs[counted]))
-
-
-def logits(question: Question) -> Iterator[Mistakes]:
-    """A head that is missing, transposed or relabelled; a buffer that is shifted."""
-    if not np.any(question.theirs):
-        yield (Mistake.of("head-missing"),)
-        return
-    slight = _is_slight(question)
-    if not slight:
-        shift = _roll(question.right, question.theirs)
-        yield from [(Mistake.of("logits-shifted", shift=shift),)] if shift else []
-    special = [Mistake.of("head-transposed", buffer="file"), Mistake.of("head-transposed", buffer="transposed")]
-    yield from _imprecise(slight, special, question.replay, -1, head_name(question.replay.config))
-
-
-def _roll(ours: Value, theirs: Value) -> int:
-    """By how many elements `theirs` is `ours` rolled, from their cross-correlation; positive to higher indices."""
-    size = ours.size
-    spectrum = np.fft.rfft(np.nan_to_num(theirs).ravel()) * np.fft.rfft(ours.ravel()).conj()
-    shift = int(np.argmax(np.fft.irfft(spectrum, size)))
-    return shift - size if shift > size // 2 else shift
-
-
-# --- q, k and v ------------------------------------------------------------------------------------------------------
-
-_Option = tuple[Mistakes, Value]
-
-
-def projections(question: Question) -> Iterator[Mistakes]:
-    """q, k and v products: each of the three on its own, so that three mistakes are three answers."""
-    replay = question.some()
-    x = replay.get(question.layer, "attn_norm")
-    parts = []
-    for tensor, theirs in zip(_tensors("weight"), _parts(question), strict=True):
-        plain = Made(()).dot(x, replay.weight(question.layer, tensor))
-        options: list[_Option] = [((), plain)]
-        distance, norm = np.linalg.norm(plain - theirs), np.linalg.norm(theirs)
-        if distance >= question.nothing * norm:
-            wrong = _imprecise(bool(distance < _SLIGHT * norm), (), replay, question.layer, tensor)
-            options += [(m, Made(m).dot(x, Made(m).weight(replay, question.layer, tensor))) for m in wrong]
-        parts.append((options, theirs))
-    yield _by_part(question, parts)
-
-
-def biases(question: Question) -> Iterator[Mistakes]:
-    """Biases of q, k and v: each there, missing, or another one; over wrong products too, if those were not dumped."""
-    replay = question.some()
-    bases = np.split(replay.get(question.layer, "qkv_matmul"), _ends(question), axis=-1)
-    composed = not replay.dumped((question.layer, "qkv_matmul"))
-    parts = []
-    for name, base, theirs in zip(QKV, bases, _parts(question), strict=True):
-        weight, bias = f"self_attn.{name}.weight", f"self_attn.{name}.bias"
-        right, missing = replay.weight(question.layer, bias), (Mistake.of(f"{name[0]}-bias-missing"),)
-        options: list[_Option] = [((), base + right), (missing, base)]
-        for other in other_weights(replay, question.layer, bias):
-            options.append(((other,), base + Made((other,)).weight(replay, question.layer, bias)))
-        if composed and _distance(options[:2], theirs) >= question.nothing * np.linalg.norm(theirs):
-            x, slight = replay.get(question.layer, "attn_norm"), _distance(options[:2], theirs)
-            wrong = _imprecise(bool(slight < _SLIGHT * np.linalg.norm(theirs)), (), replay, question.layer, weight)
-            for mistakes in wrong:
-                value = Made(mistakes).dot(x, Made(mistakes).weight(replay, question.layer, weight))
-                options += [(mistakes, value + right), (mistakes + missing, value)]
-        parts.append((options, theirs))
-    yield _by_part(question, parts)
-
-
-def _distance(options: Sequence[_Option], theirs: Value) -> float:
-    """How far the nearest option is."""
-    return min(float(np.linalg.norm(value - theirs)) for _, value in options)
-
-
-def _tensors(kind: str) -> list[str]:
-    return [f"self_attn.{name}.{kind}" for name in QKV]
-
-
-def _ends(question: Question) -> np.ndarray:
-    return np.cumsum([len(question.replay.weight(question.layer, tensor)) for tensor in _tensors("bias")])[:-1]
-
-
-def _parts(question: Question) -> list[Value]:
-    return np.split(question.their_rows(), _ends(question), axis=-1)
-
-
-def _by_part(question: Question, parts: Sequence[tuple[Sequence[_Option], Value]]) -> Mistakes:
-    """Chooses for each part of the last axis what is nearest to their values."""
-    tokens = question.tokens[:, question.probe.columns()]
-    chosen = [_closest(options, theirs, tokens) for options, theirs in parts]
-    return tuple(dict.fromkeys(mistake for stack in chosen for mistake in stack))
-
-
-def _closest(options: Sequence[_Option], theirs: Value, tokens: np.ndarray) -> Mistakes:
-    """The option nearest to their values; one with more mistakes has to be clearly nearer."""
-    best, least = options[0][0], math.inf
-    for mistakes, value in options:
-        with np.errstate(invalid="ignore"):
-            distance = float(np.linalg.norm((value - theirs)[tokens]))
-        if distance < 0.3 * least or (distance < least and len(mistakes) <= len(best)):
-            best, least = mistakes, distance
-    return best
-
-
-def ropes(question: Question) -> Iterator[Mistakes]:
-    """Rotations that are not the right one, and biases added behind the rotation."""
-    replay, which = question.all(), 0 if question.stage == "q_post_rope" else 1
-    name, late = QKV[which], Mistake.of("bias-after-rope")
-    positions = np.where(question.tokens, replay.positions(), -1)
-    after = unjoin(np.asarray(question.theirs, np.float64), replay.config)
-    found: list[Mistakes] = []
-    for extra in ((), (late,)):
-        added: Value | float = 0.0
-        inner = dataclasses.replace(question, given=question.given + extra).all()
-        before = inner.heads(question.layer)[which]
-        if extra:
-            added = replay.weight(question.layer, f"self_attn.{name}.bias").reshape(-1, replay.config.head_dim)
-            before = before - added if bias_was_added(inner, question.layer, which) else before
-        for turn in rope_fit.candidates(before, after - added, positions, replay.config.rope_theta):
-            found.append((*extra, *name_rotation(turn, name[0])))
-    yield from sorted(filter(None, found), key=len)
-
-
-# --- Attention -------------------------------------------------------------------------------------------------------
-
-INTERLEAVED = Mistake.of("kv-heads-interleaved")
-SWAPPED = Mistake.of("v-heads-swapped")
-WARP = Mistake.of("softmax-partial-warp")
-_SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
-
-
-def all_scores(question: Question) -> Iterator[Mistakes]:
-    """Another scale, KV heads read in another order, or entries that the engine's own mask left at zero."""
-    tokens = question.tokens[:, question.probe.columns()]
-    theirs, seen = question.their_rows(), (visible(Made(()), question.probe) & tokens[:, :, None])[:, None]
-    found: list[Mistakes] = []
-    for mapped in ((), (INTERLEAVED,)):
-        raw = question.value(mapped)
-        power = float((raw * raw * seen).sum())
-        ratio = float((np.where(seen, theirs, 0) * raw).sum()) / power if power else 1.0
-        found += [mapped] if mapped else []
-        if abs(ratio - 1) > 1e-3:
-            scales = near(ratio * question.replay.config.head_dim**-0.5)
-            found += [(*mapped, Mistake.of("softmax-scale", scale=scale)) for scale in scales]
-    found += [(precision,) for precision in PRECISIONS]
-    yield from sorted(found, key=len)
-    tokens = question.tokens[:, None, :, None]
-    off = np.where(visible(Made(()), question.replay)[:, None] & tokens, question.theirs - question.right, 0)
-    yield from caches(question, np.abs(off).max(axis=(0, 1, 3)), float(np.abs(question.right).max()))
-    for mask in wrong_masks(question):
-        yield (mask,)
-        yield INTERLEAVED, mask
-
-
-def caches(question: Question, off: np.ndarray, size: float) -> Iterator[Mistakes]:
-    """Caches written or read at position + n, where positions are right up to some column.
+from apr_jax.parity import undumped
+from apr_jax.parity.faults.products import MULTIPLIED
+from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
+from apr_jax.parity.faults.table import FAULTS
+from apr_jax.parity.question import Question
+from apr_jax.trace.stages import Key
+
+_LONGEST = 24
+"""A gap of more stages than a layer and a half is not searched: too many mistakes could hide in it."""
+_KEPT = 8
+"""How many of the best sets are built on."""
+_KEPT_WEIGHTS = 32
+"""How many of the best mistakes of weights and products are made beside others."""
+_MOST = 3
+"""As many mistakes are stacked before one dumped stage."""
+_NO_EFFECT = 1e-9
+"""A mistake that changes less than this share of the difference cannot be seen at the stage."""
+_CLEARLY = 0.3
+"""One mistake more has to leave less than this share of what was left without it."""
+
+
+def hypotheses(question: Question, left: Mapping[Mistakes, float]) -> Iterator[Mistakes]:
+    """Yields the hypotheses about a wrong stage.
 
     Args:
-      question: The wrong stage.
-      off: By how much each column is off, [T].
-      size: The largest right value.
+      question: The stage.
+      left: What share of the difference each hypothesis so far leaves; filled in between.
     """
-    # What the first wrong column is off by may be little more than rounding.
-    nothings = [max(1e-3, times * EPSILON[question.dtype]) for times in (1.25, 2.5, 5.0)]
-    firsts = dict.fromkeys(int(np.argmax(off > nothing * size)) for nothing in nothings)
-    for first, shift, side in itertools.product(firsts, _SHIFTS, ("write", "read")):
-        if first:
-            yield (Mistake.of("cache-position", shift=shift, side=side, prefill=first),)
+    gap = question.nodes[:-1] if len(question.nodes) <= _LONGEST else []
+    own = list(_own(question))
+    yield from (stack for stack in own if len(stack) == 1)
+    before = [(mistake,) for node in gap for (mistake,) in _singles(question, node)]
+    # Mistakes of weights are many: the others are likelier, and tried first.
+    before = [*(s for s in before if not _is_numerical(s[0])), *(s for s in before if _is_numerical(s[0]))]
+    yield from dict.fromkeys(before)
+    yield from _solved(question, gap)
+    if gap:
+        yield from _together(question)
+    longer = [stack for stack in own if len(stack) > 1]
+    yield from sorted(longer, key=len)
+    singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
+    yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], left)
 
 
-def near(value: float) -> list[float]:
-    """Returns round numbers near a solved one, then itself: engines hold round ones."""
-    return list(dict.fromkeys([*(float(f"{value:.{digits}e}") for digits in (0, 1, 2, 4)), value]))
+def _is_numerical(mistake: Mistake) -> bool:
+    return mistake.fault.in_weights or mistake.fault.multiplies
 
 
-def wrong_masks(question: Question) -> Iterator[Mistake]:
-    """Masks that are not the right one; a window's width is read off their values [B, N, T, S]."""
-    replay = question.replay
-    yield from fixed_masks(replay)
-    columns = replay.columns()
-    shown = (np.abs(question.theirs).max(axis=1) > 0) & visible(Made(()), replay) & question.tokens[:, :, None]
-    window = int(np.where(shown, columns[:, None] - columns + 1, 0).max(initial=0))
-    if 0 < window < len(columns):
-        yield Mistake.of("mask-window", window=window)
+def _own(question: Question) -> Iterator[Mistakes]:
+    """What may have been made at the dumped stage itself; parts that are computed apart may each have their own."""
+    if parts := question.parts():
+        # What was not dumped before the parts is computed apart, too.
+        yield tuple(dict.fromkeys(mistake for part in parts for mistake in _of_part(part)))
+        return
+    yield from filter(None, _singles(question, question.nodes[-1]))
 
 
-def fixed_masks(replay: Replay) -> Iterator[Mistake]:
-    """Wrong masks without a number to find."""
-    yield Mistake.of("mask-not-causal")
-    for last in (-1, 1):
-        mask = Mistake.of("mask-off-by-one", last=last)
-        yield mask
-        if not visible(Made((mask,)), replay)[replay.tokens()].any(axis=-1).all():
-            # What a query that sees nothing gets depends on how the engine masks.
-            yield from (Mistake.of("mask-off-by-one", last=last, empty=empty) for empty in ("self", "zero"))
-    if (replay.inputs.attention_mask == 0).any():
-        yield Mistake.of("padding-attended")
+def _singles(question: Question, node: Key) -> Iterator[Mistakes]:
+    """What the table has for a stage, one mistake each but where a solver finds several together."""
+    own = node == question.nodes[-1]
+    solvers = {mistake.fault.solve for mistake in question.given}
+    for fault in FAULTS.values():
+        if not _may_be_made(fault, node) or (own and _too_small_or_large(fault, question)):
+            continue
+        if own and fault.solve:
+            if fault.solve not in solvers:
+                solvers.add(fault.solve)
+                yield from fault.solve(question)
+        elif fault.variants and not fault.grid:
+            yield from ((fault.made(**parameters),) for parameters in fault.variants(question, node))
 
 
-def softmaxes(question: Question) -> Iterator[Mistakes]:
-    """Wrong masks, and a sum over part of the keys."""
-    masks = list(wrong_masks(question))
-    yield from ((mask,) for mask in masks)
-    yield (WARP,)
-    yield from ((mask, WARP) for mask in masks)
+def _too_small_or_large(fault: Fault, question: Question) -> bool:
+    return question.stage in MULTIPLIED and fault.slight not in (None, question.slight)
 
 
-def attentions(question: Question) -> Iterator[Mistakes]:
-    """Values of other heads than the right ones."""
-    yield (SWAPPED,)
-    yield (INTERLEAVED,)
-    yield from ((precision,) for precision in PRECISIONS)
-    off = np.where(question.tokens, np.abs(question.theirs - question.right).max(axis=-1), 0)
-    yield from caches(question, off.max(axis=0), float(np.abs(question.right).max()))
-    yield SWAPPED, INTERLEAVED
+def _may_be_made(fault: Fault, node: Key) -> bool:
+    # Where a function tells the stages, the variants are none at others.
+    return callable(fault.stages) or node.stage in fault.stages
 
 
-# --- The rest --------------------------------------------------------------------------------------------------------
+def _of_part(question: Question) -> Mistakes:
+    """The mistakes that come nearest to one part of a stage; one more has to come clearly nearer."""
+    chosen: Mistakes = ()
+    least = question.misfit(())
+    if question.shares() < question.nothing:
+        return chosen
+    nodes = [node for node in question.nodes if node.stage in ("qkv_matmul", question.stage)]
+    singles = sorted(_misfits(question, nodes), key=lambda pair: pair[0])[:_MOST]
+    if singles and singles[0][0] < _CLEARLY * least:
+        least, chosen = singles[0]
+    if question.shares(chosen) < question.nothing:
+        return chosen
+    for _, base in singles:
+        given = dataclasses.replace(question, given=question.given + base)
+        for misfit, stack in _misfits(given, nodes):
+            if misfit < _CLEARLY * least or (len(chosen) == 2 and misfit < least):
+                least, chosen = misfit, base + stack
+    return chosen
 
 
-def _listed(*mistakes: Mistakes) -> Generator:
-    return lambda question: iter(mistakes)
+def _misfits(question: Question, nodes: Sequence[Key]) -> Iterator[tuple[float, Mistakes]]:
+    for node in nodes:
+        for stack in _singles(question, node):
+            misfit = question.misfit(stack)
+            if np.isfinite(misfit):
+                yield misfit, stack
 
 
-ON_UP = Mistake.of("activation-on-up")
-OTHER_ACTIVATIONS = [Mistake.of(name) for name in ACTIVATIONS]
+def _solved(question: Question, gap: Sequence[Key]) -> Iterator[Mistakes]:
+    """Mistakes behind the gap with a number: a base, an eps or a scale that reproduces the dumped stage best."""
+    made = {mistake.fault for mistake in question.given}
+    tried = set()
+    for node in gap:
+        for fault in FAULTS.values():
+            if fault.grid is None or fault in made or not _may_be_made(fault, node):
+                continue
+            for parameters in fault.variants(question, node) if fault.variants else ():
+                if (base := fault.made(**parameters)) not in tried:
+                    tried.add(base)
+                    yield from ((mistake,) for mistake in undumped.solve(question, base))
 
 
-def embeddings(question: Question) -> Iterator[Mistakes]:
-    """Neighbouring rows, or a table read under another label."""
-    yield (Mistake.of("embedding-row-off-by-one"),)
-    yield from ((other,) for other in other_weights(question.replay, -1, "model.embed_tokens.weight"))
+def _together(question: Question) -> Iterator[Mistakes]:
+    """Every variant of one kind in the gap and at the stage itself: all of its weights by one codec."""
+    for fault in FAULTS.values():
+        found: dict[str, list[Mistake]] = {}
+        for node in question.nodes if fault.together and fault.variants else ():
+            for parameters in fault.variants(question, node) if fault.variants else ():
+                found.setdefault(parameters[fault.together or ""], []).append(fault.made(**parameters))
+        yield from (tuple(mistakes) for mistakes in found.values() if len(mistakes) > 1)
 
 
-GENERATORS: Mapping[str, Generator] = {
-    "embedding": embeddings,
-    **dict.fromkeys(NORMS, norms),
-    "qkv_matmul": projections,
-    "qkv_bias": biases,
-    "q_post_rope": ropes,
-    "k_post_rope": ropes,
-    "attn_scores": all_scores,
-    "attn_softmax": softmaxes,
-    "attention": attentions,
-    **dict.fromkeys(PRODUCTS, products),
-    "post_attn_residual": _listed((Mistake.of("attention-residual-missing"),)),
-    "ffn_silu": _listed(
-        *((other,) for other in OTHER_ACTIVATIONS), (ON_UP,), *((ON_UP, other) for other in OTHER_ACTIVATIONS)
-    ),
-    "ffn_swigl": _listed((ON_UP,)),
-    "post_ffn_residual": _listed((Mistake.of("mlp-residual-missing"),)),
-    "logits": logits,
-}
-"""For each dumped stage the hypotheses about it."""
+def _stacked(
+    question: Question,
+    gap: Sequence[Key],
+    singles: Sequence[Mistakes],
+    before: Sequence[Mistakes],
+    left: Mapping[Mistakes, float],
+) -> Iterator[Mistakes]:
+    """Two mistakes, then more on the best of them; what is solved for is solved for beside the others."""
+
+    def leaves(stack: Mistakes) -> float:
+        # To three digits: among those that come as near, a cut shall not hang on the last bits.
+        return float(f"{left.get(stack, np.inf):.2e}")
+
+    seen = [stack for stack in singles if abs(left.get(stack, np.inf) - 1) > _NO_EFFECT]
+    plain = [stack for stack in seen if not _is_numerical(stack[0])]
+    near = sorted((stack for stack in seen if _is_numerical(stack[0]) and leaves(stack) < 1), key=leaves)
+    bases = [*plain, *near[: 0 if gap else _KEPT]]
+    numerical = sorted((stack for stack in before if stack in seen and _is_numerical(stack[0])), key=leaves)
+    others = [*(stack for stack in before if stack in plain), *numerical[:_KEPT_WEIGHTS]]
+    longer: list[Mistakes] = []
+    for count in range(2, _MOST + 1):
+        made: dict[frozenset[Mistake], Mistakes] = {}
+        longer = [stack for stack in longer if len(stack) > count]
+        for base in bases:
+            given = dataclasses.replace(question, given=base)
+            behind = [(*base, *stack) for stack in _own(given) if stack]
+            longer += [stack for stack in behind if len(stack) > count]
+            beside = ((*base, *other) for other in others)
+            solved = ((*base, *stack) for stack in _solved(given, gap))
+            for stack in itertools.chain(behind, beside, solved):
+                if len({mistake.name for mistake in stack}) == count and frozenset(stack) not in made:
+                    made[frozenset(stack)] = stack
+                    yield stack
+        yield from (stack for stack in longer if len(stack) == count + 1)
+        bases = sorted((stack for stack in made.values() if leaves(stack) < 1), key=leaves)[:_KEPT]

@@ -8,7 +8,7 @@ what the other side does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.replay import Replay
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import complete, dumped_tokens, scatter_positions
+from apr_jax.trace.positions import Dumped, dumped_tokens, scatter_positions
+from apr_jax.trace.stages import Key
 
 _FAR = 0.3
 """Relative L2 from which a stage's layout is doubted."""
@@ -39,49 +40,45 @@ class Layout:
       kind: "heads-major", "qk-interleaved" or "transposed".
     """
 
-    key: str
+    key: Key
     kind: str
 
 
-def undo(
-    exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray], columns: np.ndarray | None = None
-) -> tuple[dict[str, np.ndarray], list[Layout]]:
+def undo(exact: LanguageModel, inputs: Inputs, dumped: Dumped) -> tuple[Dumped, list[Layout]]:
     """Brings a dump into the layout of the stage table.
 
     Args:
       exact: The model in float64.
       inputs: The batch.
-      theirs: Trace key -> array [B, T, ...], or rows [B, R, ...].
-      columns: Which columns of the batch such rows stand for, [B, R].
+      dumped: The other side's values, over ours where it dumped some positions only.
 
     Returns:
       The dump with every stage in the right order, and what was reordered.
     """
-    values, found = dict(theirs), []
-    whole, parts = complete(theirs, inputs, columns, lambda: exact.trace(inputs))
+    values, rows, found = dict(dumped.values), dumped.rows(), []
     for key in stages.trace_keys(exact.config.num_layers):
-        part = parts.get(key)
+        part = dumped.columns.get(key)
         if key not in values or values[key].ndim != 3 or (part is not None and key == stages.LOGITS):
             continue
-        if whole[key].shape[1] != inputs.input_ids.shape[1] or not np.isfinite(values[key]).all():
+        if values[key].shape[1] != inputs.input_ids.shape[1] or not np.isfinite(rows[key]).all():
             continue
         few, tokens = _looked_at(inputs, part)
-        shown = whole[key][:, few]
-        right = Replay(exact.config, exact.parameters, inputs, whole, rows=few).compute(key)
+        shown = values[key][:, few]
+        right = Replay(exact.config, exact.parameters, inputs, values, rows=few).compute(key)
         before = _distance(shown, right, tokens)
         if before <= _FAR * float(np.linalg.norm(right[tokens])):
             continue
-        for kind, reorder in _reorderings(exact.config, stages.stage_of(key)).items():
-            reordered = reorder(values[key])
-            moved = reordered if part is None else scatter_positions(key, whole[key], reordered, part)
+        for kind, reorder in _reorderings(exact.config, key.stage).items():
+            reordered = reorder(rows[key])
+            moved = reordered if part is None else scatter_positions(key, values[key], reordered, part)
             other = moved[:, few]
             if _distance(other, right, tokens) <= _CLOSER * before or _same_norms(
                 kind, exact.config, shown, other, right, tokens
             ):
-                values[key], whole[key] = reordered, moved
+                values[key] = moved
                 found.append(Layout(key, kind))
                 break
-    return values, found
+    return Dumped(values, dumped.columns), found
 
 
 def _looked_at(inputs: Inputs, part: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
+from apr_jax.model import rotary
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import compared_positions, complete, dumped_columns, gather_positions, position_axis
+from apr_jax.trace.positions import Dumped, compared_positions, dumped_columns, gather_positions, position_axis
+from apr_jax.trace.stages import Key
 
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 """Half a unit in the last place, relative: the largest error of one rounding."""
@@ -55,7 +58,7 @@ class Site:
       constant: Whether all of theirs are one value, where ours are not.
     """
 
-    key: str
+    key: Key
     error: float
     own: float
     budget: float
@@ -69,13 +72,12 @@ class Site:
     @property
     def stage(self) -> str:
         """The bare stage name."""
-        return stages.stage_of(self.key)
+        return self.key.stage
 
     @property
     def layer(self) -> int | None:
         """The layer, None outside the layers."""
-        parts = self.key.split(".")
-        return int(parts[1]) if len(parts) == 3 else None
+        return self.key.layer
 
     @property
     def share(self) -> float:
@@ -114,7 +116,7 @@ def infer_dtype(values: Mapping[str, np.ndarray]) -> str:
 
     `qkv_matmul` does not count: a 16-bit engine may well keep that sum in float32 until the bias is added.
     """
-    values = {key: array for key, array in values.items() if stages.stage_of(key) != "qkv_matmul"}
+    values = {key: array for key, array in values.items() if Key(key).stage != "qkv_matmul"}
     if any(array.dtype == np.float64 and (array != array.astype(np.float32)).any() for array in values.values()):
         return "float64"
     singles = [np.ascontiguousarray(array, np.float32) for array in values.values()]
@@ -127,8 +129,7 @@ def localise(
     exact: LanguageModel,
     same: LanguageModel,
     inputs: Inputs,
-    theirs: Mapping[str, np.ndarray],
-    columns: np.ndarray | None = None,
+    dumped: Dumped,
 ) -> Localisation:
     """Judges every stage of a dump.
 
@@ -136,23 +137,41 @@ def localise(
       exact: The model in float64.
       same: The model in the dtype that the other side computes in.
       inputs: The batch.
-      theirs: Trace key -> array [B, T, ...], or rows [B, R, ...]; stages may be missing. Logits may hold the last
-        position only.
-      columns: Which columns of the batch those rows stand for, [B, R]. Before them the forced runs go on with values
-        of their own, so that the budget holds what keys and values of the other side's dtype may be off.
+      dumped: The other side's values, over ours in float64 where it dumped some positions only; stages may be missing.
+        There the run that shows rounding goes on with values of another right engine in the other side's dtype, so
+        that the budget holds what keys and values that were not dumped may be off.
     """
-    known = list(stages.trace_keys(exact.config.num_layers))
-    keys = [key for key in known if key in theirs]
-    theirs = {key: theirs[key] for key in keys}
-    whole, parts = complete(theirs, inputs, columns, lambda: exact.trace(inputs))
-    rounded, _ = complete(theirs, inputs, columns, lambda: same.trace(inputs))
-    reference = exact.trace(inputs, force=_to_force(whole))
-    own = same.trace(inputs, keys, force=_to_force(rounded))
+    keys: list[str] = [key for key in stages.trace_keys(exact.config.num_layers) if key in dumped.values]
+    theirs = {key: dumped.values[key] for key in keys}
+    rounded = dumped.over(_other_engine(same).trace(inputs)).values if dumped.partial else theirs
+    reference = exact.trace(inputs, force=_to_force(theirs))
+    own = same.trace(inputs, keys, force=_to_force({key: rounded[key] for key in keys}))
     sites, judged = [], inputs
     for key in keys:
-        sites.append(judge(key, whole[key], reference[key], own[key], judged, same.dtype, parts.get(key)))
-        judged = _before_the_first_nan(key, judged, whole[key])
-    return Localisation(tuple(sites), reference, same.dtype, whole, parts)
+        sites.append(judge(key, theirs[key], reference[key], own[key], judged, same.dtype, dumped.columns.get(key)))
+        judged = _before_the_first_nan(key, judged, theirs[key])
+    return Localisation(tuple(sites), reference, same.dtype, theirs, dumped.columns)
+
+
+class _WithAnotherPow(LanguageModel):
+    """A model whose rotation is another engine's, that has another pow: every frequency is off by one unit.
+
+    Where rotated keys were dumped, their budget allows that (`_rounding`). Where they were not, what reads them shows
+    it, and what the next layers make of that.
+    """
+
+    def rotary_tables(self, length: int) -> tuple[jax.Array, jax.Array]:
+        """Returns cos and sin of the other rotation, as the model's own."""
+        tables = rotary.tables(self.config.rope_theta, self.config.head_dim, length, another_pow=True)
+        cos, sin = (jax.device_put(table, self.device) for table in tables)
+        return cos, sin
+
+
+def _other_engine(model: LanguageModel) -> LanguageModel:
+    """A right engine other than the model, in its dtype."""
+    if model.dtype == "float64":
+        return model
+    return _WithAnotherPow(model.config, model.parameters, model.device, model.ops, model.layer_ops)
 
 
 def _to_force(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -204,7 +223,7 @@ def judge(
         shares = np.where(error > 0, error / row_budget, 0.0)
     chosen = theirs[mask]
     return Site(
-        key,
+        Key(key),
         error=float(np.linalg.norm(error)) if finite else float("inf"),
         own=own_total,
         budget=budget,
@@ -231,7 +250,7 @@ def budgets(key: str, dtype: str, own: np.ndarray, size: np.ndarray, positions: 
       positions: Positions of the rows, [B, T].
     """
     rounding = size * _rounding(key, dtype, positions, size.shape)
-    factor = FACTORS[CLASS_OF[stages.stage_of(key)]]
+    factor = FACTORS[CLASS_OF[Key(key).stage]]
     own_total, rounding_total = float(np.linalg.norm(own)), float(np.linalg.norm(rounding))
     # A position where we happen to round well is no measure: the stage's typical error is the floor.
     typical = own_total / max(1, int(np.count_nonzero(size))) ** 0.5
@@ -249,7 +268,7 @@ def row_norms(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _rounding(key: str, dtype: str, positions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The relative rounding of one result, per row; typical rather than worst: uniform errors have 1/sqrt(3) of it."""
     epsilon = EPSILON[dtype] / np.sqrt(3)
-    if CLASS_OF[stages.stage_of(key)] != "rope":
+    if CLASS_OF[Key(key).stage] != "rope":
         return np.full(shape, epsilon)
     # A frequency that is off by one unit in the last place (another pow) turns position p by p such units.
     angles = 2.0**-24 * np.maximum(positions, 0) if dtype != "float64" else 0.0

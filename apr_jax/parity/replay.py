@@ -1,33 +1,34 @@
-"""The stage functions one by one, in float64, on the other side's own values: what hypotheses about mistakes are built
-from.
+"""Recomputes any stage of a forward pass in float64 from another engine's dump: right, or with mistakes made.
 
-The right formulas are those of `modeling.OPS` in NumPy, for some positions at a time; a test holds them against a
-float64 trace. A stage that the other side did not dump is computed from the nearest ones that it did, so that a
-hypothesis about it is composed over the gap. A replay may look at some positions only: most hypotheses are wrong, and a
-few positions show it.
+A stage is computed for some positions at a time, from the dumped values of the stages before it; where the other side
+did not dump one of those, it is computed first, so that a mistake shows across a gap. Each stage has one formula, with
+the order of operations of `model.qwen2.OPS` (a test holds it against a float64 trace). It is written in steps
+(`Replay.step`): a fault of the table in `faults` says what it makes of some steps, so that the right formula is the one
+in which no mistake is made, and mistakes stack as they would in an engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.load.parameters import Parameters
-from apr_jax.model import rotary
+from apr_jax.model.parameters import Parameters
+from apr_jax.parity.faults.record import Mistakes
+from apr_jax.parity.rope_fit import Rotation
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import last_columns, token_mask, visible
+from apr_jax.trace.stages import Key
 
 Value = np.ndarray
-Node = tuple[int, str]
-"""A stage of a layer; layer -1 is outside the layers."""
-Formula = Callable[["Replay", int], Value]
+Formula = Callable[["Replay", int | None], Value]
 """Computes a stage of a layer; asks the replay for its inputs."""
-
-_BY_PAIRS = ("attn_scores", "attn_softmax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Replay:
       parameters: Its parameters in float64, nested as in `LanguageModel`.
       inputs: The batch.
       theirs: The other side's values.
-      formulas: Formulas of a hypothesis, by stage name, in place of the right ones.
+      made: The mistakes that are made.
       target: The stage that is being computed and so not taken from `theirs`.
       rows: The positions that are looked at; None is all of them. Keys and values are always there for all.
-      memo: What was computed once and does not depend on `formulas`.
+      memo: What was computed once and does not depend on `made`.
       composed: What does, within one computation.
     """
 
@@ -50,43 +51,51 @@ class Replay:
     parameters: Parameters
     inputs: Inputs
     theirs: Mapping[str, np.ndarray]
-    formulas: Mapping[str, Formula] = dataclasses.field(default_factory=dict)
-    target: Node | None = None
+    made: Mistakes = ()
+    target: Key | None = None
     rows: np.ndarray | None = None
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def compute(self, key: str) -> Value:
-        """Computes one stage from the other side's values, under the replay's formulas."""
-        layer, stage = node = split(key)
-        return self.formula(stage)(dataclasses.replace(self, target=node, composed={}), layer)
+        """Computes one stage from the other side's values, with the mistakes that are made."""
+        key = Key(key)
+        return FORMULAS[key.stage](dataclasses.replace(self, target=key, composed={}), key.layer)
 
-    def formula(self, stage: str) -> Formula:
-        """Returns the formula of a stage: the hypothesis' or the right one."""
-        return self.formulas.get(stage) or FORMULAS[stage]
+    def under(self, mistakes: Mistakes) -> Replay:
+        """Returns the replay in which these mistakes are made."""
+        return dataclasses.replace(self, made=tuple(mistakes), composed={})
 
-    def get(self, layer: int, stage: str) -> Value:
-        """Returns an input of the stage that is being computed, float64: theirs, or computed where they lack it."""
-        if self.dumped((layer, stage)):
-            return self.look(stage, self.theirs[key_of(layer, stage)])
-        # In order of execution, so that a long gap is no deep recursion.
-        for node in self.undumped((layer, stage)):
-            value = self._composed(node)
+    def step(self, name: str, value: Any, layer: int | None = None, what: str = "") -> Any:
+        """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
+        for mistake in self.made:
+            if change := mistake.fault.changes.get(name):
+                value = change(value, At(self, layer, what), **mistake.parameters)
         return value
 
-    def _composed(self, node: Node) -> Value:
+    def get(self, layer: int | None, stage: str) -> Value:
+        """Returns an input of the stage that is being computed, float64: theirs, or computed where they lack it."""
+        key = Key.of(layer, stage)
+        if self.dumped(key):
+            return self.look(stage, self.theirs[key])
+        # In order of execution, so that a long gap is no deep recursion.
+        for other in self.undumped(key):
+            value = self._composed(other)
+        return value
+
+    def _composed(self, key: Key) -> Value:
         """Computes an undumped stage once: for good, or for this hypothesis where it depends on that."""
-        free = self.formulas.keys().isdisjoint(name for _, name in self.undumped(node))
+        free = self.touched.isdisjoint(other.stage for other in self.undumped(key))
         store: dict[Hashable, Any] = self.memo if free else self.composed
-        name = (node, None if self.rows is None else self.rows.tobytes())
+        name = (key, None if self.rows is None else self.rows.tobytes())
         if name not in store:
-            store[name] = self.formula(node[1])(self, node[0])
+            store[name] = FORMULAS[key.stage](self, key.layer)
         return store[name]
 
     def look(self, stage: str, values: np.ndarray) -> Value:
         """Returns the replay's positions of a stage's values, float64."""
         if self.rows is not None:
-            values = values[:, :, self.rows] if stage in _BY_PAIRS else values[:, self.rows]
+            values = values[:, :, self.rows] if stage in stages.PER_PAIR else values[:, self.rows]
         return np.asarray(values, np.float64)
 
     def remember(self, what: Hashable, compute: Callable[[], Any]) -> Any:
@@ -95,57 +104,83 @@ class Replay:
             self.memo[what] = compute()
         return self.memo[what]
 
+    @functools.cached_property
+    def touched(self) -> frozenset[str]:
+        """The stages at which a mistake is made."""
+        return frozenset(stage for mistake in self.made for stage in mistake.stages(self))
+
     @property
     def whole(self) -> Replay:
         """The replay with all positions."""
         return self if self.rows is None else dataclasses.replace(self, rows=None)
 
-    def dumped(self, node: Node) -> bool:
+    def dumped(self, key: Key) -> bool:
         """Whether a stage is known from the other side."""
-        return node != self.target and key_of(*node) in self.theirs
+        return key != self.target and key in self.theirs
 
-    def undumped(self, node: Node) -> list[Node]:
+    def undumped(self, key: Key) -> list[Key]:
         """Returns a stage and what has to be computed before it because it was not dumped, in order of execution."""
-        known = ("undumped", node, self.target)
+        known = ("undumped", key, self.target)
         if known in self.memo:
             return self.memo[known]
-        found: dict[Node, None] = {}
+        found: dict[Key, None] = {}
 
-        def visit(at: Node) -> None:
+        def visit(at: Key) -> None:
             for source in self.sources(at):
                 if source not in found and not self.dumped(source):
                     visit(source)
             found[at] = None
 
-        visit(node)
+        visit(key)
         self.memo[known] = list(found)
         return self.memo[known]
 
-    def sources(self, node: Node) -> Iterator[Node]:
+    def sources(self, key: Key) -> Iterator[Key]:
         """Yields the stages that a stage is computed from."""
-        layer, stage = node
-        for name in _SOURCES[stage]:
+        for name in _SOURCES[key.stage]:
             if name == "final_norm":
-                yield -1, name
+                yield stages.FINAL_NORM
             elif name != "residual":
-                yield layer, name
-            elif (place := self.config.num_layers if stage == "final_norm" else layer) > 0:
-                yield place - 1, "post_ffn_residual"
+                yield Key.of(key.layer, name)
             else:
-                yield -1, "embedding"
+                yield self._stream_before(key.layer)
 
-    def residual(self, layer: int) -> Value:
-        """Returns the input of a layer, or of the final norm for layer = number of layers."""
-        return self.get(-1, "embedding") if layer == 0 else self.get(layer - 1, "post_ffn_residual")
+    def _stream_before(self, layer: int | None) -> Key:
+        """The residual stream that a layer, or (None) the final norm, is given."""
+        place = self.config.num_layers if layer is None else layer
+        return Key.of(place - 1, "post_ffn_residual") if place > 0 else stages.EMBEDDING
 
-    def weight(self, layer: int, name: str) -> Value:
-        """Returns a tensor by its name below the layer ("mlp.up_proj.weight"), or by its whole name for layer -1."""
-        node: Any = self.parameters if layer < 0 else self.parameters["model"]["layers"][layer]
+    def residual(self, layer: int | None) -> Value:
+        """Returns the input of a layer, or (None) of the final norm."""
+        source = self._stream_before(layer)
+        return self.get(source.layer, source.stage)
+
+    def weight(self, layer: int | None, name: str) -> Value:
+        """Returns a tensor by its name below the layer ("mlp.up_proj.weight"), or by its whole name for none."""
+        node: Any = self.parameters if layer is None else self.parameters["model"]["layers"][layer]
         for part in name.split("."):
             node = node[part]
         return np.asarray(node, np.float64)
 
-    def heads(self, layer: int) -> tuple[Value, Value, Value]:
+    def held(self, layer: int | None, name: str) -> Value:
+        """Returns a tensor as the engine holds it."""
+        layer, name = self.step("tensor", (layer, name), layer, name)
+        return self.step("weight", self.weight(layer, name), layer, name)
+
+    def matrix(self, layer: int | None, name: str) -> Value:
+        """Returns a weight [out, in] as the engine multiplies with it."""
+        return self.step("matrix", self.held(layer, name), layer, name)
+
+    def bias(self, layer: int | None, name: str) -> Value:
+        """Returns the bias of q_proj, k_proj or v_proj as the engine adds it, before the rotation or behind it."""
+        tensor = f"self_attn.{name}.bias"
+        return self.step("bias", self.held(layer, tensor), layer, tensor)
+
+    def dot(self, x: Value, weight: Value) -> Value:
+        """Returns x [..., T, in] times weight [..., out, in], multiplied as the engine does."""
+        return self.step("dot", product)(x, weight)
+
+    def heads(self, layer: int | None) -> tuple[Value, Value, Value]:
         """Returns q [B, T, N, H], k and v [B, T, K, H] before rotation."""
         return split_heads(self.get(layer, "qkv_bias"), self.config)
 
@@ -156,19 +191,32 @@ class Replay:
 
     def tokens(self) -> np.ndarray:
         """Which positions are no padding, bool [B, T]."""
-        tokens = self.inputs.attention_mask == 1
+        tokens = token_mask(self.inputs)
         return tokens if self.rows is None else tokens[:, self.rows]
 
     def columns(self) -> np.ndarray:
         """The columns of the batch that are looked at, int [T]."""
         return np.arange(self.inputs.input_ids.shape[1]) if self.rows is None else self.rows
 
-    def rotary(self) -> tuple[Value, Value]:
-        """Returns cos and sin at the replay's positions, [B, T, H/2]."""
-        last = int(self.inputs.positions().max())
-        cos, sin = rotary.tables(self.config.rope_theta, self.config.head_dim, last + 1)
-        positions = np.maximum(self.positions(), 0)
-        return cos[positions].astype(np.float64), sin[positions].astype(np.float64)
+    def kv_heads(self) -> np.ndarray:
+        """Which KV head each query head reads, int [N]: h // group."""
+        heads, kv = self.config.num_heads, self.config.num_kv_heads
+        return self.step("kv_heads", np.arange(heads) // (heads // kv))
+
+    def visible(self) -> np.ndarray:
+        """Which keys each query sees, bool [B, T, S]: by column, as engines build it."""
+        tokens = self.step("real_keys", token_mask(self.inputs))
+        queries = np.broadcast_to(self.columns() + self.step("last_key", 0), (len(tokens), len(self.columns())))
+        keys = np.where(tokens, np.arange(tokens.shape[1]), -1)
+        return self.step("seen", visible(queries, keys))
+
+
+class At(NamedTuple):
+    """Where a step is taken: the replay, the layer (None outside the layers), and the tensor, stage or part."""
+
+    replay: Replay
+    layer: int | None
+    what: str
 
 
 def split_heads(qkv: Value, config: Qwen2Config) -> tuple[Value, Value, Value]:
@@ -189,69 +237,153 @@ def unjoin(x: Value, config: Qwen2Config) -> Value:
 
 
 def product(x: Value, weight: Value) -> Value:
-    """x [B, T, in] times weight [out, in]."""
-    return x @ weight.T
+    """x [..., T, in] times weight [..., out, in] -> [..., T, out]."""
+    return x @ weight.swapaxes(-1, -2)
 
+
+# --- The stages' formulas --------------------------------------------------------------------------------------------
 
 QKV = ("q_proj", "k_proj", "v_proj")
-
-
-def qkv_weights(replay: Replay, layer: int) -> list[Value]:
-    """The three projections, [out, in] each."""
-    return [replay.weight(layer, f"self_attn.{name}.weight") for name in QKV]
-
-
-def qkv_biases(replay: Replay, layer: int) -> list[Value]:
-    """The three biases."""
-    return [replay.weight(layer, f"self_attn.{name}.bias") for name in QKV]
+EMBEDDING = "model.embed_tokens.weight"
+NORMS = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "final_norm": "model.norm.weight",
+}
+"""The weight of each norm, by stage."""
+PRODUCTS = {
+    "attn_out": ("attention", "self_attn.o_proj.weight"),
+    "ffn_gate": ("ffn_norm", "mlp.gate_proj.weight"),
+    "ffn_up": ("ffn_norm", "mlp.up_proj.weight"),
+    "ffn_out": ("ffn_swigl", "mlp.down_proj.weight"),
+}
+"""Input and weight of each product, by stage."""
 
 
 def head_name(config: Qwen2Config) -> str:
     """The tensor that the head multiplies with: the embedding where it is tied."""
-    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+
+
+def norm_name(stage: str) -> str:
+    """The norm's name, without what stands around it."""
+    return NORMS[stage].removesuffix(".weight").removeprefix("model.")
+
+
+def norm_input(replay: Replay, layer: int | None, stage: str) -> Value:
+    """Returns what a norm is taken of."""
+    if stage == "ffn_norm":
+        return replay.get(layer, "post_attn_residual")
+    return replay.residual(layer)
 
 
 def head_input(replay: Replay) -> Value:
     """What the head multiplies with: the last token of each row [B, 1, D] where only its logits were dumped."""
-    x, logits = replay.get(-1, "final_norm"), replay.theirs.get(stages.LOGITS)
+    x, logits = replay.get(None, "final_norm"), replay.theirs.get(stages.LOGITS)
     if logits is None or logits.shape[1] != 1:
         return x
-    last = np.where(replay.inputs.attention_mask == 1, np.arange(x.shape[1]), -1).max(axis=1)
-    return x[np.arange(len(x)), last][:, None]
+    return np.take_along_axis(x, last_columns(replay.inputs)[..., None], axis=1)
 
 
-def _norm(replay: Replay, x: Value, weight: Value) -> Value:
-    return weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + replay.config.rms_norm_eps))
+def head_product(replay: Replay) -> Value:
+    """The head's product, [B, T, V] or [B, 1, V]."""
+    return replay.dot(head_input(replay), replay.matrix(None, head_name(replay.config)))
 
 
-def _rope(replay: Replay, x: Value) -> Value:
-    cos, sin = (table[:, :, None, :] for table in replay.rotary())
-    low, high = np.split(x, 2, axis=-1)
-    return join_heads(np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1))
+def _embedding(replay: Replay, layer: int | None) -> Value:
+    table = replay.held(layer, EMBEDDING)
+    return table[replay.step("row", replay.inputs.input_ids[:, replay.columns()]) % len(table)]
 
 
-def _scores(replay: Replay, layer: int) -> Value:
-    q, k = replay.get(layer, "q_post_rope"), replay.whole.get(layer, "k_post_rope")
-    q, k = (unjoin(x, replay.config).swapaxes(1, 2) for x in (q, k))
-    return q @ by_query_head(k, replay.config).swapaxes(2, 3) * replay.config.head_dim**-0.5
+def _norm(stage: str, replay: Replay, layer: int | None) -> Value:
+    x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)
+    weight = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage)
+    eps = replay.step("eps", replay.config.rms_norm_eps, layer, stage)
+    return replay.step("normed", weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)), layer, stage)
 
 
-def _softmax(replay: Replay, layer: int) -> Value:
-    queries, keys = replay.positions()[:, None, :, None], replay.inputs.positions()[:, None, None, :]
-    seen = (keys >= 0) & (keys <= queries)
-    scores = np.where(seen, replay.get(layer, "attn_scores"), np.finfo(np.float64).min)
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
+def _qkv_matmul(replay: Replay, layer: int | None) -> Value:
+    x = replay.get(layer, "attn_norm")
+    return np.concatenate([replay.dot(x, replay.held(layer, f"self_attn.{name}.weight")) for name in QKV], -1)
 
 
-def _attention(replay: Replay, layer: int) -> Value:
-    v = by_query_head(replay.whole.heads(layer)[2].swapaxes(1, 2), replay.config)
-    return join_heads((replay.get(layer, "attn_softmax") @ v).swapaxes(1, 2))
+def _qkv_bias(replay: Replay, layer: int | None) -> Value:
+    early = [replay.step("early_bias", replay.bias(layer, name), layer, name) for name in QKV]
+    return replay.get(layer, "qkv_matmul") + np.concatenate(early)
 
 
-def by_query_head(x: Value, config: Qwen2Config) -> Value:
-    """[B, K, T, H] -> [B, N, T, H]: query head h reads KV head h // G."""
-    return np.repeat(x, config.num_heads // config.num_kv_heads, axis=1)
+def before_rotation(replay: Replay, layer: int | None, which: int) -> tuple[Value, Value | float]:
+    """Returns q (0) or k (1) [B, T, heads, H] as it is rotated, and what is added to it behind the rotation."""
+    x, late = replay.heads(layer)[which], replay.step("late_bias", None, layer, QKV[which])
+    if late is None:
+        return x, 0.0
+    late = late.reshape(-1, replay.config.head_dim)
+    return (x - late if _bias_was_added(replay, layer, which) else x), late
+
+
+def _bias_was_added(replay: Replay, layer: int | None, which: int) -> bool:
+    """Whether dumped inputs of the rotation hold the bias, though the rotated values may have got it later."""
+    if not replay.dumped(Key.of(layer, "qkv_bias")):
+        return False
+    shown, plain = (split_heads(replay.get(layer, stage), replay.config)[which] for stage in ("qkv_bias", "qkv_matmul"))
+    bias = replay.weight(layer, f"self_attn.{QKV[which]}.bias").reshape(-1, replay.config.head_dim)
+    return bool(np.linalg.norm(shown - plain - bias) < np.linalg.norm(shown - plain))
+
+
+def _rope(which: int, replay: Replay, layer: int | None) -> Value:
+    x, late = before_rotation(replay, layer, which)
+    turn = replay.step("rotation", Rotation(), layer, QKV[which])
+    return join_heads(turn.apply(x, replay.positions(), replay.config.rope_theta) + late)
+
+
+def _scores(replay: Replay, layer: int | None) -> Value:
+    q = unjoin(replay.get(layer, "q_post_rope"), replay.config).swapaxes(1, 2)
+    k = unjoin(replay.whole.get(layer, "k_post_rope"), replay.config)[:, :, replay.kv_heads()].swapaxes(1, 2)
+    raw = replay.dot(q, k) * replay.step("scale", replay.config.head_dim**-0.5)
+    tokens = replay.step("tokens_read", None)
+    if tokens is not None:
+        raw = np.where(tokens >= 0, np.take_along_axis(raw, np.maximum(tokens, 0)[None, None], axis=-1), 0.0)
+    # An engine that masks scores shows nothing where its own mask hides.
+    return np.where(replay.visible()[:, None], raw, 0.0)
+
+
+def _softmax(replay: Replay, layer: int | None) -> Value:
+    """Over the keys seen; what a query gets that sees none depends on how an engine masks, uniform here."""
+    raw, seen = replay.get(layer, "attn_scores"), replay.visible()[:, None]
+    summed = replay.step("summed", seen)
+    top = np.where(summed, raw, -np.inf).max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        powers = np.where(seen, np.exp(raw - top), 0.0)
+        shares = powers / np.where(summed, powers, 0.0).sum(axis=-1, keepdims=True)
+    empty = replay.step("empty_row", np.array(1 / raw.shape[-1]))
+    return np.where(seen.any(axis=-1, keepdims=True), shares, empty)
+
+
+def _attention(replay: Replay, layer: int | None) -> Value:
+    shares, v = replay.get(layer, "attn_softmax"), replay.step("v_heads", replay.whole.heads(layer)[2])
+    tokens = replay.step("tokens_read", None)
+    shares = shares if tokens is None else _by_token(shares, tokens)
+    values = v[:, :, replay.kv_heads()].transpose(0, 2, 3, 1)
+    return join_heads(replay.dot(shares, values).swapaxes(1, 2))
+
+
+def _by_token(shares: Value, tokens: np.ndarray) -> Value:
+    """Turns shares of columns [B, N, T, S] into shares of the tokens [T, S] that are found there."""
+    length = shares.shape[-1]
+    result = np.zeros((*shares.shape[:3], length + 1))
+    for query, found in enumerate(tokens):
+        result[:, :, query, found] = shares[:, :, query]  # no token is found at two columns
+    return result[..., :length]
+
+
+def _product(stage: str, replay: Replay, layer: int | None) -> Value:
+    source, tensor = PRODUCTS[stage]
+    return replay.dot(replay.get(layer, source), replay.matrix(layer, tensor))
+
+
+def _sum(stage: str, update: str, replay: Replay, layer: int | None) -> Value:
+    stream = replay.residual(layer) if stage == "post_attn_residual" else replay.get(layer, "post_attn_residual")
+    return replay.step("stream", stream, layer, stage) + replay.get(layer, update)
 
 
 def silu(x: Value) -> Value:
@@ -260,27 +392,32 @@ def silu(x: Value) -> Value:
         return x / (1 + np.exp(-x))
 
 
-FORMULAS: dict[str, Formula] = {
-    "embedding": lambda s, _: s.weight(-1, "model.embed_tokens.weight")[s.inputs.input_ids[:, s.columns()]],
-    "attn_norm": lambda s, i: _norm(s, s.residual(i), s.weight(i, "input_layernorm.weight")),
-    "qkv_matmul": lambda s, i: product(s.get(i, "attn_norm"), np.concatenate(qkv_weights(s, i))),
-    "qkv_bias": lambda s, i: s.get(i, "qkv_matmul") + np.concatenate(qkv_biases(s, i)),
-    "q_post_rope": lambda s, i: _rope(s, s.heads(i)[0]),
-    "k_post_rope": lambda s, i: _rope(s, s.heads(i)[1]),
+def _activated(replay: Replay, layer: int | None) -> Value:
+    source, _ = replay.step("gating", ("ffn_gate", "ffn_up"))
+    return replay.step("activation", silu)(replay.get(layer, source))
+
+
+def _gated(replay: Replay, layer: int | None) -> Value:
+    _, other = replay.step("gating", ("ffn_gate", "ffn_up"))
+    return replay.get(layer, "ffn_silu") * replay.get(layer, other)
+
+
+FORMULAS: Mapping[str, Formula] = {
+    "embedding": _embedding,
+    **{stage: partial(_norm, stage) for stage in NORMS},
+    "qkv_matmul": _qkv_matmul,
+    "qkv_bias": _qkv_bias,
+    "q_post_rope": partial(_rope, 0),
+    "k_post_rope": partial(_rope, 1),
     "attn_scores": _scores,
     "attn_softmax": _softmax,
     "attention": _attention,
-    "attn_out": lambda s, i: product(s.get(i, "attention"), s.weight(i, "self_attn.o_proj.weight")),
-    "post_attn_residual": lambda s, i: s.residual(i) + s.get(i, "attn_out"),
-    "ffn_norm": lambda s, i: _norm(s, s.get(i, "post_attn_residual"), s.weight(i, "post_attention_layernorm.weight")),
-    "ffn_gate": lambda s, i: product(s.get(i, "ffn_norm"), s.weight(i, "mlp.gate_proj.weight")),
-    "ffn_up": lambda s, i: product(s.get(i, "ffn_norm"), s.weight(i, "mlp.up_proj.weight")),
-    "ffn_silu": lambda s, i: silu(s.get(i, "ffn_gate")),
-    "ffn_swigl": lambda s, i: s.get(i, "ffn_silu") * s.get(i, "ffn_up"),
-    "ffn_out": lambda s, i: product(s.get(i, "ffn_swigl"), s.weight(i, "mlp.down_proj.weight")),
-    "post_ffn_residual": lambda s, i: s.get(i, "post_attn_residual") + s.get(i, "ffn_out"),
-    "final_norm": lambda s, _: _norm(s, s.residual(s.config.num_layers), s.weight(-1, "model.norm.weight")),
-    "logits": lambda s, _: product(head_input(s), s.weight(-1, head_name(s.config))),
+    **{stage: partial(_product, stage) for stage in PRODUCTS},
+    "post_attn_residual": partial(_sum, "post_attn_residual", "attn_out"),
+    "ffn_silu": _activated,
+    "ffn_swigl": _gated,
+    "post_ffn_residual": partial(_sum, "post_ffn_residual", "ffn_out"),
+    "logits": lambda replay, layer: replay.step("logits", head_product(replay)),
 }
 
 _SOURCES: dict[str, tuple[str, ...]] = {
@@ -305,16 +442,3 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "final_norm": ("residual",),
     "logits": ("final_norm",),
 }
-
-
-def key_of(layer: int, stage: str) -> str:
-    """Returns the trace key of a stage."""
-    return {"embedding": stages.EMBEDDING, "final_norm": stages.FINAL_NORM, "logits": stages.LOGITS}.get(
-        stage
-    ) or stages.layer_key(layer, stage)
-
-
-def split(key: str) -> Node:
-    """Returns layer (-1 outside the layers) and stage of a trace key."""
-    parts = key.split(".")
-    return (int(parts[1]) if len(parts) == 3 else -1), parts[-1]

@@ -8,10 +8,12 @@ form or from a short scan, instead of from guessing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from apr_jax.model import rotary
+from apr_jax.parity import round_numbers
 
 _LOGARITHMS = (0.5, 30.0)
 """Bases between 1.6 and 1e13 are told from noise."""
@@ -40,11 +42,17 @@ class Rotation:
     none: bool = False
 
     def apply(self, x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-        """Rotates x [B, T, heads, H] at positions [B, T]; `theta` is the configuration's."""
+        """Rotates x [B, T, heads, H] at positions [B, T]; `theta` is the configuration's.
+
+        cos and sin are rounded to float32, as engines and `rotary.tables` hold them.
+        """
         if self.none:
             return x
         rotated, rest = self._parts(x)
-        turns = np.exp(1j * self.angles(positions, rotated.shape[-1], theta))[:, :, None, :]
+        angles = self.angles(positions, rotated.shape[-1], theta)
+        turns = (np.cos(angles).astype(np.float32) + 1j * np.sin(angles).astype(np.float32).astype(np.float64))[
+            :, :, None
+        ]
         return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
 
     def angles(self, positions: np.ndarray, width: int, theta: float) -> np.ndarray:
@@ -80,7 +88,8 @@ def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, the
                 continue
             turn = _measure(_pairs(rotated, adjacent), _pairs(target, adjacent), positions)
             found += _explain(turn, positions, theta, shape)
-    return sorted(set(found), key=deviations)
+    # Not a set: its order hangs on the last bits of a base, and rounder ones have to stay before it.
+    return sorted(dict.fromkeys(found), key=deviations)
 
 
 def deviations(rotation: Rotation) -> int:
@@ -111,24 +120,52 @@ def _explain(turn: np.ndarray, positions: np.ndarray, theta: float, shape: Rotat
     """Fits base, direction and positions to measured turns of one pairing."""
     found = []
     for negated in (False, True):
-        for base in (None, *_bases(turn, positions, 0)):
-            rotation = dataclasses.replace(shape, theta=base, negated=negated)
-            found.append(rotation)
-            for moved in _fit_positions(turn, positions, theta, rotation):
+        plain, bases = dataclasses.replace(shape, negated=negated), _bases(turn, positions, 0)
+        found += [plain, *_with_bases(turn, positions, plain, bases)]
+        for base in (None, *bases):
+            for moved in _fit_positions(turn, positions, theta, dataclasses.replace(plain, theta=base)):
                 found.append(moved)
                 if moved.restart and base is not None:
                     # Jumps back spoil the fit of the base: once they are known, it is fitted between them.
-                    refitted = _bases(turn, positions, moved.restart)
-                    found += [dataclasses.replace(moved, theta=better) for better in refitted]
+                    found += _with_bases(turn, positions, moved, _bases(turn, positions, moved.restart))
+                elif bases and base == bases[-1]:
+                    found += _with_bases(turn, positions, moved, bases)
     return found
 
 
 def _bases(turn: np.ndarray, positions: np.ndarray, period: int) -> list[float]:
     """Returns the fitted base, round numbers near it first."""
     fitted = _fit_theta(turn, positions, period)
-    if fitted is None:
+    return [] if fitted is None else round_numbers.near(fitted)
+
+
+def _with_bases(turn: np.ndarray, positions: np.ndarray, rotation: Rotation, bases: Sequence[float]) -> list[Rotation]:
+    """Returns a rotation with each of the bases, and with what the last of them, which was fitted, is refined to."""
+    if not bases:
         return []
-    return list(dict.fromkeys([*(float(f"{fitted:.{digits}e}") for digits in (0, 1, 2, 4)), fitted]))
+    fitted = dataclasses.replace(rotation, theta=bases[-1])
+    refined = _refined(turn, positions, fitted, bases[-1])
+    better = (*bases[:-1], *round_numbers.near(refined), bases[-1])
+    return [dataclasses.replace(rotation, theta=base) for base in better]
+
+
+def _refined(turn: np.ndarray, positions: np.ndarray, rotation: Rotation, base: float) -> float:
+    """Returns the base near `base` that leaves least squares of angles at the positions themselves, if they are right.
+
+    They know it better than distances between them do: eight decoding steps are no farther than 7 apart.
+    """
+    pairs = turn.shape[-1]
+    exponents, logarithm = np.arange(pairs) / pairs, float(np.log(base))
+    for _ in range(3):
+        angles = rotation.angles(positions, 2 * pairs, base)
+        missing, slope, weight = np.angle(turn * np.exp(-1j * angles)), -exponents * angles, np.abs(turn)
+        power = float((weight * slope**2).sum())
+        if power == 0:
+            break
+        logarithm = float(np.clip(logarithm + (weight * slope * missing).sum() / power, *_LOGARITHMS))
+        base = float(np.exp(logarithm))
+        rotation = dataclasses.replace(rotation, theta=base)
+    return base
 
 
 def _fit_theta(turn: np.ndarray, positions: np.ndarray, period: int) -> float | None:

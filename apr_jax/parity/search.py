@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 
 import numpy as np
 
-from apr_jax.parity.faults import DOTS, drift, touches, under, ways
-from apr_jax.parity.hypotheses import Mistakes, Question
+from apr_jax.parity.faults.products import TF32, drift
+from apr_jax.parity.faults.record import Mistake, Mistakes, names
+from apr_jax.parity.hypotheses import hypotheses
 from apr_jax.parity.localise import Localisation, Site, budgets, row_norms
-from apr_jax.parity.replay import Replay, split
-from apr_jax.parity.undumped import hypotheses
+from apr_jax.parity.question import Question
+from apr_jax.parity.replay import Replay
 from apr_jax.trace.positions import compared_positions, dumped_tokens, position_axis
 
 _SLACK = 1.5
@@ -26,17 +28,17 @@ _SURE = 1.0
 """What explained another layer is taken at once where it leaves no more than a right stage may be off."""
 _SAMPLED = 3.0
 """How much farther off a sample of the positions may be than all of them."""
-_STEPPED = ("bf16-accumulation", "activations-quantised", "tf32-dots")
 _CHAOTIC = 0.1
 """What sums in bf16 and activations in int8 may leave unexplained: a rounding that falls the other way moves a whole
 step, so that such mistakes are told by most values, not by all. So it is with TF32 where what is rounded was not dumped
 and is known nearly; elsewhere it has to fit and to leave no more than this."""
+_EQUAL = 1e-9
+"""Relative difference of squares up to which two distances are equal."""
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
 _MOST_POSITIONS, _FEWEST_POSITIONS = 32, 8
 _SAMPLE_ELEMENTS = 1 << 21
-_PRECISIONS = {(mistake,) for mistake, _ in DOTS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,15 @@ class Known:
 
     def blames_precision(self, mistakes: Mistakes) -> bool:
         """Whether another stage was explained by the same way of multiplying: that concerns all products."""
-        return mistakes in _PRECISIONS and any(a.mistakes == mistakes for found in self.answers.values() for a in found)
+        if len(mistakes) > 1 or not mistakes[0].fault.multiplies:
+            return False
+        return any(answer.mistakes == mistakes for found in self.answers.values() for answer in found)
+
+    def with_numbers(self, mistakes: Mistakes) -> list[Mistakes]:
+        """Returns these mistakes with numbers that were solved for at other stages in place of their own."""
+        answers = [answer.mistakes for found in self.answers.values() for answer in found]
+        moved = (tuple(_with_numbers_of(others, mistake) for mistake in mistakes) for others in answers)
+        return [one for one in dict.fromkeys(moved) if one != mistakes]
 
     def add(self, stage: str, answer: Answer) -> None:
         """Keeps an answer."""
@@ -137,8 +147,9 @@ class _Look:
 
     def judge(self, mistakes: Mistakes) -> Fit:
         """Judges a hypothesis, made in the way that fits best."""
-        key, allowed = self._site.key, drift(mistakes, self.replay, self._site.key)
-        fits = (self.fit(under(self.replay, way).compute(key), allowed) for way in ways(mistakes))
+        key, ways = self._site.key, itertools.product(*(mistake.ways() for mistake in mistakes))
+        allowed = sum(drift(mistake, self.replay, key) for mistake in mistakes)
+        fits = (self.fit(self.replay.under(way).compute(key), allowed) for way in ways)
         return min(fits, key=lambda fit: fit.error)
 
 
@@ -177,17 +188,19 @@ class Search:
                 break
         if not accepted:
             return None
-        answer = self._choose(accepted)
+        answer = self._choose(accepted, known)
         known.add(self.site.stage, answer)
         return answer
 
     def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
         """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, the one before."""
-        nodes = self._replay.undumped(split(self.site.key))
+        nodes = self._replay.undumped(self.site.key)
         made = {}
         for mistake in mistakes:
-            where = touches(mistake, self._replay)
-            made[mistake.name] = tuple(sorted({layer for layer, stage in nodes if stage in where and layer >= 0}))
+            where = mistake.stages(self._replay)
+            made[mistake.name] = tuple(
+                sorted({node.layer for node in nodes if node.stage in where and node.layer is not None})
+            )
         return made
 
     def permuted(self) -> np.ndarray | None:
@@ -196,7 +209,11 @@ class Search:
         if theirs.ndim != 3 or theirs.shape != right.shape or not np.isfinite(theirs).all():
             return None
         squares = (right * right).sum(axis=-1)
-        nearest = np.argmin(squares[:, None, :] - 2 * theirs @ right.swapaxes(1, 2), axis=-1)
+        distances = squares[:, None, :] - 2 * theirs @ right.swapaxes(1, 2)
+        # Equal tokens have equal values: a position that is as near to itself as to any other is where it should be.
+        slack = _EQUAL * squares
+        own = distances.diagonal(axis1=1, axis2=2) <= distances.min(axis=-1) + slack
+        nearest = np.where(own, np.arange(right.shape[1]), np.argmin(distances, axis=-1))
         moved = np.take_along_axis(right, nearest[..., None], axis=1)
         fit = self._all.fit(moved)
         return nearest if fit.within(_SLACK) and fit.error <= _CHAOTIC * self._all.before.error else None
@@ -207,13 +224,25 @@ class Search:
         tokens = dumped_tokens(self._replay.inputs, self.located.columns.get(key))
         return Question(self._replay, self._some.replay, key, theirs, right, tokens, dtype=self.located.dtype)
 
-    def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]]) -> Answer:
-        """The first that is about as near as the nearest; the others of its kind are alternatives."""
+    def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]], known: Known) -> Answer:
+        """The first that is about as near as the nearest; the others of its kind are alternatives.
+
+        Numbers are those that explained another stage, if these values cannot tell them from their own.
+        """
         pairs = [(mistakes, fit.error) for mistakes, fit in accepted]
-        least, budget = min(error for _, error in pairs), self.site.budget
-        chosen, error = next(pair for pair in pairs if pair[1] <= 2 * least + 0.5 * budget)
-        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * budget}
+        least = min(error for _, error in pairs)
+        chosen, error = next(pair for pair in pairs if self._as_near(pair[1], least))
+        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * self.site.budget}
+        for mistakes in known.with_numbers(chosen):
+            fit = self._judge(mistakes)
+            if fit is not None and self._as_near(fit.error, least):
+                chosen, error = mistakes, fit.error
+                break
         return Answer(chosen, error, tuple(sorted(others - {names(chosen)})))
+
+    def _as_near(self, error: float, least: float) -> bool:
+        """Whether a hypothesis comes about as near as the nearest does: what is between them may be rounding."""
+        return error <= 2 * least + 0.5 * self.site.budget
 
     def _judge(self, mistakes: Mistakes) -> Fit | None:
         """Returns how well a hypothesis fits if it explains the stage: on a sample, then on everything."""
@@ -231,8 +260,8 @@ class Search:
         # A stage that single positions give away need not come nearer as a whole.
         single = look.before.error <= look.before.budget and fit.worst <= leniency * _BETTER * look.before.worst
         near = fit.within(leniency * _SLACK) and (single or fit.error <= leniency * _BETTER * look.before.error)
-        rest = tuple(mistake for mistake in mistakes if mistake.name not in _STEPPED)
-        tf32 = any(mistake.name == "tf32-dots" for mistake in mistakes)
+        rest = tuple(mistake for mistake in mistakes if not mistake.fault.multiplies)
+        tf32 = any(mistake.fault is TF32 for mistake in mistakes)
         if len(rest) == len(mistakes) or (near and not tf32):
             return near
         if not near and tf32 and not self._composed:
@@ -244,7 +273,7 @@ class Search:
     @functools.cached_property
     def _composed(self) -> bool:
         """Whether the stage is computed over others that were not dumped: what is rounded is then known but nearly."""
-        return len(self._replay.undumped(split(self.site.key))) > 1
+        return len(self._replay.undumped(self.site.key)) > 1
 
     @functools.cached_property
     def _all(self) -> _Look:
@@ -262,6 +291,8 @@ class Search:
         return _Look(dataclasses.replace(self._replay, rows=columns[chosen]), self.site, self.located)
 
 
-def names(mistakes: Mistakes) -> str:
-    """The names of some mistakes in a phrase."""
-    return " and ".join(sorted({mistake.name for mistake in mistakes}))
+def _with_numbers_of(others: Mistakes, mistake: Mistake) -> Mistake:
+    """A mistake with the solved numbers of the one among others that is the same fault."""
+    same = {name: value for other in others if other.fault is mistake.fault for name, value in other.pairs}
+    numbers = {name: value for name, value in same.items() if isinstance(value, float)}
+    return mistake.fault.made(**(mistake.parameters | numbers))

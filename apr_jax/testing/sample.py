@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.file_names import CHECKPOINT
 from apr_jax.converters.checkpoint.qwen2 import FINAL_NORM, Qwen2Config
 from apr_jax.converters.errors import UsageError
 from apr_jax.converters.formats import dtypes, safetensors_format
@@ -173,7 +174,7 @@ def write_sample(
     sizes = {file: len(text.encode()) for file, text in texts.items()}
     for file, names in shards.items():
         sizes[file] = len(headers[file]) + sum(map(sample.nbytes, names))
-    with atomic_folder(os.fspath(folder), sum(sizes.values()), force=force) as output:
+    with atomic_folder(os.fspath(folder), sum(sizes.values()), kind=CHECKPOINT, force=force) as output:
         for file, text in texts.items():
             with output.create(file, sizes[file]) as side_file:
                 side_file.write_at(text.encode(), 0)

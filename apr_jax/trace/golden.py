@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, open_checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes, safetensors_format

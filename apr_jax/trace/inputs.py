@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,10 @@ class Inputs:
     attention_mask: np.ndarray
     position_ids: np.ndarray
 
+    def __repr__(self) -> str:
+        rows, length = self.input_ids.shape
+        return f"Inputs({rows} rows of {length} positions, {self.tokens} tokens)"
+
     @classmethod
     def of(cls, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Inputs:
         """Builds a batch.
@@ -63,6 +68,7 @@ class Inputs:
           UsageError: Empty, ragged beyond one level, not integers, shapes that differ, or positions that do not rise
             along a row (a causal mask is built from them).
         """
+        refuse_traced(input_ids, attention_mask, position_ids)
         try:
             rows = [np.asarray(row) for row in input_ids]
         except (TypeError, ValueError):
@@ -72,6 +78,7 @@ class Inputs:
                 "input ids are not a batch",
                 code="input-ids",
                 expected="a non-empty list of non-empty lists of token ids",
+                hint=_how_to_make_a_batch(input_ids, rows),
             )
         if any(row.dtype.kind not in "iu" for row in rows):
             raise UsageError("token ids are not integers", code="input-ids", found=sorted({str(r.dtype) for r in rows}))
@@ -119,6 +126,17 @@ class Inputs:
     def tokens(self) -> int:
         """Number of positions that are not padding."""
         return int(self.attention_mask.sum())
+
+
+def refuse_traced(*values: Any) -> None:
+    """Raises UsageError, code "traced", if one of `values` is an array that JAX traces and that holds no numbers."""
+    jax = sys.modules.get("jax")
+    if jax is not None and any(isinstance(value, jax.core.Tracer) for value in values):
+        raise UsageError(
+            "this works on numbers, but was called inside jax.jit, jax.grad, jax.vmap or another transform",
+            code="traced",
+            hint="Call `model.module(input_ids, positions, attention_mask)` there: a pure function of its parameters",
+        )
 
 
 def seeded(vocab_size: int, batch: int = 2, length: int = 64, seed: int = 0) -> Inputs:
@@ -225,6 +243,14 @@ def _raw(path: pathlib.Path, batch: int, length: int, width: int) -> np.ndarray:
             expected=f"{batch} x {length} integers of {width} bytes",
         )
     return np.frombuffer(data, f"<i{width}").reshape(batch, length)
+
+
+def _how_to_make_a_batch(input_ids: Any, rows: Sequence[np.ndarray]) -> str | None:
+    if isinstance(input_ids, str) or any(row.dtype.kind in "US" for row in rows):
+        return "For text, apr_jax.load_generator(path) has `generate`, and `tokenizer.encode`, which makes token ids"
+    if rows and all(row.ndim == 0 for row in rows):
+        return "One sequence is a batch of one row: [[5, 6, 7]], not [5, 6, 7]"
+    return None
 
 
 def _like(values: Any, ids: np.ndarray, name: str) -> np.ndarray:

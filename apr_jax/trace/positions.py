@@ -10,6 +10,7 @@ What counts are tokens, not padding; of attention stages the keys that a query s
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -187,36 +188,60 @@ def scatter_positions(key: str, whole: np.ndarray, values: np.ndarray, columns: 
     return made
 
 
+@dataclasses.dataclass(frozen=True)
+class Dumped:
+    """Another engine's values at the whole length.
+
+    Attributes:
+      values: Trace key -> [B, T, ...]; positions that were not dumped hold ours or, of logits, 0: no stage follows
+        them.
+      columns: For the stages of which some positions were dumped: which, [B, R].
+    """
+
+    values: Mapping[str, np.ndarray]
+    columns: Mapping[str, np.ndarray]
+
+    @property
+    def partial(self) -> bool:
+        """Whether a stage that others follow was dumped at some positions only."""
+        return bool(self.columns.keys() - {stages.LOGITS})
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """Returns what was dumped, as it was: [B, T, ...] or rows [B, R, ...]."""
+        return {key: gather_positions(key, value, self.columns.get(key)) for key, value in self.values.items()}
+
+    def over(self, trace: Mapping[str, np.ndarray]) -> Dumped:
+        """Returns the same dump with the values of another trace where it holds none."""
+        values, rows = dict(self.values), self.rows()
+        for key in (self.columns.keys() & trace.keys()) - {stages.LOGITS}:
+            values[key] = scatter_positions(key, trace[key], rows[key], self.columns[key])
+        return Dumped(values, self.columns)
+
+
 def complete(
     theirs: Mapping[str, np.ndarray],
     inputs: Inputs,
-    columns: np.ndarray | None,
-    ours: Callable[[], Mapping[str, np.ndarray]],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    columns: np.ndarray | None = None,
+    ours: Callable[[], Mapping[str, np.ndarray]] = dict,
+) -> Dumped:
     """Completes a dump to the whole length.
 
     Args:
-      theirs: Trace key -> rows.
+      theirs: Trace key -> [B, T, ...], or rows [B, R, ...]. Logits may hold the last position only.
       inputs: The batch.
       columns: Which columns the rows of a partial dump stand for, [B, R].
-      ours: Gives a trace for what the other side did not dump; called only if something is missing. Logits are no
-        stage's input: what is missing of them is zero.
-
-    Returns:
-      Trace key -> values [B, T, ...], and for those that were completed the columns that are the other side's.
+      ours: Gives a trace for what the other side did not dump; called only if something is missing that a stage
+        depends on.
     """
-    counts = {key: value.shape[position_axis(key)] for key, value in theirs.items()}
-    parts = {key: dumped_columns(key, count, inputs, columns) for key, count in counts.items()}
-    missing = {key: part for key, part in parts.items() if part is not None}
-    trace = ours() if missing.keys() - {stages.LOGITS} else {}
-    whole = dict(theirs)
-    for key, part in missing.items():
-        values = theirs[key]
-        shape = list(values.shape)
-        shape[position_axis(key)] = inputs.input_ids.shape[1]
-        base = trace[key] if key in trace and key != stages.LOGITS else np.zeros(shape, values.dtype)
-        whole[key] = scatter_positions(key, base, values, part)
-    return whole, missing
+    values, columns_of = dict(theirs), {}
+    for key, rows in theirs.items():
+        axis, length = position_axis(key), inputs.input_ids.shape[1]
+        part = dumped_columns(key, rows.shape[axis], inputs, columns)
+        if part is not None:
+            nothing = np.zeros((*rows.shape[:axis], length, *rows.shape[axis + 1 :]), rows.dtype)
+            values[key], columns_of[key] = scatter_positions(key, nothing, rows, part), part
+    dumped = Dumped(values, columns_of)
+    return dumped.over(ours()) if dumped.partial else dumped
 
 
 # --- What counts -----------------------------------------------------------------------------------------------------

@@ -87,11 +87,6 @@ FINAL_NORM = Key("stage.final_norm")
 LOGITS = Key("logits")
 
 
-def layer_key(layer: int, stage: str) -> str:
-    """Returns the key of a layer's stage in a trace."""
-    return Key.of(layer, stage)
-
-
 def trace_keys(num_layers: int) -> Iterator[Key]:
     """Yields the key of every stage, in order of execution, logits last."""
     yield EMBEDDING
@@ -109,11 +104,6 @@ def hidden_sources(num_layers: int) -> dict[str, str]:
         sources[Key.of(layer, "hidden")] = Key.of(layer - 1, "post_ffn_residual")
     sources[Key.of(None, "hidden")] = FINAL_NORM
     return sources
-
-
-def stage_of(key: str) -> str:
-    """Returns the bare stage name of a trace key: `stage.3.q_post_rope` -> `q_post_rope`."""
-    return Key(key).stage
 
 
 def shape(config: Qwen2Config, stage: str, length: int) -> tuple[int, ...]:

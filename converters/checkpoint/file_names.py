@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import re
 
+from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME
+from apr_jax.converters.storage.output import FolderKind
+from apr_jax.converters.storage.source import is_plain_name
+
 SINGLE_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX_NAME = "model" + INDEX_SUFFIX
 CONFIG_NAME = "config.json"
-# A prepared checkpoint (`prepared_format`): what describes it, and the folder of its parameters.
-PREPARED_NAME = "prepared.json"
-PREPARED_FOLDER = "parameters"
 
 # Names by which a file is known to belong to a checkpoint, wherever it lies.
 _KNOWN = (
@@ -31,8 +32,6 @@ _KNOWN = (
     ".gitattributes",
 )
 _HIDDEN = (".gitattributes",)
-# A plain file name: no folder, no drive, nothing that another system would read differently.
-_PLAIN = re.compile(r"[^/\\:\x00-\x1f\x7f\ud800-\udfff]*[^/\\:\x00-\x1f\x7f\ud800-\udfff. ]")
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 
 
@@ -41,15 +40,10 @@ def shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def is_plain(name: str) -> bool:
-    """Whether a file of this name lies in the folder that it is written to, on every system."""
-    return _PLAIN.fullmatch(name) is not None
-
-
 def can_go_along(name: str) -> bool:
     """Whether a container may carry a file of this name: a plain name, visible, and no tensors' or index's."""
     hidden = name.startswith(".") and name not in _HIDDEN
-    return is_plain(name) and not hidden and not is_tensors(name)
+    return is_plain_name(name) and not hidden and not is_tensors(name)
 
 
 def is_tensors(name: str) -> bool:
@@ -65,3 +59,10 @@ def is_side_file(name: str) -> bool:
 def is_checkpoint_file(name: str) -> bool:
     """Whether the name alone shows that a file belongs to a checkpoint as it is written here."""
     return name in (SINGLE_NAME, INDEX_NAME) or _SHARD.fullmatch(name) is not None or is_side_file(name)
+
+
+CHECKPOINT = FolderKind(
+    "checkpoint",
+    holds=is_checkpoint_file,
+    shows=lambda name: name == CONFIG_NAME or name.endswith(".safetensors"),
+)

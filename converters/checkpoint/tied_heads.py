@@ -1,17 +1,69 @@
-"""Whether a head is a copy of the embedding, in whatever type."""
+"""Whether the head of a model is its embedding: what a checkpoint says of it, what holds, and whether both are equal.
+
+What holds, the configuration says (config.json, or `hf_config` in its place); without one, whether there is a head.
+`tied_embeddings` of an `.apr` decides nothing, since other writers set it beside heads of their own: but programs
+believe it, so that it is worth a warning where it is wrong.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import TYPE_CHECKING
 
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.qwen2 import HEAD
+from apr_jax.converters.checkpoint.tensor import Tensor
+from apr_jax.converters.errors import AprJaxError, RefusedError
 from apr_jax.converters.formats.dtypes import element_count
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from apr_jax.converters.checkpoint.openers import Tensor
-
+TIED = "tie_word_embeddings"
 _COMPARED_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Statement:
+    """What a checkpoint says of its head.
+
+    Attributes:
+      tied: Whether it says that the head is the embedding.
+      where: Which key says so, in words.
+    """
+
+    tied: bool
+    where: str
+
+
+def stated(checkpoint: Checkpoint) -> Statement | None:
+    """Returns what a checkpoint says of its head; of two places that disagree the one that says it is tied.
+
+    A configuration without the key says that the head is not tied, as HuggingFace takes it for Qwen2. None: there is no
+    configuration that can be read, and no `tied_embeddings`.
+    """
+    found = []
+    given = checkpoint.metadata.get("tied_embeddings")
+    if checkpoint.kind == "apr" and isinstance(given, bool):
+        found.append(Statement(given, "tied_embeddings in the metadata"))
+    if checkpoint.has_config:
+        place = CONFIG_NAME if CONFIG_NAME in checkpoint.files else "hf_config"
+        with contextlib.suppress(AprJaxError):
+            found.append(Statement(bool(checkpoint.config.get(TIED, False)), f"{TIED} in {place}"))
+    return next((statement for statement in found if statement.tied), found[0] if found else None)
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head of the model that a checkpoint holds is its embedding, as the model is loaded.
+
+    Of another model than those that are known here, a head without data tells.
+    """
+    try:
+        return checkpoint.model_config().tie_word_embeddings
+    except RefusedError:
+        return HEAD in checkpoint.placeholders
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

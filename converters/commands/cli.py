@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.errors import AprJaxError, StorageError, printable
-from apr_jax.converters.storage.output import termination_as_interrupt
+from apr_jax.converters.storage.interrupts import EXIT_INTERRUPTED, termination_as_interrupt
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
 EXIT_DIFFERS = 1
-EXIT_INTERRUPTED = 130
 
 
 def make_parser(program: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:

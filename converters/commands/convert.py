@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import printable
+from apr_jax.converters.errors import counted, printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters.convert.conversion import Outcome, Plan
+    from apr_jax.converters.convert.plan import Plan
+    from apr_jax.converters.convert.run import Outcome
 
 _EPILOG = """\
 Nothing that is not asked for changes: tensors keep their names, types, shapes and bytes; config.json, tokenizer and
@@ -82,12 +82,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.commands.progress import byte_bar
-    from apr_jax.converters.convert import conversion
+    from apr_jax.converters.convert.plan import CastRule, make_plan, parse_size
+    from apr_jax.converters.convert.run import check_output, run
 
-    rules = [conversion.CastRule.parse(text) for text in args.cast]
-    shard_bytes = None if args.max_shard_size is None else conversion.parse_size(args.max_shard_size)
+    rules = [CastRule.parse(text) for text in args.cast]
+    shard_bytes = None if args.max_shard_size is None else parse_size(args.max_shard_size)
     with cli.open_from(args, args.source) as checkpoint:
-        plan = conversion.plan(
+        plan = make_plan(
             checkpoint,
             args.output,
             to=args.to,
@@ -99,14 +100,14 @@ def main(args: argparse.Namespace) -> int:
         for warning in plan.warnings:
             cli.say(f"warning: {warning}")
         if args.dry_run:
-            conversion.check_output(plan, force=args.force)
+            check_output(plan, force=args.force)
             if args.json:
                 cli.print_json({"plan": plan.to_json()})
             else:
                 _print_plan(plan)
             return 0
         with byte_bar(plan.bytes_read) as progress:
-            outcome = conversion.run(plan, force=args.force, notice=cli.say, progress=progress)
+            outcome = run(plan, force=args.force, notice=cli.say, progress=progress)
     if args.json:
         cli.print_json({"plan": plan.to_json(), "outcome": _outcome_json(plan, outcome)})
     else:
@@ -167,9 +168,9 @@ def _print_errors(plan: Plan, outcome: Outcome) -> None:
 
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     rows = []
-    for name, error in sorted(outcome.quantised.items(), key=lambda item: -item[1].relative_l2):
+    for name, error in sorted(outcome.quantised.items(), key=lambda item: -item[1].sums.relative_l2):
         begins_at = error.to_json(shapes[name])["worst_block"]["begins_at"]
-        figures = (f"{error.relative_l2:.3e}", f"{error.cosine:.6f}", f"{error.max_abs:.3e}")
+        figures = (f"{error.sums.relative_l2:.3e}", f"{error.cosine:.6f}", f"{error.sums.max_abs:.3e}")
         rows.append((printable(name), *figures, f"{error.worst_relative_l2:.3e} at {begins_at}"))
     columns = ("quantised tensor", "relative L2", "cosine", "max abs", "worst block")
     print_table(columns, rows, right=(1, 2, 3))

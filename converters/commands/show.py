@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import printable
+from apr_jax.converters.errors import counted, printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+    from apr_jax.converters.checkpoint.tensor import Tensor
     from apr_jax.converters.inspect import html_report
     from apr_jax.converters.inspect.statistics import Statistics
 

@@ -12,7 +12,7 @@ from apr_jax.converters.commands import cli
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
     from apr_jax.converters.inspect.checks import Check
     from apr_jax.converters.verify.comparison import Comparison
     from apr_jax.converters.verify.tensor_pairs import Progress, TensorComparison

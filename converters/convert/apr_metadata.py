@@ -1,7 +1,8 @@
 """What an `.apr` says about its model, made from a HuggingFace checkpoint's config, tokenizer and side files, and back.
 
-Key order and spelling are those of `apr` (apr-v2-format sections 3.1 to 3.3). HuggingFace's spellings never stand at
-top level: the engine reads some of them as aliases and drops all metadata when it meets two names of one thing (3.4).
+Key order and spelling are those of aprender's command `apr` (apr-v2-format sections 3.1 to 3.3). HuggingFace's
+spellings never stand at top level: the engine reads some of them as aliases and drops all metadata when it meets two
+names of one thing (3.4).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from apr_jax.converters.checkpoint.openers import SOURCE_FILES_KEY
+from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError
 from apr_jax.converters.formats import strict_json

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.distance import Sums
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import casts, codecs, dtypes
 from apr_jax.converters.formats.dtypes import DType
@@ -28,46 +29,27 @@ class QuantisationError:
     """How far the values of a quantised tensor are from those that it was made from.
 
     Attributes:
-      squared_error, squared_source, squared_result, product: Sums over all values, of (q - x)^2, x^2, q^2 and q x.
-      max_abs: The largest |q - x|.
+      sums: Over all values, the source as a and the result as b; elements alone are counted, not which of them differ.
       worst_first: The position of the first value of the block with the largest relative L2 error, in C order.
       worst_relative_l2: That error.
     """
 
-    squared_error: float = 0.0
-    squared_source: float = 0.0
-    squared_result: float = 0.0
-    product: float = 0.0
-    max_abs: float = 0.0
-    worst_first: int = 0
-    worst_relative_l2: float = 0.0
-
-    @property
-    def relative_l2(self) -> float:
-        """|q - x| / |x| over the tensor; 0 if all of x is."""
-        return math.sqrt(self.squared_error / self.squared_source) if self.squared_source else 0.0
+    sums: Sums
+    worst_first: int
+    worst_relative_l2: float
 
     @property
     def cosine(self) -> float:
-        """The cosine of the angle between q and x; 1 if both are zero."""
-        norms = math.sqrt(self.squared_source * self.squared_result)
-        return self.product / norms if norms else float(self.squared_source == self.squared_result)
+        """The cosine of the angle between both; 0 where quantising left zeros alone."""
+        return self.sums.cosine or 0.0
 
     def __add__(self, other: QuantisationError) -> QuantisationError:
         worst = max(other, self, key=lambda error: (error.worst_relative_l2, -error.worst_first))
-        return QuantisationError(
-            self.squared_error + other.squared_error,
-            self.squared_source + other.squared_source,
-            self.squared_result + other.squared_result,
-            self.product + other.product,
-            max(self.max_abs, other.max_abs),
-            worst.worst_first,
-            worst.worst_relative_l2,
-        )
+        return dataclasses.replace(worst, sums=self.sums + other.sums)
 
     def to_json(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Returns the figures as plain JSON values; `shape` is the tensor's."""
-        figures = {"relative_l2": self.relative_l2, "cosine": self.cosine, "max_abs": self.max_abs}
+        figures = {"relative_l2": self.sums.relative_l2, "cosine": self.cosine, "max_abs": self.sums.max_abs}
         return {name: _finite(value) for name, value in figures.items()} | {
             "worst_block": {
                 "begins_at": [int(at) for at in np.unravel_index(self.worst_first, shape)],
@@ -125,7 +107,7 @@ class Recoding:
             blocks = element // self._columns * -(-self._columns // per_block)
         return prefix + blocks * self.target.block_bytes
 
-    def recode(self, first: int, end: int) -> tuple[bytes | memoryview, casts.Damage, QuantisationError]:
+    def recode(self, first: int, end: int) -> tuple[bytes | memoryview, casts.Damage, QuantisationError | None]:
         """Returns the bytes of a piece, what the cast did to its values, and, if quantised, how far they moved.
 
         Raises:
@@ -135,9 +117,9 @@ class Recoding:
         if self._encoder is not None:
             return self._quantise(values, first, damage)
         if self.target.name == "f32":
-            return values.data.cast("B"), damage, QuantisationError()
+            return values.data.cast("B"), damage, None
         written, narrowed = casts.cast(values.data.cast("B"), "f32", self.target.name)
-        return written, damage + narrowed, QuantisationError()
+        return written, damage + narrowed, None
 
     def _as_f32(self, values: np.ndarray) -> tuple[np.ndarray, casts.Damage]:
         if values.dtype == np.float32:
@@ -187,6 +169,7 @@ class Recoding:
             row, block = divmod(worst, -(-self._columns // group))
             at = row * self._columns + block * group
         # q = x + moved, so that |q|^2 and q x follow from the three sums.
-        return QuantisationError(
-            error, size, size + 2 * cross + error, size + cross, max_abs, first + at, float(relative[worst])
+        sums = Sums(
+            elements=source.size, aa=size, bb=size + 2 * cross + error, ab=size + cross, dd=error, max_abs=max_abs
         )
+        return QuantisationError(sums, first + at, float(relative[worst]))

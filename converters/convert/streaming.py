@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from apr_jax.converters.formats import casts, dtypes
 from apr_jax.converters.storage.crc import crc32, crc32_combine
 from apr_jax.converters.storage.output import OutputFile
 from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.workers import Workers, at_once
 
 if TYPE_CHECKING:
     from apr_jax.converters.convert.recoding import QuantisationError, Recoding
@@ -28,7 +28,6 @@ _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 16 << 20
 # More threads than this do not copy faster: memory is the limit.
 _MAX_THREADS = 4
-_LOOK_SECONDS = 0.001
 
 Progress = Callable[[int], None]
 
@@ -122,8 +121,7 @@ def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: P
       StorageError: Reading or writing failed.
       RefusedError: Values that cannot be quantised.
     """
-    # What a thread would import is imported here: an import that an interrupt breaks off in one thread can leave
-    # another one waiting for it forever.
+    # What a thread would import is imported here.
     for part in parts:
         if part.recoding is not None:
             part.recoding.prepare()
@@ -131,7 +129,7 @@ def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: P
         casts.prepare()
     blocks = [block for part in parts for block in _cut(part)]
     mover = _Mover(blocks, output, summed, progress)
-    mover.run(min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks)))
+    at_once(mover.work, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks)))
     return blocks
 
 
@@ -221,57 +219,15 @@ class _Mover:
         self._summed = summed
         self._progress = progress
         self._lock = threading.Lock()
-        self._stopped = False
-        self._helping = 0
-        self._error: BaseException | None = None
 
-    def run(self, threads: int) -> None:
-        helpers = [threading.Thread(target=self._help) for _ in range(threads - 1)]
-        try:
-            for helper in helpers:
-                helper.start()
-            self._work()
-            self._wait()
-        except BaseException:
-            # Also on Ctrl-C, which only this thread sees: the output must not be written to after it is closed.
-            with self._lock:
-                self._stopped = True
-            self._wait()
-            raise
-        if self._error is not None:
-            raise self._error
-
-    def _wait(self) -> None:
-        """Returns when no helper works; one that has not begun by then finds nothing to do.
-
-        Thread.join takes a thread for ended if an interrupt comes while it waits (CPython 3.11), and any lock can be
-        left held by one: so it is only looked at, now and then.
-        """
-        while self._helping:
-            time.sleep(_LOOK_SECONDS)
-
-    def _help(self) -> None:
-        with self._lock:
-            if self._stopped:
-                return
-            self._helping += 1
-        try:
-            self._work()
-        except BaseException as error:
-            self._error = self._error or error
-            self._stopped = True
-        finally:
-            with self._lock:
-                self._helping -= 1
-
-    def _work(self) -> None:
+    def work(self, workers: Workers) -> None:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
-        while not self._stopped:
+        while not workers.stopped:
             with self._lock:
                 block = next(self._queue, None)
             if block is None:
                 break
-            self._move(block, buffer)
+            self._move(block, buffer, workers)
 
     def _recode(self, block: Block, recoding: Recoding, values: tuple[int, int]) -> None:
         written, block.damage, block.error = recoding.recode(*values)
@@ -281,13 +237,13 @@ class _Mover:
         if self._progress is not None:
             self._progress(block.nbytes)
 
-    def _move(self, block: Block, buffer: memoryview) -> None:
+    def _move(self, block: Block, buffer: memoryview, workers: Workers) -> None:
         if block.part.recoding is not None and block.values is not None:
             self._recode(block, block.part.recoding, block.values)
             return
         done = 0
         to = block.output_offset
-        while done < block.nbytes and not self._stopped:
+        while done < block.nbytes and not workers.stopped:
             chunk = buffer[: block.nbytes - done]
             block.part.source.readinto_at(block.source_offset + done, chunk)
             if self._summed:

@@ -1,4 +1,4 @@
-"""The `.apr` v2 container as pure functions over bytes.
+"""The `.apr` v2 container, the model format of the Rust project aprender, as pure functions over bytes.
 
     64-byte header | metadata, JSON | tensor index | tensor data | CRC-32 of everything before, u32
 
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
 from apr_jax.converters.formats import dtypes, strict_json, tensor_names
+from apr_jax.converters.formats.foreign import refuse_foreign
 from apr_jax.converters.storage.crc import Bytes, crc32
-from apr_jax.converters.storage.source import refuse_foreign
 
 HEADER_BYTES = 64
 ALIGNMENT = 64
@@ -538,20 +538,20 @@ def _of_which_age(entries: Iterable[_RawEntry]) -> str:
     return f"All ids and sizes of the file together fit: {'; '.join(dtypes.ERAS[era] for era in eras)}"
 
 
-def _take(view: memoryview, position: int, nbytes: int, end: int) -> int:
+def _take(position: int, nbytes: int, end: int) -> int:
     if position + nbytes > end:
         raise BrokenContainerError("an entry runs past the end of the index", code="index-truncated", offset=position)
     return position + nbytes
 
 
 def _take_name(view: memoryview, position: int, end: int) -> tuple[bytes, int]:
-    begin = _take(view, position, 2, end)
+    begin = _take(position, 2, end)
     length = int.from_bytes(view[position:begin], "little")
     if not 0 < length <= MAX_NAME_BYTES:
         raise BrokenContainerError(
             "a name has an impossible length", code="name-length", found=length, expected=f"1..{MAX_NAME_BYTES}"
         )
-    position = _take(view, begin, length, end)
+    position = _take(begin, length, end)
     return bytes(view[begin:position]), position
 
 
@@ -562,13 +562,13 @@ def _parse_entry(view: memoryview, raw_name: bytes, at: int, position: int, end:
         raise BrokenContainerError("a name is not UTF-8", code="name-utf8", found=repr(raw_name)[:300]) from None
     tensor_names.check(name, max_bytes=MAX_NAME_BYTES)
     try:
-        body = _take(view, position, 2, end)
+        body = _take(position, 2, end)
         dtype_id, rank = view[position], view[position + 1]
         if rank > MAX_DIMENSIONS:
             raise BrokenContainerError(
                 "too many dimensions", code="shape-rank", found=rank, expected=f"at most {MAX_DIMENSIONS}"
             )
-        position = _take(view, body, 8 * (rank + 2), end)
+        position = _take(body, 8 * (rank + 2), end)
     except AprJaxError as error:
         error.tensor = name
         raise

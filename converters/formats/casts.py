@@ -1,13 +1,15 @@
-"""Casts between floating-point types, over chunks of bytes.
+"""Casts between floating-point types, over chunks of bytes; and from float32 to quantised types, a tensor at once.
 
-Every cast rounds once, to nearest with ties to even, straight from the source type to the target (IEEE 754-2019,
-4.3.1): f64 -> bf16 by way of f32 would round twice. A NaN stays a NaN with its sign and the upper bits of its payload,
-made quiet as convertFormat does (6.2.1, 6.2.3); infinities and signed zeros stay what they are.
+Between floating-point types every cast rounds once, to nearest with ties to even, straight from the source type to the
+target (IEEE 754-2019, 4.3.1): f64 -> bf16 by way of f32 would round twice. A NaN stays a NaN with its sign and the
+upper bits of its payload, made quiet as convertFormat does (6.2.1, 6.2.3); infinities and signed zeros stay what they
+are.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from apr_jax.converters.errors import RefusedError, UsageError
@@ -96,6 +98,35 @@ def cast(data: bytes | memoryview, source: str, target: str) -> tuple[memoryview
     if zeros:
         damage.vanished = zeros - int(np.count_nonzero(_magnitude(bits, source) == 0))
     return out.data.cast("B"), damage
+
+
+def quantise(values: np.ndarray, dtype_name: str, shape: Sequence[int]) -> bytes:
+    """Returns the payload that `apr import --quantize` (0.72.3) writes for a tensor, byte for byte.
+
+    Args:
+      values: float32, finite, of this shape or flat.
+      dtype_name: "apr_q8", "apr_q4" or "q4_k".
+      shape: The tensor's; the rows of Q4_K are padded to whole blocks.
+
+    Raises:
+      RefusedError: Code "cast-unsupported": nothing encodes into this type; "cast-non-finite": NaN or infinities.
+    """
+    import numpy as np
+
+    from apr_jax.converters.formats import codecs
+
+    dtype = dtypes.by_name(dtype_name)
+    codec = dtype.codec
+    if not isinstance(codec, codecs.Encoder):
+        raise RefusedError(f"cannot quantise to {dtype_name}", code="cast-unsupported", found=dtype_name)
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    if not np.isfinite(flat).all():
+        raise RefusedError("NaN and infinities cannot be quantised", code="cast-non-finite")
+    if not flat.size:
+        return b""
+    columns = dtype.padded_columns(shape, dtype.encoded_nbytes(shape))
+    prefix = codec.prefix(np.abs(flat).max())
+    return prefix + codec.encode(codecs.pad_rows(flat, columns, codec.elements), prefix)
 
 
 def _round(bits: np.ndarray, source: str, target: str) -> np.ndarray:

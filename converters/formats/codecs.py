@@ -1,4 +1,4 @@
-"""Codecs of quantised blocks: bytes of a file to float32 values, and back as the genuine `apr` quantises.
+"""Codecs of quantised blocks: bytes of a file to float32 values, and back as aprender's `apr` quantises.
 
 One class per block format. The registry (`dtypes.DType.codec`) says which class belongs to a type; a class says how
 its bytes are laid out, in one structured numpy type, and what a value is. Every formula keeps the order of float32
@@ -13,13 +13,9 @@ this module.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-
-from apr_jax.converters.errors import RefusedError
-from apr_jax.converters.formats import dtypes
 
 # What upstream leaves in float32 (apr-v2-format 4.2).
 _FLOAT_NAMES = ("bias", "layernorm", "layer_norm", "norm.weight")
@@ -34,31 +30,6 @@ _BELOW_HALF = np.nextafter(np.float32(0.5), _ZERO)
 def stays_float(name: str, elements: int) -> bool:
     """Whether `apr import --quantize` leaves a tensor in float32: biases, norms and what is small."""
     return elements < _FLOAT_ELEMENTS or any(part in name for part in _FLOAT_NAMES)
-
-
-def quantise(values: np.ndarray, dtype_name: str, shape: Sequence[int]) -> bytes:
-    """Returns the payload that `apr import --quantize` (0.72.3) writes for a tensor, byte for byte.
-
-    Args:
-      values: float32, finite, of this shape or flat.
-      dtype_name: "apr_q8", "apr_q4" or "q4_k".
-      shape: The tensor's; the rows of Q4_K are padded to whole blocks.
-
-    Raises:
-      RefusedError: Code "cast-unsupported": nothing encodes into this type; "cast-non-finite": NaN or infinities.
-    """
-    dtype = dtypes.by_name(dtype_name)
-    codec = dtype.codec
-    if not isinstance(codec, Encoder):
-        raise RefusedError(f"cannot quantise to {dtype_name}", code="cast-unsupported", found=dtype_name)
-    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
-    if not np.isfinite(flat).all():
-        raise RefusedError("NaN and infinities cannot be quantised", code="cast-non-finite")
-    if not flat.size:
-        return b""
-    columns = dtype.padded_columns(shape, dtype.encoded_nbytes(shape))
-    prefix = codec.prefix(np.abs(flat).max())
-    return prefix + codec.encode(pad_rows(flat, columns, codec.elements), prefix)
 
 
 def pad_rows(flat: np.ndarray, columns: int | None, elements: int) -> np.ndarray:

@@ -18,14 +18,15 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from apr_jax.converters.checkpoint import file_names
-from apr_jax.converters.checkpoint.file_names import PREPARED_FOLDER, PREPARED_NAME
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError
 from apr_jax.converters.formats import dtypes, strict_json
 from apr_jax.converters.formats.dtypes import DType
-from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.source import SourceFile, is_plain_name
 
 FORMAT = "apr_jax.prepared/1"
+# What describes such a checkpoint, and the folder of its parameters.
+PREPARED_NAME = "prepared.json"
+PREPARED_FOLDER = "parameters"
 
 _TYPES = {"float32": ("f32", "<f4"), "float64": ("f64", "<f8"), "bfloat16": ("bf16", "bfloat16")}
 """JAX's name of the dtype -> its name in the registry, and in `.zarray`."""
@@ -250,6 +251,6 @@ def _parameters(content: Mapping[str, Any]) -> Iterator[Parameter]:
         dtypes.element_count(shape)
         rows = sum(part[0] for part in tensors.values())
         alike = all(part[1:] == shape[1:] for part in tensors.values())
-        if not file_names.is_plain(name) or not shape or not math.prod(shape) or rows != shape[0] or not alike:
+        if not is_plain_name(name) or not shape or not math.prod(shape) or rows != shape[0] or not alike:
             raise ValueError(f"parameter {name!r}")
         yield Parameter(name, shape, str(fields["sha256"]), tensors)

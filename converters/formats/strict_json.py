@@ -29,7 +29,6 @@ _MAX_STRINGS = 4_000_000
 _SAFE_DEPTH = 200
 
 _NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"[]{}'))
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]"))
 _BRACES_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _encode_string = json.JSONEncoder(ensure_ascii=False).encode

@@ -1,4 +1,4 @@
-"""Tensor names: what a container may call a tensor."""
+"""Checks the names of tensors: which ones a container may hold, and which only look different."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What one checkpoint says about itself: checks that need no original to compare with.
+"""Checks one checkpoint by itself, without an original to compare with.
 
 Structure, checksums, sizes, configuration against shapes, and what the values look like. The bounds S1 and S24 are
-those of upstream's tests (`pretrain_real.rs`, tensor-layout FALSIFY-001 to 006), unchanged. What a relabelled type
+those of aprender's tests (`pretrain_real.rs`, tensor-layout FALSIFY-001 to 006), unchanged. What a relabelled type
 looks like was measured, over 195 matrices of 13 checkpoints: bf16 read as f16 has at least 99.5 % of its magnitudes in
 [0.5, 4), a genuine matrix 0.6 % at most; f16 read as bf16 has at least 92 % below 2**-20, a genuine one 0.03 % at most.
 """
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
-from apr_jax.converters.checkpoint.tied_heads import same_values
-from apr_jax.converters.counting import counted
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
+from apr_jax.converters.checkpoint.tensor import Tensor
+from apr_jax.converters.checkpoint.tied_heads import same_values, stated
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
 from apr_jax.converters.formats.dtypes import element_count
 from apr_jax.converters.inspect import first_pass, statistics
 from apr_jax.converters.inspect.statistics import Statistics
@@ -338,34 +338,19 @@ def _head(checkpoint: Checkpoint) -> Iterator[Check]:
             (head.name,),
         )
         return
-    said = _says_tied(checkpoint)
-    if said is None:
+    said = stated(checkpoint)
+    if said is None or not said.tied:
         yield Check("head", True, f"{head.name} {list(head.shape)} is there, and nothing says that it is tied")
     elif _equal_values(head, embedding):
-        yield Check("head", True, f"{head.name} is a copy of {embedding.name}, as {said} says")
+        yield Check("head", True, f"{head.name} is a copy of {embedding.name}, as {said.where} says")
     else:
         yield Check(
             "falsely-tied",
             False,
-            f"{said} says that the head is the embedding, but {head.name} holds values of its own: "
-            f"{'`apr export`' if 'metadata' in said else 'HuggingFace'} drops them",
+            f"{said.where} says that the head is the embedding, but {head.name} holds values of its own: "
+            f"{'`apr export`' if 'metadata' in said.where else 'HuggingFace'} drops them",
             (head.name,),
         )
-
-
-def _says_tied(checkpoint: Checkpoint) -> str | None:
-    """Returns what says that the head is the embedding, or None."""
-    if checkpoint.metadata.get("tied_embeddings") is True:
-        return "tied_embeddings in the metadata"
-    try:
-        if checkpoint.kind == "apr" and "config.json" not in checkpoint.files:
-            given = checkpoint.metadata.get("hf_config")
-            config = given if isinstance(given, dict) else {}
-        else:
-            config = checkpoint.config
-    except AprJaxError:
-        return None
-    return "tie_word_embeddings in config.json" if config.get("tie_word_embeddings") is True else None
 
 
 def _equal_values(head: Tensor, embedding: Tensor) -> bool:

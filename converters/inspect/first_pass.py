@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.inspect import statistics
 from apr_jax.converters.storage.crc import crc32, crc32_combine
 from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.workers import Workers, at_once
 
 # Long enough that the interpreter hardly shows, short enough for the caches.
 _CHUNK_BYTES = 1 << 20
@@ -79,7 +81,7 @@ def screen(checkpoint: Checkpoint, progress: Progress | None = None) -> Screenin
     """
     looks = {name: _Look(tensor) for name, tensor in checkpoint.tensors.items() if tensor.dtype.name in _INFINITIES}
     reader = _Reader(_blocks(checkpoint), looks, checkpoint.kind == "apr", progress)
-    reader.run(min(_MAX_THREADS, len(os.sched_getaffinity(0))))
+    at_once(reader.work, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
     crc = None
     if checkpoint.kind == "apr":
         crc = 0
@@ -223,35 +225,11 @@ class _Reader:
         self._summed = summed
         self._progress = progress
         self._lock = threading.Lock()
-        self._stopped = False
-        self._error: BaseException | None = None
 
-    def run(self, threads: int) -> None:
-        helpers = [threading.Thread(target=self._help) for _ in range(threads - 1)]
-        try:
-            for helper in helpers:
-                helper.start()
-            self._work()
-        finally:
-            # Also on Ctrl-C, which only this thread sees: the files are closed after this.
-            self._stopped = True
-            for helper in helpers:
-                if helper.ident is not None:
-                    helper.join()
-        if self._error is not None:
-            raise self._error
-
-    def _help(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self._error = self._error or error
-            self._stopped = True
-
-    def _work(self) -> None:
+    def work(self, workers: Workers) -> None:
         # Fresh memory for every chunk would cost more than the arithmetic.
         buffer, scratch = memoryview(bytearray(_CHUNK_BYTES)), np.empty(_CHUNK_BYTES, np.uint8)
-        while not self._stopped:
+        while not workers.stopped:
             with self._lock:
                 block = next(self._blocks, None)
             if block is None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
 from apr_jax.converters.formats.dtypes import DType, element_count
 

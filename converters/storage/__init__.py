@@ -1,1 +1,1 @@
-"""Files on disk: reading by one descriptor, writing that is whole or absent, checksums, interrupts, workers."""
+"""Files on disk: reading by one descriptor, writing that is whole or absent, checksums, interrupts."""

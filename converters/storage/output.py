@@ -17,7 +17,6 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
-from apr_jax.converters.checkpoint import file_names
 from apr_jax.converters.errors import MissingFileError, StorageError, UsageError
 
 _TEMPORARY = "apr-jax-tmp"
@@ -47,13 +46,6 @@ class FolderKind:
     name: str
     holds: Callable[[str], bool]
     shows: Callable[[str], bool]
-
-
-CHECKPOINT = FolderKind(
-    "checkpoint",
-    holds=file_names.is_checkpoint_file,
-    shows=lambda name: name == file_names.CONFIG_NAME or name.endswith(".safetensors"),
-)
 
 
 class OutputFile:
@@ -133,8 +125,6 @@ class OutputFolder:
             output.sync()
         finally:
             os.close(fd)
-        if "/" in name:
-            _sync_folder(os.path.dirname(place))
 
 
 @contextlib.contextmanager
@@ -188,7 +178,7 @@ def atomic_folder(
     path: str,
     size: int,
     *,
-    kind: FolderKind = CHECKPOINT,
+    kind: FolderKind,
     force: bool = False,
     sources: Iterable[str] = (),
     notice: Notice | None = None,
@@ -198,7 +188,7 @@ def atomic_folder(
     With `force` an existing folder is exchanged for the new one in one step, and only then removed; a folder that holds
     anything but the files of its kind is refused.
 
-    Args, Raises: As `atomic_file`; `size` is the sum over all files.
+    Args, Raises: As `atomic_file`; `kind` says what the folder may hold, `size` is the sum over all files.
     """
     _remove_leftovers(os.path.realpath(path), notice)
     final = check_target(path, folder=kind, force=force, sources=sources)
@@ -211,7 +201,9 @@ def atomic_folder(
             os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
         yield OutputFolder(temporary, path)
         with _as_storage_error(path):
-            os.fsync(fd)
+            # Files were flushed one by one; the names in the folders, at any depth, are not part of them.
+            for place, _, _ in os.walk(temporary):
+                _sync_folder(place)
             if os.path.exists(final) and force:
                 _replace_folder(temporary, final)
             else:
@@ -265,52 +257,6 @@ def check_target(
         elif not stat.S_ISREG(found.st_mode):
             raise UsageError("the output is not a regular file", code="output-not-file", file=path)
         return final
-
-
-@contextlib.contextmanager
-def termination_as_interrupt(*, last: bool = False) -> Iterator[Callable[[], None]]:
-    """Lets SIGTERM and SIGHUP end the block as Ctrl-C does (KeyboardInterrupt), so that temporaries are removed.
-
-    Only the first signal is raised where the program happens to be: another one would cut the cleaning up short. Some
-    code swallows what it is interrupted by (imports, callbacks of the garbage collector), or turns it into an error of
-    its own: what the block gets raises KeyboardInterrupt if there was a signal, and so does the end of the block.
-
-    Args:
-      last: Whether the process ends with the block: signals are then ignored after it, so that they do not make another
-        end of it than was decided.
-    """
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    received = False
-
-    def check() -> None:
-        if received:
-            raise KeyboardInterrupt
-
-    def interrupt(*_: object) -> None:
-        nonlocal received
-        if not received:
-            received = True
-            raise KeyboardInterrupt
-
-    # A signal that was ignored (nohup) stays ignored.
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, interrupt)
-        yield check
-    except Exception:
-        check()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if last else handler)
-    check()
 
 
 def _exists(path: str) -> UsageError:

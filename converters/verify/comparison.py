@@ -2,7 +2,7 @@
 
 A is the original, B the one in question. Both are streamed: memory does not grow with their size. Where bytes are
 equal nothing is decoded; where they are not, values are compared, so that an exact cast is known for what it is; and
-where values differ, `diagnosis` searches for the cause.
+where values differ, `diagnosis.search` looks for the cause.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from apr_jax.converters.convert import streaming
 from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.configurations import Difference, compare_configurations
+from apr_jax.converters.verify.diagnosis.causes import Cause
+from apr_jax.converters.verify.findings import Finding
 from apr_jax.converters.verify.tensor_pairs import (
     CLOSE,
     DIFFERENT,
@@ -33,11 +35,9 @@ from apr_jax.converters.verify.tensor_pairs import (
     compare_values,
     in_threads,
 )
-from apr_jax.converters.verify.wording import sentence
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
-    from apr_jax.converters.verify.diagnosis import Cause
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
 EXACT_CAST = "exact-cast"
 DIFFERENT_WEIGHTS = "different-weights"
@@ -50,43 +50,6 @@ class Counts:
     tensors: int
     elements: int
     bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One cause, and the tensors of which it is the cause.
-
-    Attributes:
-      cause: Its name.
-      tensors: Whose.
-      parameters: What is needed to repeat it, JSON values.
-      explained: Share of the tensors' differing elements that it explains.
-      alternatives: Causes that would explain the same.
-      statistics: The figures behind it, in words.
-    """
-
-    cause: str
-    tensors: tuple[str, ...]
-    parameters: dict[str, Any]
-    explained: float
-    alternatives: tuple[str, ...] = ()
-    statistics: str = ""
-
-    @property
-    def sentence(self) -> str:
-        """The finding in one line."""
-        return sentence(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the finding as the stable JSON object."""
-        return {
-            "cause": self.cause,
-            "tensors": list(self.tensors),
-            "parameters": self.parameters,
-            "explained": self.explained,
-            "alternatives": list(self.alternatives),
-            "sentence": self.sentence,
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,9 +225,10 @@ def _exact_casts(pairs: Sequence[Pair]) -> list[Finding]:
 
 def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Progress | None) -> list[Finding]:
     """Searches for the causes, tensor by tensor, and gathers equal ones."""
-    from apr_jax.converters.verify import diagnosis
+    from apr_jax.converters.verify.diagnosis.context import Context
+    from apr_jax.converters.verify.diagnosis.search import diagnose
 
-    context = diagnosis.Context(a, b)
+    context = Context(a, b)
     meter = Meter("causes", sum(pair.b.nbytes for pair in pairs), progress)
     causes: list[tuple[Pair, Cause]] = []
 
@@ -272,9 +236,9 @@ def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Pro
         if pair.same_bytes and pair.a.dtype != pair.b.dtype:
             # The comparison has read it all: nothing is left to search for.
             parameters = {"from": pair.a.dtype.name, "to": pair.b.dtype.name, "values_converted": False}
-            causes.append((pair, diagnosis.Cause("relabelled-dtype", parameters, 1.0)))
+            causes.append((pair, Cause("relabelled-dtype", parameters, 1.0)))
         else:
-            causes.extend((pair, cause) for cause in diagnosis.diagnose(pair.name, pair.a, pair.b, context)[:1])
+            causes.extend((pair, cause) for cause in diagnose(pair.a, pair.b, context)[:1])
         meter.advance(pair.b.nbytes)
 
     # The largest first, so that no thread is left alone with it at the end.
@@ -286,11 +250,12 @@ def _diagnose_names(
     a: Checkpoint, b: Checkpoint, only_in_a: Sequence[str], only_in_b: Sequence[str]
 ) -> tuple[list[Finding], list[str]]:
     """Finds out what became of tensors that one side lacks: fused, split or under another name."""
-    from apr_jax.converters.verify import diagnosis
+    from apr_jax.converters.verify.diagnosis.context import Context
+    from apr_jax.converters.verify.diagnosis.missing import diagnose_missing
 
     findings: list[Finding] = []
     renamed = []
-    for match in diagnosis.diagnose_missing(only_in_a, only_in_b, diagnosis.Context(a, b)):
+    for match in diagnose_missing(only_in_a, only_in_b, Context(a, b)):
         cause = match.cause
         if cause is None:
             renamed.append(match)

@@ -8,13 +8,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config
-from apr_jax.converters.checkpoint.tied_heads import same_values
+from apr_jax.converters.checkpoint.tied_heads import TIED, same_values, stated
 from apr_jax.converters.errors import AprJaxError
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Checkpoint
-
-TIED = "tie_word_embeddings"
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,8 @@ def _attribute_differences(a: Qwen2Config, b: Qwen2Config) -> Iterable[Differenc
 
 def _tie_differences(a: Checkpoint, b: Checkpoint) -> list[Difference]:
     """Finds out whether the files say of their heads what is true, and the same."""
-    said = [_declared_tied(checkpoint) for checkpoint in (a, b)]
+    statements = [stated(checkpoint) for checkpoint in (a, b)]
+    said = [None if statement is None else statement.tied for statement in statements]
     found = []
     for label, declared, checkpoint in (("A", said[0], a), ("B", said[1], b)):
         if declared and _has_own_head(checkpoint):
@@ -79,18 +78,6 @@ def _tie_differences(a: Checkpoint, b: Checkpoint) -> list[Difference]:
         words = ["tied" if tied else "untied" for tied in said]
         found = [f"the head is said to be {words[0]} in A and {words[1]} in B"]
     return [Difference(TIED, said[0], said[1], line) for line in found]
-
-
-def _declared_tied(checkpoint: Checkpoint) -> bool | None:
-    """Returns what a checkpoint says of its head; None if nothing."""
-    if isinstance(checkpoint.metadata.get("tied_embeddings"), bool) and checkpoint.kind == "apr":
-        return bool(checkpoint.metadata["tied_embeddings"])
-    if checkpoint.kind == "apr" and "config.json" not in checkpoint.files:
-        return None
-    try:
-        return bool(checkpoint.config.get(TIED, False))
-    except AprJaxError:
-        return None
 
 
 def _has_own_head(checkpoint: Checkpoint) -> bool:

@@ -6,7 +6,6 @@ decoded.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import math
 import os
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes
+from apr_jax.converters.storage.workers import Workers
 
 if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Tensor
-    from apr_jax.converters.verify import distance
+    from apr_jax.converters.checkpoint import distance
+    from apr_jax.converters.checkpoint.tensor import Tensor
 
 IDENTICAL, EQUAL_VALUES, CLOSE, DIFFERENT = VERDICTS = ("identical", "equal-values", "close", "different")
 # Relative L2 of a tensor, up to which it counts as close.
@@ -28,7 +28,7 @@ CLOSE_BOUND = 1e-3
 _THREADS = min(2, len(os.sched_getaffinity(0)))
 _CHUNK_BYTES = 1 << 20
 _BLOCK_BYTES = 16 << 20
-# How many of `closeness.ranges` one thread takes at a time.
+# How many of `distance.ranges` one thread takes at a time.
 _PARTS_AT_ONCE = 16
 
 # Told the phase, and bytes done and in all of it; called from several threads.
@@ -136,13 +136,9 @@ class Meter:
 
 def in_threads(function: Callable[..., None], work: Iterable[tuple[Any, ...]]) -> None:
     """Calls `function(*item)` for all items on a few threads; the first error ends it."""
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for future in [pool.submit(function, *item) for item in work]:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with Workers(_THREADS) as workers:
+        for _ in workers.map(lambda item: function(*item), work):
+            pass
 
 
 # --- bytes
@@ -193,24 +189,24 @@ def _equal(pair: Pair, position: int, nbytes: int, buffers: _Buffers) -> bool:
 
 def compare_values(pairs: Sequence[Pair], progress: Progress | None) -> None:
     # Brings numpy along, which equal bytes do not need.
-    from apr_jax.converters.verify import distance
+    from apr_jax.converters.checkpoint import distance
 
     meter = Meter("values", sum(dtypes.element_count(pair.a.shape) for pair in pairs), progress)
 
     def step(pair: Pair, parts: Sequence[tuple[int, int]]) -> None:
         found = distance.Sums()
         for begin, end in parts:
-            found.add(distance.measure_range(pair.a, pair.b, begin, end))
+            found += distance.measure_range(pair.a, pair.b, begin, end)
         with pair.lock:
             assert pair.sums is not None
-            pair.sums.add(found)
+            pair.sums += found
         meter.advance(found.elements)
 
     in_threads(step, _value_work(pairs))
 
 
 def _value_work(pairs: Sequence[Pair]) -> Iterable[tuple[Pair, list[tuple[int, int]]]]:
-    from apr_jax.converters.verify import distance
+    from apr_jax.converters.checkpoint import distance
 
     for pair in pairs:
         try:

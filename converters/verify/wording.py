@@ -1,12 +1,9 @@
-"""Findings of a comparison in words: one line each, for people."""
+"""Puts into words what became of a tensor: half a line for each cause, with its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from apr_jax.converters.verify.comparison import Finding
+from collections.abc import Callable, Mapping
+from typing import Any
 
 Parameters = Mapping[str, Any]
 
@@ -25,25 +22,14 @@ _FILLS = {
 }
 
 
-def sentence(finding: Finding) -> str:
-    """Returns what happened to which tensors, and how sure that is, in one line."""
-    words = _WORDS.get(finding.cause)
+def cause_in_words(cause: str, parameters: Parameters) -> str:
+    """Returns what happened, as the second half of a sentence whose subject are tensors."""
+    words = _WORDS.get(cause)
     try:
-        said = words(finding.parameters) if words else _plainly(finding.cause, finding.parameters)
+        return words(parameters) if words else _plainly(cause, parameters)
     except (KeyError, TypeError):
         # A cause with other parameters than those known here is still worth its line.
-        said = _plainly(finding.cause, finding.parameters)
-    text = f"{tensors_in_words(finding.tensors)}: {said}" + (f" ({finding.statistics})" if finding.statistics else "")
-    if 0 < finding.explained < 0.9995:
-        text += f"; this explains {100 * finding.explained:.4g} % of the differing elements"
-    if finding.alternatives:
-        text += f"; it might as well be {' or '.join(finding.alternatives)}"
-    return text
-
-
-def tensors_in_words(names: Sequence[str]) -> str:
-    """Returns one name, or how many there are."""
-    return names[0] if len(names) == 1 else f"{len(names)} tensors"
+        return _plainly(cause, parameters)
 
 
 def _plainly(cause: str, parameters: Parameters) -> str:

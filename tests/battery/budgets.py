@@ -28,12 +28,13 @@ import numpy as np
 import safetensors.numpy
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.load.load_model import load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.localise import CLASS_OF, FACTORS, Site, judge, localise
 from apr_jax.testing.sample import Sample, draw, side_files
 from apr_jax.trace import hf_reference
 from apr_jax.trace.inputs import Inputs, seeded
-from apr_jax.trace.positions import compared_positions
+from apr_jax.trace.positions import compared_positions, complete
 from tests import oracle
 from tests.battery.faulty_forward import forward
 
@@ -142,7 +143,7 @@ def examine(
 ) -> None:
     """Judges every stage of a clean dump, and each stage disturbed."""
     exact, same = models
-    located = localise(exact, same, inputs, dump)
+    located = localise(exact, same, inputs, complete(dump, inputs))
     own = same.trace(inputs, force={key: value for key, value in dump.items() if key != "logits"})
     for site in located.sites:
         tally = tallies[CLASS_OF[site.stage], same.dtype]

@@ -29,8 +29,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import numpy as np
 
-from apr_jax.converters.convert.conversion import convert
-from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.converters.convert.run import convert
+from apr_jax.load.load_model import load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.diagnose import diagnose
 from apr_jax.parity.localise import infer_dtype
 from apr_jax.trace import aprt, hf_reference, stages

@@ -297,7 +297,7 @@ class WhereTest(Case):
         self.assertEqual(layers, {"layer-skipped": 1, "layer-repeated": 3}.get(name, 2))
         config = Qwen2Config.from_hf(self.config)
         for key, value in dump.items():
-            self.assertEqual(value.shape[1:], stages.shape(config, stages.stage_of(key), 80))
+            self.assertEqual(value.shape[1:], stages.shape(config, stages.Key(key).stage, 80))
             self.assertEqual(value.dtype, "float64" if dtype == "float64" else "float32", key)
             self.assertTrue(np.isfinite(value).all(), key)
 

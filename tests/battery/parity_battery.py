@@ -30,11 +30,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.load.load_model import load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.diagnose import Diagnosis, diagnose
 from apr_jax.parity.localise import localise
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
+from apr_jax.trace.positions import complete
 from tests import oracle, paths
 from tests.battery.faulty_forward import Planted, forward, write_aprt
 
@@ -244,7 +246,7 @@ def local_effects(bench: Bench, planted: Planted) -> dict[int | None, float]:
     if len(wrong) != len(bench.dump((), "float64")):
         return {None: math.inf}
     largest: dict[int | None, float] = {}
-    for site in localise(bench.exact, bench.same, bench.inputs, wrong).sites:
+    for site in localise(bench.exact, bench.same, bench.inputs, complete(wrong, bench.inputs)).sites:
         share = site.error / site.budget if site.budget else math.inf * bool(site.error)
         largest[site.layer] = max(largest.get(site.layer, 0.0), share)
     return largest
@@ -269,7 +271,7 @@ def effect(bench: Bench, faults: Sequence[Planted]) -> float:
     right, wrong = bench.dump((), "float64"), bench.dump(faults, "float64")
     if set(right) != set(wrong):
         return math.inf
-    sites = localise(bench.exact, bench.same, bench.inputs, right).sites
+    sites = localise(bench.exact, bench.same, bench.inputs, complete(right, bench.inputs)).sites
     tokens = bench.inputs.attention_mask == 1
     largest = 0.0
     for site in sites:

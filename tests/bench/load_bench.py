@@ -152,7 +152,7 @@ def loads(load: Callable[[], Any], name: str) -> dict[str, Any]:
 
 def ours(dtype: str, fused: bool = False) -> Callable[[str, str], dict[str, Any]]:
     def case(path: str, device: str) -> dict[str, Any]:
-        from apr_jax.model.language_model import load_model
+        from apr_jax.load.load_model import load_model
 
         return loads(lambda: load_model(path, dtype, device, fused=fused).parameters, device)
 
@@ -195,7 +195,8 @@ def decoded_on_the_host(path: str, device: str) -> dict[str, Any]:
     import jax
 
     from apr_jax.converters.checkpoint.openers import open_checkpoint
-    from apr_jax.load.parameters import parameter_sources, read_as
+    from apr_jax.load.parameters import read_as
+    from apr_jax.model.parameters import parameter_sources
 
     target = jax.devices(device)[0]
 

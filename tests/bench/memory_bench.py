@@ -65,7 +65,8 @@ def measure(device_name: str, shape: str, prompt: int, new: int) -> dict[str, An
     from apr_jax.bench.ours import random_parameters, tokens
     from apr_jax.generate.generator import Generator, rounded
     from apr_jax.kernels.fastest_ops import ops_for
-    from apr_jax.model.language_model import LanguageModel, find_device
+    from apr_jax.load.load_model import find_device
+    from apr_jax.model.language_model import LanguageModel
     from apr_jax.testing.sample import SAMPLES
 
     device, config = find_device(device_name), SAMPLES[shape].config

@@ -62,7 +62,7 @@ _INSPECT = (
     + """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.inspect.checks import inspect
 begin, used = time.perf_counter(), cpu()
 with open_checkpoint(sys.argv[2]) as checkpoint:
@@ -75,7 +75,7 @@ _COMPARE = (
     + """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
-from apr_jax.converters.checkpoint import open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.verify.comparison import compare
 begin = time.perf_counter()
 with open_checkpoint(sys.argv[2]) as a, open_checkpoint(sys.argv[3]) as b:

@@ -176,7 +176,7 @@ _Row.take = interrupting
     def test_an_interrupt_while_loading_prints_nothing(self):
         patch = """
 import signal
-from apr_jax.converters.checkpoint import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 for name in ("readinto", "read", "raw"):
     setattr(Tensor, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
 """

@@ -17,7 +17,8 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.formats import dtypes
 from tests.paths import DATA, ROOT, checkpoint
 from tests.start_up import cpu_seconds
@@ -45,7 +46,7 @@ class VerifyTestCase(parameterized.TestCase):
 
     def convert(self, source: pathlib.Path, **arguments) -> pathlib.Path:
         path = self.folder / "m.apr"
-        conversion.convert(source, path, to="apr", force=True, **arguments)
+        convert(source, path, to="apr", force=True, **arguments)
         return path
 
 
@@ -126,7 +127,7 @@ class CompareTest(VerifyTestCase):
 
     def test_an_exact_cast_is_equal_and_a_rounding_one_is_close(self):
         source = checkpoint("gqa_tied_bf16")
-        wide = self.convert(source, cast=[conversion.CastRule.parse("f32")])
+        wide = self.convert(source, cast=[CastRule.parse("f32")])
         found = self.verify_json(source, wide, code=0)
         self.assertEqual(
             (found["verdict"], [finding["cause"] for finding in found["findings"]]), ("equal-values", ["exact-cast"])
@@ -136,7 +137,7 @@ class CompareTest(VerifyTestCase):
         self.assertIn("26 tensors: equal in value", text)
         self.assertNotIn("relative L2", text)
         source = checkpoint("mha_untied_f32_sharded")
-        found = self.verify_json(source, self.convert(source, cast=[conversion.CastRule.parse("f16")]), code=1)
+        found = self.verify_json(source, self.convert(source, cast=[CastRule.parse("f16")]), code=1)
         self.assertEqual(
             (found["verdict"], [finding["cause"] for finding in found["findings"]]), ("close", ["rounded-cast"])
         )
@@ -145,7 +146,7 @@ class CompareTest(VerifyTestCase):
         source = checkpoint("gqa_tied_bf16")
         path = self.convert(source)
         changed = self.folder / "hf"
-        conversion.convert(path, changed, to="safetensors")
+        convert(path, changed, to="safetensors")
         weights = safetensors.numpy.load_file(changed / "model.safetensors")
         names = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
         for name, factor in zip(names, (2, 4), strict=True):
@@ -166,7 +167,7 @@ class CompareTest(VerifyTestCase):
     def test_configurations_that_disagree_are_told_in_one_line(self):
         source = checkpoint("gqa_tied_bf16")
         other = self.folder / "hf"
-        conversion.convert(self.convert(source), other, to="safetensors")
+        convert(self.convert(source), other, to="safetensors")
         config = json.loads((other / "config.json").read_text())
         config.pop("rope_parameters", None)
         (other / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.model.qwen2 import TF32_OPS
 from apr_jax.trace import golden, hf_reference, stages, tolerances
 from apr_jax.trace.compare import compare, relative_l2

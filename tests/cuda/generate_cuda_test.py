@@ -11,7 +11,8 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.generate.generator import Generator, load_generator
 from apr_jax.kernels.fastest_ops import ops_for
-from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.load.load_model import load_model
+from apr_jax.model.language_model import LanguageModel
 from tests import paths
 
 GREEDY = {"do_sample": False, "eos_token_id": (), "max_new_tokens": 100}

@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 from absl.testing import absltest, parameterized
 
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.model.qwen2 import OPS, TF32_OPS
 from apr_jax.parity import diagnose
 from apr_jax.testing import sample

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.load import prepared, upload
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from tests import paths
 from tests.load import upload_test
 

@@ -17,7 +17,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.cuda import decode_layers, kernels
 from apr_jax.generate.programs import Programs
 from apr_jax.kernels import fastest_ops
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.model.qwen2 import OPS, rms_norm, silu
 from apr_jax.trace import stages, tolerances
 from apr_jax.trace.compare import relative_l2

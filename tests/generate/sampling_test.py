@@ -143,6 +143,22 @@ class MethodTest(parameterized.TestCase):
         kept = np.asarray(tokens)[np.isfinite(np.asarray(warped))]
         self.assertCountEqual(kept.tolist(), [1, 2, 3, 4])
 
+    def test_top_p_cuts_off_what_adds_up_to_exactly_one_minus_p(self):
+        # Probabilities 1/2, 1/4, 1/4, whose sums are exact: at 0.75 the first two reach p, as HuggingFace counts.
+        config = GenerationConfig(do_sample=True, top_k=0, top_p=0.75)
+        scores = jnp.log(jnp.asarray([[0.25, 0.5, 0.25]]))
+        method = Method.of(config, 3)
+        warped, tokens = sampling.warp(scores, Numbers.of(config, method), method.candidates)
+        self.assertEqual(float(jax.nn.softmax(scores)[0, 0]), 0.25)
+        self.assertEqual(tokens.tolist(), [[1, 0, 2]])
+        self.assertEqual(np.isfinite(np.asarray(warped)).tolist(), [[True, True, False]])
+
+    def test_the_penalty_makes_every_seen_token_less_likely_however_near_to_zero_it_is(self):
+        scores = jnp.asarray([[3.0, 0.25, 0.0, -0.25, -3.0, 0.25]])
+        seen = jnp.asarray([[True, True, True, True, True, False]])
+        penalised = sampling.penalise(scores, seen, np.float32(2.0))
+        self.assertEqual(penalised.tolist(), [[1.5, 0.125, 0.0, -0.5, -6.0, 0.25]])
+
     @parameterized.parameters("bfloat16", "float16", "float32")
     def test_the_likeliest_token_is_the_first_of_equals_in_every_dtype(self, dtype):
         scores = jnp.asarray([[0.0, 2.0, 2.0], [-1.0, -3.0, -1.0]], dtype)

@@ -11,7 +11,7 @@ import tokenizers
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.generate.tokenizer import Detokenizer, StopStrings, Tokenizer
 from tests import paths
@@ -68,7 +68,7 @@ class TextTest(parameterized.TestCase):
 
     def test_the_vocabulary_in_an_apr_file_is_the_same_tokenizer(self):
         path = pathlib.Path(self.create_tempdir().full_path) / "model.apr"
-        conversion.convert(paths.checkpoint("gqa_tied_bf16"), path, to="apr")
+        convert(paths.checkpoint("gqa_tied_bf16"), path, to="apr")
         theirs = open_tokenizer()
         with open_checkpoint(path) as checkpoint, mock.patch.object(checkpoint, "files", {}):
             ours = Tokenizer.of(checkpoint)

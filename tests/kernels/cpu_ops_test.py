@@ -12,8 +12,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.kernels.cpu_ops import CPU_OPS, attention, linear
+from apr_jax.load.load_model import load_model
 from apr_jax.model import qwen2
-from apr_jax.model.language_model import load_model
 from apr_jax.trace import golden, stages, tolerances
 from apr_jax.trace.compare import relative_l2
 from apr_jax.trace.inputs import Inputs, seeded
@@ -89,7 +89,7 @@ class CpuOpsTest(parameterized.TestCase):
     def test_a_trace_records_whole_attention_scores(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"), "float32", "cpu", CPU_OPS)
         inputs = padded(model.config.vocab_size)
-        key = stages.layer_key(0, "attn_scores")
+        key = stages.Key.of(0, "attn_scores")
         heads = model.config.num_heads
         self.assertEqual(model.trace(inputs, {key})[key].shape, (3, heads, LONG, LONG))
 

@@ -22,8 +22,9 @@ from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cuda import custom_call, decode_layers, nvrtc
 from apr_jax.kernels import fastest_ops
 from apr_jax.kernels.cpu_ops import CPU_OPS
+from apr_jax.load.load_model import load_model
 from apr_jax.model import qwen2
-from apr_jax.model.language_model import load_model, model_graph
+from apr_jax.model.language_model import model_graph
 from apr_jax.model.qwen2 import OPS, Cache, Qwen2ForCausalLM
 from tests import paths
 

@@ -15,8 +15,8 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError
+from apr_jax.load.load_model import load_model
 from apr_jax.load.parameters import read_as
-from apr_jax.model.language_model import load_model
 from tests import oracle, paths
 
 SAMPLE = paths.checkpoint("mha_untied_f32_sharded")

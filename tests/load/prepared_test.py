@@ -18,12 +18,12 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.commands import checkpoint as command
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.load import prepared
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import golden
-from tests import paths
+from tests import flushes, paths
 
 SOURCE = paths.checkpoint("gqa_tied_bf16")
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -101,7 +101,7 @@ class RestoreTest(Case):
 
     def test_it_converts_back_to_the_very_files_of_its_source(self):
         self.save(dtype="bfloat16", fused=True)
-        conversion.convert(self.folder, self.scratch / "hf", to="safetensors")
+        convert(self.folder, self.scratch / "hf", to="safetensors")
         for file in SOURCE.iterdir():
             self.assertEqual((self.scratch / "hf" / file.name).read_bytes(), file.read_bytes(), file.name)
 
@@ -198,6 +198,15 @@ class AtomicTest(Case):
         self.save(dtype="float32", fused=True, force=True)
         self.assertEqual(prepared.check(str(self.folder), "cpu").dtype, "float32")
         self.assertEqual(self.listed(), ["prepared"])
+
+    @parameterized.parameters(False, True)
+    def test_every_file_and_folder_is_flushed_before_the_folder_gets_its_name_and_the_name_after(self, force):
+        if force:
+            self.save(dtype="bfloat16")
+        with flushes.recorded(self.scratch) as flushed:
+            self.save(dtype="bfloat16", fused=True, force=force)
+        self.assertTrue((self.folder / "parameters" / DOWN / "0.0").is_file())
+        self.assertEqual(flushes.lacking(flushed, self.folder), [])
 
     def test_force_replaces_nothing_but_a_prepared_checkpoint(self):
         self.folder.mkdir()

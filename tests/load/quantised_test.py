@@ -10,9 +10,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
+from apr_jax.load.load_model import load_model
 from apr_jax.load.parameters import read_as
-from apr_jax.model.language_model import load_model
 from tests import oracle
 from tests.paths import DATA, checkpoint
 
@@ -37,7 +38,7 @@ class QuantisedTest(parameterized.TestCase):
     def test_our_files(self, source, cast):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / "q.apr"
-            conversion.convert(checkpoint(source), path, to="apr", cast=[conversion.CastRule.parse(cast)])
+            convert(checkpoint(source), path, to="apr", cast=[CastRule.parse(cast)])
             self.assert_logits_are_the_oracles(path)
 
     @parameterized.parameters("float32", "bfloat16", "float64")

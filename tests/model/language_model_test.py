@@ -13,8 +13,9 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from apr_jax.converters.errors import UsageError
+from apr_jax.load.load_model import load_model
 from apr_jax.model import qwen2
-from apr_jax.model.language_model import LanguageModel, load_model, model_graph
+from apr_jax.model.language_model import LanguageModel, model_graph
 from apr_jax.model.qwen2 import OPS
 from apr_jax.trace import golden, stages, tolerances
 from apr_jax.trace.compare import compare, relative_l2
@@ -149,6 +150,14 @@ class CacheTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "1 rows, not 2"):
             model.step(Inputs.of([[8], [9]], None, [[3], [3]]), cache)
 
+    def test_a_step_at_the_position_reached_last_is_refused_and_at_the_next_one_taken(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        _, cache = model.step(Inputs.of([[5, 6, 7], [5, 6, 7]]), model.empty_cache(2, 8))
+        with self.assertRaisesRegex(ValueError, "row 1 goes on at position 2, but its cache has reached 2"):
+            model.step(Inputs.of([[8], [8]], None, [[3], [2]]), cache)
+        _, cache = model.step(Inputs.of([[8], [8]], None, [[3], [3]]), cache)
+        self.assertEqual(int(cache.length), 4)
+
     def test_a_full_cache_is_refused(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         with self.assertRaisesRegex(ValueError, "no room for 5 more"):
@@ -193,7 +202,7 @@ class TraceTest(parameterized.TestCase):
         theirs = right.with_ops(right.ops, {1: ops}).trace(inputs)
         ours = right.trace(inputs, force=theirs)
         differing = {r.key for r in compare(ours, theirs, inputs, lambda key: 1e-6) if not r.within}
-        self.assertEqual(differing, {stages.layer_key(1, stage) for stage in wrong})
+        self.assertEqual(differing, {stages.Key.of(1, stage) for stage in wrong})
         unforced = {r.key for r in compare(right.trace(inputs), theirs, inputs, lambda key: 1e-6) if not r.within}
         self.assertIn(stages.LOGITS, unforced)
 
@@ -201,7 +210,7 @@ class TraceTest(parameterized.TestCase):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         inputs = padded(model.config.vocab_size)
         trace = model.trace(inputs)
-        partial = {key: trace[key] for key in trace if stages.stage_of(key) in ("attn_norm", "ffn_up")}
+        partial = {key: trace[key] for key in trace if stages.Key(key).stage in ("attn_norm", "ffn_up")}
         for key, value in model.trace(inputs, force=partial).items():
             np.testing.assert_array_equal(value, trace[key], key)
 
@@ -214,7 +223,7 @@ class TraceTest(parameterized.TestCase):
         model = load_model(paths.checkpoint("head_dim_given"))
         inputs = padded(model.config.vocab_size)
         for key, value in model.trace(inputs).items():
-            self.assertEqual(value.shape, (3, *stages.shape(model.config, stages.stage_of(key), 20)), key)
+            self.assertEqual(value.shape, (3, *stages.shape(model.config, stages.Key(key).stage, 20)), key)
 
     def test_only_what_is_asked_for_is_returned_and_unknown_stages_are_errors(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))

@@ -11,23 +11,30 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
+from apr_jax.parity import rope_fit
 from apr_jax.parity.diagnose import diagnose
-from apr_jax.parity.localise import infer_dtype
+from apr_jax.parity.faults.rope import THETA
+from apr_jax.parity.findings import Explanation, gather
+from apr_jax.parity.localise import infer_dtype, localise
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Search
 from apr_jax.testing import sample
-from apr_jax.trace.inputs import seeded
-from apr_jax.trace.positions import compared_positions, position_axis
+from apr_jax.trace.inputs import Inputs, seeded
+from apr_jax.trace.positions import compared_positions, complete, position_axis
 from tests import oracle
-from tests.battery.faulty_forward import Planted
+from tests.battery import faulty_forward
+from tests.battery.faulty_forward import Planted, at_rows, forward
 from tests.battery.parity_battery import REAL_CASE, Bench, matches
 
 GQA = "gqa_tied_bf16"
 CASES = {
     "theta_in_one_layer": [Planted("rope-theta", (1,), {"theta": 5e5})],
     "eps": [Planted("rms-norm-eps", None, {"eps": 1e-4})],
+    "eps_next_to_none": [Planted("rms-norm-eps", None, {"eps": 1e-12})],
+    "eps_that_only_quiet_norms_show": [Planted("rms-norm-eps", None, {"eps": 1e-8})],
     "scale": [Planted("softmax-scale", None, {"scale": 0.2})],
+    "scale_next_to_the_right_one": [Planted("softmax-scale", None, {"scale": 0.2501})],
     "window": [Planted("mask-window", None, {"window": 16})],
     "warp": [Planted("softmax-partial-warp")],
     "heads": [Planted("kv-heads-interleaved")],
@@ -68,8 +75,52 @@ class ExplainTest(parameterized.TestCase):
         for finding in findings:
             self.assertEqual(finding.certainty, "certain", finding)
 
+    @parameterized.parameters(
+        Planted("softmax-scale", None, {"scale": 128**-0.5}),
+        Planted("rope-theta", None, {"theta": 1.5e6}),
+        Planted("rms-norm-eps", None, {"eps": 2e-5}),
+    )
+    def test_the_number_that_is_named_is_the_engines_own_in_every_digit(self, planted):
+        fused = {key: value for key, value in self.bench.dump([planted]).items() if key.split(".")[-1] in FUSED}
+        for dump in (self.bench.dump([planted]), fused):
+            (finding,) = self.bench.diagnose(dump).findings
+            self.assertEqual(dict(finding.parameters) | dict(planted.parameters), finding.parameters)
+
+    def test_solved_numbers_are_one_if_they_agree_to_a_hundredth_on_whichever_side_of_an_edge(self):
+        dump = self.bench.dump([Planted("rope-theta", None, {"theta": 5e5})])
+        sites = [site for site in self.bench.diagnose(dump).localisation.sites if site.wrong]
+        for numbers, count in (((10499.0, 10501.0), 1), ((10000.0, 10099.0), 1), ((10000.0, 10102.0), 2)):
+            sightings = [
+                Explanation(site, (THETA.made(theta=theta),), 1e-7) for site, theta in zip(sites, numbers, strict=False)
+            ]
+            findings = gather(sightings, 2)
+            self.assertEqual([f.parameters["theta"] for f in findings], list(numbers[:count]))
+
     def test_a_clean_dump_has_no_finding(self):
         self.assertEqual(self.bench.diagnose(self.bench.dump(())).findings, ())
+
+    def noisy(self, dump, key, budgets):
+        """The dump with noise of so many of the stage's budgets in it."""
+        located = localise(self.bench.exact, self.bench.same, self.bench.inputs, complete(dump, self.bench.inputs))
+        (site,) = [site for site in located.sites if site.key == key]
+        counted = compared_positions(key, self.bench.inputs, dump[key].shape)
+        noise = np.random.default_rng(0).standard_normal(dump[key].shape)
+        noise = np.where(counted if counted.ndim == noise.ndim else counted[..., None], noise, 0)
+        scaled = noise * (budgets * site.budget / np.linalg.norm(noise))
+        return dict(dump) | {key: (dump[key] + scaled).astype(np.float32)}
+
+    @parameterized.parameters((0.8, "logits-shifted"), (2.5, "unknown"), (5.0, "unknown"))
+    def test_a_mistake_is_named_only_where_it_leaves_little_more_than_a_right_stage_may_be_off(self, budgets, fault):
+        shifted = self.bench.dump([Planted("logits-shifted", None, {"shift": 7})])
+        findings = self.bench.diagnose(self.noisy(shifted, "logits", budgets)).findings
+        self.assertEqual([finding.fault for finding in findings], [fault])
+
+    @parameterized.parameters("logits", "stage.0.attn_scores", "stage.0.ffn_out")
+    def test_what_leaves_as_much_as_was_there_explains_nothing_however_near_the_budget(self, key):
+        # A head quantised by some codec, or a mask of another kind, is no farther off than the right values are.
+        findings = self.bench.diagnose(self.noisy(self.bench.dump(()), key, 1.25)).findings
+        self.assertEqual({finding.fault for finding in findings}, {"unknown"}, [f.sentence for f in findings])
+        self.assertEqual(findings[0].stage, key.split(".")[-1])
 
     @parameterized.parameters((None,), (range(20, 40),))
     def test_the_scene_computes_every_stage_as_the_model_does_in_float64(self, rows):
@@ -115,6 +166,16 @@ class ExplainTest(parameterized.TestCase):
             (finding.fault, finding.layers, finding.parameters), ("positions-permuted", (0,), {"moved": 2})
         )
         self.assertIn("row 1 position 30 holds 31", finding.sentence)
+
+    def test_positions_of_equal_tokens_are_not_taken_for_moved_ones(self):
+        ids = np.tile(np.arange(8), 10)[None]
+        inputs = Inputs.of(ids)
+        dump = forward(self.bench.weights, self.bench.config, ids)
+        wrong = dump["stage.0.qkv_matmul"]
+        wrong[0, [33, 34]] = wrong[0, [34, 33]]
+        findings = diagnose(self.bench.exact, self.bench.same, inputs, dump).findings
+        (finding,) = [f for f in findings if f.stage == "qkv_matmul"]
+        self.assertEqual((finding.fault, finding.parameters), ("positions-permuted", {"moved": 2}))
 
     def test_mistakes_that_cannot_be_told_apart_behind_a_gap_are_named_as_alternatives(self):
         fused = {k: v for k, v in self.bench.dump([Planted("gate-up-swapped")]).items() if k.split(".")[-1] in FUSED}
@@ -183,6 +244,46 @@ class ExplainTest(parameterized.TestCase):
     def test_the_dtype_is_seen_in_the_values(self):
         for dtype in ("float32", "bfloat16", "float64"):
             self.assertEqual(infer_dtype(self.bench.dump((), dtype)), dtype)
+
+
+class DecodingStepsTest(absltest.TestCase):
+    """Eight rows of a long run; what was cached before them was not dumped."""
+
+    def setUp(self):
+        super().setUp()
+        self.bench = Bench.of(GQA)
+
+    def diagnose(self, length, faults=()):
+        ids, steps = seeded(288, 1, length), np.arange(length - 8, length)
+        dump = forward(self.bench.weights, self.bench.config, ids.input_ids, faults=faults)
+        return diagnose(self.bench.exact, self.bench.same, ids, at_rows(dump, steps), steps[None])
+
+    def test_what_the_error_of_a_solved_number_explains_behind_it_is_no_finding(self):
+        measured = rope_fit.candidates
+
+        def less_precisely(*args):
+            return [dataclasses.replace(turn, theta=turn.theta and turn.theta * (1 + 3e-6)) for turn in measured(*args)]
+
+        for length in (80, 120):
+            with mock.patch.object(rope_fit, "candidates", less_precisely):
+                findings = self.diagnose(length, [Planted("rope-theta", None, {"theta": 82684.6})]).findings
+            self.assertEqual([finding.fault for finding in findings], ["rope-theta"], [f.sentence for f in findings])
+            self.assertBetween(findings[0].residual_after, 5e-7, 1e-5)
+
+    def test_an_engine_whose_pow_differs_in_the_last_bit_is_right_over_a_cache_that_was_not_dumped_too(self):
+        ours = faulty_forward.inv_freq
+        for seed in range(2):
+            up = np.random.default_rng(seed).random(8) < 0.5
+
+            def theirs(*args, up=up):
+                frequencies = ours(*args)
+                moved = np.nextafter(frequencies, np.where(up, 2, 0).astype(frequencies.dtype))
+                return np.where(np.arange(len(moved)) == 0, frequencies, moved)
+
+            with mock.patch.object(faulty_forward, "inv_freq", theirs):
+                diagnosis = self.diagnose(400)
+            self.assertEqual(diagnosis.findings, ())
+            self.assertLess(max(site.share for site in diagnosis.localisation.sites), 0.7)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.parity import dumps
 from apr_jax.trace import aprt, golden, inputs
 from apr_jax.trace.inputs import seeded
@@ -161,6 +161,18 @@ class DumpsTest(parameterized.TestCase):
         self.assertIn("x.raw", self.refused(BrokenContainerError, "dump-size", self.folder))
         raw.write_bytes(bytes(2 * 9 * 64 * 4 - 4))
         self.assertIn("1151", self.refused(RefusedError, "dump-size", self.folder))
+
+    @parameterized.parameters("bbtd", "tbtd", "btbd", "btdb", "bth", "xtd", "td", "")
+    def test_a_layout_that_names_an_axis_twice_or_lacks_one_is_refused(self, layout):
+        # One row: its axis could be named any number of times, or left out, without changing the number of values.
+        one = inputs.Inputs.of(self.inputs.input_ids[:1])
+        np.save(self.folder / "x.npy", self.trace["stage.final_norm"][:1])
+        self.write_map({"stage.final_norm": {"file": "x.npy", "layout": layout}})
+        if layout in ("td", ""):
+            dump = dumps.read(self.folder, self.config, one)
+            np.testing.assert_array_equal(dump.values["stage.final_norm"], self.trace["stage.final_norm"][:1])
+        else:
+            self.assertIn(repr(layout)[1:-1], self.refused(UsageError, "dump-layout", self.folder, one))
 
     @parameterized.parameters(
         ("[", BrokenContainerError, "json-syntax"),

@@ -50,6 +50,29 @@ class RotationTest(parameterized.TestCase):
             (turn.adjacent, turn.half, turn.negated, turn.shift, turn.restart, turn.none),
         )
 
+    def steps(self, theta, seed):
+        """Vectors before and after a rotation of adjacent pairs, as eight decoding steps show them."""
+        generator = np.random.default_rng(seed)
+        positions = np.where(np.arange(80) >= 72, np.arange(80), -1)[None]
+        before = generator.normal(size=(1, 80, 4, 16))
+        after = Rotation(theta=theta, adjacent=True).apply(before, positions, 1e6)
+        return before, after * (1 + 6e-8 * generator.normal(size=after.shape)), positions
+
+    @parameterized.parameters(1e4, 5e5, 1.5e6)
+    def test_a_round_base_stands_before_every_fit_whatever_their_last_bits(self, theta):
+        for seed in range(10):
+            found = [
+                c.theta for c in candidates(*self.steps(theta, seed), 1e6) if c == Rotation(c.theta, adjacent=True)
+            ]
+            near = [base for base in found if base and abs(base / theta - 1) < 1e-3]
+            self.assertEqual(near[0], theta)
+            self.assertGreater(len(near), 1)
+
+    def test_decoding_steps_give_the_base_to_what_their_positions_know(self):
+        for seed in range(5):
+            found = [c.theta for c in candidates(*self.steps(82684.6, seed), 1e6) if c.adjacent and c.theta]
+            self.assertLess(min(abs(base / 82684.6 - 1) for base in found), 5e-7)
+
     def test_noise_is_no_rotation(self):
         generator = np.random.default_rng(0)
         before, after = generator.normal(size=(2, 2, 80, 4, 16))

@@ -12,8 +12,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import tokenizers
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.convert.conversion import convert
-from apr_jax.model.language_model import load_model
+from apr_jax.converters.convert.run import convert
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import aprt, stages, tolerances
 from apr_jax.trace.compare import Comparison, compare
 from apr_jax.trace.inputs import Inputs

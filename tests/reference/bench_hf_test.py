@@ -11,7 +11,8 @@ from absl.testing import absltest, parameterized
 from apr_jax.bench import measure, session
 from apr_jax.bench.cases import Case
 from apr_jax.bench.ours import Ours, random_parameters, tokens
-from apr_jax.model.language_model import LanguageModel, load_model
+from apr_jax.load.load_model import load_model
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.testing.sample import SAMPLES
 from apr_jax.trace import hf_reference, tolerances
 from tests import faults, paths

@@ -15,7 +15,7 @@ import tokenizers
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert.conversion import convert
+from apr_jax.converters.convert.run import convert
 from apr_jax.generate import sampling
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.generator import load_generator

@@ -16,7 +16,7 @@ import safetensors
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.run import convert
 from tests.paths import CHECKPOINTS, fixtures
 
 FIXTURES = fixtures()
@@ -66,7 +66,7 @@ class AprAcceptsTest(GenuineTestCase):
 
     def convert(self, name: str, **arguments) -> pathlib.Path:
         path = self.folder / "m.apr"
-        conversion.convert(SOURCES[name], path, to="apr", **arguments)
+        convert(SOURCES[name], path, to="apr", **arguments)
         return path
 
     @parameterized.product(name=sorted(SOURCES), tied_head=("absent", "copy"))
@@ -119,7 +119,7 @@ class GenuineFilesTest(GenuineTestCase):
 
     @parameterized.parameters(*(sorted(IMPORTED) or [("none",)]))
     def test_an_import_by_apr_becomes_the_huggingface_tensors_again(self, name):
-        conversion.convert(IMPORTED[name], self.folder / "hf", to="safetensors")
+        convert(IMPORTED[name], self.folder / "hf", to="safetensors")
         expected = read_all(SOURCES[name])
         self.assertGreater(len(expected), 12)
         self.assertEqual(read_all(self.folder / "hf"), expected)
@@ -131,8 +131,8 @@ class GenuineFilesTest(GenuineTestCase):
     @parameterized.parameters(*sorted(SOURCES))
     def test_huggingface_to_apr_and_back_is_identical(self, name):
         source = SOURCES[name]
-        conversion.convert(source, self.folder / "m.apr", to="apr")
-        conversion.convert(self.folder / "m.apr", self.folder / "hf", to="safetensors")
+        convert(source, self.folder / "m.apr", to="apr")
+        convert(self.folder / "m.apr", self.folder / "hf", to="safetensors")
         self.assertEqual(read_all(self.folder / "hf"), read_all(source))
         files = [file for file in source.iterdir() if "safetensors" not in file.name]
         self.assertGreaterEqual(len(files), 4)
@@ -144,7 +144,7 @@ class GenuineFilesTest(GenuineTestCase):
         compared = 0
         for path in sorted(FIXTURES.glob("genuine/*/apr/*.apr")):
             copy = self.folder / "copy.apr"
-            conversion.convert(path, copy, to="apr", force=True)
+            convert(path, copy, to="apr", force=True)
             with open_checkpoint(path) as before, open_checkpoint(copy) as after:
                 self.assertEqual(list(before.tensors), list(after.tensors))
                 self.assertEqual(json.dumps(before.metadata), json.dumps(after.metadata))

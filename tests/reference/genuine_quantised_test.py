@@ -23,9 +23,10 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
-from apr_jax.converters.formats import codecs
-from apr_jax.model.language_model import load_model
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
+from apr_jax.converters.formats import casts
+from apr_jax.load.load_model import load_model
 from apr_jax.model.qwen2 import OPS
 from apr_jax.trace import aprt, stages, tolerances
 from apr_jax.trace.compare import compare
@@ -49,7 +50,7 @@ NO_FIXTURES = "no genuine files: $APR_FIXTURES and shared/fixtures beside the ch
 
 
 def rules(*texts):
-    return [conversion.CastRule.parse(text) for text in texts]
+    return [CastRule.parse(text) for text in texts]
 
 
 def quantised_activations(x):
@@ -83,7 +84,7 @@ def rounded_products(model_path):
     for layer in range(layers):
         for stage, weights in PRODUCTS.items():
             if {types[f"model.layers.{layer}.{name}.weight"] for name in weights} == {"q4_k"}:
-                keys.add(stages.layer_key(layer, stage))
+                keys.add(stages.Key.of(layer, stage))
     return keys
 
 
@@ -136,7 +137,7 @@ class RecordedFilesTest(DumpTestCase):
         cast = quantiser_cases.KINDS[path.stem][0]
         with tempfile.TemporaryDirectory() as folder:
             ours = pathlib.Path(folder) / "ours.apr"
-            conversion.convert(path.parents[1] / "hf", ours, to="apr", cast=rules(cast), tied_head="copy")
+            convert(path.parents[1] / "hf", ours, to="apr", cast=rules(cast), tied_head="copy")
             with open_checkpoint(path) as theirs, open_checkpoint(ours) as opened:
                 self.assertEqual(list(opened.tensors), list(theirs.tensors))
                 for tensor_name, tensor in theirs.tensors.items():
@@ -176,7 +177,7 @@ class RecordedFilesTest(DumpTestCase):
             if not model.exists():
                 # Only its dump is among the fixtures; the file is the cast, its head copied.
                 model = pathlib.Path(made) / "fp16.apr"
-                conversion.convert(folder / "hf", model, to="apr", cast=rules("f16"), tied_head="copy")
+                convert(folder / "hf", model, to="apr", cast=rules("f16"), tied_head="copy")
             results = forced(model, FIXTURES / dump)
         print(f"{dump}: {len(results)} stages, worst {max(result.relative_l2 for result in results):.1e}")
         self.assertEqual([result for result in results if not result.within], [])
@@ -202,7 +203,7 @@ class LiveTest(DumpTestCase):
     def test_apr_import_gives_the_payloads_that_our_cast_gives(self, source, kind):
         ours = self.folder / "ours.apr"
         cast = quantiser_cases.KINDS[kind][0]
-        conversion.convert(checkpoint(source), ours, to="apr", cast=rules(cast), tied_head="copy")
+        convert(checkpoint(source), ours, to="apr", cast=rules(cast), tied_head="copy")
         with open_checkpoint(self.imported(checkpoint(source), kind)) as theirs, open_checkpoint(ours) as opened:
             self.assertEqual(list(opened.tensors), list(theirs.tensors))
             for name, tensor in theirs.tensors.items():
@@ -222,7 +223,7 @@ class LiveTest(DumpTestCase):
         with open_checkpoint(self.imported(source, kind)) as opened:
             payload = opened.tensors[EMBEDDING].raw()
         self.assertEqual(hashlib.sha256(payload).hexdigest(), quantiser_cases.HARD_SHA256[kind])
-        expected = codecs.quantise(values[EMBEDDING], quantiser_cases.KINDS[kind][1], values[EMBEDDING].shape)
+        expected = casts.quantise(values[EMBEDDING], quantiser_cases.KINDS[kind][1], values[EMBEDDING].shape)
         self.assertEqual(payload, expected)
 
     def trace(self, model, layers):
@@ -242,7 +243,7 @@ class LiveTest(DumpTestCase):
     )
     def test_apr_trace_of_our_q4k_files(self, source, tied_head):
         ours = self.folder / "ours.apr"
-        conversion.convert(checkpoint(source), ours, to="apr", cast=rules("q4k"), tied_head=tied_head)
+        convert(checkpoint(source), ours, to="apr", cast=rules("q4k"), tied_head=tied_head)
         with open_checkpoint(ours) as opened:
             layers = opened.model_config().num_layers
             self.assertGreater(sum(math.prod(t.shape) for t in opened.tensors.values() if t.dtype.is_block), 50_000)

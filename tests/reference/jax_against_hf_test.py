@@ -8,8 +8,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from apr_jax.load.load_model import load_model
 from apr_jax.model import rotary
-from apr_jax.model.language_model import load_model
 from apr_jax.trace import golden, hf_reference, stages, tolerances
 from apr_jax.trace.compare import compare, relative_l2
 from apr_jax.trace.inputs import Inputs, seeded

@@ -18,8 +18,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.commands import parity
-from apr_jax.converters.convert import conversion
-from apr_jax.model.language_model import load_model
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import aprt, stages
 from apr_jax.trace.inputs import seeded
 from tests import paths
@@ -53,8 +54,8 @@ class GenuineTestCase(parameterized.TestCase):
         if path.exists():
             return path
         made = self.folder / f"{kind}.apr"
-        rules = [conversion.CastRule.parse({"fp16": "f16"}[kind])]
-        conversion.convert(path.parents[1] / "hf", made, to="apr", cast=rules, tied_head="copy")
+        rules = [CastRule.parse({"fp16": "f16"}[kind])]
+        convert(path.parents[1] / "hf", made, to="apr", cast=rules, tied_head="copy")
         return made
 
     def assert_clean(self, report):

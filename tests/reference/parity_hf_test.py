@@ -18,7 +18,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.commands import parity
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.parity.diagnose import diagnose
 from apr_jax.trace import hf_reference
 from apr_jax.trace.inputs import Inputs, seeded

@@ -10,7 +10,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.plan import make_plan
+from apr_jax.converters.convert.run import convert
 from tests.paths import CHECKPOINTS, fixtures
 
 FIXTURES = fixtures()
@@ -24,7 +25,7 @@ def limit_for_three(path: pathlib.Path) -> int:
     with open_checkpoint(path) as checkpoint:
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         for limit in range(total // 3, total, max(1, total // 100)):
-            if len(conversion.plan(checkpoint, "unused", to="safetensors", max_shard_bytes=limit).files) == 3:
+            if len(make_plan(checkpoint, "unused", to="safetensors", max_shard_bytes=limit).files) == 3:
                 return limit
     raise AssertionError(f"no limit cuts {path} into three")
 
@@ -56,10 +57,10 @@ class TransformersFolderTest(parameterized.TestCase):
     def test_single_file_to_apr_to_three_shards_gives_the_same_logits(self, name):
         import torch
 
-        conversion.convert(SOURCES[name], self.folder / "single", to="safetensors")
-        conversion.convert(self.folder / "single", self.folder / "m.apr", to="apr")
+        convert(SOURCES[name], self.folder / "single", to="safetensors")
+        convert(self.folder / "single", self.folder / "m.apr", to="apr")
         limit = limit_for_three(self.folder / "m.apr")
-        conversion.convert(self.folder / "m.apr", self.folder / "shards", to="safetensors", max_shard_bytes=limit)
+        convert(self.folder / "m.apr", self.folder / "shards", to="safetensors", max_shard_bytes=limit)
         self.assertLen(list((self.folder / "shards").glob("model-0000?-of-00003.safetensors")), 3)
         expected = self.logits(SOURCES[name])
         self.assertEqual(tuple(expected.shape[:2]), (2, 70))
@@ -71,8 +72,8 @@ class TransformersFolderTest(parameterized.TestCase):
     def test_the_tokenizer_of_the_folder_is_the_sources(self, name):
         import transformers
 
-        conversion.convert(SOURCES[name], self.folder / "m.apr", to="apr")
-        conversion.convert(self.folder / "m.apr", self.folder / "hf", to="safetensors")
+        convert(SOURCES[name], self.folder / "m.apr", to="apr")
+        convert(self.folder / "m.apr", self.folder / "hf", to="safetensors")
         text = "the quick brown fox é"
         ours = transformers.AutoTokenizer.from_pretrained(self.folder / "hf")
         theirs = transformers.AutoTokenizer.from_pretrained(SOURCES[name])

@@ -12,7 +12,7 @@ import numpy as np
 from absl.testing import absltest
 
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
-from apr_jax.model.language_model import load_model
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import aprt, stages
 from apr_jax.trace.inputs import Inputs, seeded
 from apr_jax.trace.positions import gather_positions

@@ -11,8 +11,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
+from apr_jax.load.load_model import load_model
 from apr_jax.model import qwen2
-from apr_jax.model.language_model import load_model
 from apr_jax.parity.localise import localise
 from apr_jax.testing import sample
 from apr_jax.trace import stages
@@ -70,9 +70,17 @@ class PositionsTest(parameterized.TestCase):
         np.testing.assert_array_equal(last_columns(PADDED), [[4], [4]])
         self.assertEqual(shown_positions(PADDED, np.array([[2, 3], [1, 4]])), "0-1, 4")
 
-    @parameterized.parameters([[[3]]], [[[1, 1]]], [[[2, 1]]], [[[-1]]], [[[[0], [0, 1]]]], [[[[0]]]])
-    def test_what_a_row_does_not_have_is_refused(self, positions):
-        with self.assertRaises(UsageError):
+    @parameterized.parameters(
+        ([3], "in row 0, rising"),
+        ([1, 1], "in row 0, rising"),
+        ([[0, 1], [4, 4]], "in row 1, rising"),
+        ([2, 1], "in row 0, rising"),
+        ([-1], "in row 0, rising"),
+        ([[0], [0, 1]], "fit the batch"),
+        ([[0]], "fit the batch"),
+    )
+    def test_positions_that_a_row_lacks_or_that_do_not_rise_are_refused(self, positions, said):
+        with self.assertRaisesRegex(UsageError, said):
             find_columns(positions, PADDED)
 
 
@@ -125,10 +133,22 @@ class ValuesTest(parameterized.TestCase):
             raise AssertionError("nothing was missing that a stage depends on")
 
         logits = np.ones((2, 1, 7), np.float32)
-        whole, missing = complete({stages.LOGITS: logits}, PADDED, None, never)
-        self.assertEqual(whole[stages.LOGITS].shape, (2, 5, 7))
-        self.assertEqual(whole[stages.LOGITS].sum(), 14)
-        np.testing.assert_array_equal(missing[stages.LOGITS], [[4], [4]])
+        dumped = complete({stages.LOGITS: logits}, PADDED, None, never)
+        self.assertEqual(dumped.values[stages.LOGITS].shape, (2, 5, 7))
+        self.assertEqual(dumped.values[stages.LOGITS].sum(), 14)
+        np.testing.assert_array_equal(dumped.columns[stages.LOGITS], [[4], [4]])
+        self.assertFalse(dumped.partial)
+
+    def test_a_dump_of_some_rows_lies_over_any_trace(self):
+        key, columns = "stage.0.ffn_up", np.array([[3, 4], [0, 2]])
+        rows = np.full((2, 2, 6), 7.0, np.float32)
+        traces = [{key: np.full((2, 5, 6), value)} for value in (1.0, 2.0)]
+        dumped = complete({key: rows}, PADDED, columns, lambda: traces[0])
+        self.assertTrue(dumped.partial)
+        for trace, value in ((dumped, 1), (dumped.over(traces[1]), 2)):
+            np.testing.assert_array_equal(trace.rows()[key], rows)
+            self.assertEqual(np.unique(trace.values[key], return_counts=True)[1].tolist(), [36, 24])
+            self.assertEqual(trace.values[key].min(), value)
 
 
 class LocaliseTest(absltest.TestCase):
@@ -143,13 +163,13 @@ class LocaliseTest(absltest.TestCase):
         columns = find_columns([30, 31, 34], inputs)
         trace = same.trace(inputs)
         dump = {key: gather_positions(key, value, columns) for key, value in trace.items()}
-        located = localise(exact, same, inputs, dump, columns)
+        located = localise(exact, same, inputs, complete(dump, inputs, columns, lambda: exact.trace(inputs)))
         self.assertEqual([site.key for site in located.sites if site.wrong], [])
         widths = {site.key: site.elements for site in located.sites}
         self.assertEqual(widths["stage.1.ffn_norm"], 2 * 3 * 64)
         self.assertEqual(widths["stage.1.attn_scores"], 4 * (31 + 32 + 35) * 2)
         dump["stage.1.attn_scores"][1, 2, 2, 30] += 0.1
-        located = localise(exact, same, inputs, dump, columns)
+        located = localise(exact, same, inputs, complete(dump, inputs, columns, lambda: exact.trace(inputs)))
         self.assertEqual(
             [site.key for site in located.sites if site.wrong], ["stage.1.attn_scores", "stage.1.attn_softmax"]
         )
@@ -169,7 +189,7 @@ class LocaliseTest(absltest.TestCase):
         values = forward(*oracle.load(folder), inputs.input_ids)
         dump = {key: gather_positions(key, value, columns) for key, value in values.items()}
         exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
-        located = localise(exact, same, inputs, dump, columns)
+        located = localise(exact, same, inputs, complete(dump, inputs, columns, lambda: exact.trace(inputs)))
         self.assertEqual([(site.key, site.share) for site in located.sites if site.share > 0.5], [])
 
     def test_our_own_decoding_steps_are_right(self):
@@ -187,10 +207,10 @@ class LocaliseTest(absltest.TestCase):
             for layer in range(2)
         }
         dump[stages.LOGITS] = np.concatenate(logits[1:], axis=1)
-        located = localise(exact, same, inputs, dump, columns)
+        located = localise(exact, same, inputs, complete(dump, inputs, columns, lambda: exact.trace(inputs)))
         self.assertEqual([(site.key, site.wrong) for site in located.sites], [(key, False) for key in dump])
         dump["stage.1.k_post_rope"] = np.roll(dump["stage.1.k_post_rope"], 1, axis=1)
-        located = localise(exact, same, inputs, dump, columns)
+        located = localise(exact, same, inputs, complete(dump, inputs, columns, lambda: exact.trace(inputs)))
         self.assertEqual([site.key for site in located.sites if site.wrong], ["stage.1.k_post_rope", stages.LOGITS])
 
 

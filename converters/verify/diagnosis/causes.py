@@ -1,4 +1,4 @@
-"""What the search for causes answers."""
+"""The ways in which a tensor can come to differ from its original (causes), and what the search for them answers."""
 
 from __future__ import annotations
 
@@ -50,3 +50,22 @@ class Cause:
     explained: float
     alternatives: tuple[str, ...] = ()
     evidence: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A cause that explains at least `pair.ACCEPTED` of the differing elements.
+
+    Attributes:
+      cause: Its name.
+      parameters: As in `Cause`.
+      explained: Measured share of the differing elements.
+      evidence: In words.
+      rank: Among several, the lowest is the answer; None: the cause's place in the list of causes.
+    """
+
+    cause: str
+    parameters: dict[str, Any]
+    explained: float
+    evidence: str = ""
+    rank: float | None = None

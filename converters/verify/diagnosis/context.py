@@ -1,4 +1,4 @@
-"""What the diagnosis of one tensor may look at beside it: the other tensors of both sides, and the attention heads."""
+"""What the search for a tensor's cause may look at beside it: the other tensors of both sides, the attention heads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Checkpoint, Tensor
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import AprJaxError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.diagnosis import pair

@@ -1,4 +1,4 @@
-"""Causes that change each element by itself: misread, cast, swapped bytes, scaled, moved by a constant."""
+"""Finds causes that change each element by itself: misread, cast, swapped bytes, a factor, a constant added."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import numpy as np
 
 from apr_jax.converters.formats import casts
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.pair import Bits, Pair, Select
 
 _ROUNDINGS = ("nearest-even", "truncated", "half-away")
 _EIGHT_BITS = ("f8_e4m3", "f8_e5m2")
 _THROUGH = ("f16", "bf16", *_EIGHT_BITS, "f32")
 _MISREADINGS = {1: ("i8", "u8", "f8_e4m3", "f8_e5m2"), 2: ("f16", "bf16", "i16"), 4: ("f32", "i32"), 8: ("f64", "i64")}
-_INTEGERS = ("i8", "u8", "i16", "i32", "i64")
 # Elements that narrow the range of a factor or a constant down.
 _WIDE_SAMPLE = 1 << 17
 

@@ -1,4 +1,4 @@
-"""The last resort: nothing explains the differences, and what figures say about them."""
+"""Describes weights that differ without a known cause: fine-tuned, replaced or related, by their correlation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that only one side has: q, k and v against a fused projection, and the same content under another name."""
+"""Finds out what became of tensors that only one checkpoint has: fused, split, or under another name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.verify.diagnosis import pair as pairs
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import FUSED, Context

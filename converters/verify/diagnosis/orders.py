@@ -1,4 +1,4 @@
-"""Permutations that have a name.
+"""Recognises reorderings that have a name: reversed, rotated, in blocks, heads interleaved for another RoPE.
 
 An order says where each position of the result comes from: result[i] = original[order[i]]. Orders are functions of
 positions, so that a few positions can be tried before all of them.

@@ -1,5 +1,7 @@
-"""Two tensors side by side: the original as it would look in the suspect's type, where they differ, and a way to test
-a hypothesis, first on a sample and then on every element.
+"""Original and suspect of one name side by side: where they differ, and whether a hypothesis explains that.
+
+The original is looked at as it would be in the suspect's type. A hypothesis says which bits it expects; it is held
+against a sample of the differing elements first, and then against every element.
 
 Elements are handled as bits, unsigned integers of the suspect's width: equal means equal bits, or NaN on both sides.
 """
@@ -16,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import casts, dtypes
 

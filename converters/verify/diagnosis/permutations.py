@@ -1,4 +1,4 @@
-"""Causes that move whole rows, columns or heads, or turn the matrix."""
+"""Finds transposed matrices, and rows, columns or attention heads that stand in another order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from apr_jax.converters.checkpoint.openers import Tensor
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.verify.diagnosis import orders
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.context import Context, projection
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
 from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair, Predict, Select
 
 _PROBED_LINES = 24

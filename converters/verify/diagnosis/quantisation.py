@@ -1,4 +1,4 @@
-"""A quantised type and back: found by quantising the original again, or by the lattice that the values lie on."""
+"""Finds values that went through a quantised type: by quantising the original again, or by their lattice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from apr_jax.converters.formats import casts, codecs, dtypes
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair
 
 # float32 [blocks, 32] -> the values that are left of them.
@@ -329,7 +329,7 @@ def _fitting(pair: Pair, lattice: _Lattice, parts: list[slice]) -> float:
     hits = total = 0
     for first in range(0, len(parts), 64):
         before, after = (
-            _blocks(pair, bits, name, lattice.size, parts[first : first + 64])
+            _blocks(bits, name, lattice.size, parts[first : first + 64])
             for bits, name in ((pair.original.bits, pair.original.dtype.name), (pair.y, pair.type))
         )
         steps = _steps(after, lattice, pair.type)
@@ -343,7 +343,7 @@ def _fitting(pair: Pair, lattice: _Lattice, parts: list[slice]) -> float:
     return hits / total if total >= 2 * lattice.size else 0.0
 
 
-def _blocks(pair: Pair, bits: Bits, name: str, size: int, parts: list[slice]) -> np.ndarray:
+def _blocks(bits: Bits, name: str, size: int, parts: list[slice]) -> np.ndarray:
     rows = []
     for part in parts:
         whole = (part.stop - part.start) // size * size

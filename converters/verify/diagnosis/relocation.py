@@ -1,4 +1,4 @@
-"""Causes that bring data from elsewhere: another tensor, or another place in the file."""
+"""Finds content that belongs elsewhere: that of another tensor, or of another place in the file (shifts)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.causes import CAUSES
+from apr_jax.converters.verify.diagnosis.causes import CAUSES, Found
 from apr_jax.converters.verify.diagnosis.context import Context, split_layer
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
 from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair, Select
 
 _PROBE = 12  # elements that are looked for

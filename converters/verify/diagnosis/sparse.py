@@ -1,4 +1,4 @@
-"""Causes that leave most elements alone or wipe them out: zeros, cut tails, NaN and infinities, flipped bits."""
+"""Finds causes that leave most elements alone or wipe them out: zeros, cut tails, NaN and infinities, flipped bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.hypotheses import Found
+from apr_jax.converters.verify.diagnosis.causes import Found
 from apr_jax.converters.verify.diagnosis.pair import Pair
 
 _LISTED = 8

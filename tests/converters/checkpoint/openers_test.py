@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint import openers
+from apr_jax.converters.checkpoint import tensor as tensor_module
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import (
     AprJaxError,
@@ -27,7 +27,7 @@ from apr_jax.converters.errors import (
     RefusedError,
     StorageError,
 )
-from apr_jax.converters.formats import apr_format, codecs, dtypes
+from apr_jax.converters.formats import apr_format, casts, dtypes
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 DATA = ROOT / "tests" / "data" / "apr"
@@ -570,7 +570,7 @@ class AprTest(CheckpointTestCase):
 
     def test_decoding_in_parts_takes_little_memory(self):
         shape = (4000, 1000)
-        data = codecs.quantise(np.tile(np.float32([-1, 1]), (4000, 500)), "q4_k", shape)
+        data = casts.quantise(np.tile(np.float32([-1, 1]), (4000, 500)), "q4_k", shape)
         tensor = self.open_apr({"a": ("q4_k", shape, data)}, {}).tensors["a"]
         del data
         tracemalloc.start()
@@ -742,7 +742,7 @@ class TensorTest(CheckpointTestCase):
         parts = [slice(None), slice(2, 4), slice(0, 1), slice(3, 3), slice(-2, None), slice(1, 100), slice(4, 2)]
         compared = 0
         for part_bytes in (1, 100, 1 << 20):
-            with mock.patch.object(openers, "_PART_BYTES", part_bytes):
+            with mock.patch.object(tensor_module, "_PART_BYTES", part_bytes):
                 for name, array in tensors.items():
                     for rank in range(array.ndim + 1):
                         for slices in itertools.product(parts, repeat=rank):

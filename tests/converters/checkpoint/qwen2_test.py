@@ -120,6 +120,22 @@ class FromHfTest(parameterized.TestCase):
     def test_what_would_change_the_arithmetic_or_makes_no_sense_is_refused_by_name(self, changes, part):
         self.assertIn(part, self.problems(**changes))
 
+    @parameterized.product(
+        size=[0, -1, 2**31],
+        name=[
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ],
+    )
+    def test_a_size_that_is_not_positive_or_needs_more_than_31_bits_is_refused_by_name(self, name, size):
+        self.assertIn(f"{name} is {size}, expected a positive integer", self.problems(**{"head_dim": 64, name: size}))
+
     def test_everything_wrong_is_said_at_once(self):
         text = self.problems(use_sliding_window=True, hidden_act="gelu", unheard_of=1)
         for part in ("sliding", "gelu", "unheard_of"):

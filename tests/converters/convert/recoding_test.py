@@ -17,10 +17,13 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.distance import Sums
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion, recoding
+from apr_jax.converters.convert import recoding
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError
-from apr_jax.converters.formats import codecs, dtypes
+from apr_jax.converters.formats import casts, codecs, dtypes
 from tests import quantiser_cases
 from tests.paths import DATA, checkpoint
 
@@ -34,9 +37,9 @@ class RecodingTest(parameterized.TestCase):
         self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def convert(self, source, output, *casts, **arguments):
-        rules = [conversion.CastRule.parse(text) for text in casts]
+        rules = [CastRule.parse(text) for text in casts]
         to = "apr" if output.endswith(".apr") else "safetensors"
-        return conversion.convert(source, self.folder / output, to=to, cast=rules, force=True, **arguments)
+        return convert(source, self.folder / output, to=to, cast=rules, force=True, **arguments)
 
     def save(self, **values):
         safetensors.numpy.save_file(values, self.folder / "x.safetensors")
@@ -75,7 +78,7 @@ class RecodingTest(parameterized.TestCase):
         self.convert(self.save(w=values), "q.apr", cast)
         self.assert_footer("q.apr")
         with open_checkpoint(self.folder / "q.apr") as opened:
-            self.assertEqual(opened.tensors["w"].raw(), codecs.quantise(values, CASTS[cast], shape))
+            self.assertEqual(opened.tensors["w"].raw(), casts.quantise(values, CASTS[cast], shape))
 
     @parameterized.product(cast=list(CASTS), dtype=(np.float16, ml_dtypes.bfloat16, np.float64))
     def test_other_floats_are_cast_to_float32_first(self, cast, dtype):
@@ -83,7 +86,7 @@ class RecodingTest(parameterized.TestCase):
         source = self.save(w=values)
         self.convert(source, "q.apr", cast)
         with open_checkpoint(self.folder / "q.apr") as opened:
-            expected = codecs.quantise(values.astype(np.float32), CASTS[cast], (40, 70))
+            expected = casts.quantise(values.astype(np.float32), CASTS[cast], (40, 70))
             self.assertEqual(opened.tensors["w"].raw(), expected)
 
     @parameterized.product(source=(INT8, INT4), target=("f32", "bf16", "f16", "f64"), output=("out", "out.apr"))
@@ -108,7 +111,7 @@ class RecodingTest(parameterized.TestCase):
             self.convert(self.folder / "k.apr", "other.apr", cast)
             with open_checkpoint(self.folder / "other.apr") as opened, open_checkpoint(self.folder / "k.apr") as k:
                 tensor = opened.tensors["w"]
-                same = k.tensors["w"].raw() if name == "q4_k" else codecs.quantise(decoded, name, (1100, 300))
+                same = k.tensors["w"].raw() if name == "q4_k" else casts.quantise(decoded, name, (1100, 300))
                 self.assertEqual(tensor.raw(), same)
         self.convert(self.folder / "k.apr", "k.safetensors", "f32")
         self.assertEqual(self.values("k.safetensors")["w"].tobytes(), decoded.tobytes())
@@ -144,11 +147,13 @@ class RecodingTest(parameterized.TestCase):
         self.assertEqual(list(outcome.quantised), ["w"])
         error = outcome.quantised["w"]
         found, source = self.values("q.apr")["w"].astype(np.float64), values.astype(np.float64)
-        self.assertAlmostEqual(error.relative_l2, np.linalg.norm(found - source) / np.linalg.norm(source), places=9)
+        self.assertAlmostEqual(
+            error.sums.relative_l2, np.linalg.norm(found - source) / np.linalg.norm(source), places=9
+        )
         norms = np.linalg.norm(found) * np.linalg.norm(source)
         self.assertAlmostEqual(error.cosine, np.vdot(found, source) / norms, places=9)
-        self.assertEqual(error.max_abs, np.abs(found - source).max())
-        self.assertBetween(error.worst_relative_l2, error.relative_l2, 3.0)
+        self.assertEqual(error.sums.max_abs, np.abs(found - source).max())
+        self.assertBetween(error.worst_relative_l2, error.sums.relative_l2, 3.0)
         report = error.to_json((1500, 300))
         self.assertEqual(json.loads(json.dumps(report)), report)
         row, column = report["worst_block"]["begins_at"]
@@ -201,12 +206,14 @@ class RecodingTest(parameterized.TestCase):
 
     def test_errors_add_up_whatever_the_order(self):
         parts = [
-            recoding.QuantisationError(1, 4, 5, 4, 0.5, 64, 0.3),
-            recoding.QuantisationError(2, 6, 7, 6, 0.25, 0, 0.3),
+            recoding.QuantisationError(Sums(dd=1, aa=4, bb=5, ab=4, max_abs=0.5), 64, 0.3),
+            recoding.QuantisationError(Sums(dd=2, aa=6, bb=7, ab=6, max_abs=0.25), 0, 0.3),
         ]
         self.assertEqual(parts[0] + parts[1], parts[1] + parts[0])
         self.assertEqual((parts[0] + parts[1]).worst_first, 0)
-        self.assertEqual(recoding.QuantisationError().cosine, 1.0)
+        self.assertEqual((parts[0] + parts[1]).sums, Sums(dd=3, aa=10, bb=12, ab=10, max_abs=0.5))
+        self.assertEqual(recoding.QuantisationError(Sums(), 0, 0.0).cosine, 1.0)
+        self.assertEqual(recoding.QuantisationError(Sums(aa=1.0, dd=1.0, max_abs=1.0), 0, 1.0).cosine, 0.0)
 
 
 if __name__ == "__main__":

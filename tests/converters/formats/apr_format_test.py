@@ -287,6 +287,18 @@ class RefusedTest(parameterized.TestCase):
                 with self.assertRaises(BrokenContainerError):
                     parse(file, lenient=True)
 
+    @parameterized.named_parameters(
+        ("behind_metadata", {"metadata": b"{" + b" " * 62 + b"}" + bytes(64), "metadata_size": 64}, "section-bounds"),
+        ("behind_the_index", {"index_padding": bytes(64)}, "padding"),
+        ("before_the_first_tensor", {"index": entry("a" * 28, 0, (2, 3), 64, 24), "data": bytes(128)}, "data-hole"),
+    )
+    def test_64_zero_bytes_where_no_padding_is_needed_are_a_hole(self, changes, code):
+        # Metadata and index of 64 bytes: what follows them needs no padding.
+        file = {"metadata": b"{" + b" " * 62 + b"}", "index": entry("a" * 28, 0, (2, 3), 0, 24), "count": 1}
+        file |= {"data": pad(bytes(24))}
+        self.assertLen(parse(container(**file)).entries, 1)
+        self.assert_refused(container(**(file | changes)), code, lenient=True)
+
     def test_hidden_bytes_between_sections(self):
         file = bytearray(two_tensors())
         for position in (66, 127, len(pad(file[: 128 + 75])) - 1):

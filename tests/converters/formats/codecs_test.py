@@ -15,7 +15,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError
-from apr_jax.converters.formats import codecs, dtypes
+from apr_jax.converters.formats import casts, codecs, dtypes
 from tests import quantiser_cases
 from tests.paths import checkpoint
 
@@ -158,7 +158,7 @@ class DecodingTest(parameterized.TestCase):
 class EncodingTest(parameterized.TestCase):
     @parameterized.parameters(*quantiser_cases.KINDS)
     def test_payloads_of_hard_values_are_those_of_apr(self, kind):
-        payload = codecs.quantise(
+        payload = casts.quantise(
             quantiser_cases.hard_values(), quantiser_cases.KINDS[kind][1], quantiser_cases.HARD_SHAPE
         )
         self.assertEqual(hashlib.sha256(payload).hexdigest(), quantiser_cases.HARD_SHA256[kind])
@@ -170,7 +170,7 @@ class EncodingTest(parameterized.TestCase):
             for name, tensor in opened.tensors.items():
                 if not codecs.stays_float(name, math.prod(tensor.shape)):
                     values = tensor.read().astype(np.float32)
-                    digest.update(codecs.quantise(values, name_of_type, tensor.shape))
+                    digest.update(casts.quantise(values, name_of_type, tensor.shape))
         self.assertEqual(digest.hexdigest(), quantiser_cases.ODD_SIZES_SHA256[kind])
 
     @parameterized.parameters(*ENCODED)
@@ -178,7 +178,7 @@ class EncodingTest(parameterized.TestCase):
         shape = (40, 300)
         values = np.random.default_rng(0).normal(0, 0.05, shape).astype(np.float32)
         dtype = dtypes.by_name(name)
-        payload = codecs.quantise(values, name, shape)
+        payload = casts.quantise(values, name, shape)
         self.assertLen(payload, dtype.encoded_nbytes(shape))
         columns = 512 if dtype.padded_columns(shape, len(payload)) else 300
         found = decode(name, payload, 40 * columns).reshape(40, columns)[:, :300]
@@ -188,33 +188,33 @@ class EncodingTest(parameterized.TestCase):
 
     def test_ties_are_rounded_away_from_zero(self):
         values = np.array([127, 0.5, 1.5, 2.5, -0.5, -2.5, 0.49999997], np.float32)
-        payload = codecs.quantise(values, "apr_q8", (7,))
+        payload = casts.quantise(values, "apr_q8", (7,))
         self.assertEqual(struct.unpack("<f7b", payload), (1.0, 127, 1, 2, 3, -1, -3, 0))
 
     def test_zeros_and_nothing(self):
-        self.assertEqual(codecs.quantise(np.zeros(3), "apr_q8", (3,)), struct.pack("<f3b", 1, 0, 0, 0))
-        self.assertEqual(codecs.quantise(np.zeros(0), "apr_q8", (0,)), b"")
+        self.assertEqual(casts.quantise(np.zeros(3), "apr_q8", (3,)), struct.pack("<f3b", 1, 0, 0, 0))
+        self.assertEqual(casts.quantise(np.zeros(0), "apr_q8", (0,)), b"")
         # 3 values of nibble 8; behind them zero bytes, not zero values.
-        payload = codecs.quantise(np.zeros(3), "apr_q4", (3,))
+        payload = casts.quantise(np.zeros(3), "apr_q4", (3,))
         self.assertEqual(payload, struct.pack("<e", 1) + bytes([0x88, 0x08]) + bytes(14))
 
     def test_rows_of_k_quants_are_padded_and_a_vector_is_one_row(self):
         values = np.random.default_rng(1).normal(size=(3, 100)).astype(np.float32)
-        rows = b"".join(codecs.quantise(row, "q4_k", (100,)) for row in values)
-        self.assertEqual(codecs.quantise(values, "q4_k", (3, 100)), rows)
+        rows = b"".join(casts.quantise(row, "q4_k", (100,)) for row in values)
+        self.assertEqual(casts.quantise(values, "q4_k", (3, 100)), rows)
         self.assertLen(rows, 3 * 144)
 
     @parameterized.parameters(*ENCODED)
     def test_nan_and_infinities_are_refused(self, name):
         for bad in (np.nan, np.inf, -np.inf):
             with self.assertRaises(RefusedError) as caught:
-                codecs.quantise(np.array([1, bad], np.float32), name, (2,))
+                casts.quantise(np.array([1, bad], np.float32), name, (2,))
             self.assertEqual(caught.exception.code, "cast-non-finite")
 
     def test_types_that_nothing_encodes_are_refused(self):
         for name in ("q8_0", "q6_k"):
             with self.assertRaises(RefusedError) as caught:
-                codecs.quantise(np.zeros(256, np.float32), name, (256,))
+                casts.quantise(np.zeros(256, np.float32), name, (256,))
             self.assertEqual(caught.exception.code, "cast-unsupported")
 
     @parameterized.parameters(
@@ -234,7 +234,7 @@ class EncodingTest(parameterized.TestCase):
     def test_encoding_takes_a_small_multiple_of_the_values(self, name):
         values = np.ones(MILLION, np.float32)
         tracemalloc.start()
-        codecs.quantise(values, name, (MILLION,))
+        casts.quantise(values, name, (MILLION,))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         self.assertLess(peak, 10 * values.nbytes)

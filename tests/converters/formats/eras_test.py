@@ -18,9 +18,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError
-from apr_jax.converters.formats import codecs, dtypes
+from apr_jax.converters.formats import casts, dtypes
 from tests.paths import DATA, ROOT
 
 ROW_MAJOR, QUANTIZED = 0x0400, 0x0020
@@ -57,13 +58,13 @@ Q4, Q8, Q4_EVEN = floats(3, 40), floats(5, 7), floats(4, 64)
 OLD_APRENDER = {
     "bf16": (2, (6, 4), BF16.tobytes()),
     "f32": (0, (5, 7), Q8.tobytes()),
-    "q4": (8, (3, 40), codecs.quantise(Q4, "apr_q4", (3, 40))),
-    "q8": (9, (5, 7), codecs.quantise(Q8, "apr_q8", (5, 7))),
+    "q4": (8, (3, 40), casts.quantise(Q4, "apr_q4", (3, 40))),
+    "q8": (9, (5, 7), casts.quantise(Q8, "apr_q8", (5, 7))),
 }
 # The size of q4 leaves two types: 256 divides its elements.
-AMBIGUOUS = OLD_APRENDER | {"even": (8, (4, 64), codecs.quantise(Q4_EVEN, "apr_q4", (4, 64)))}
+AMBIGUOUS = OLD_APRENDER | {"even": (8, (4, 64), casts.quantise(Q4_EVEN, "apr_q4", (4, 64)))}
 # What realizar's converters wrote, with a table of their own and later with GGML's numbers; no footer.
-Q4_K = codecs.quantise(floats(2, 256), "q4_k", (2, 256))
+Q4_K = casts.quantise(floats(2, 256), "q4_k", (2, 256))
 Q4_0 = np.float16(0.5).tobytes() + bytes(range(16))
 Q8_0 = np.float16(0.25).tobytes() + bytes(range(32))
 OLD_ENGINE = {"a": (0, (3,), floats(3).tobytes()), "k": (8, (2, 256), Q4_K), "n": (2, (6, 4), BF16.tobytes())}
@@ -87,7 +88,7 @@ class ErasTestCase(parameterized.TestCase):
 
     def reimport(self, path, **options):
         new = self.folder / "new.apr"
-        conversion.convert(path, new, to="apr", force=True, **options)
+        convert(path, new, to="apr", force=True, **options)
         return new
 
 
@@ -132,11 +133,11 @@ class OldAprenderTest(ErasTestCase):
             self.assertEqual(opened.metadata["param_count"], 0)
             self.assertIsNone(opened.metadata["architecture"])
         again = self.folder / "again.apr"
-        conversion.convert(new, again, to="apr")
+        convert(new, again, to="apr")
         self.assertEqual(again.read_bytes(), new.read_bytes())
 
     def test_legacy_turns_the_file_into_safetensors(self):
-        conversion.convert(
+        convert(
             self.write({"bf16": OLD_APRENDER["bf16"]}), self.folder / "x.safetensors", to="safetensors", legacy=True
         )
         with open_checkpoint(self.folder / "x.safetensors") as opened:
@@ -212,7 +213,7 @@ class EngineTest(ErasTestCase):
         self.assertEqual(caught.exception.code, "apr-unsupported")
         self.assertIn("q8: the format has no id for q8_0", str(caught.exception))
         self.assertIn("--cast", caught.exception.hint)
-        rules = [conversion.CastRule.parse("q*=f32")]
+        rules = [CastRule.parse("q*=f32")]
         with open_checkpoint(self.reimport(path, lenient=True, legacy=True, cast=rules)) as opened:
             self.assertEqual({tensor.dtype.name for tensor in opened.tensors.values()}, {"f32"})
             np.testing.assert_array_equal(opened.tensors["q8"].read()[2], np.arange(32) * 0.25)

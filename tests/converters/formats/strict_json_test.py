@@ -255,7 +255,7 @@ class CostTest(absltest.TestCase):
                     "source_files": {"tokenizer.json": tokenizer, "vocab.json": tokenizer}}
                 sys.stdout.buffer.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
             else:
-                from apr_jax.converters import strict_json
+                from apr_jax.converters.formats import strict_json
                 before = peak()
                 data = sys.stdin.buffer.read()
                 begin = time.perf_counter()

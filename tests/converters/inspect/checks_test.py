@@ -14,7 +14,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.formats import apr_format, dtypes
 from apr_jax.converters.inspect import first_pass
 from apr_jax.converters.inspect.checks import inspect
@@ -36,7 +37,7 @@ class InspectionTest(parameterized.TestCase):
     def sample(self, name="gqa_tied_bf16", to="apr"):
         """Metadata, and name -> [dtype name, array], of a sample as our converter writes it."""
         path = self.folder / f"sample.{to}"
-        conversion.convert(checkpoint(name), path, to=to, force=True)
+        convert(checkpoint(name), path, to=to, force=True)
         with open_checkpoint(path) as opened:
             tensors = {tensor.name: [tensor.dtype.name, tensor.read()] for tensor in opened.tensors.values()}
             return dict(opened.metadata), tensors
@@ -87,7 +88,7 @@ class InspectionTest(parameterized.TestCase):
         paths = [checkpoint(name)]
         for to, options in (("apr", {}), ("apr", {"tied_head": "copy"}), ("safetensors", {})):
             paths.append(self.folder / f"{len(paths)}.{to}")
-            conversion.convert(checkpoint(name), paths[-1], to=to, **options)
+            convert(checkpoint(name), paths[-1], to=to, **options)
         for path in paths:
             checks = self.inspect(path)
             wrong = [check.sentence for check in checks if check.severity in ("failure", "note")]
@@ -99,8 +100,8 @@ class InspectionTest(parameterized.TestCase):
     @parameterized.parameters("bf16", "f16", "f32")
     def test_a_rounding_cast_of_a_sample_is_clean(self, dtype):
         path = self.folder / "cast.apr"
-        rules = [conversion.CastRule.parse(dtype)]
-        conversion.convert(checkpoint("mixed_dtypes"), path, to="apr", cast=rules)
+        rules = [CastRule.parse(dtype)]
+        convert(checkpoint("mixed_dtypes"), path, to="apr", cast=rules)
         self.assertEmpty(self.failures(path))
 
     @parameterized.parameters(
@@ -255,7 +256,7 @@ class InspectionTest(parameterized.TestCase):
 
     def test_config_json_that_ties_a_head_of_its_own(self):
         folder = self.folder / "hf"
-        conversion.convert(checkpoint("gqa_untied_bf16"), folder, to="safetensors")
+        convert(checkpoint("gqa_untied_bf16"), folder, to="safetensors")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
         self.only_failure(folder, "falsely-tied", [HEAD], words=("config.json", "HuggingFace"))

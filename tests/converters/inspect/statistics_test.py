@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint.openers import Tensor, open_checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.inspect import statistics

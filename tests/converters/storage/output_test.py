@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import pathlib
-import signal
 import stat
 import subprocess
 import sys
@@ -16,8 +15,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.file_names import CHECKPOINT
 from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
 from apr_jax.converters.storage import output
+from tests import flushes
 from tests.paths import ROOT
 
 
@@ -58,7 +59,8 @@ def write(path: pathlib.Path, content: bytes, **arguments) -> None:
 
 
 def write_folder(path: pathlib.Path, files: dict[str, bytes], **arguments) -> None:
-    with output.atomic_folder(os.fspath(path), sum(map(len, files.values())), **arguments) as folder:
+    size = sum(map(len, files.values()))
+    with output.atomic_folder(os.fspath(path), size, kind=CHECKPOINT, **arguments) as folder:
         for name, content in files.items():
             with folder.create(name, len(content)) as file:
                 file.write_at(content, 0)
@@ -221,7 +223,7 @@ class LeftoversTest(OutputTestCase):
 
 class AtomicFolderTest(OutputTestCase):
     def test_folder_appears_whole(self):
-        with output.atomic_folder(os.fspath(self.folder / "d"), 3) as folder:
+        with output.atomic_folder(os.fspath(self.folder / "d"), 3, kind=CHECKPOINT) as folder:
             with folder.create("config.json", 3) as file:
                 file.write_at(b"new", 0)
             self.assertFalse((self.folder / "d").exists())
@@ -245,7 +247,8 @@ class AtomicFolderTest(OutputTestCase):
     @parameterized.parameters(ValueError, KeyboardInterrupt)
     def test_an_exception_leaves_the_old_folder(self, kind):
         write_folder(self.folder / "d", {"config.json": b"old"})
-        with self.assertRaises(kind), output.atomic_folder(os.fspath(self.folder / "d"), 3, force=True) as folder:
+        opened = output.atomic_folder(os.fspath(self.folder / "d"), 3, kind=CHECKPOINT, force=True)
+        with self.assertRaises(kind), opened as folder:
             with folder.create("config.json", 3) as file:
                 file.write_at(b"new", 0)
             raise kind
@@ -289,31 +292,41 @@ class AtomicFolderTest(OutputTestCase):
         self.assertEqual(self.names(), [])
 
 
-class InterruptTest(OutputTestCase):
-    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    def test_the_first_signal_is_raised_and_others_do_not_cut_the_cleaning_up_short(self, number):
-        before = signal.getsignal(number)
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
-            try:
-                os.kill(os.getpid(), number)
-            finally:
-                os.kill(os.getpid(), number)
-        self.assertIs(signal.getsignal(number), before)
+class PowerCutTest(OutputTestCase):
+    """Content is on the disk before its name is, and the name before anything is removed that it replaces."""
 
-    def test_a_swallowed_signal_comes_back_when_asked_at_the_end_and_in_place_of_an_error(self):
-        def swallow() -> None:
-            with contextlib.suppress(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
+    @parameterized.parameters((False, True), (False, False), (True, True))
+    def test_a_file_is_flushed_before_it_gets_its_name_and_its_folder_after(self, force, has_renameat2):
+        if force:
+            (self.folder / "a").write_bytes(b"old")
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with flushes.recorded(self.folder) as flushed, without:
+            write(self.folder / "a", b"new", force=force)
+        self.assertEqual(flushes.lacking(flushed, self.folder / "a"), [])
 
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
-            swallow()
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt():
-            swallow()
-            raise ImportError("partially initialised")
-        with self.assertRaises(KeyboardInterrupt), output.termination_as_interrupt() as check:
-            check()
-            swallow()
-            self.assertRaises(KeyboardInterrupt, check)
+    @parameterized.product(force=[False, True], has_renameat2=[True, False])
+    def test_so_is_a_folder_with_every_file_and_folder_in_it(self, force, has_renameat2):
+        path = self.folder / "d"
+        if force:
+            write_folder(path, {"config.json": b"old"})
+        old = path.stat().st_ino if force else None
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        with flushes.recorded(self.folder) as flushed, without:
+            write_folder(path, {"config.json": b"new", "layer-0/x.bin": b"x", "p/q/y.bin": b"y"}, force=force)
+        self.assertEqual(flushes.lacking(flushed, path), [])
+        if force:
+            named = [flush for flush in flushed if flush.names.get("d") == path.stat().st_ino]
+            self.assertIn(old, named[0].names.values(), "the old folder was removed before the new name was flushed")
+
+    def test_a_disk_that_refuses_to_flush_is_an_error_and_leaves_nothing(self):
+        for number in (errno.EIO, errno.ENOSPC):
+            for writing in (
+                lambda: write(self.folder / "a", b"x"),
+                lambda: write_folder(self.folder / "d", {"x": b""}),
+            ):
+                with mock.patch.object(os, "fsync", side_effect=OSError(number, "no")), self.assertRaises(StorageError):
+                    writing()
+                self.assertEqual(self.names(), [])
 
 
 class LimitsTest(OutputTestCase):

@@ -9,7 +9,6 @@ import struct
 import sys
 import tempfile
 import tracemalloc
-import types
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
@@ -19,11 +18,12 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import StorageError
 from apr_jax.converters.formats import dtypes
-from apr_jax.converters.verify import comparison, distance, tensor_pairs
+from apr_jax.converters.verify import comparison, tensor_pairs
 from apr_jax.converters.verify.comparison import compare
+from apr_jax.converters.verify.diagnosis import search
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from tests.paths import DATA, NAMES, checkpoint
 
@@ -77,7 +77,7 @@ class ComparisonTestCase(parameterized.TestCase):
 class BytesTest(ComparisonTestCase):
     @parameterized.parameters(*NAMES)
     def test_a_conversion_to_apr_is_identical_in_every_byte(self, name):
-        conversion.convert(checkpoint(name), self.folder / "m.apr", to="apr")
+        convert(checkpoint(name), self.folder / "m.apr", to="apr")
         for pair in ((checkpoint(name), self.folder / "m.apr"), (self.folder / "m.apr", checkpoint(name))):
             found = self.compare(*pair)
             self.assertEqual((found.verdict, found.exit_code, found.findings), ("identical", 0, ()))
@@ -314,7 +314,7 @@ class HeadsTest(ComparisonTestCase):
     def test_a_placeholder_is_a_tied_head_and_mentioned(self):
         # As `apr import` writes the head of a tied 16-bit model: full shape, no bytes.
         source = checkpoint("gqa_tied_bf16")
-        conversion.convert(source, self.folder / "m.apr", to="apr")
+        convert(source, self.folder / "m.apr", to="apr")
         path = with_placeholder(self.folder / "m.apr")
         found = self.compare(source, path)
         self.assertEqual((found.verdict, found.exit_code, found.only_in_b), ("identical", 0, ()))
@@ -326,7 +326,7 @@ class HeadsTest(ComparisonTestCase):
 
     def test_a_head_that_is_falsely_said_to_be_tied_is_named(self):
         source = checkpoint("gqa_untied_bf16")
-        conversion.convert(source, self.folder / "m.apr", to="apr")
+        convert(source, self.folder / "m.apr", to="apr")
         path = with_metadata(self.folder / "m.apr", lambda metadata: metadata | {"tied_embeddings": True})
         found = self.compare(source, path)
         self.assertEqual(found.verdict, "identical")
@@ -416,7 +416,7 @@ class MetadataTest(ComparisonTestCase):
 
     def test_a_head_that_is_said_to_be_untied_and_is_not_there_is_named(self):
         other = self.folder / "hf"
-        conversion.convert(checkpoint("gqa_tied_bf16"), other, to="safetensors")
+        convert(checkpoint("gqa_tied_bf16"), other, to="safetensors")
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
         (difference,) = self.compare(checkpoint("gqa_tied_bf16"), other).metadata_differences
@@ -429,7 +429,7 @@ class MetadataTest(ComparisonTestCase):
             }
 
         source = checkpoint("gqa_tied_bf16")
-        conversion.convert(source, self.folder / "m.apr", to="apr", tied_head="copy")
+        convert(source, self.folder / "m.apr", to="apr", tied_head="copy")
         found = self.compare(source, with_metadata(self.folder / "m.apr", as_apr_imports))
         self.assertEqual((found.verdict, found.metadata_differences), ("identical", ()))
 
@@ -454,13 +454,7 @@ class FindingsTest(ComparisonTestCase):
             a[name] = typed(values, "f32")
             b[name] = typed(values * (1 + (distances or {}).get(name, 0.5)), "f32")
         a["exact"], b["exact"] = typed([1.0], "f16"), typed([1.0], "f32")
-        fake = types.SimpleNamespace(
-            Context=lambda one, two: (one, two), diagnose=lambda name, one, two, context: [causes[name]]
-        )
-        with (
-            mock.patch.dict(sys.modules, {"apr_jax.converters.verify.diagnosis": fake}),
-            mock.patch("apr_jax.converters.verify.diagnosis", fake),
-        ):
+        with mock.patch.object(search, "diagnose", lambda one, two, context: [causes[one.name]]):
             return self.compare(a, b, diagnose=True).findings
 
     def test_equal_causes_with_equal_parameters_are_one_finding_and_others_are_not(self):
@@ -539,18 +533,13 @@ class ProgressTest(ComparisonTestCase):
 class ChecksumTest(ComparisonTestCase):
     def test_of_a_different_apr_it_is_said_whether_it_changed_after_it_was_written(self):
         source, path = checkpoint("gqa_tied_bf16"), self.folder / "m.apr"
-        conversion.convert(source, path, to="apr")
+        convert(source, path, to="apr")
         data = bytearray(path.read_bytes())
         data[-200] ^= 0x40
         path.write_bytes(data)
         found = self.compare(source, path)
         self.assertEqual(found.verdict, "different")
         self.assertIn("the checksum of B is wrong", found.notes[0])
-
-
-class SumsTest(absltest.TestCase):
-    def test_nothing_compared_is_no_distance(self):
-        self.assertEqual((distance.Sums().relative_l2, distance.Sums().cosine), (0.0, 1.0))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ from collections.abc import Mapping
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
+import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.verify import diagnosis
+from apr_jax.converters.verify.diagnosis.causes import Cause
+from apr_jax.converters.verify.diagnosis.context import Context
+from apr_jax.converters.verify.diagnosis.missing import Match, diagnose_missing
+from apr_jax.converters.verify.diagnosis.pair import bits_of
+from apr_jax.converters.verify.diagnosis.search import diagnose
 from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
 from tests.paths import DATA
 
@@ -24,31 +29,46 @@ def _random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 class DiagnosisTest(parameterized.TestCase):
-    def diagnose(self, before: Stored, after: Stored, name: str = NAME) -> list[diagnosis.Cause]:
+    def diagnose(self, before: Stored, after: Stored, name: str = NAME) -> list[Cause]:
         return self.diagnose_all({name: before}, {name: after})[name]
 
-    def diagnose_all(
-        self, before: Mapping[str, Stored], after: Mapping[str, Stored]
-    ) -> dict[str, list[diagnosis.Cause]]:
+    def diagnose_all(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> dict[str, list[Cause]]:
         folder = pathlib.Path(self.create_tempdir().full_path)
         write(folder / "a", before)
         write(folder / "b", after)
         with open_checkpoint(folder / "a") as a, open_checkpoint(folder / "b") as b:
-            context = diagnosis.Context(a, b)
-            return {
-                name: diagnosis.diagnose(name, a.tensors[name], b.tensors[name], context)
-                for name in before
-                if name in after
-            }
+            context = Context(a, b)
+            return {name: diagnose(a.tensors[name], b.tensors[name], context) for name in before if name in after}
 
-    def matches(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> list[diagnosis.Match]:
+    def matches(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> list[Match]:
         folder = pathlib.Path(self.create_tempdir().full_path)
         write(folder / "a", before)
         write(folder / "b", after)
         with open_checkpoint(folder / "a") as a, open_checkpoint(folder / "b") as b:
             only_a = [name for name in before if name not in after]
             only_b = [name for name in after if name not in before]
-            return diagnosis.diagnose_missing(only_a, only_b, diagnosis.Context(a, b))
+            return diagnose_missing(only_a, only_b, Context(a, b))
+
+    @parameterized.parameters((0.55, False), (0.75, False), (0.9, False), (0.98, True))
+    def test_a_shift_is_named_only_where_nearly_all_elements_moved(self, share, named):
+        before = _random(64, 64)
+        after = np.concatenate([np.zeros(5, "<f4"), before.ravel()[:-5]])
+        replaced = round((1 - share) * after.size)
+        after[-replaced:] = _random(replaced, seed=1)
+        (first, *_) = self.diagnose(stored(before), stored(after.reshape(64, 64)))
+        self.assertEqual(first.cause == "shifted", named, first)
+        if named:
+            self.assertEqual(first.parameters, {"by": 5, "unit": "elements", "fill": "zero"})
+            self.assertAlmostEqual(first.explained, share, 2)
+
+    def test_values_are_rounded_to_bf16_as_ml_dtypes_does_ties_included(self):
+        # Each sign, exponent and fraction of bf16, with what lies below a tie, on it and above it.
+        high = np.arange(1 << 16, dtype="<u4")[:, None] << np.uint32(16)
+        values = (high | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], "<u4")).view("<f4")
+        values = values[np.isfinite(values)]
+        with np.errstate(over="ignore"):
+            expected = values.astype(ml_dtypes.bfloat16).view("<u2")
+        np.testing.assert_array_equal(bits_of(values, "bf16"), expected)
 
     def test_equal_tensors_have_no_cause(self):
         same = stored(_random(8, 8))
@@ -223,8 +243,8 @@ class DiagnosisTest(parameterized.TestCase):
             damaged = pathlib.Path(self.create_tempdir().full_path) / "damaged.apr"
             damaged.write_bytes(whole)
             with open_checkpoint(damaged) as suspect:
-                context = diagnosis.Context(original, suspect)
-                (first, *_) = diagnosis.diagnose(name, tensor, suspect.tensors[name], context)
+                context = Context(original, suspect)
+                (first, *_) = diagnose(tensor, suspect.tensors[name], context)
         self.assertEqual((first.cause, first.parameters), (cause, parameters))
 
     # --- sizes

@@ -7,8 +7,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.verify.comparison import Finding
 from apr_jax.converters.verify.diagnosis.causes import CAUSES
+from apr_jax.converters.verify.findings import Finding
 
 # A name of several lines in a file must not become several lines of a report, so sentences are one line; and they hold
 # what decides: which types, which way, how much.

@@ -21,7 +21,9 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.convert import conversion, streaming
+from apr_jax.converters.convert import streaming
+from apr_jax.converters.convert.plan import CastRule, make_plan, parse_size
+from apr_jax.converters.convert.run import check_output, convert, run
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError
 from apr_jax.converters.formats import apr_format, dtypes
 from tests.paths import DATA, NAMES, ROOT, checkpoint
@@ -81,7 +83,7 @@ class ConversionTestCase(parameterized.TestCase):
 
     def convert(self, source: os.PathLike[str], output: str, **arguments) -> pathlib.Path:
         path = self.folder / output
-        conversion.convert(source, path, to="apr" if output.endswith(".apr") else "safetensors", **arguments)
+        convert(source, path, to="apr" if output.endswith(".apr") else "safetensors", **arguments)
         return path
 
     def copy(self, name: str) -> pathlib.Path:
@@ -156,7 +158,7 @@ class IdentityTest(ConversionTestCase):
         tail = single.read_bytes()[8 + struct.unpack_from("<Q", single.read_bytes())[0] :]
         self.assertEqual(data[data_offset:-4], tail)
         with open_checkpoint(apr) as opened:
-            planned = conversion.plan(opened, os.fspath(self.folder / "x"), to="safetensors")
+            planned = make_plan(opened, os.fspath(self.folder / "x"), to="safetensors")
             (file,) = planned.files
             parts = [streaming.Part(t.source.source, t.source.offset, t.nbytes, t.offset, t.name) for t in file.tensors]
             self.assertLen(streaming.coalesce(parts), 1)
@@ -414,8 +416,8 @@ class TiedHeadTest(ConversionTestCase):
 
 
 class CastTest(ConversionTestCase):
-    def rules(self, *texts: str) -> list[conversion.CastRule]:
-        return [conversion.CastRule.parse(text) for text in texts]
+    def rules(self, *texts: str) -> list[CastRule]:
+        return [CastRule.parse(text) for text in texts]
 
     def test_the_last_match_counts_and_the_rest_is_untouched(self):
         source = checkpoint("gqa_tied_bf16")
@@ -496,11 +498,11 @@ class SafetyTest(ConversionTestCase):
         self.assertIn(name, before)
         for path in (source, source / "model.safetensors.index.json"):
             with open_checkpoint(path) as opened:
-                planned = conversion.plan(opened, os.fspath(source / name), to="apr")
+                planned = make_plan(opened, os.fspath(source / name), to="apr")
                 with self.raises(UsageError, "same-file"):
-                    conversion.check_output(planned, force=True)
+                    check_output(planned, force=True)
                 with self.raises(UsageError, "same-file"):
-                    conversion.run(planned, force=True)
+                    run(planned, force=True)
         self.assertEqual(tree(source), before)
 
     @parameterized.parameters("notes.txt", "thesis.md", "results.json", "other.safetensors", "x.safetensors.index.json")
@@ -534,7 +536,7 @@ class SafetyTest(ConversionTestCase):
     )
     def test_a_name_of_another_kind_of_output_is_refused(self, to, name):
         with self.raises(UsageError, "output-name") as caught:
-            conversion.convert(checkpoint("gqa_tied_bf16"), f"{self.folder}/{name}", to=to)
+            convert(checkpoint("gqa_tied_bf16"), f"{self.folder}/{name}", to=to)
         self.assertIn("--to", caught.error.hint)
         self.assertEqual(os.listdir(self.folder), [])
 
@@ -542,7 +544,7 @@ class SafetyTest(ConversionTestCase):
 class SideFilesTest(ConversionTestCase):
     def warnings(self, source: os.PathLike[str], to: str = "apr") -> list[str]:
         with open_checkpoint(source) as opened:
-            return conversion.plan(opened, os.fspath(self.folder / "planned"), to=to).warnings
+            return make_plan(opened, os.fspath(self.folder / "planned"), to=to).warnings
 
     def test_well_known_files_go_along_and_the_rest_is_named(self):
         source = self.copy("gqa_tied_bf16")
@@ -592,7 +594,7 @@ class ContradictionTest(ConversionTestCase):
 
     def warnings(self, source: os.PathLike[str]) -> str:
         with open_checkpoint(source) as opened:
-            return "\n".join(conversion.plan(opened, os.fspath(self.folder / "planned"), to="safetensors").warnings)
+            return "\n".join(make_plan(opened, os.fspath(self.folder / "planned"), to="safetensors").warnings)
 
     def change(self, change: dict[str, object], *, foreign: bool) -> pathlib.Path:
         path = self.convert(checkpoint("gqa_tied_bf16"), "m.apr")
@@ -678,27 +680,27 @@ class RefusalTest(ConversionTestCase):
             os.utime(source / "model.safetensors", ns=(1, 1))
 
         with open_checkpoint(source) as opened:
-            planned = conversion.plan(opened, os.fspath(self.folder / "a.apr"), to="apr")
+            planned = make_plan(opened, os.fspath(self.folder / "a.apr"), to="apr")
             with self.assertRaises(AprJaxError) as caught:
-                conversion.run(planned, progress=touch)
+                run(planned, progress=touch)
         self.assertEqual(caught.exception.code, "source-changed")
         self.assertEqual(os.listdir(self.folder), ["source"])
 
     @parameterized.parameters(("5GB", 5 * 10**9), ("1.5kb", 1500), ("2GiB", 2 << 30), ("77", 77), (" 3 MB ", 3 * 10**6))
     def test_sizes(self, text, expected):
-        self.assertEqual(conversion.parse_size(text), expected)
+        self.assertEqual(parse_size(text), expected)
 
     @parameterized.parameters("", "GB", "-1", "0", "1e", "5 apples", "nan", "inf", "1PB")
     def test_what_is_no_size(self, text):
         with self.raises(UsageError, "size"):
-            conversion.parse_size(text)
+            parse_size(text)
 
     def test_the_plan_is_what_is_written(self):
         with open_checkpoint(checkpoint("mixed_dtypes")) as opened:
-            planned = conversion.plan(opened, os.fspath(self.folder / "a.apr"), to="apr")
+            planned = make_plan(opened, os.fspath(self.folder / "a.apr"), to="apr")
             self.assertTrue(dataclasses.is_dataclass(planned))
             described = json.loads(json.dumps(planned.to_json()))
-            conversion.run(planned)
+            run(planned)
         self.assertEqual(described["bytes_written"], (self.folder / "a.apr").stat().st_size)
         with open_checkpoint(self.folder / "a.apr") as opened:
             found = [(t.name, t.dtype.name, list(t.shape), t.nbytes, t.offset) for t in opened.tensors.values()]
@@ -711,7 +713,7 @@ class RefusalTest(ConversionTestCase):
 _SLOW = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from apr_jax.converters import streaming
+from apr_jax.converters.convert import streaming
 from apr_jax.converters.commands import cli, convert
 streaming._CHUNK_BYTES, streaming._BLOCK_BYTES = 4096, 16384
 write = streaming.OutputFile.write_at

@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.formats import dtypes
-
-if TYPE_CHECKING:
-    from apr_jax.converters.checkpoint.openers import Tensor
 
 # The arrays of one step fit a second-level cache, or nearly.
 _ELEMENTS = 1 << 17
@@ -26,7 +23,7 @@ _TRUSTED = (1e-30, 1e30)
 
 @dataclasses.dataclass
 class Sums:
-    """What adds up over blocks.
+    """What adds up over blocks of two tensors, or over tensors.
 
     Attributes:
       elements: Positions compared.
@@ -45,12 +42,9 @@ class Sums:
     dd: float = 0.0
     max_abs: float = 0.0
 
-    def add(self, other: Sums) -> None:
-        """Adds what another block gave."""
-        for field in dataclasses.fields(self):
-            name = field.name
-            combine = max if name == "max_abs" else lambda one, two: one + two
-            setattr(self, name, combine(getattr(self, name), getattr(other, name)))
+    def __add__(self, other: Sums) -> Sums:
+        added = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        return Sums(**added | {"max_abs": max(self.max_abs, other.max_abs)})
 
     @property
     def relative_l2(self) -> float:

@@ -1,4 +1,4 @@
-"""Conversion between HuggingFace checkpoints and `.apr`: a plan that can be looked at, then one pass over the data.
+"""What a conversion is going to write, decided and laid out before any data is touched: files, tensors, types, offsets.
 
 By default no payload byte changes. Tensors are laid out in name order in both containers, so that the data sections of
 a 16-bit Qwen2 model are the same bytes in both, and a conversion is a new prologue and one long copy. Everything that
@@ -7,45 +7,22 @@ came beside the tensors goes along: config, tokenizer and other side files, `__m
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
-from apr_jax.converters.checkpoint.openers import (
-    SAFETENSORS_SOURCE_FILES_KEY,
-    SOURCE_FILES_KEY,
-    Checkpoint,
-    Tensor,
-    open_checkpoint,
-)
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
-from apr_jax.converters.checkpoint.tied_heads import same_values
-from apr_jax.converters.convert import apr_metadata, streaming
-from apr_jax.converters.counting import counted
+from apr_jax.converters.checkpoint.tensor import Tensor
+from apr_jax.converters.checkpoint.tied_heads import is_tied, same_values
+from apr_jax.converters.convert import apr_metadata
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
-from apr_jax.converters.formats.dtypes import DType, Legacy
-from apr_jax.converters.storage.output import (
-    CHECKPOINT,
-    FolderKind,
-    Notice,
-    OutputFile,
-    atomic_file,
-    atomic_folder,
-    check_target,
-    termination_as_interrupt,
-)
+from apr_jax.converters.formats.dtypes import DType
 
-if TYPE_CHECKING:
-    from apr_jax.converters.convert.recoding import QuantisationError
-
-TARGETS = ("apr", "safetensors")
-HEADS = ("absent", "copy")
 _SHOWN_NAMES = 10
 
 
@@ -194,63 +171,7 @@ class Plan:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a conversion did.
-
-    Attributes:
-      seconds: Time taken for the data, from opening the output until it had its name.
-      damage: Tensor name -> what its cast did, where it did more than round.
-      quantised: Tensor name -> how far its values moved, for those that were quantised.
-      footer_checked: Whether the checksum of the source was checked on the way; safetensors has none.
-    """
-
-    seconds: float
-    damage: dict[str, casts.Damage]
-    quantised: dict[str, QuantisationError]
-    footer_checked: bool
-
-
-def convert(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    to: str,
-    cast: Sequence[CastRule] = (),
-    allow_overflow: bool = False,
-    tied_head: str | None = None,
-    max_shard_bytes: int | None = None,
-    force: bool = False,
-    lenient: bool = False,
-    legacy: Legacy = False,
-) -> Outcome:
-    """Converts a checkpoint.
-
-    Args:
-      source: Anything that `open_checkpoint` opens.
-      output: A folder (safetensors), a path ending in ".safetensors", or the path of an `.apr`.
-      to: "apr" or "safetensors".
-      cast, allow_overflow, tied_head, max_shard_bytes: As `plan`.
-      force: Whether to replace an output that exists.
-      lenient, legacy: As `open_checkpoint`.
-
-    Raises:
-      AprJaxError: Any of the family; then there is no output.
-    """
-    with open_checkpoint(source, lenient=lenient, legacy=legacy) as checkpoint:
-        planned = plan(
-            checkpoint,
-            os.fspath(output),
-            to=to,
-            cast=cast,
-            allow_overflow=allow_overflow,
-            tied_head=tied_head,
-            max_shard_bytes=max_shard_bytes,
-        )
-        return run(planned, force=force)
-
-
-def plan(
+def make_plan(
     checkpoint: Checkpoint,
     output: str,
     *,
@@ -320,84 +241,6 @@ def plan(
     )
 
 
-def run(
-    plan: Plan, *, force: bool = False, notice: Notice | None = None, progress: streaming.Progress | None = None
-) -> Outcome:
-    """Carries a plan out. The output appears whole at the end, or not at all.
-
-    Args:
-      plan: What to do.
-      force: Whether to replace an output that exists.
-      notice: Told about leftovers of earlier runs that were removed.
-      progress: Called with numbers of bytes read, from any thread.
-
-    Raises:
-      UsageError, MissingFileError, StorageError: See `output`.
-      BrokenContainerError: Code "footer-crc": the checksum of an `.apr` source is wrong.
-      RefusedError: Code "cast-overflow" or "cast-non-finite".
-    """
-    begin = time.perf_counter()
-    apr = plan.checkpoint.apr
-    has_footer = apr is not None and apr.has_footer
-    blocks: list[streaming.Block] = []
-    with termination_as_interrupt() as check_interrupted, contextlib.ExitStack() as stack:
-
-        def count(done: int) -> None:
-            check_interrupted()
-            if progress is not None:
-                progress(done)
-
-        arguments: dict[str, Any] = {"force": force, "sources": plan.checkpoint.paths, "notice": notice}
-        if plan.is_folder:
-            folder = stack.enter_context(
-                atomic_folder(plan.output, plan.bytes_written, kind=_replaceable(plan), **arguments)
-            )
-            for name, content in plan.side_files.items():
-                with folder.create(name, len(content)) as output:
-                    output.write_at(content, 0)
-            for file in plan.files:
-                with folder.create(file.name, file.size) as output:
-                    blocks += _write(file, output, has_footer, count)
-        else:
-            (file,) = plan.files
-            output = stack.enter_context(atomic_file(plan.output, file.size, **arguments))
-            blocks += _write(file, output, has_footer, count)
-        # The output gets its name at the end of this block: what is found wrong until then leaves nothing behind.
-        if apr is not None and has_footer:
-            streaming.check_footer(plan.checkpoint.sources[0], apr.data_end, blocks)
-        for source in plan.checkpoint.sources:
-            source.check_unchanged()
-        damage = _damage(blocks)
-        if not plan.allow_overflow:
-            _refuse_overflow(damage, plan.checkpoint.path)
-        check_interrupted()
-    return Outcome(time.perf_counter() - begin, damage, _quantised(blocks), has_footer)
-
-
-def check_output(plan: Plan, *, force: bool) -> None:
-    """Raises what `run` would raise because of what is at the output's path already."""
-    kind = _replaceable(plan) if plan.is_folder else None
-    check_target(plan.output, folder=kind, force=force, sources=plan.checkpoint.paths)
-
-
-def _replaceable(plan: Plan) -> FolderKind:
-    """Returns what a folder that is replaced may hold: nothing is lost either of what comes back as it is."""
-
-    def holds(name: str) -> bool:
-        return CHECKPOINT.holds(name) or (name in plan.side_files and _holds(plan, name))
-
-    return dataclasses.replace(CHECKPOINT, holds=holds)
-
-
-def _holds(plan: Plan, name: str) -> bool:
-    content, path = plan.side_files[name], os.path.join(plan.output, name)
-    with contextlib.suppress(OSError):
-        if os.path.getsize(path) == len(content):
-            with open(path, "rb") as file:
-                return file.read() == content
-    return False
-
-
 def parse_size(text: str) -> int:
     """Returns the bytes that "5GB", "500MB", "1GiB" or "1048576" stand for.
 
@@ -450,7 +293,7 @@ _Chosen = list[tuple[str, Tensor, DType]]
 def _choose_tensors(
     checkpoint: Checkpoint, to: str, tied_head: str | None, dropped: dict[str, str]
 ) -> dict[str, Tensor]:
-    """Returns output name -> source tensor, by name; `plan` says how the head is treated."""
+    """Returns output name -> source tensor, by name; `make_plan` says how the head is treated."""
     tensors = dict(checkpoint.tensors)
     for name in checkpoint.placeholders:
         dropped[name] = "a head without data stands for the embedding"
@@ -468,17 +311,10 @@ def _choose_tensors(
                 del tensors[HEAD]
             else:
                 tensors[HEAD] = embedding
-    elif tied_head == "copy" and _is_tied(checkpoint):
+    elif tied_head == "copy" and is_tied(checkpoint):
         dropped.pop(HEAD, None)
         tensors[HEAD] = embedding
     return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
-
-
-def _is_tied(checkpoint: Checkpoint) -> bool:
-    try:
-        return checkpoint.model_config().tie_word_embeddings
-    except RefusedError:
-        return HEAD in checkpoint.placeholders
 
 
 def _is_copy(head: Tensor, embedding: Tensor) -> bool:
@@ -742,71 +578,3 @@ def _index_json(files: Iterable[PlannedFile]) -> bytes:
         "weight_map": {name: placed[name].file for name in sorted(placed)},
     }
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-# --- the data
-
-
-def _write(
-    file: PlannedFile, output: OutputFile, source_summed: bool, progress: streaming.Progress | None
-) -> list[streaming.Block]:
-    output.write_at(file.prologue, 0)
-    parts = []
-    for tensor in file.tensors:
-        again = tensor.name == HEAD and tensor.source.name != HEAD
-        part = streaming.Part(
-            tensor.source.source,
-            tensor.source.offset,
-            tensor.source.nbytes,
-            tensor.offset,
-            tensor.name,
-            tensor.cast,
-            again,
-        )
-        parts.append(_recoded(part, tensor) if tensor.cast and _is_quantised(tensor) else part)
-    blocks = streaming.move(
-        streaming.coalesce(parts), output, summed=source_summed or file.has_footer, progress=progress
-    )
-    if file.has_footer:
-        end = file.size - apr_format.FOOTER_BYTES
-        output.write_at(apr_format.footer(streaming.output_crc(file.prologue, blocks, end)), end)
-    return blocks
-
-
-def _is_quantised(tensor: PlannedTensor) -> bool:
-    return tensor.dtype.is_block or tensor.source.dtype.is_block
-
-
-def _recoded(part: streaming.Part, tensor: PlannedTensor) -> streaming.Part:
-    from apr_jax.converters.convert.recoding import Recoding
-
-    return dataclasses.replace(part, cast=None, recoding=Recoding(tensor.source, tensor.dtype))
-
-
-def _quantised(blocks: Iterable[streaming.Block]) -> dict[str, QuantisationError]:
-    errors: dict[str, QuantisationError] = {}
-    for block in blocks:
-        if block.error is not None and block.part.recoding is not None and block.part.recoding.target.is_block:
-            name = block.part.tensor
-            errors[name] = errors[name] + block.error if name in errors else block.error
-    return errors
-
-
-def _damage(blocks: Iterable[streaming.Block]) -> dict[str, casts.Damage]:
-    damage: dict[str, casts.Damage] = {}
-    for block in blocks:
-        if block.damage != casts.Damage():
-            damage[block.part.tensor] = damage.get(block.part.tensor, casts.Damage()) + block.damage
-    return damage
-
-
-def _refuse_overflow(damage: Mapping[str, casts.Damage], path: str) -> None:
-    problems = [f"{name}: {counted(found.overflowed, 'value')}" for name, found in damage.items() if found.overflowed]
-    if problems:
-        raise RefusedError(
-            f"the cast would turn finite values into infinities, in {counted(len(problems), 'tensor')}:\n  "
-            + "\n  ".join(problems),
-            code="cast-overflow",
-            file=path,
-            hint="--allow-overflow lets them become infinite; bf16 has the range of f32",
-        )

@@ -1,0 +1,101 @@
+"""`load_model`: a Qwen2 model on a device, from anything that holds one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
+from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
+from apr_jax.converters.errors import UsageError
+from apr_jax.load.parameters import load_parameters
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.origin import Origin
+from apr_jax.model.parameters import dtype_name
+from apr_jax.model.qwen2 import OPS, Ops
+
+
+def load_model(
+    source: str | os.PathLike[str] | Checkpoint,
+    dtype: Any = "float32",
+    device: str | jax.Device | Sharding | None = None,
+    ops: Ops = OPS,
+    fused: bool = False,
+) -> LanguageModel:
+    """Loads a Qwen2 model from anything that `apr_jax.open_checkpoint` opens.
+
+    Args:
+      source: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index; or an open checkpoint,
+        which stays open.
+      dtype: float32, bfloat16 or float64, as a name ("bf16" is one) or as a type (`jnp.bfloat16`): of the parameters
+        and of the computation.
+      device: "cpu", "cuda", "cuda:1", a jax.Device, or None for JAX's default device; or a Sharding that fits every
+        parameter, such as one that replicates. Each by its own: `jax.device_put` on the state of `model.module`.
+      ops: The table of operations.
+      fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
+
+    Returns:
+      The model, its parameters on the device.
+
+    Raises:
+      RefusedError: Missing, unexpected or mis-shaped tensors, all named; or an unsupported configuration.
+      UsageError: Unknown dtype, no such device, or a sharding that does not fit.
+    """
+    name = dtype_name(dtype)
+    target = find_device(device)
+    placement = device if isinstance(device, Sharding) else target
+    opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
+    with opened as checkpoint:
+        config = checkpoint.model_config()
+        parameters = load_parameters(checkpoint, config, name, placement, fused)
+        origin = origin_of(checkpoint)
+    return LanguageModel(config, parameters, target, ops, origin=origin)
+
+
+def find_device(device: str | jax.Device | Sharding | None) -> jax.Device:
+    """Returns the device that `device` names ("cpu", "cuda:1"), of a Sharding the first; None is JAX's default device.
+
+    Raises:
+      UsageError: This machine or this JAX has no such device.
+    """
+    if device is None:
+        return jax.devices()[0]
+    if isinstance(device, Sharding):
+        devices: Iterable[Any] = device.device_set
+        return min(devices, key=lambda each: each.id)
+    if not isinstance(device, str):
+        return device
+    platform, _, number = device.partition(":")
+    try:
+        found = jax.devices(platform)
+    except RuntimeError as error:
+        raise UsageError(
+            f"no device '{device}'",
+            code="device",
+            hint="For CUDA, install the extra: pip install 'apr-jax[cuda]'" if platform == "cuda" else str(error),
+        ) from None
+    if not number:
+        return found[0]
+    if not number.isdecimal() or int(number) >= len(found):
+        raise UsageError(
+            f"no device '{device}'", code="device", expected=f"{platform}:0 to {platform}:{len(found) - 1}"
+        )
+    return found[int(number)]
+
+
+def origin_of(checkpoint: Checkpoint) -> Origin:
+    """Returns what a checkpoint holds beside its tensors, read now: the model may outlive the files."""
+    files = dict(checkpoint.files)
+    if checkpoint.kind != "apr":
+        strings = {key: text for key, text in checkpoint.metadata.items() if key != SAFETENSORS_SOURCE_FILES_KEY}
+        return Origin(checkpoint.path, "safetensors", files, strings if checkpoint.has_metadata else None)
+    if SOURCE_FILES_KEY not in checkpoint.metadata:
+        return Origin(checkpoint.path, "apr", files, checkpoint.metadata)
+    # One of ours: what it was made from, the metadata besides can be made again.
+    return Origin(checkpoint.path, "safetensors", files, checkpoint.metadata.get(SOURCE_METADATA))

@@ -1,0 +1,174 @@
+"""Mistakes of attention: masks, scale, the softmax's sum, heads, positions in the cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from apr_jax.parity import round_numbers
+from apr_jax.parity.faults.record import IGNORED, Fault, Grid, Mistakes
+from apr_jax.parity.localise import EPSILON
+from apr_jax.parity.question import Question
+from apr_jax.parity.replay import At
+from apr_jax.trace.stages import Key
+
+# --- Masks -----------------------------------------------------------------------------------------------------------
+
+_MASKED = ("attn_scores", "attn_softmax")
+
+
+def _last_keys(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    replay = question.replay
+    for last in (-1, 1):
+        yield {"last": last}
+        if not replay.under((OFF_BY_ONE.made(last=last),)).visible()[replay.tokens()].any(axis=-1).all():
+            # What a query that sees nothing gets depends on how the engine masks.
+            yield from ({"last": last, "empty": empty} for empty in ("self", "zero"))
+
+
+def _empty_row(row: np.ndarray, at: At, last: int, empty: str = "uniform") -> np.ndarray:
+    if empty == "uniform":
+        return row
+    length = at.replay.inputs.input_ids.shape[1]
+    return np.eye(length)[at.replay.columns()] if empty == "self" else np.array(0.0)
+
+
+def _window(seen: np.ndarray, at: At, window: int) -> np.ndarray:
+    query, key = at.replay.columns()[:, None], np.arange(seen.shape[-1])
+    return seen & (key > query - window)
+
+
+def _windows(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
+    """How wide a window is: read off the pairs that are not zero or, behind a gap, as wide as the tokens before the
+    first one that is off; beside another mistake, which hides that, powers of two."""
+    if node == question.nodes[-1] and node.stage in _MASKED:
+        columns = question.replay.columns()
+        seen = question.replay.visible() & question.tokens[:, :, None]
+        shown = (np.abs(question.theirs).max(axis=1) > 0) & seen
+        width = int(np.where(shown, columns[:, None] - columns + 1, 0).max(initial=0))
+        return [{"window": width}] if 0 < width < len(columns) else []
+    last = int(question.replay.inputs.positions().max())
+    wrong = question.off() > max(1e-3, question.nothing) * np.abs(question.right).max()
+    before = int(np.where(wrong, question.replay.positions(), last + 1).min())
+    windows = dict.fromkeys((before, *(1 << power for power in range(2, (last + 1).bit_length()))))
+    return [{"window": window} for window in windows if 0 < window <= last]
+
+
+OFF_BY_ONE = Fault(
+    "mask-off-by-one",
+    "the last visible key is i {last:+d}, not i",
+    _MASKED,
+    {"last_key": lambda right, at, last, empty=None: last, "empty_row": _empty_row},
+    variants=_last_keys,
+    merge={"empty": IGNORED},
+)
+_MASKS = (
+    Fault(
+        "mask-not-causal",
+        "the attention mask is not causal: all keys are seen",
+        _MASKED,
+        {"last_key": lambda right, at: at.replay.inputs.input_ids.shape[1]},
+    ),
+    OFF_BY_ONE,
+    Fault(
+        "padding-attended",
+        "padded keys are seen",
+        _MASKED,
+        {"real_keys": lambda real, at: np.ones_like(real)},
+        variants=lambda question, node: [{}] if (question.replay.inputs.attention_mask == 0).any() else [],
+    ),
+    Fault("mask-window", "only the last {window} keys are seen", _MASKED, {"seen": _window}, variants=_windows),
+)
+
+# --- Scores and shares -----------------------------------------------------------------------------------------------
+
+
+def _scales(question: Question) -> Iterator[Mistakes]:
+    """The factor between their scores and ours, least squares."""
+    raw, seen = question.value(()), question.seen()
+    theirs = np.where(seen, question.probe.look(question.stage, question.theirs), 0)
+    power = float((raw * raw * seen).sum())
+    ratio = float((theirs * raw).sum()) / power if power else 1.0
+    if abs(ratio - 1) > question.nothing:
+        yield from (
+            (SCALE.made(scale=scale),) for scale in round_numbers.scales(ratio * question.replay.config.head_dim**-0.5)
+        )
+
+
+def _warp(summed: np.ndarray, at: At) -> np.ndarray:
+    """Maximum and sum run over the first 32 of every 64 keys; where those see none, over all."""
+    lanes = summed & (np.arange(summed.shape[-1]) % 64 < 32)
+    return np.where(lanes.any(axis=-1, keepdims=True), lanes, summed)
+
+
+SCALE = Fault(
+    "softmax-scale",
+    "the softmax scale is {scale:.6g}, not 1/sqrt(head_dim)",
+    ("attn_scores",),
+    {"scale": lambda right, at, scale: scale},
+    solve=_scales,
+    grid=Grid("scale", tuple(2.0 ** (power / 2) for power in range(-12, 5)), round_numbers.scales),
+)
+
+# --- The cache -------------------------------------------------------------------------------------------------------
+
+_SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
+
+
+def _caches(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """Caches written or read at position + n, where positions are right up to some column."""
+    off, size = question.off().max(axis=0), float(np.abs(question.right).max())
+    # What the first wrong column is off by may be little more than rounding.
+    nothings = [max(1e-3, times * EPSILON[question.dtype]) for times in (1.25, 2.5, 5.0)]
+    firsts = dict.fromkeys(int(np.argmax(off > nothing * size)) for nothing in nothings)
+    for first, shift, side in itertools.product(firsts, _SHIFTS, ("write", "read")):
+        if first:
+            yield {"shift": shift, "side": side, "prefill": first}
+
+
+def _tokens_read(right: None, at: At, shift: int, side: str, prefill: int) -> np.ndarray:
+    """Which token each query finds at each column of a cache that is written or read at position + n, [T, S]."""
+    length = at.replay.inputs.input_ids.shape[1]
+    tokens = np.tile(np.arange(length), (length, 1))
+    slots = np.where(np.arange(length) < prefill, np.arange(length), -1)
+    for token in range(prefill, length):
+        slot = token + shift if side == "write" else token
+        if 0 <= slot < length:
+            slots[slot] = token
+        found = np.arange(length) + (shift if side == "read" else 0)
+        tokens[token] = np.where((found >= 0) & (found < length), slots[np.clip(found, 0, length - 1)], -1)
+    return tokens[at.replay.columns()]
+
+
+FAULTS = (
+    SCALE,
+    Fault(
+        "kv-heads-interleaved",
+        "query head h reads KV head h mod n_kv; it needs h // group",
+        ("attn_scores", "attention"),
+        {"kv_heads": lambda heads, at: np.arange(len(heads)) % at.replay.config.num_kv_heads},
+    ),
+    Fault(
+        "v-heads-swapped",
+        "the heads of v are in reverse order",
+        ("attention",),
+        {"v_heads": lambda v, at: v[:, :, ::-1]},
+    ),
+    *_MASKS,
+    Fault(
+        "softmax-partial-warp",
+        "the softmax sums over the first 32 keys of every 64 only",
+        ("attn_softmax",),
+        {"summed": _warp},
+    ),
+    Fault(
+        "cache-position",
+        "decoding steps {side} the cache at position {shift:+d}",
+        ("attn_scores", "attention"),
+        {"tokens_read": _tokens_read},
+        variants=_caches,
+    ),
+)

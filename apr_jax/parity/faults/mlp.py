@@ -1,0 +1,44 @@
+"""Mistakes of the MLP and of the residual stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from scipy.special import erf
+
+from apr_jax.parity.faults.record import Fault
+from apr_jax.parity.replay import Value
+
+
+def _gelu(x: Value) -> Value:
+    return x * 0.5 * (1 + erf(x / math.sqrt(2)))
+
+
+def _gelu_tanh(x: Value) -> Value:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _activation(name: str, wording: str, function: Callable[[Value], Value]) -> Fault:
+    return Fault(name, wording, ("ffn_silu",), {"activation": lambda right, at: function})
+
+
+def _residual(name: str, stage: str, what: str) -> Fault:
+    stream = {"stream": lambda x, at: np.zeros_like(x) if at.what == stage else x}
+    return Fault(name, f"the residual around {what} is missing", (stage,), stream)
+
+
+FAULTS = (
+    _activation("activation-gelu", "the activation is GELU (erf), not SiLU", _gelu),
+    _activation("activation-gelu-tanh", "the activation is GELU (tanh), not SiLU", _gelu_tanh),
+    _activation("activation-relu", "the activation is ReLU, not SiLU", lambda x: np.maximum(x, 0.0)),
+    Fault(
+        "activation-on-up",
+        "the activation is applied to up, not to gate",
+        ("ffn_silu", "ffn_swigl"),
+        {"gating": lambda pair, at: pair[::-1]},
+    ),
+    _residual("attention-residual-missing", "post_attn_residual", "attention"),
+    _residual("mlp-residual-missing", "post_ffn_residual", "the MLP"),
+)

@@ -1,0 +1,92 @@
+"""Mistakes of RMSNorm: its eps, its weight, a mean that is subtracted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from apr_jax.parity import round_numbers
+from apr_jax.parity.faults.record import UNION, Fault, Grid, Mistakes
+from apr_jax.parity.question import Question
+from apr_jax.parity.replay import NORMS, At, Value, norm_input, norm_name
+
+_STAGES = tuple(NORMS)
+_QUIET_ROWS = 64
+"""How many positions eps is solved from: those of the smallest activations feel it most."""
+
+
+def _epsilons(question: Question) -> Iterator[Mistakes]:
+    """Other values of eps, from the rows of the smallest activations."""
+    replay, stage, layer = question.all(), question.stage, question.layer
+    x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)[question.tokens]
+    quiet = np.argsort((x * x).mean(axis=-1))[:_QUIET_ROWS]
+    weight = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage)
+    theirs = np.asarray(question.theirs, np.float64)[question.tokens]
+    for eps in _solve_eps(x[quiet], weight, theirs[quiet], replay.config.rms_norm_eps, question.nothing):
+        yield (EPS.made(eps=eps, norms=(norm_name(stage),)),)
+
+
+def _solve_eps(x: Value, weight: Value, theirs: Value, right: float, nothing: float) -> list[float]:
+    """y = r w x with r = 1 / sqrt(mean square + eps): r is fitted for each row, and eps follows from it.
+
+    As r is known to a relative `nothing`, eps is to twice that share of mean square + eps.
+    """
+    with np.errstate(all="ignore"):
+        base = weight * x
+        power = (base * base).sum(axis=-1)
+        r = (theirs * base).sum(axis=-1) / power
+        square = 1 / (r * r)
+        eps = square - (x * x).mean(axis=-1)
+        # Rows of small activations feel eps most: its error there is that of 1 / r^2.
+        weights = square**-2.0
+    good = np.isfinite(eps) & np.isfinite(weights)
+    if not good.any():
+        return []
+    solved = float(np.average(eps[good], weights=weights[good]))
+    if solved > 10 or abs(solved / right - 1) < 0.005:
+        return []
+    return round_numbers.epsilons(solved, 2 * nothing * float(np.average(square[good], weights=weights[good])))
+
+
+def _eps(right: float, at: At, eps: float, norms: Sequence[str]) -> float:
+    return eps if norm_name(at.what) in norms else right
+
+
+EPS = Fault(
+    "rms-norm-eps",
+    "rms_norm eps is {eps:.6g} in {norms}",
+    _STAGES,
+    {"eps": _eps},
+    solve=_epsilons,
+    variants=lambda question, node: [{"norms": (norm_name(node.stage),)}],
+    grid=Grid("eps", tuple(10.0**power for power in range(-12, -1)), round_numbers.epsilons),
+    merge={"norms": UNION},
+)
+FAULTS = (
+    Fault(
+        "norm-weight-missing",
+        "the norm's weight is missing",
+        _STAGES,
+        {"norm_weight": lambda weight, at: np.ones_like(weight)},
+    ),
+    Fault(
+        "norm-weight-plus-one",
+        "the norm multiplies by 1 + weight",
+        _STAGES,
+        {"norm_weight": lambda weight, at: 1 + weight},
+    ),
+    Fault(
+        "norm-mean-subtracted",
+        "the norm subtracts the mean (LayerNorm)",
+        _STAGES,
+        {"norm_input": lambda x, at: x - x.mean(axis=-1, keepdims=True)},
+    ),
+    EPS,
+    Fault(
+        "final-norm-missing",
+        "the final norm is missing",
+        ("final_norm",),
+        {"normed": lambda y, at: norm_input(at.replay, at.layer, at.what) if at.what == "final_norm" else y},
+    ),
+)

@@ -1,0 +1,15 @@
+"""What is said where no mistake is known that explains a stage: what is seen, not how it came about."""
+
+from __future__ import annotations
+
+from apr_jax.parity.faults.record import Fault
+
+NON_FINITE = Fault("non-finite", "values are not finite", unexplained=True)
+CONSTANT = Fault("constant", "all values are {value:.6g}", unexplained=True)
+PERMUTED = Fault(
+    "positions-permuted", "the values of {moved} positions are right ones of other positions", unexplained=True
+)
+UNKNOWN = Fault("unknown", "wrong, and no known mistake explains it", unexplained=True)
+UPLOAD = Fault("upload", "{different} parameters differ from the file's where they were uploaded to")
+
+FAULTS = (NON_FINITE, CONSTANT, PERMUTED, UNKNOWN, UPLOAD)

@@ -1,0 +1,47 @@
+"""The table of faults, by name, and as a page of the docs: `python -m apr_jax.parity.faults.table`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from apr_jax.parity.faults import attention, mlp, norms, outside, products, rope, seen, weights
+from apr_jax.parity.faults.record import Fault
+
+_FAMILIES = {
+    "Rotary positions": rope,
+    "Norms": norms,
+    "Weights and biases": weights,
+    "Attention": attention,
+    "MLP and residuals": mlp,
+    "Embedding, logits, layers, layout": outside,
+    "Precision of products": products,
+    "What is only seen": seen,
+}
+
+_HEAD = """\
+Made by `make fault-list` from the table that `tools/parity.py` works from. What stands in braces is found, not given.
+A mistake is named at the stage that makes it or, where that was not dumped, at the first dumped stage behind it.\
+"""
+
+FAULTS: Mapping[str, Fault] = {fault.name: fault for family in _FAMILIES.values() for fault in family.FAULTS}
+
+
+def listing() -> str:
+    """Returns the table in Markdown: what `parity` names, at which stages, and in which words."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield "# The mistakes that parity names\n"
+    yield _HEAD
+    for title, family in _FAMILIES.items():
+        yield f"\n## {title}\n"
+        yield "| name | stages | what is said |\n|---|---|---|"
+        for fault in family.FAULTS:
+            where = "those of the tensor" if callable(fault.stages) else ", ".join(fault.stages)
+            where = "every product" if fault.multiplies else where
+            yield f"| `{fault.name}` | {where} | {'; or: '.join(fault.wordings)} |"
+
+
+if __name__ == "__main__":
+    print(listing())

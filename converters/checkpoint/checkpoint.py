@@ -1,0 +1,210 @@
+"""An open checkpoint, whatever kind of file or folder it came from: tensors, side files, metadata, configuration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.qwen2 import HEAD, Qwen2Config
+from apr_jax.converters.checkpoint.tensor import Tensor
+from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.formats import apr_format, strict_json
+from apr_jax.converters.formats.dtypes import DType
+from apr_jax.converters.storage.source import SourceFile
+
+# Where side files travel inside a container: a metadata key of `.apr`, and, since a lone .safetensors has no folder of
+# its own, a string of its `__metadata__`. Both hold an object: name -> text, or {"base64": text} where it is not UTF-8.
+SOURCE_FILES_KEY = "source_files"
+SAFETENSORS_SOURCE_FILES_KEY = "apr_jax.source_files"
+
+# A larger one that only its ending makes a side file is more likely data that lie in the folder.
+_MAX_CONFIG_BYTES = 16 << 20
+
+
+class Checkpoint:
+    """An open checkpoint; a context manager.
+
+    Attributes:
+      path: As it was given.
+      kind: "apr", "safetensors" or "prepared".
+      tensors: Name -> tensor, sorted by the names' UTF-8 bytes.
+      placeholders: Name -> shape of heads that an `.apr` lists without data: the embedding stands for them.
+      files: Side files by name, read when asked for.
+      left_behind: Names of what else lies in the folder and does not go along; "NAME/" for folders.
+      metadata: The metadata object of an `.apr`, in its order, or the `__metadata__` of safetensors.
+      has_metadata: Whether there is any; safetensors may have an empty one, or none.
+      sources: The files that hold the tensors.
+      paths: Of every file that is read, index and side files included, and of the folder.
+      warnings: What was let through and is worth saying.
+      apr: The header of an `.apr`, with metadata and index as they stand there; None for safetensors.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        *,
+        tensors: Iterable[Tensor],
+        files: SideFiles,
+        metadata: dict[str, Any],
+        sources: Iterable[SourceFile],
+        warnings: Iterable[str],
+        placeholders: Mapping[str, tuple[int, ...]] | None = None,
+        apr: apr_format.AprPrologue | None = None,
+        has_metadata: bool = True,
+    ):
+        self.path = path
+        self.kind = kind
+        ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
+        self.tensors: Mapping[str, Tensor] = MappingProxyType({tensor.name: tensor for tensor in ordered})
+        self.placeholders: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(placeholders or {}))
+        self.files: Mapping[str, bytes] = files
+        self.left_behind = files.left_behind
+        self.metadata = metadata
+        self.has_metadata = has_metadata
+        self.sources = tuple(sources)
+        self.paths = tuple(dict.fromkeys((*(source.path for source in self.sources), *files.paths, path)))
+        self.warnings = list(warnings)
+        self.apr = apr
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json; for an `.apr` without one, its `hf_config`, else one made from its metadata.
+
+        Raises:
+          RefusedError: Code "config-missing".
+          BrokenContainerError: It is no JSON object.
+        """
+        return self.config_for((tensor.name, tensor.dtype) for tensor in self.tensors.values())
+
+    def config_for(self, tensors: Iterable[tuple[str, DType]]) -> dict[str, Any]:
+        """Returns `config`; one that has to be made says of these tensors (name, type) what they are.
+
+        Raises:
+          RefusedError, BrokenContainerError: As `config`.
+        """
+        config = self._json_file(CONFIG_NAME)
+        if config is not None:
+            return config
+        if self.kind == "apr":
+            given = self.metadata.get("hf_config")
+            if isinstance(given, dict):
+                return given
+            if self.metadata.get("architecture") is not None:
+                return _made_config(self.model_config(), self.metadata, tensors)
+        raise RefusedError("there is no config.json", code="config-missing", file=self.path)
+
+    @property
+    def has_config(self) -> bool:
+        """Whether it holds a configuration of HuggingFace's; in its place an `.apr` has keys of its own."""
+        return CONFIG_NAME in self.files or (self.kind == "apr" and isinstance(self.metadata.get("hf_config"), dict))
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """The content of generation_config.json, or None.
+
+        Raises:
+          BrokenContainerError: It is no JSON object.
+        """
+        return self._json_file("generation_config.json")
+
+    def model_config(self) -> Qwen2Config:
+        """Returns the configuration of the model, through its allow-list.
+
+        Raises:
+          RefusedError: There is none, or it is not supported.
+        """
+        if self.kind == "apr" and not self.has_config:
+            return Qwen2Config.from_apr(self.metadata, tied=HEAD not in self.tensors, file=self.path)
+        return Qwen2Config.from_hf(self.config, file=self.path)
+
+    def close(self) -> None:
+        """Closes the files; tensors cannot be read afterwards."""
+        for source in self.sources:
+            source.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, kind={self.kind!r}, {len(self.tensors)} tensors)"
+
+    def _json_file(self, name: str) -> dict[str, Any] | None:
+        if name not in self.files:
+            return None
+        value = strict_json.loads(self.files[name], what=name, max_bytes=_MAX_CONFIG_BYTES, file=self.path)
+        if not isinstance(value, dict):
+            raise BrokenContainerError(f"{name} is no JSON object", code="config-type", file=self.path)
+        return value
+
+
+class SideFiles(Mapping[str, bytes]):
+    """Files by name, each read when it is asked for: a tokenizer has megabytes, and few need it.
+
+    Attributes:
+      paths: Of the files, where they are files of their own, and of the index beside them.
+      left_behind: As `Checkpoint`.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[str, Callable[[], bytes]],
+        *,
+        paths: Iterable[str] = (),
+        left_behind: Iterable[str] = (),
+    ):
+        self._readers = dict(sorted(readers.items()))
+        self.paths = tuple(paths)
+        self.left_behind = tuple(left_behind)
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def _made_config(
+    model: Qwen2Config, metadata: Mapping[str, Any], tensors: Iterable[tuple[str, DType]]
+) -> dict[str, Any]:
+    """Returns a config.json for tensors that come from an `.apr` without one."""
+    held = dict(tensors)
+    config: dict[str, Any] = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": float(model.rope_theta),
+        "rms_norm_eps": float(model.rms_norm_eps),
+        "tie_word_embeddings": HEAD not in held,
+    }
+    if model.head_dim * model.num_heads != model.hidden_size:
+        config["head_dim"] = model.head_dim
+    for key in ("bos_token_id", "eos_token_id"):
+        if type(metadata.get("tokenizer." + key)) is int:
+            config[key] = metadata["tokenizer." + key]
+    # Types of 8 bits hold weights, never the numbers that a model computes with.
+    found = Counter(dtype.torch for dtype in held.values() if dtype.is_float and (dtype.bits or 0) >= 16)
+    if found:
+        config["torch_dtype"] = found.most_common(1)[0][0]
+    return config

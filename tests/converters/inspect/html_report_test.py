@@ -1,0 +1,47 @@
+"""Which figures of a tensor the page marks; the page as a whole is tested with `show --html`."""
+
+import pathlib
+import re
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from apr_jax.converters.inspect import html_report, statistics
+
+COLUMNS = ("mean", "std", "minimum", "maximum", "zeros", "nans", "infs", "relabelled", "dead rows", "bytes")
+
+
+def marked(values: np.ndarray) -> set[str]:
+    """The figures that are marked in the row of a tensor."""
+    gathered = statistics.WideAccumulator(values.shape)
+    gathered.add(values.ravel())
+    row = html_report.TensorRow("x", "f32", values.shape, values.nbytes, gathered.result())
+    cells = re.findall(r'<td class="n( bad)?">', html_report._row(row).replace("class=n", 'class="n"'))
+    assert len(cells) == len(COLUMNS), cells
+    return {name for name, bad in zip(COLUMNS, cells, strict=True) if bad}
+
+
+class MarksTest(parameterized.TestCase):
+    @parameterized.parameters(
+        (slice(None), 0.0, {"zeros", "dead rows"}),
+        ((3, 3), np.nan, {"nans"}),
+        ((3, 3), -np.inf, {"infs"}),
+        (slice(0, 2), 0.0, {"dead rows"}),
+        (0, 0.0, set()),
+        (slice(0, 0), 0.0, set()),
+    )
+    def test_a_figure_that_a_trained_matrix_does_not_have_is_marked(self, where, value, expected):
+        # A quarter of the rows is many.
+        values = np.random.default_rng(0).normal(0, 0.02, (8, 64)).astype("<f4")
+        values[where] = value
+        self.assertEqual(marked(values), expected)
+
+    def test_nothing_is_marked_of_a_tensor_without_elements(self):
+        self.assertEqual(marked(np.zeros((0, 4), "<f4")), set())
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,132 @@
+"""The table of faults: every mistake is one record in it, and all else follows."""
+
+import dataclasses
+import pathlib
+import re
+import sys
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from apr_jax.model.qwen2 import OPS, at_least_float32
+from apr_jax.parity import round_numbers
+from apr_jax.parity.faults import table
+from apr_jax.parity.faults.outside import LAYOUT
+from apr_jax.parity.faults.record import Fault, Grid
+from apr_jax.parity.faults.table import FAULTS
+from apr_jax.parity.replay import FORMULAS, NORMS
+from tests.battery import faulty_forward
+from tests.battery.parity_battery import Bench
+from tests.paths import ROOT
+
+INVISIBLE = {"norm-weight-before-cast"}
+"""What the engine of the battery can do and no dump in float32 shows: in bfloat16 it is below every budget."""
+NOT_PLANTED = {"activations-quantised"}
+"""`apr` does it: tests/reference/genuine_quantised_test.py has its dumps."""
+
+
+class TableTest(parameterized.TestCase):
+    def test_it_holds_what_the_engine_of_the_battery_can_plant(self):
+        made = {name for name, fault in FAULTS.items() if not fault.unexplained} - {"upload"}
+        self.assertEqual(made - NOT_PLANTED, set(faulty_forward.FAULTS) - INVISIBLE)
+
+    def test_the_docs_list_it(self):
+        self.assertEqual((ROOT / "docs" / "faults.md").read_text(), table.listing() + "\n", "run `make fault-list`")
+
+    def test_a_name_stands_in_the_table_and_nowhere_else_in_the_program(self):
+        names = [name for name in FAULTS if "-" in name]
+        found = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
+        for path in sorted((ROOT / "apr_jax").rglob("*.py")):
+            if "faults" not in path.parts:
+                self.assertIsNone(found.search(path.read_text()), path)
+
+    @parameterized.parameters(list(FAULTS))
+    def test_every_change_is_to_a_step_of_a_stage_that_it_names(self, name):
+        source = (ROOT / "apr_jax" / "parity" / "replay.py").read_text()
+        fault = FAULTS[name]
+        for step in fault.changes:
+            self.assertIn(f'.step("{step}"', source)
+        if not callable(fault.stages):
+            self.assertLessEqual(set(fault.stages), set(FORMULAS))
+        self.assertEqual(bool(fault.changes), bool(fault.stages), "what is made somewhere changes something")
+
+    def test_a_wording_says_every_number_that_is_found(self):
+        self.assertEqual(FAULTS["rope-theta"].said({"theta": 1e4}), "the RoPE base is 10000")
+        self.assertEqual(FAULTS["rope-position"].said({"restart": 32}), "positions restart every 32")
+        self.assertEqual(FAULTS["rope-position"].said({"shift": 3}), "positions are shifted by +3")
+        long = FAULTS["weights-quantised"].said({"codec": "int8", "tensor": ["a", "b", "c", "d"]})
+        self.assertEqual(long, "quantised (int8): 4 of them (a, ...)")
+        self.assertFalse(LAYOUT.mistake)
+
+
+class OneRecordTest(parameterized.TestCase):
+    """What adding a mistake takes: one record, with one formula."""
+
+    HALVED = Fault(
+        "norm-halved",
+        "the norms are halved",
+        tuple(NORMS),
+        {"normed": lambda y, at: y / 2},
+    )
+    SCALED = Fault(
+        "silu-times",
+        "silu is multiplied by {factor:.3g}",
+        ("ffn_silu",),
+        {"activation": lambda silu, at, factor: lambda x: factor * silu(x)},
+        solve=lambda question: [(OneRecordTest.SCALED.made(factor=OneRecordTest.factor(question)),)],
+        grid=Grid("factor", (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0), round_numbers.near),
+    )
+
+    @staticmethod
+    def factor(question):
+        theirs, right = (x[question.tokens].astype(np.float64) for x in (question.theirs, question.right))
+        return round(float((theirs * right).sum() / (right * right).sum()), 3)
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.bench = Bench.of("gqa_tied_bf16")
+
+    def dump(self, **ops):
+        trace = self.bench.same.with_ops(dataclasses.replace(OPS, **ops)).trace(self.bench.inputs)
+        return {key: np.asarray(value) for key, value in trace.items()}
+
+    def findings(self, fault, dump):
+        with mock.patch.dict(FAULTS, {fault.name: fault}):
+            return self.bench.diagnose(dump).findings
+
+    def halved(self):
+        return self.dump(rms_norm=lambda x, weight, eps: OPS.rms_norm(x, weight, eps) / 2)
+
+    def times(self, factor):
+        return self.dump(activation=lambda x: jnp.asarray(factor, x.dtype) * OPS.activation(at_least_float32(x)))
+
+    def test_it_is_generated_named_and_worded(self):
+        (finding,) = self.findings(self.HALVED, self.halved())
+        self.assertEqual((finding.fault, finding.layers, finding.certainty), ("norm-halved", "all", "certain"))
+        self.assertIn("all layers, attn_norm: the norms are halved", finding.sentence)
+
+    def test_without_its_record_it_is_unknown(self):
+        self.assertEqual({finding.fault for finding in self.bench.diagnose(self.halved()).findings}, {"unknown"})
+
+    def test_its_number_is_solved_for_where_the_stage_was_dumped_and_behind_a_gap(self):
+        dump = self.times(0.75)
+        without = {key: value for key, value in dump.items() if not key.endswith(("ffn_silu", "ffn_swigl"))}
+        for shown, stage in ((dump, "ffn_silu"), (without, "ffn_out")):
+            (finding,) = self.findings(self.SCALED, shown)
+            self.assertEqual((finding.fault, finding.layers, finding.stage), ("silu-times", "all", stage))
+            self.assertAlmostEqual(finding.parameters["factor"], 0.75, places=3)
+            self.assertIn("silu is multiplied by 0.75", finding.sentence)
+
+    def test_it_is_listed(self):
+        family = mock.Mock(FAULTS=(self.HALVED,))
+        with mock.patch.dict(table._FAMILIES, {"New": family}):
+            self.assertIn("| `norm-halved` | attn_norm, ffn_norm, final_norm | the norms are halved |", table.listing())
+
+
+if __name__ == "__main__":
+    absltest.main()
