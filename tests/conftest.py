@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -21,6 +22,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tools keep compiled programs in the user's cache; those of tests are nobody's. Workers of xdist inherit it.
     if not hasattr(config, "workerinput"):
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="apr_jax_tests_")
+
+
+def pytest_collection_finish() -> None:
+    # What a process of the run has compiled, the others load: workers of xdist, and the tools that tests start, which
+    # keep their programs in the same place. Tests that need no JAX have not imported it by now and need not.
+    if jax := sys.modules.get("jax"):
+        from apr_jax.generate import compilation_cache
+
+        compilation_cache.enable()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
