@@ -14,11 +14,15 @@ from apr_jax.converters.inspect import html_report, statistics
 COLUMNS = ("mean", "std", "minimum", "maximum", "zeros", "nans", "infs", "relabelled", "dead rows", "bytes")
 
 
-def marked(values: np.ndarray) -> set[str]:
-    """The figures that are marked in the row of a tensor."""
+def measured(values: np.ndarray) -> statistics.Statistics:
     gathered = statistics.WideAccumulator(values.shape)
     gathered.add(values.ravel())
-    row = html_report.TensorRow("x", "f32", values.shape, values.nbytes, gathered.result())
+    return gathered.result()
+
+
+def marked(values: np.ndarray) -> set[str]:
+    """The figures that are marked in the row of a tensor."""
+    row = html_report.TensorRow("x", "f32", values.shape, values.nbytes, measured(values))
     cells = re.findall(r'<td class="n( bad)?">', html_report._row(row).replace("class=n", 'class="n"'))
     assert len(cells) == len(COLUMNS), cells
     return {name for name, bad in zip(COLUMNS, cells, strict=True) if bad}
@@ -41,6 +45,20 @@ class MarksTest(parameterized.TestCase):
 
     def test_nothing_is_marked_of_a_tensor_without_elements(self):
         self.assertEqual(marked(np.zeros((0, 4), "<f4")), set())
+
+
+class HistogramTest(absltest.TestCase):
+    def test_bars_stand_where_the_band_and_the_line_say_and_are_as_high_as_their_share(self):
+        first, last = (statistics.RELABEL_OCTAVES[at] for at in (0, -1))
+        values = np.array([1.0] * 1000 + [2.0**first] * 500 + [2.0**last], "<f8")
+        drawn = html_report._histogram(measured(values), False)
+        ((x, width, height),) = re.findall(r'<rect x="(\d+)" width="(\d+)" height="(\d+)"/>', drawn)
+        (one,) = re.findall(r'class="one" d="M(\d+) 0', drawn)
+        bars = {int(at): (int(wide), float(high)) for at, high, wide in re.findall(r"M(\d+) 26v-([\d.]+)h(\d+)", drawn)}
+        # A line between the bars is left free; what is there is seen.
+        expected = {int(x): (3, int(height) / 2), int(x) + int(width) - 4: (3, 1.0), int(one): (3, float(height))}
+        self.assertEqual(bars, expected)
+        self.assertIn(f'viewBox="0 0 {4 * len(statistics.OCTAVES)} {height}"', drawn)
 
 
 if __name__ == "__main__":

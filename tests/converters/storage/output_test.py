@@ -85,6 +85,17 @@ class AtomicFileTest(OutputTestCase):
         self.assertEqual((self.folder / "a").read_bytes(), b"abcdef")
         self.assertEqual(stat.S_IMODE((self.folder / "a").stat().st_mode), 0o640)
 
+    @parameterized.parameters(0o000, 0o022, 0o077)
+    def test_permissions_are_all_that_the_umask_leaves(self, mask):
+        before = os.umask(mask)
+        try:
+            write(self.folder / "a", b"")
+            write_folder(self.folder / "d", {"config.json": b"", "layer-0/x.bin": b""})
+        finally:
+            os.umask(before)
+        for name, mode in (("a", 0o666), ("d", 0o777), ("d/config.json", 0o666), ("d/layer-0", 0o777)):
+            self.assertEqual(stat.S_IMODE((self.folder / name).stat().st_mode), mode & ~mask, name)
+
     def test_what_is_not_written_is_zero(self):
         with output.atomic_file(os.fspath(self.folder / "a"), 5) as file:
             file.write_at(b"x", 2)
