@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.formats import dtypes
@@ -57,7 +58,24 @@ def decode(data: Array, dtype_name: str, shape: tuple[int, ...]) -> Array:
 
 def _half(column: Array) -> Array:
     """Half-precision numbers, uint8 [n, 2], as float32 [n, 1]."""
-    return lax.bitcast_convert_type(column, jnp.float16).astype(jnp.float32)[:, None]
+    return cast(lax.bitcast_convert_type(column, jnp.float16), jnp.float32)[:, None]
+
+
+def cast(x: Array, dtype: DTypeLike) -> Array:
+    """x in another dtype, rounded once. XLA has no halves on a CPU without F16C: there they are widened by integers."""
+    if x.dtype != jnp.float16:
+        return x.astype(dtype)
+    return lax.platform_dependent(x, cpu=lambda x: _widened(x).astype(dtype), default=lambda x: x.astype(dtype))
+
+
+def _widened(x: Array) -> Array:
+    """float16 -> float32, exact; the payload of NaN stays."""
+    bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    exponent, mantissa = bits >> 10 & 31, bits & 1023
+    normal = jnp.where(exponent == 31, jnp.uint32(255), exponent + 112) << 23 | mantissa << 13
+    # A product and not subnormal bits moved up: XLA takes float32's subnormal numbers for zero.
+    subnormal = lax.bitcast_convert_type(mantissa.astype(jnp.float32) * jnp.float32(2**-24), jnp.uint32)
+    return lax.bitcast_convert_type(jnp.where(exponent == 0, subnormal, normal) | bits >> 15 << 31, jnp.float32)
 
 
 def _signed(column: Array) -> Array:
