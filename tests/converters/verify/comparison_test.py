@@ -118,6 +118,13 @@ class BytesTest(ComparisonTestCase):
         self.assertEqual((found.verdict, found.unequal[0].dtypes), ("different", ("bf16", "f16")))
         self.assertEqual(found.unequal[0].sums.differing, 500)
 
+    def test_equal_bytes_with_another_tag_are_wholly_explained_by_it(self):
+        bits = typed(weights(500), "bf16")[2]
+        found = self.compare({"x": ("bf16", (500,), bits)}, {"x": ("f16", (500,), bits)}, diagnose=True)
+        (finding,) = found.findings
+        self.assertEqual((finding.cause, finding.explained), ("relabelled-dtype", 1.0))
+        self.assertEqual(finding.parameters, {"from": "bf16", "to": "f16", "values_converted": False})
+
     def test_memory_does_not_grow_with_the_tensors(self):
         values = weights(2000, 4000)
         other = values.copy()
@@ -489,6 +496,12 @@ class FindingsTest(ComparisonTestCase):
         found = self.findings({name: Cause("different-weights", {}, 0.0) for name in "pq"}, {"p": 0.25, "q": 0.5})[0]
         self.assertIn("100 % of the elements differ, relative L2 0.25 to 0.5, cosine 1", found.sentence)
 
+    def test_other_explanations_of_a_tensor_are_alternatives_and_no_findings_of_their_own(self):
+        norm = "model.norm.weight"
+        found = self.compare({norm: typed([1.0] * 64, "f32")}, {norm: typed([2.0] * 64, "f32")}, diagnose=True)
+        (finding,) = found.findings
+        self.assertEqual((finding.cause, finding.alternatives), ("offset", ("scaled",)))
+
 
 class MovedTest(ComparisonTestCase):
     """Tensors that one side lacks, with the search for causes."""
@@ -505,6 +518,20 @@ class MovedTest(ComparisonTestCase):
         (finding,) = found.findings
         self.assertEqual((finding.cause, set(finding.tensors)), ("qkv-order", {*a, *b} - {"x"}))
         self.assertIn("q, k and v were fused, laid out as q,k,v", finding.sentence)
+
+    def test_layers_that_were_fused_alike_are_one_finding_and_others_are_another(self):
+        a, b = {}, {}
+        for layer, order in enumerate(("qkv", "kqv", "qkv")):
+            prefix = f"model.layers.{layer}.self_attn."
+            parts = {role: weights(6, 4, seed=10 * layer + n) for n, role in enumerate("qkv")}
+            a |= {f"{prefix}{role}_proj.weight": typed(values, "f32") for role, values in parts.items()}
+            b[f"{prefix}qkv_proj.weight"] = typed(np.concatenate([parts[role] for role in order]), "f32")
+        found = self.compare(a, b, diagnose=True).findings
+        self.assertEqual(
+            {finding.parameters["to"]: {name.split(".")[2] for name in finding.tensors} for finding in found},
+            {"q,k,v": {"0", "2"}, "k,q,v": {"1"}},
+        )
+        self.assertEqual([len(finding.tensors) for finding in found], [8, 4])
 
     def test_equal_tensors_under_other_names_are_pointed_out(self):
         a = {f"model.layers.{n}.mlp.up_proj.weight": typed(weights(30, 20, seed=n), "f32") for n in range(3)}

@@ -74,6 +74,11 @@ class DiagnosisTest(parameterized.TestCase):
         same = stored(_random(8, 8))
         self.assertEqual(self.diagnose(same, same), [])
 
+    def test_the_same_bytes_under_another_type_are_wholly_explained_by_that(self):
+        before = stored(_random(8, 8), "BF16")
+        (first,) = self.diagnose(before, Stored("F16", before.shape, before.data))
+        self.assertEqual((first.cause, first.explained), ("relabelled-dtype", 1.0))
+
     # --- many equal values
 
     @parameterized.parameters("BF16", "F16", "F32")
@@ -150,6 +155,23 @@ class DiagnosisTest(parameterized.TestCase):
         ):
             (first, *_) = self.diagnose(before, after, NORM)
             self.assertEqual((first.cause, first.parameters, first.alternatives), (cause, parameters, ()))
+
+    def test_four_elements_are_enough_for_a_shift(self):
+        before = _random(4)
+        (first, *_) = self.diagnose(stored(before), stored(np.concatenate([[0], before[:-1]]).astype("<f4")), QB)
+        self.assertEqual((first.cause, first.parameters), ("shifted", {"by": 1, "unit": "elements", "fill": "zero"}))
+
+    def test_a_few_wiped_or_infinite_elements_are_counted(self):
+        before = _random(16, 16)
+        places = (3, 5, 8), (2, 9, 1)
+        for value, cause, parameters in (
+            (0.0, "zeroed", {"elements": 3, "first": 3 * 16 + 2}),
+            (-np.inf, "non-finite", {"-inf": 3, "first": [3, 2]}),
+        ):
+            after = before.copy()
+            after[places] = value
+            (first, *_) = self.diagnose(stored(before), stored(after))
+            self.assertEqual((first.cause, first.parameters, first.explained), (cause, parameters, 1.0))
 
     def test_scalars_and_empty_tensors_are_no_trouble(self):
         (first,) = self.diagnose(stored(np.float32(2.5)), stored(np.float32(-1.25)))
@@ -247,6 +269,17 @@ class DiagnosisTest(parameterized.TestCase):
                 (first, *_) = diagnose(tensor, suspect.tensors[name], context)
         self.assertEqual((first.cause, first.parameters), (cause, parameters))
 
+    @parameterized.parameters("F32", "BF16")
+    def test_a_lattice_of_sixteen_values_from_the_smallest_is_q4_k_by_whichever_quantiser(self, code):
+        # Rounded down and not to the nearest, as none of the quantisers that are tried again does it.
+        before = stored(_random(16, 256), code)
+        blocks = before.f32.reshape(-1, 32)
+        low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
+        step = (high - low) / 15
+        after = stored((low + np.floor((blocks - low) / step + 1e-4) * step).reshape(16, 256), code)
+        (first,) = self.diagnose(before, after)
+        self.assertEqual((first.cause, first.parameters), ("quantised", {"type": "q4_k"}))
+
     # --- sizes
 
     def test_permuted_rows_of_a_tall_matrix_take_no_quadratic_time(self):
@@ -256,6 +289,14 @@ class DiagnosisTest(parameterized.TestCase):
         (first,) = self.diagnose(before, from_bits(before.bits[order], "BF16"), "model.embed_tokens.weight")
         self.assertEqual(first.cause, "rows-permuted")
         self.assertLess(time.process_time() - start, 5)
+
+    @parameterized.parameters(False, True)
+    def test_permuted_columns_of_a_tall_matrix_are_named_though_a_part_of_the_rows_is_alike(self, alike):
+        before = _random(2048, 16)
+        if alike:
+            before[::2] = 1.0
+        (first,) = self.diagnose(stored(before), stored(before[:, ::-1]))
+        self.assertEqual((first.cause, first.parameters), ("columns-permuted", {"permutation": "reversed"}))
 
     def test_fewer_or_more_elements_are_different_weights(self):
         before = stored(_random(32, 16))
@@ -284,6 +325,12 @@ class DiagnosisTest(parameterized.TestCase):
         weights, other = stored(_random(16, 16)), stored(_random(16, 16, seed=1))
         (match,) = self.matches({"a.weight": weights, "b.weight": other}, {"c.weight": weights})
         self.assertEqual((match.only_in_a, match.only_in_b, match.cause), (("a.weight",), ("c.weight",), None))
+
+    def test_a_copy_of_a_tensor_that_both_have_and_one_of_another_shape_are_no_other_names(self):
+        weights, other = _random(6, 4), stored(_random(6, 4, seed=1))
+        both = {"both.weight": stored(weights)}
+        self.assertEqual(self.matches(both | {"a.weight": other}, both | {"c.weight": stored(weights)}), [])
+        self.assertEqual(self.matches({"a.weight": stored(weights)}, {"c.weight": stored(weights.reshape(4, 6))}), [])
 
 
 if __name__ == "__main__":
