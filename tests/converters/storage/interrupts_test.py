@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 
 from absl.testing import absltest, parameterized
 
@@ -59,6 +60,21 @@ class InterruptTest(parameterized.TestCase):
             check()
             swallow()
             self.assertRaises(KeyboardInterrupt, check)
+
+
+class BoundedTest(absltest.TestCase):
+    def test_a_block_that_nothing_interrupts_leaves_nothing_behind_and_says_nothing(self):
+        before, said = threading.active_count(), []
+        with interrupts.bounded(lambda: said.append("last words")):
+            self.assertEqual(threading.active_count(), before + 1)
+        self.assertEqual((threading.active_count(), said), (before, []))
+        self.assertEqual(signal.set_wakeup_fd(-1), -1)
+
+    def test_an_interrupt_that_the_block_notices_is_its_own_and_has_the_last_words_once(self):
+        said = []
+        with self.assertRaises(KeyboardInterrupt), interrupts.bounded(lambda: said.append("last words")):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.assertEqual(said, ["last words"])
 
 
 if __name__ == "__main__":
