@@ -77,6 +77,11 @@ class ConvertTest(parameterized.TestCase):
         )
         self.assertIn("lm_head.weight", done.stdout)
         self.assertRegex(done.stdout, r"model\.norm\.weight +bf16 -> f32 +64 +256 +m\.apr +\d+")
+        head, *lines = done.stdout.splitlines()
+        # Numbers end where their column does, names begin there.
+        norm = next(line for line in lines if line.startswith("model.norm.weight"))
+        self.assertLen(norm, len(head))
+        self.assertEqual([norm.index("m.apr"), norm.index(" 256 ") + 4], [head.index("file"), head.index("bytes") + 5])
         self.assertIn("nothing written", done.stdout)
         self.assertEqual(os.listdir(self.folder), [])
 

@@ -104,6 +104,11 @@ class ShowTest(parameterized.TestCase):
             self.assertIn("apr_q", text)
             self.assertIn("items:", text)
 
+    def test_an_empty_line_stands_between_the_parts(self):
+        parts = self.run_tool(checkpoint("gqa_tied_bf16")).stdout.split("\n\n")
+        self.assertEqual([part.split()[0] for part in parts[1:4]], ["metadata", "side", "tensor"])
+        self.assertLen(parts, 5)
+
     def test_a_glob_selects_and_one_that_matches_nothing_is_an_error(self):
         text = self.run_tool(checkpoint("gqa_tied_bf16"), "--tensors", "*norm*").stdout
         self.assertIn("5 tensors", text)

@@ -320,6 +320,8 @@ class GenerationConfigTest(parameterized.TestCase):
         ('{"suppress_tokens": [1]}', "suppress_tokens"),
         ('{"temperature": "hot"}', "temperature is out of range"),
         ('{"top_k": -1}', "top_k is out of range"),
+        ('{"top_k": 2147483648}', "top_k is out of range"),
+        ('{"max_new_tokens": 2147483648}', "max_new_tokens is out of range"),
         ('{"eos_token_id": [1, "2"]}', "eos_token_id is out of range"),
         ('{"do_sample": 1}', "do_sample is out of range"),
     )

@@ -124,6 +124,16 @@ class ProgramTest(parameterized.TestCase):
         names, _, _ = kernels_of(TINY, 3, 96, 0)
         self.assertEqual(names, ["add_norm", "swiglu", "add_norm", "add_norm", "swiglu"])
 
+    def test_a_model_of_one_layer_takes_the_kernels_too(self):
+        config = dataclasses.replace(TINY, num_layers=1)
+        self.assertEqual(kernels_of(config, 1, 1, 64)[0], ["decode"])
+        self.assertEqual(kernels_of(config, 3, 96, 0)[0], ["add_norm", "swiglu"])
+
+    def test_shapes_that_the_activation_kernel_does_not_take_stay_with_xla(self):
+        self.assertNotIn("swiglu", kernels_of(dataclasses.replace(TINY, intermediate_size=164), 3, 96, 0)[0])
+        self.assertIn("swiglu", kernels_of(TINY, 65_535, 4, 0)[0])
+        self.assertNotIn("swiglu", kernels_of(TINY, 65_536, 4, 0)[0])
+
     def test_a_short_prompt_stays_with_xla(self):
         self.assertEqual(kernels_of(TINY, 2, 16, 64, first=True)[0], [])
 

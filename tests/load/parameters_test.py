@@ -4,6 +4,8 @@ import json
 import pathlib
 import shutil
 import sys
+import types
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -15,8 +17,9 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import RefusedError
+from apr_jax.load import parameters, upload
 from apr_jax.load.load_model import load_model
-from apr_jax.load.parameters import read_as
+from apr_jax.load.parameters import load_parameters, read_as
 from tests import oracle, paths
 
 SAMPLE = paths.checkpoint("mha_untied_f32_sharded")
@@ -125,6 +128,32 @@ class LoadingTest(parameterized.TestCase):
             read = read_as([checkpoint.tensors["x"]], "bfloat16")
         np.testing.assert_array_equal(read.view(np.uint16), values.astype(ml_dtypes.bfloat16).view(np.uint16))
         self.assertEqual([float(x) for x in read[0, :2]], [1.0, 1.015625])
+
+    def test_an_accelerator_casts_what_it_rounds_alike_and_the_host_the_rest(self):
+        names = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight")
+        expected, _ = oracle.load(SAMPLE)
+        folder = self.copy(**{name: expected[name].astype(np.float64) for name in names})
+        device, uploaded = jax.devices("cpu")[0], []
+
+        def upload_to_cpu(sources, dtype, to):
+            self.assertIs(to, accelerator)
+            uploaded.extend(sources)
+            return {path: jax.device_put(read_as(tensors, dtype), device) for path, tensors in sources.items()}
+
+        accelerator = types.SimpleNamespace(platform="gpu")
+        with (
+            open_checkpoint(folder) as checkpoint,
+            mock.patch.object(parameters, "_put", lambda array, _: jax.device_put(array, device)),
+            mock.patch.object(upload, "upload", upload_to_cpu),
+            mock.patch.object(upload, "_SMALLEST_DEVICE_CAST", 1),
+        ):
+            loaded = load_parameters(checkpoint, checkpoint.model_config(), "bfloat16", accelerator)
+        leaves = jax.tree_util.tree_leaves_with_path(loaded)
+        found = {".".join(str(part.key) for part in path): np.asarray(leaf) for path, leaf in leaves}
+        self.assertEqual(set(found), set(expected))
+        self.assertLen(uploaded, len(expected) - len(names))
+        for name, value in found.items():
+            np.testing.assert_array_equal(value, expected[name].astype(ml_dtypes.bfloat16), name)
 
     def test_the_cpu_backend_takes_host_arrays_over_without_a_copy(self):
         with open_checkpoint(SAMPLE) as checkpoint:

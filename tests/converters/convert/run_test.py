@@ -208,6 +208,19 @@ class IdentityTest(ConversionTestCase):
             data = (folder / file).stat().st_size - 8 - struct.unpack_from("<Q", (folder / file).read_bytes())[0]
             self.assertTrue(data <= 40_000 or len(held) == 1, file)
 
+    def test_tensors_that_fill_a_shard_to_its_last_byte_stay_in_it(self):
+        save(self.folder / "x.safetensors", {name: np.zeros(10, np.float32) for name in "abcd"})
+        for size, files in ((80, 2), (79, 4), (160, 1), (159, 2)):
+            folder = self.convert(self.folder / "x.safetensors", f"s{size}", max_shard_bytes=size)
+            self.assertLen(list(folder.glob("*.safetensors")), files, size)
+
+    def test_a_side_file_that_is_too_large_is_refused_by_name(self):
+        source = self.copy("gqa_tied_bf16")
+        os.truncate(source / "merges.txt", (64 << 20) + 1)
+        with self.raises(RefusedError, "side-file-size") as caught:
+            self.convert(source, "m.apr")
+        self.assertIn("merges.txt", str(caught.error))
+
     def test_side_files_that_are_not_utf8_and_odd_texts_come_back(self):
         source = self.copy("gqa_tied_bf16")
         odd = {

@@ -279,6 +279,11 @@ class RefusedTest(parameterized.TestCase):
     def test_sections(self, changes, code):
         self.assert_refused(two_tensors(**changes), code, lenient=True)
 
+    def test_a_count_is_refused_where_not_even_the_shortest_entries_have_room(self):
+        # Of a name of one character and a shape of no dimension: 21 bytes, nine of which fit 192.
+        for count, code in ((9, "name-length"), (10, "tensor-count")):
+            self.assert_refused(container(index=bytes(192), count=count), code, lenient=True)
+
     def test_a_tiny_file_with_hostile_offsets(self):
         # PR #2105 of aprender: header, `{}`, and an index somewhere else.
         for offset in (10**6, 2**64 - 1, 66):

@@ -439,6 +439,12 @@ class SizesTest(parameterized.TestCase):
             dtypes.by_name("f64").nbytes(shape)
         self.assertEqual(caught.exception.code, code)
 
+    def test_a_long_shape_is_shown_shortened(self):
+        with self.assertRaises(BrokenContainerError) as caught:
+            dtypes.by_name("f64").nbytes([10**30] * 20)
+        dimension = "1" + "0" * 23
+        self.assertEqual(caught.exception.found, f"[{', '.join([dimension] * 9)}]")
+
     def test_zero_does_not_excuse_an_overflow_wherever_it_stands(self):
         for shape in ((2**62, 2**62, 0), (0, 2**62, 2**62)):
             with self.assertRaises(BrokenContainerError):

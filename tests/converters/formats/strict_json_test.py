@@ -116,6 +116,12 @@ class RefusalTest(parameterized.TestCase):
                 loads(hidden, max_depth=2)
             self.assertEqual(caught.exception.code, "json-depth")
 
+    def test_a_document_has_a_million_objects_and_arrays_at_most(self):
+        for count, code in ((1_000_000, "json-syntax"), (1_000_001, "json-count")):
+            with self.assertRaises(BrokenContainerError) as caught:
+                loads("[" + "[]," * (count - 1) + "]")
+            self.assertEqual(caught.exception.code, code)
+
     def test_counts_are_limited_before_anything_is_built(self):
         for text, limits in (
             ("[" + "[]," * 100 + "0]", {"max_containers": 100}),

@@ -6,6 +6,7 @@ import struct
 import sys
 import tempfile
 import zlib
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
@@ -17,7 +18,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.formats import apr_format, dtypes
-from apr_jax.converters.inspect import first_pass
+from apr_jax.converters.inspect import first_pass, statistics
 from apr_jax.converters.inspect.checks import inspect
 from tests.paths import DATA, NAMES, checkpoint
 
@@ -424,6 +425,14 @@ class InspectionTest(parameterized.TestCase):
         self.only_failure(path, "relabelled", ["a"])
         values[500:820] = 0
         self.only_failure(self.write({}, {"a": ["bf16", values]}), "dead-rows", ["a"], words=("320 of 1200",))
+
+    def test_a_tensor_that_leaves_no_doubt_is_read_once(self):
+        values = np.random.default_rng(0).normal(0, 0.02, (64, 64)).astype(np.float32)
+        empty = values.copy()
+        empty[:16] = 0
+        with mock.patch.object(statistics, "measure", side_effect=statistics.measure) as measure:
+            self.inspect(self.write({}, {"a": ["f32", values], "b": ["f32", empty]}))
+        self.assertEqual([call.args[0].name for call in measure.call_args_list], ["b"])
 
     def test_a_file_that_shrinks_is_an_error_that_names_it(self):
         path = self.write({}, {"a": ["f32", np.ones((1200, 9001), np.float32)]})

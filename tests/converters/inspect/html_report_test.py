@@ -43,6 +43,17 @@ class MarksTest(parameterized.TestCase):
         values[where] = value
         self.assertEqual(marked(values), expected)
 
+    def test_values_near_one_are_marked_in_a_matrix_and_not_in_a_vector(self):
+        values = np.random.default_rng(0).choice([-1.5, -0.75, 0.75, 1.5], (8, 64)).astype("<f4")
+        self.assertEqual(marked(values), {"relabelled"})
+        self.assertEqual(marked(values.ravel()), set())
+        self.assertEqual(marked(values * 0.1), set())
+
+    def test_numbers_are_short_and_none_is_a_dash(self):
+        numbers = (0.0, 1.25, -0.0123456, 1.5e-7, -3e7, np.nan, np.inf, -np.inf)
+        shown = ["0", "1.25", "&minus;0.01235", "1.5e&minus;7", "&minus;3e7", *["&ndash;"] * 3]
+        self.assertEqual([html_report._number(number) for number in numbers], shown)
+
     def test_nothing_is_marked_of_a_tensor_without_elements(self):
         self.assertEqual(marked(np.zeros((0, 4), "<f4")), set())
 

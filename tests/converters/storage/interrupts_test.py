@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 
 from absl.testing import absltest, parameterized
 
@@ -59,6 +60,23 @@ class InterruptTest(parameterized.TestCase):
             check()
             swallow()
             self.assertRaises(KeyboardInterrupt, check)
+
+
+class BoundedTest(absltest.TestCase):
+    def test_a_block_that_nothing_interrupts_leaves_nothing_behind_and_says_nothing(self):
+        before, said = set(threading.enumerate()), []
+        with interrupts.bounded(lambda: said.append("last words")):
+            (watcher,) = set(threading.enumerate()) - before
+        self.assertFalse(watcher.is_alive())
+        self.assertEmpty(said)
+        self.assertEqual(signal.set_wakeup_fd(-1), -1)
+
+    def test_an_interrupt_that_the_block_notices_is_its_own_and_has_the_last_words_once(self):
+        said = []
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+        with self.assertRaises(KeyboardInterrupt), interrupts.bounded(lambda: said.append("last words")):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.assertEqual(said, ["last words"])
 
 
 if __name__ == "__main__":

@@ -204,6 +204,18 @@ class LeftoversTest(OutputTestCase):
         self.assertLen(said, 2)
         self.assertIn(".a.apr-jax-tmp.999999.00000000", said[0])
 
+    def test_what_no_run_makes_under_such_a_name_is_kept_and_stops_nothing(self):
+        (self.folder / "mine").write_bytes(b"mine")
+        link, pipe = (self.folder / f".a.apr-jax-tmp.999999.0000000{number}" for number in range(2))
+        link.symlink_to("mine")
+        write(self.folder / "a", b"new")
+        self.assertEqual(self.names(), [link.name, "a", "mine"])
+        link.unlink()
+        # To open a pipe for reading would wait for somebody who writes.
+        os.mkfifo(pipe)
+        write(self.folder / "a", b"newer", force=True)
+        self.assertEqual((self.folder / "a").read_bytes(), b"newer")
+
     def test_a_live_runs_temporary_is_kept_even_under_a_dead_process_id(self):
         temporary = self.folder / ".a.apr-jax-tmp.999999.00000000"
         with open(temporary, "wb") as file:
