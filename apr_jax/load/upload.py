@@ -281,14 +281,14 @@ def _compiled(recipe: _Recipe, device: jax.Device) -> Any:
             block_decoding.decode(raw, kind.dtype, kind.shape) if kind.is_block else raw
             for raw, kind in zip(raws, recipe.kinds, strict=True)
         ]
-        return jnp.concatenate([blocks.cast(part, recipe.dtype) for part in parts])
+        return jnp.concatenate([block_decoding.cast(part, recipe.dtype) for part in parts])
 
     def first(rows: Array) -> Array:
         behind = [(0, all_ - here, 0) for all_, here in zip(recipe.shape, rows.shape, strict=True)]
-        return jax.lax.pad(blocks.cast(rows, recipe.dtype), jnp.zeros((), recipe.dtype), behind)
+        return jax.lax.pad(block_decoding.cast(rows, recipe.dtype), jnp.zeros((), recipe.dtype), behind)
 
     def further(so_far: Array, rows: Array, row: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(so_far, blocks.cast(rows, recipe.dtype), row, 0)
+        return jax.lax.dynamic_update_slice_in_dim(so_far, block_decoding.cast(rows, recipe.dtype), row, 0)
 
     def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))

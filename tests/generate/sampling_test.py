@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.generate import sampling
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.sampling import Method, Numbers, row_keys
+from apr_jax.model.parameters import DTYPES
 
 DRAWS, VOCABULARY = 10_000, 300
 SETTINGS = {
@@ -159,12 +160,14 @@ class MethodTest(parameterized.TestCase):
         penalised = sampling.penalise(scores, seen, np.float32(2.0))
         self.assertEqual(penalised.tolist(), [[1.5, 0.125, 0.0, -0.5, -6.0, 0.25]])
 
-    @parameterized.parameters("bfloat16", "float16", "float32")
-    def test_the_likeliest_token_is_the_first_of_equals_in_every_dtype(self, dtype):
-        scores = jnp.asarray([[0.0, 2.0, 2.0], [-1.0, -3.0, -1.0]], dtype)
+    @parameterized.parameters(DTYPES)
+    def test_the_likeliest_token_is_the_first_of_equals_in_every_dtype_of_a_model(self, dtype):
         method = Method(False, 0, False)
         numbers = Numbers.of(GenerationConfig(), method)
-        tokens = sampling.pick(scores, row_keys(0, 2), jnp.int32(0), None, numbers, method)
+        with jax.enable_x64(dtype == "float64"):
+            scores = jnp.asarray([[0.0, 2.0, 2.0], [-1.0, -3.0, -1.0]], dtype)
+            self.assertEqual(scores.dtype, dtype)
+            tokens = sampling.pick(scores, row_keys(0, 2), jnp.int32(0), None, numbers, method)
         self.assertEqual((tokens.tolist(), tokens.dtype), ([1, 0], jnp.int32))
 
 
