@@ -160,7 +160,7 @@ class MethodTest(parameterized.TestCase):
         penalised = sampling.penalise(scores, seen, np.float32(2.0))
         self.assertEqual(penalised.tolist(), [[1.5, 0.125, 0.0, -0.5, -6.0, 0.25]])
 
-    @parameterized.parameters(DTYPES)
+    @parameterized.parameters(*DTYPES)
     def test_the_likeliest_token_is_the_first_of_equals_in_every_dtype_of_a_model(self, dtype):
         method = Method(False, 0, False)
         numbers = Numbers.of(GenerationConfig(), method)
