@@ -236,6 +236,13 @@ class TraceTest(parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "expected \\(3, 20, 160\\)"):
             model.trace(inputs, force={"stage.0.ffn_up": np.zeros((3, 160, 20))})
 
+    def test_a_token_beyond_the_vocabulary_is_refused_wherever_it_is_asked_for(self):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        beyond = Inputs.of([[5, model.config.vocab_size]])
+        for ask in (model.logits, model.trace, lambda inputs: model.step(inputs, model.empty_cache(1, 4))):
+            with self.assertRaisesRegex(UsageError, "vocabulary"):
+                ask(beyond)
+
     def test_scores_that_the_mask_hides_are_zero(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         scores = model.trace(padded(model.config.vocab_size), ["stage.0.attn_scores"])["stage.0.attn_scores"]

@@ -138,6 +138,16 @@ class OneModelTest(parameterized.TestCase):
         for one, other in zip(jax.tree.leaves(held), jax.tree.leaves(model.parameters), strict=True):
             self.assertIs(one, other)
 
+    @parameterized.parameters(False, True)
+    def test_a_fresh_module_has_room_for_what_a_checkpoint_holds(self, fused):
+        model = load_model(TINY, fused=fused)
+        fresh = nnx.eval_shape(lambda: Qwen2ForCausalLM(model.config, fused=fused))
+        shapes = [
+            jax.tree.map(lambda x: (x.shape, x.dtype), nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+            for module in (fresh, model.module)
+        ]
+        self.assertEqual(*shapes)
+
     def test_what_is_written_into_the_module_is_what_the_model_computes_with(self):
         model = load_model(TINY)
         sibling, generator = model.with_ops(OPS), Generator(model)
