@@ -174,5 +174,26 @@ class RunTest(absltest.TestCase):
         self.assertTrue(all(json.loads(line)["key"] for line in before.splitlines()))
 
 
+class AgainTest(absltest.TestCase):
+    def test_what_survived_is_found_where_it_stands_now_and_what_is_gone_is_said(self):
+        root = pathlib.Path(self.create_tempdir().full_path)
+        (root / "converters").mkdir()
+        (root / "apr_jax").mkdir()
+        (root / "converters" / "sized.py").write_text("# moved down\n\n" + _SOURCE)
+        results = root / "results.jsonl"
+        entries = [
+            {"key": "takes tests/sized_test.py", "seconds": 1.0},
+            {"key": "1", "mutant": "converters/sized.py:6: a - 1 -> a + 1", "killed_by": None},
+            {"key": "2", "mutant": "converters/sized.py:2: a > b -> a >= b", "killed_by": "tests/sized_test.py"},
+            {"key": "3", "mutant": "converters/sized.py:9: a * 2 -> a / 2", "killed_by": None},
+        ]
+        results.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            found = run.survivors_of(root, results)
+        self.assertEqual([str(mutant) for mutant in found], ["converters/sized.py:8: a - 1 -> a + 1"])
+        self.assertEqual(printed.getvalue(), "gone: converters/sized.py:9: a * 2 -> a / 2\n")
+
+
 if __name__ == "__main__":
     absltest.main()

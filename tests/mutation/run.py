@@ -1,6 +1,7 @@
 """Plants small mistakes in converters/ and apr_jax/, one at a time, and tells which ones no test notices.
 
     python tests/mutation/run.py [--seed N] [--count N] [--jobs N] [--output FILE] [PATH ...]
+    python tests/mutation/run.py --again FILE [--jobs N] [--output FILE]     # what survived in an earlier run's FILE
 
 A seeded sample of all mutants (see mutants.py) is drawn; PATHs restrict it to files or folders. Each is planted in a
 copy of the tree, and the tests that could notice it are run there, the nearest first, until one fails: as many as take
@@ -73,6 +74,8 @@ class Tree:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
         # Compiled modules are told by size and second: a mutant of a mutant's age would be taken for it.
         env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(self._scratch)}
+        # Would hide that a program does not flush what it prints.
+        env.pop("PYTHONUNBUFFERED", None)
         with subprocess.Popen(
             command, cwd=self.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
@@ -205,6 +208,21 @@ def sample(root: pathlib.Path, seed: int, count: int, paths: Sequence[str]) -> l
     return found
 
 
+def survivors_of(root: pathlib.Path, file: pathlib.Path) -> list[Mutant]:
+    """Returns the mutants that survived in an earlier run, wherever in their file they stand now; prints those gone."""
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    every = {path: mutants(path, (root / path).read_bytes()) for path in modules(root).values()}
+    found: list[Mutant] = []
+    for said in (entry["mutant"] for entry in entries if "mutant" in entry and entry["killed_by"] is None):
+        path, line, change = said.split(":", 2)
+        alike = [each for each in every.get(path, ()) if str(each).split(":", 2)[2] == change and each not in found]
+        if alike:
+            found.append(min(alike, key=lambda each: abs(each.line - int(line))))
+        else:
+            print(f"gone: {said}")
+    return found
+
+
 def _is_python(source: bytes) -> bool:
     try:
         ast.parse(source)
@@ -230,6 +248,7 @@ def report(verdicts: Sequence[dict[str, Any]]) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*")
+    parser.add_argument("--again", type=pathlib.Path, metavar="FILE", help="what survived in an earlier run, no sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=2)
@@ -241,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is being worked on may go on changing.
         base = pathlib.Path(folder, "base")
         copy_tree(base)
-        drawn = sample(base, args.seed, args.count, args.paths)
+        drawn = survivors_of(base, args.again) if args.again else sample(base, args.seed, args.count, args.paths)
         run = Run(base, Results(args.output), args.seconds, pathlib.Path(folder), args.jobs)
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             for number, verdict in enumerate(pool.map(run.judge, drawn), 1):
