@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from apr_jax import blocks
 from apr_jax.generation_config import GenerationConfig
-from apr_jax.modeling import at_least_float32
 
 # A token is drawn from the C highest logits where top-k leaves no more. There is room above k, because tokens that tie
 # with the k-th one stay, and bfloat16 logits tie often.
@@ -98,7 +98,7 @@ def pick(
     Returns:
       Tokens, int32 [B].
     """
-    scores = at_least_float32(logits)
+    scores = blocks.cast(logits, jnp.promote_types(logits.dtype, jnp.float32))
     if method.penalised and seen is not None:
         scores = penalise(scores, seen, numbers.repetition_penalty)
     if not method.sampled:
