@@ -82,7 +82,7 @@ def _singles(question: Question, node: Key) -> Iterator[Mistakes]:
             if fault.solve not in solvers:
                 solvers.add(fault.solve)
                 yield from fault.solve(question)
-        elif fault.variants and not fault.grid:
+        elif not fault.grid:
             yield from ((fault.made(**parameters),) for parameters in fault.variants(question, node))
 
 
@@ -131,7 +131,7 @@ def _solved(question: Question, gap: Sequence[Key]) -> Iterator[Mistakes]:
         for fault in FAULTS.values():
             if fault.grid is None or fault in made or not _may_be_made(fault, node):
                 continue
-            for parameters in fault.variants(question, node) if fault.variants else ():
+            for parameters in fault.variants(question, node):
                 if (base := fault.made(**parameters)) not in tried:
                     tried.add(base)
                     yield from ((mistake,) for mistake in undumped.solve(question, base))
@@ -139,11 +139,10 @@ def _solved(question: Question, gap: Sequence[Key]) -> Iterator[Mistakes]:
 
 def _together(question: Question) -> Iterator[Mistakes]:
     """Every variant of one kind in the gap and at the stage itself: all of its weights by one codec."""
-    for fault in FAULTS.values():
+    for fault in (fault for fault in FAULTS.values() if fault.together):
         found: dict[str, list[Mistake]] = {}
-        for node in question.nodes if fault.together and fault.variants else ():
-            for parameters in fault.variants(question, node) if fault.variants else ():
-                found.setdefault(parameters[fault.together or ""], []).append(fault.made(**parameters))
+        for parameters in itertools.chain.from_iterable(fault.variants(question, node) for node in question.nodes):
+            found.setdefault(parameters[fault.together], []).append(fault.made(**parameters))
         yield from (tuple(mistakes) for mistakes in found.values() if len(mistakes) > 1)
 
 

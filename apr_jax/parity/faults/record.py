@@ -72,7 +72,7 @@ class Fault:
       solve: Given a `question.Question`, reads its parameters, and those of the other faults that name the same
         function, off the values of a dumped stage; yields stacks of mistakes.
       variants: Given a question and a stage, parameter sets worth trying at it: where it was dumped, unless `solve`
-        finds them, and where it was not. None where it cannot be told behind a gap.
+        finds them, and where it was not.
       grid: A parameter that `variants` leave open: behind a gap it is solved for.
       merge: Parameter -> UNION, LEAST or IGNORED; those of others have to agree.
       slight: Whether it moves a product by a few percent at most, or by more; None where it may do either.
@@ -91,12 +91,12 @@ class Fault:
     stages: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     changes: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     solve: Callable[[Any], Iterable[Mistakes]] | None = None
-    variants: Callable[[Any, Key], Iterable[Mapping[str, Any]]] | None = once
+    variants: Callable[[Any, Key], Iterable[Mapping[str, Any]]] = once
     grid: Grid | None = None
     merge: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slight: bool | None = None
     in_weights: bool = False
-    together: str | None = None
+    together: str = ""
     ways: Callable[..., tuple[Mapping[str, Any], ...]] = lambda **_: ()
     consists_of: tuple[str, ...] = ()
     hides: tuple[str, ...] = ()
