@@ -24,6 +24,7 @@ from apr_jax.model.parameters import named
 from apr_jax.trace import hf_reference
 from apr_jax.trace.compare import relative_l2
 from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.positions import next_token_pairs
 from tests import paths
 
 if not hf_reference.available():
@@ -45,7 +46,7 @@ def batch(vocab_size: int) -> Inputs:
 def our_loss(module: nnx.Module, inputs: Inputs) -> jax.Array:
     logits = module(inputs.input_ids, attention_mask=inputs.attention_mask)[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, inputs.input_ids[:, 1:])
-    return jnp.mean(losses, where=inputs.next_token_pairs())
+    return jnp.mean(losses, where=next_token_pairs(inputs))
 
 
 def their_loss(model, inputs: Inputs):
@@ -53,7 +54,7 @@ def their_loss(model, inputs: Inputs):
         torch.tensor(array.astype(np.int64)) for array in (inputs.input_ids, inputs.attention_mask, inputs.position_ids)
     )
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    counted = torch.tensor(inputs.next_token_pairs())
+    counted = torch.tensor(next_token_pairs(inputs))
     return torch.nn.functional.cross_entropy(logits[:, :-1][counted], ids[:, 1:][counted])
 
 
@@ -92,7 +93,7 @@ class GradientsTest(parameterized.TestCase):
             self.check(name, "float64", 1e-10)
 
     # The gradient of a k bias is what is left of a sum that cancels but for RoPE: with other batches of these sizes it
-    # was up to 1.4e-5 from the exact one on either side, every other gradient at most 3.1e-6 from torch's.
+    # was up to 2.3e-5 from the other side, every other gradient at most 3.1e-6 from torch's.
     @parameterized.parameters(paths.NAMES)
     def test_in_float32_every_gradient_is_torchs_to_1e_5(self, name):
         self.check(name, "float32", 1e-5)
