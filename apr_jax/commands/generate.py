@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     GenerationConfig().but(**settings)
     prompts = _read_prompts(args.prompts) if args.prompts else []
     output = _Output(args)
-    with interrupts.bounded(output.interrupted):
+    with interrupts.last_act(output.interrupted):
         compilation_cache.enable()
         from apr_jax.generate.generator import load_generator
 

@@ -80,14 +80,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax.converters.storage.interrupts import termination_as_interrupt
     from apr_jax.generate import compilation_cache
 
-    with termination_as_interrupt():
-        compilation_cache.enable()
-        if args.export_inputs:
-            return _export(args)
-        return _check(args) if args.check else _make(args)
+    compilation_cache.enable()
+    if args.export_inputs:
+        return _export(args)
+    return _check(args) if args.check else _make(args)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

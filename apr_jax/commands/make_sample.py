@@ -49,16 +49,12 @@ def main(args: argparse.Namespace) -> int:
       UsageError: Unknown name, an output that exists, or a tokenizer that does not fit.
       StorageError: The disk.
     """
-    from apr_jax.converters.storage.interrupts import termination_as_interrupt
     from apr_jax.testing import sample
 
     if args.list:
         _print_list(sample.SAMPLES, args.json)
         return 0
-    with termination_as_interrupt():
-        written = sample.write_sample(
-            args.name, args.output, seed=args.seed, tokenizer=args.tokenizer, force=args.force
-        )
+    written = sample.write_sample(args.name, args.output, seed=args.seed, tokenizer=args.tokenizer, force=args.force)
     if args.json:
         cli.print_json({"name": args.name, "output": args.output, "seed": args.seed, "files": written})
     else:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.errors import AprJaxError, StorageError, printable
-from apr_jax.converters.storage.interrupts import EXIT_INTERRUPTED, termination_as_interrupt
+from apr_jax.converters.storage.interrupts import EXIT_INTERRUPTED, bounded, termination_as_interrupt
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
@@ -127,7 +127,7 @@ def start(
     """
     _prepare_streams()
     try:
-        with termination_as_interrupt(last=True) as check_interrupted:
+        with termination_as_interrupt(last=True) as check_interrupted, bounded():
             _run(parse, main, argv, check_interrupted)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 EXIT_INTERRUPTED = 130
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 1.0
 """How long the main thread has to end by itself; it does, unless it is inside a long call of a library."""
 
@@ -46,7 +47,7 @@ def termination_as_interrupt(*, last: bool = False) -> Iterator[Callable[[], Non
             raise KeyboardInterrupt
 
     # A signal that was ignored (nohup) stays ignored.
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in _ENDING}
     try:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
@@ -61,29 +62,55 @@ def termination_as_interrupt(*, last: bool = False) -> Iterator[Callable[[], Non
     check()
 
 
+_last_acts: list[Callable[[], None]] = []
+_acting = threading.Lock()
+
+
 @contextlib.contextmanager
-def bounded(last_words: Callable[[], None]) -> Iterator[None]:
-    """Within the block, a process that a signal does not end within `GRACE_SECONDS` is ended with exit code 130.
+def last_act(act: Callable[[], None]) -> Iterator[None]:
+    """Within the block, an interrupted process calls `act` before it ends: here, or where `bounded` ends it.
 
     Args:
-      last_words: Prints what is to be said in any case. It is called once: here, when the block is interrupted, or by
-        another thread where the block does not notice.
+      act: Prints what there is so far, or removes what is not whole; must do no harm when what it is for is over.
+    """
+    _last_acts.append(act)
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Where the other thread has begun, it speaks and ends the process: this waits for it without end.
+        with _acting:
+            act()
+        raise
+    finally:
+        _last_acts.remove(act)
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Within the block, a process that a signal does not end within `GRACE_SECONDS` is ended with exit code 130.
+
+    What `last_act` was given is done first, the latest before the others.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ended, claim = threading.Event(), threading.Lock()
+    ended = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
         with open(reader, "rb", buffering=0) as signals:
-            signals.read(1)
-        if ended.wait(GRACE_SECONDS) or not claim.acquire(blocking=False):
+            while (number := signals.read(1)) and number[0] not in _ENDING:
+                # Others have handlers too, such as a window that changes its size.
+                pass
+        if ended.wait(GRACE_SECONDS):
             return
+        _acting.acquire()
         try:
-            last_words()
+            for act in reversed(_last_acts):
+                with contextlib.suppress(Exception):
+                    act()
             print("interrupted", file=sys.stderr)
             sys.stdout.flush()
         finally:
@@ -93,12 +120,6 @@ def bounded(last_words: Callable[[], None]) -> Iterator[None]:
     watcher.start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not claim.acquire(blocking=False):
-            # The other thread speaks and ends the process.
-            threading.Event().wait()
-        last_words()
-        raise
     finally:
         ended.set()
         signal.set_wakeup_fd(before)

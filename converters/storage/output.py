@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 
 from apr_jax.converters.errors import MissingFileError, StorageError, UsageError
+from apr_jax.converters.storage.interrupts import last_act
 
 _TEMPORARY = "apr-jax-tmp"
 _ASIDE = "apr-jax-old"
@@ -149,12 +150,7 @@ def atomic_file(
     _remove_leftovers(os.path.realpath(path), notice)
     final = check_target(path, force=force, sources=sources)
     _check_space(final, size)
-    temporary = _temporary_name(final)
-    fd = -1
-    try:
-        fd = _create_locked(temporary, path, folder=False)
-        if os.path.exists(final):
-            os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
+    with _temporary(final, path, folder=False) as (temporary, fd):
         output = OutputFile(fd, path, size)
         yield output
         output.sync()
@@ -164,13 +160,6 @@ def atomic_file(
             else:
                 _rename_new(temporary, final, path)
             _sync_folder(os.path.dirname(final))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    finally:
-        if fd >= 0:
-            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -193,12 +182,7 @@ def atomic_folder(
     _remove_leftovers(os.path.realpath(path), notice)
     final = check_target(path, folder=kind, force=force, sources=sources)
     _check_space(final, size)
-    temporary = _temporary_name(final)
-    fd = -1
-    try:
-        fd = _create_locked(temporary, path, folder=True)
-        if os.path.exists(final):
-            os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
+    with _temporary(final, path, folder=True) as (temporary, _):
         yield OutputFolder(temporary, path)
         with _as_storage_error(path):
             # Files were flushed one by one; the names in the folders, at any depth, are not part of them.
@@ -209,13 +193,6 @@ def atomic_folder(
             else:
                 _rename_new(temporary, final, path)
             _sync_folder(os.path.dirname(final))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            _remove(temporary)
-        raise
-    finally:
-        if fd >= 0:
-            os.close(fd)
 
 
 def check_target(
@@ -334,6 +311,30 @@ def _prefix(final: str, kind: str) -> str:
 
 def _temporary_name(final: str, kind: str = _TEMPORARY) -> str:
     return os.path.join(os.path.dirname(final), f"{_prefix(final, kind)}{os.getpid()}.{os.urandom(4).hex()}")
+
+
+@contextlib.contextmanager
+def _temporary(final: str, path: str, folder: bool) -> Iterator[tuple[str, int]]:
+    """Makes the temporary sibling of `final`; yields its path and descriptor. What ends the block early removes it."""
+    temporary = _temporary_name(final)
+
+    def discard() -> None:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
+
+    fd = -1
+    with last_act(discard):
+        try:
+            fd = _create_locked(temporary, path, folder)
+            if os.path.exists(final):
+                os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
+            yield temporary, fd
+        except BaseException:
+            discard()
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
 
 def _create_locked(temporary: str, path: str, folder: bool) -> int:

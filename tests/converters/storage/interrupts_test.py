@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.storage import interrupts
+from tests import paths
 
 
 class InterruptTest(parameterized.TestCase):
@@ -62,10 +67,10 @@ class InterruptTest(parameterized.TestCase):
             self.assertRaises(KeyboardInterrupt, check)
 
 
-class BoundedTest(absltest.TestCase):
+class BoundedTest(parameterized.TestCase):
     def test_a_block_that_nothing_interrupts_leaves_nothing_behind_and_says_nothing(self):
         before, said = set(threading.enumerate()), []
-        with interrupts.bounded(lambda: said.append("last words")):
+        with interrupts.bounded(), interrupts.last_act(lambda: said.append("last words")):
             (watcher,) = set(threading.enumerate()) - before
         self.assertFalse(watcher.is_alive())
         self.assertEmpty(said)
@@ -74,9 +79,57 @@ class BoundedTest(absltest.TestCase):
     def test_an_interrupt_that_the_block_notices_is_its_own_and_has_the_last_words_once(self):
         said = []
         self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
-        with self.assertRaises(KeyboardInterrupt), interrupts.bounded(lambda: said.append("last words")):
+        with (
+            self.assertRaises(KeyboardInterrupt),
+            interrupts.bounded(),
+            interrupts.last_act(lambda: said.append("last words")),
+        ):
             os.kill(os.getpid(), signal.SIGINT)
         self.assertEqual(said, ["last words"])
+
+    def test_another_signal_than_those_that_end_a_process_ends_none(self):
+        seen = []
+        self.addCleanup(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, lambda *_: seen.append(1)))
+        with mock.patch.object(interrupts, "GRACE_SECONDS", 0.05), interrupts.bounded():
+            os.kill(os.getpid(), signal.SIGWINCH)
+            time.sleep(0.3)
+        self.assertEqual(seen, [1])
+
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def test_a_process_that_does_not_notice_is_ended_and_leaves_no_temporary(self, number):
+        # Two locks of one mutex: a call into C that never returns, like a long compilation or product.
+        code = """
+import ctypes, os, sys
+from apr_jax.converters.storage import interrupts, output
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+kind = output.FolderKind("kind", lambda name: True, lambda name: True)
+with (
+    interrupts.termination_as_interrupt(last=True),
+    interrupts.bounded(),
+    output.atomic_file(sys.argv[1] + "/file", 9),
+    output.atomic_folder(sys.argv[1] + "/folder", 9, kind=kind) as folder,
+    folder.create("inner/file", 9),
+    interrupts.last_act(lambda: print("last words", os.listdir(sys.argv[1]).__len__())),
+):
+    libc.pthread_mutex_lock(mutex)
+    print("stuck", flush=True)
+    libc.pthread_mutex_lock(mutex)
+"""
+        folder = self.create_tempdir().full_path
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=paths.ROOT,
+        )
+        self.assertEqual(process.stdout.readline(), "stuck\n")
+        begun = time.monotonic()
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+        self.assertLess(time.monotonic() - begun, 10, "1 s on an idle machine")
+        self.assertEqual((process.returncode, output, errors), (130, "last words 2\n", "interrupted\n"))
+        self.assertEmpty(os.listdir(folder))
 
 
 if __name__ == "__main__":
