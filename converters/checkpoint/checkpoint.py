@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType, TracebackType
@@ -58,8 +60,7 @@ class Checkpoint:
     ):
         self.path = path
         self.kind = kind
-        ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
-        self.tensors: Mapping[str, Tensor] = MappingProxyType({tensor.name: tensor for tensor in ordered})
+        self.tensors: Mapping[str, Tensor] = _by_name(tensors)
         self.placeholders: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(placeholders or {}))
         self.files: Mapping[str, bytes] = files
         self.left_behind = files.left_behind
@@ -121,6 +122,15 @@ class Checkpoint:
             return Qwen2Config.from_apr(self.metadata, tied=HEAD not in self.tensors, file=self.path)
         return Qwen2Config.from_hf(self.config, file=self.path)
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Returns the same checkpoint, open files shared, with tensors under other names; missing ones keep theirs."""
+        other = copy.copy(self)
+        other.tensors = _by_name(
+            dataclasses.replace(tensor, name=names.get(name, name)) for name, tensor in self.tensors.items()
+        )
+        other.placeholders = MappingProxyType({names.get(name, name): s for name, s in self.placeholders.items()})
+        return other
+
     def close(self) -> None:
         """Closes the files; tensors cannot be read afterwards."""
         for source in self.sources:
@@ -176,6 +186,11 @@ class SideFiles(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+
+def _by_name(tensors: Iterable[Tensor]) -> Mapping[str, Tensor]:
+    ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
+    return MappingProxyType({tensor.name: tensor for tensor in ordered})
 
 
 def _made_config(

@@ -24,8 +24,16 @@ from apr_jax.converters.checkpoint.checkpoint import (
     SideFiles,
 )
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
+from apr_jax.converters.checkpoint.qwen2 import HEAD, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError, counted
+from apr_jax.converters.errors import (
+    AprJaxError,
+    BrokenContainerError,
+    MissingFileError,
+    RefusedError,
+    StorageError,
+    counted,
+)
 from apr_jax.converters.formats import apr_format, prepared_format, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import Legacy
 from apr_jax.converters.formats.foreign import refuse_foreign
@@ -282,7 +290,8 @@ def _open_sharded(index: _ShardIndex, path: str) -> Checkpoint:
                     warnings.append(f"the shards disagree about {key!r} in {safetensors_format.METADATA_KEY}")
             for tensor in _tensors(source, header):
                 held.setdefault(tensor.name, []).append(tensor)
-        _check_weight_map(index, held)
+        files = _side_files(index.folder, index.path)
+        _check_weight_map(_without_tied_head(index, held, files, warnings), held)
         tensors = [tensor for (tensor,) in held.values()]
         total = sum(tensor.nbytes for tensor in tensors)
         if type(index.total_size) is not int or index.total_size != total:
@@ -291,7 +300,7 @@ def _open_sharded(index: _ShardIndex, path: str) -> Checkpoint:
             path,
             "safetensors",
             tensors=tensors,
-            files=_side_files(index.folder, index.path),
+            files=files,
             metadata=dict(metadata),
             sources=sources,
             warnings=warnings,
@@ -369,6 +378,32 @@ def _shard_warnings(index: _ShardIndex) -> list[str]:
     if counts and counts != {len(index.shards)}:
         warnings.append(f"the index names {counted(len(index.shards), 'shard')}, the names say {sorted(counts)}")
     return warnings
+
+
+def _without_tied_head(
+    index: _ShardIndex, held: Mapping[str, Sequence[Tensor]], files: SideFiles, warnings: list[str]
+) -> _ShardIndex:
+    """Returns an index without a head that no shard holds, where the configuration says that it is the embedding.
+
+    Writers that list a model's parameters list it, and those that write tensors leave it out; transformers never looks.
+    """
+    unheld = [name for name in index.weight_map if name not in held and f".{name}".endswith(f".{HEAD}")]
+    if not unheld or not _says_tied(files):
+        return index
+    warnings.append(
+        f"the index lists {', '.join(unheld)}, which no shard holds; {CONFIG_NAME} says that the head is the embedding"
+    )
+    return dataclasses.replace(
+        index, weight_map={name: shard for name, shard in index.weight_map.items() if name not in unheld}
+    )
+
+
+def _says_tied(files: SideFiles) -> bool:
+    try:
+        config = strict_json.loads(files[CONFIG_NAME], what=CONFIG_NAME, max_bytes=_MAX_SIDE_FILE_BYTES)
+    except (KeyError, AprJaxError):
+        return False
+    return isinstance(config, dict) and config.get(TIED) is True
 
 
 def _check_weight_map(index: _ShardIndex, held: Mapping[str, Sequence[Tensor]]) -> None:
