@@ -10,6 +10,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.incomplete import Incomplete
 from apr_jax.converters.checkpoint.qwen2 import HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
@@ -41,6 +42,7 @@ class Checkpoint:
       sources: The files that hold the tensors.
       paths: Of every file that is read, index and side files included, and of the folder.
       warnings: What was let through and is worth saying.
+      incomplete: Why it is no model of its own; None if it may be one.
       apr: The header of an `.apr`, with metadata and index as they stand there; None for safetensors.
     """
 
@@ -57,6 +59,7 @@ class Checkpoint:
         placeholders: Mapping[str, tuple[int, ...]] | None = None,
         apr: apr_format.AprPrologue | None = None,
         has_metadata: bool = True,
+        incomplete: Incomplete | None = None,
     ):
         self.path = path
         self.kind = kind
@@ -68,7 +71,8 @@ class Checkpoint:
         self.has_metadata = has_metadata
         self.sources = tuple(sources)
         self.paths = tuple(dict.fromkeys((*(source.path for source in self.sources), *files.paths, path)))
-        self.warnings = list(warnings)
+        self.incomplete = incomplete
+        self.warnings = [*([incomplete.sentence] if incomplete else []), *warnings]
         self.apr = apr
 
     @property
@@ -116,8 +120,10 @@ class Checkpoint:
         """Returns the configuration of the model, through its allow-list.
 
         Raises:
-          RefusedError: There is none, or it is not supported.
+          RefusedError: There is none, or it is not supported; or the checkpoint is no model of its own.
         """
+        if self.incomplete is not None:
+            raise self.incomplete.error(self.path)
         if self.kind == "apr" and not self.has_config:
             return Qwen2Config.from_apr(self.metadata, tied=HEAD not in self.tensors, file=self.path)
         return Qwen2Config.from_hf(self.config, file=self.path)

@@ -210,6 +210,8 @@ def make_plan(
     is_folder = to == "safetensors" and not output.endswith(".safetensors")
     if max_shard_bytes is not None and not is_folder:
         raise UsageError("shards need a folder as output", code="shards-need-folder", file=output)
+    if checkpoint.incomplete is not None and not as_is:
+        raise checkpoint.incomplete.error(checkpoint.path, "--as-is converts these tensors alone")
     if rename:
         checkpoint = checkpoint.renamed(renamed([*checkpoint.tensors, *checkpoint.placeholders], rename))
     warnings = list(checkpoint.warnings)

@@ -63,6 +63,7 @@ def convert(
     force: bool = False,
     lenient: bool = False,
     legacy: Legacy = False,
+    follow_links: bool = False,
 ) -> Outcome:
     """Converts a checkpoint.
 
@@ -72,12 +73,12 @@ def convert(
       to: "apr" or "safetensors".
       cast, allow_overflow, tied_head, max_shard_bytes, rename, as_is: As `make_plan`.
       force: Whether to replace an output that exists.
-      lenient, legacy: As `open_checkpoint`.
+      lenient, legacy, follow_links: As `open_checkpoint`.
 
     Raises:
       AprJaxError: Any of the family; then there is no output.
     """
-    with open_checkpoint(source, lenient=lenient, legacy=legacy) as checkpoint:
+    with open_checkpoint(source, lenient=lenient, legacy=legacy, follow_links=follow_links) as checkpoint:
         plan = make_plan(
             checkpoint,
             os.fspath(output),

@@ -1,6 +1,7 @@
 """Folders, names and side files as people hold them: what convert and verify make of them, and what they say."""
 
 import contextlib
+import hashlib
 import io
 import json
 import pathlib
@@ -12,9 +13,11 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import ml_dtypes  # noqa: F401, gives numpy the name bfloat16
+import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli, convert, verify
 from apr_jax.converters.errors import AprJaxError
 from tests.paths import checkpoint
@@ -308,6 +311,186 @@ class AnswersTest(FieldTestCase):
         self.assertIn("generation_config.json is only in A", self.verify(TIED, other))
         shutil.copy(TIED / "model.safetensors", self.folder / "lone.safetensors")
         self.assertEqual(self.verify_json(TIED, self.folder / "lone.safetensors")["side_files"], [])
+
+
+class PartsTest(FieldTestCase):
+    """Files of tensors that are no model of their own."""
+
+    def sharded(self) -> pathlib.Path:
+        source = self.folder / "sharded"
+        self.run_command(convert, TIED, "-o", source, "--to", "safetensors", "--max-shard-size", "80KB", code=0)
+        self.assertLen(list(source.glob("model-*-of-00003.safetensors")), 3)
+        return source
+
+    @parameterized.parameters("alone", "beside_its_index", "in_a_folder", "under_another_name")
+    def test_field_one_shard_of_several(self, where):
+        """FIELD Configurations: model-00001-of-00003.safetensors alone -> says what it is, refused unless --as-is"""
+        shard = self.sharded() / "model-00002-of-00003.safetensors"
+        if where == "alone":
+            shard = shutil.move(shard, self.folder / shard.name)
+        elif where == "under_another_name":
+            shard = shutil.copy(shard, self.folder / "pytorch_model-2-of-3.safetensors")
+        elif where == "in_a_folder":
+            for other in (*shard.parent.glob("*.index.json"), *shard.parent.glob("*-0000[13]-*")):
+                other.unlink()
+            shard = shard.parent
+        said = self.convert(shard, code=5)
+        self.assertIn("this is shard 2 of 3 of a model", said)
+        self.assertIn("--as-is", said)
+        self.convert(shard, "--as-is")
+        self.assertIn("shard 2 of 3", self.verify(shard, code=1 if where == "in_a_folder" else 0))
+
+    def test_field_shards_without_an_index(self):
+        """FIELD Configurations: all shards of a model without an index -> opened; one missing -> names it"""
+        source = self.sharded()
+        (source / "model.safetensors.index.json").unlink()
+        self.assertIn("there is no model.safetensors.index.json", self.verify(source))
+        self.assertIn("identical", self.verify(TIED, source))
+        (source / "model-00002-of-00003.safetensors").unlink()
+        said = self.convert(source, code=3)
+        self.assertIn("model-00002-of-00003.safetensors", said)
+        self.assertNotIn("path of the file itself", said)
+
+    def adapter(
+        self, names=("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",), **config
+    ) -> pathlib.Path:
+        folder = self.folder / "adapter"
+        folder.mkdir()
+        tensors = {name: np.ones((8, 56), np.float32) for name in names}
+        safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+        if config:
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+        return folder
+
+    @parameterized.named_parameters(
+        ("lora", {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}, ("LORA", "rank 8", "for q_proj")),
+        ("ia3", {"peft_type": "IA3"}, ("IA3",)),
+        ("prompts", {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}, ("PROMPT_TUNING",)),
+    )
+    def test_field_an_adapter_alone(self, config, words):
+        """FIELD Configurations: a PEFT adapter alone -> said to be one, of what base; --adapter and --as-is named"""
+        folder = self.adapter(**config, base_model_name_or_path="Qwen/Qwen2.5-0.5B")
+        for path in (folder, folder / "adapter_model.safetensors"):
+            said = self.convert(path, code=5)
+            for word in (*words, "PEFT adapter", "of Qwen/Qwen2.5-0.5B", "--adapter", "--as-is"):
+                self.assertIn(word, said)
+            self.assertIn("PEFT adapter", self.verify(path))
+            self.assertIn("PEFT adapter", self.verify(TIED, path, code=1))
+            with self.assertRaises(AprJaxError) as caught, open_checkpoint(path) as opened:
+                opened.model_config()
+            self.assertEqual(caught.exception.code, "adapter")
+        self.convert(folder, "--as-is")
+
+    @parameterized.parameters("model.layers.0.self_attn.q_proj.lora_a", "layers.1.mlp.up_proj.lora_embedding_B.default")
+    def test_field_an_adapter_without_its_configuration(self, name):
+        """FIELD Configurations: adapter tensors without adapter_config.json, MLX's too -> said to be an adapter"""
+        folder = self.adapter(names=(name,))
+        self.assertIn("does not say of which model", self.convert(folder, code=5))
+
+
+class PlacesTest(FieldTestCase):
+    """Folders of trainers and of HuggingFace's cache."""
+
+    def cache(self, name: str = "models--Qwen--Qwen2.5-0.5B") -> pathlib.Path:
+        """Returns a cache as huggingface_hub lays it out, with the tied sample in it."""
+        repository = self.folder / "hub" / name
+        snapshot = repository / "snapshots" / ("c" * 40)
+        for folder in (snapshot, repository / "blobs", repository / "refs"):
+            folder.mkdir(parents=True)
+        for file in TIED.iterdir():
+            blob = hashlib.sha256(file.read_bytes()).hexdigest()
+            shutil.copy(file, repository / "blobs" / blob)
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob}")
+        (repository / "refs" / "main").write_text("c" * 40)
+        return repository
+
+    def test_field_a_snapshot_and_the_cache_folder(self):
+        """FIELD Configurations: HF cache snapshot of symlinks; the folder models--X--Y -> opened, by refs/main"""
+        repository = self.cache()
+        (repository / "snapshots" / ("d" * 40)).mkdir()
+        for path in (repository, repository / "snapshots" / ("c" * 40)):
+            self.assertIn("identical", self.verify(TIED, path))
+        (repository / "refs" / "main").write_text("e" * 40)
+        said = self.verify(TIED, repository, code=3)
+        self.assertIn(str(repository / "snapshots" / ("c" * 40)), said)
+        # Of several repositories none is the one that is meant.
+        self.assertIn(str(repository), self.verify(repository.parent, code=3))
+
+    @parameterized.parameters("../../x", "/etc", "", "..", "c\0")
+    def test_field_a_cache_whose_main_is_no_revision(self, main):
+        """FIELD Configurations: refs/main that leads elsewhere -> refused, naming the snapshots that are there"""
+        repository = self.cache()
+        (repository / "snapshots" / ("d" * 40)).mkdir()
+        (repository / "refs" / "main").write_text(main)
+        self.assertIn("c" * 40, self.verify(repository, code=3))
+
+    def test_field_links_into_the_cache(self):
+        """FIELD Configurations: files of an old --local-dir download are links into the cache's blobs -> opened"""
+        repository = self.cache()
+        folder = self.folder / "local"
+        folder.mkdir()
+        for file in (repository / "snapshots" / ("c" * 40)).iterdir():
+            (folder / file.name).symlink_to(file.resolve())
+        self.assertIn("identical", self.verify(TIED, folder))
+
+    @parameterized.parameters("model.safetensors", "config.json", "tokenizer.json")
+    def test_field_links_that_lead_elsewhere(self, name):
+        """FIELD Configurations: a link out of the folder -> refused, and --follow-links opens it"""
+        folder = self.copy()
+        target = shutil.move(folder / name, self.folder / f"elsewhere_{name}")
+        (folder / name).symlink_to(target)
+        said = self.verify(TIED, folder, code=5 if name == "model.safetensors" else 1)
+        self.assertIn("link that leads out of its folder", said)
+        self.assertIn("--follow-links", self.convert(folder, code=5))
+        self.assertIn("identical", self.verify(TIED, folder, "--follow-links"))
+        self.convert(folder, "--follow-links")
+
+    @parameterized.parameters("blobs/secret", "models--a--b/blobs/id_rsa", "models--a--b/blobs/../../secret")
+    def test_links_that_only_look_like_the_cache_are_refused(self, target):
+        folder = self.copy()
+        path = self.folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / "config.json", path)
+        (folder / "config.json").symlink_to(path)
+        self.assertIn("--follow-links", self.convert(folder, code=5))
+
+    def test_field_a_trainers_checkpoint(self):
+        """FIELD Configurations: checkpoint-500/ with optimizer.pt and the like -> the model opened, the rest named"""
+        folder = self.copy()
+        rest = (
+            "optimizer.pt",
+            "rng_state.pth",
+            "scheduler.pt",
+            "trainer_state.json",
+            "training_args.bin",
+            "global_step5",
+        )
+        for name in rest:
+            (folder / name).write_bytes(b"PK\x03\x04")
+        said = self.convert(folder)
+        for name in rest:
+            self.assertIn(name, said)
+        self.assertIn("identical", self.verify(TIED, folder))
+
+    def test_field_a_run_folder(self):
+        """FIELD Configurations: a folder that only holds checkpoint-*/ -> says so and names the last of them"""
+        run = self.folder / "run"
+        run.mkdir()
+        for name in ("checkpoint-90", "checkpoint-1000", "checkpoint-500"):
+            shutil.copytree(TIED, run / name)
+        said = self.convert(run, code=3)
+        self.assertIn(f"3 checkpoints of a training run; the last is {run / 'checkpoint-1000'}", said)
+        (run / "checkpoint-2000").mkdir()
+        self.assertIn("checkpoint-1000", self.convert(run, code=3))
+
+    @parameterized.parameters(("final",), ("epoch_1", "epoch_2"), ("hf", "gguf"))
+    def test_field_a_folder_of_folders(self, *names):
+        """FIELD Configurations: a folder whose checkpoints lie one further down -> names them"""
+        for name in names:
+            shutil.copytree(TIED, self.folder / "out" / name)
+        said = self.verify(self.folder / "out", code=3)
+        for name in names:
+            self.assertIn(str(self.folder / "out" / name), said)
 
 
 class AnyArchitectureTest(FieldTestCase):
