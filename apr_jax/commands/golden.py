@@ -173,11 +173,11 @@ def _run_jax(
 
 
 def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
-    from apr_jax.converters.checkpoint.qwen2 import check_tensors
+    from apr_jax.converters.checkpoint.naming import check_names
     from apr_jax.trace import hf_reference
 
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    check_tensors(checkpoint.model_config(), shapes, checkpoint.path)
+    check_names(checkpoint.path, checkpoint.model_config(), shapes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.path
         if checkpoint.kind != "safetensors" or not os.path.isdir(folder):

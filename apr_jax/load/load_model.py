@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Sharding
 
 from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
+from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
 from apr_jax.converters.errors import UsageError
@@ -53,7 +54,7 @@ def load_model(
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
     with opened as checkpoint:
         config = checkpoint.model_config()
-        parameters = load_parameters(checkpoint, config, name, placement, fused)
+        parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused)
         origin = origin_of(checkpoint)
     return LanguageModel(config, parameters, target, ops, origin=origin)
 

@@ -23,6 +23,7 @@ import numpy as np
 from apr_jax.converters.checkpoint import file_names
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.convert import apr_metadata
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.converters.formats import prepared_format
@@ -71,6 +72,7 @@ def save(
     dtype = dtype_name(dtype)
     files = _side_files(checkpoint)
     config = checkpoint.model_config()
+    checkpoint = for_model(checkpoint, config)
     sources = parameter_sources(config, fused)
     elements = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     size = elements * jax.numpy.dtype(dtype).itemsize + sum(map(len, files.values()))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.incomplete import Incomplete
 from apr_jax.converters.checkpoint.qwen2 import HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
@@ -39,6 +42,7 @@ class Checkpoint:
       sources: The files that hold the tensors.
       paths: Of every file that is read, index and side files included, and of the folder.
       warnings: What was let through and is worth saying.
+      incomplete: Why it is no model of its own; None if it may be one.
       apr: The header of an `.apr`, with metadata and index as they stand there; None for safetensors.
     """
 
@@ -55,11 +59,11 @@ class Checkpoint:
         placeholders: Mapping[str, tuple[int, ...]] | None = None,
         apr: apr_format.AprPrologue | None = None,
         has_metadata: bool = True,
+        incomplete: Incomplete | None = None,
     ):
         self.path = path
         self.kind = kind
-        ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
-        self.tensors: Mapping[str, Tensor] = MappingProxyType({tensor.name: tensor for tensor in ordered})
+        self.tensors: Mapping[str, Tensor] = _by_name(tensors)
         self.placeholders: Mapping[str, tuple[int, ...]] = MappingProxyType(dict(placeholders or {}))
         self.files: Mapping[str, bytes] = files
         self.left_behind = files.left_behind
@@ -67,7 +71,8 @@ class Checkpoint:
         self.has_metadata = has_metadata
         self.sources = tuple(sources)
         self.paths = tuple(dict.fromkeys((*(source.path for source in self.sources), *files.paths, path)))
-        self.warnings = list(warnings)
+        self.incomplete = incomplete
+        self.warnings = [*([incomplete.sentence] if incomplete else []), *warnings]
         self.apr = apr
 
     @property
@@ -115,11 +120,22 @@ class Checkpoint:
         """Returns the configuration of the model, through its allow-list.
 
         Raises:
-          RefusedError: There is none, or it is not supported.
+          RefusedError: There is none, or it is not supported; or the checkpoint is no model of its own.
         """
+        if self.incomplete is not None:
+            raise self.incomplete.error(self.path)
         if self.kind == "apr" and not self.has_config:
             return Qwen2Config.from_apr(self.metadata, tied=HEAD not in self.tensors, file=self.path)
         return Qwen2Config.from_hf(self.config, file=self.path)
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Returns the same checkpoint, open files shared, with tensors under other names; missing ones keep theirs."""
+        other = copy.copy(self)
+        other.tensors = _by_name(
+            dataclasses.replace(tensor, name=names.get(name, name)) for name, tensor in self.tensors.items()
+        )
+        other.placeholders = MappingProxyType({names.get(name, name): s for name, s in self.placeholders.items()})
+        return other
 
     def close(self) -> None:
         """Closes the files; tensors cannot be read afterwards."""
@@ -176,6 +192,11 @@ class SideFiles(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self._readers)
+
+
+def _by_name(tensors: Iterable[Tensor]) -> Mapping[str, Tensor]:
+    ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
+    return MappingProxyType({tensor.name: tensor for tensor in ordered})
 
 
 def _made_config(

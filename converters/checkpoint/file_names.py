@@ -18,6 +18,7 @@ CONFIG_NAME = "config.json"
 _KNOWN = (
     CONFIG_NAME,
     "generation_config.json",
+    "adapter_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer*",

@@ -12,11 +12,10 @@ import binascii
 import contextlib
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from apr_jax.converters.checkpoint import file_names
+from apr_jax.converters.checkpoint import file_names, folders
 from apr_jax.converters.checkpoint.checkpoint import (
     SAFETENSORS_SOURCE_FILES_KEY,
     SOURCE_FILES_KEY,
@@ -24,8 +23,17 @@ from apr_jax.converters.checkpoint.checkpoint import (
     SideFiles,
 )
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
+from apr_jax.converters.checkpoint.incomplete import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SHARD, recognise
+from apr_jax.converters.checkpoint.qwen2 import HEAD, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError, counted
+from apr_jax.converters.errors import (
+    AprJaxError,
+    BrokenContainerError,
+    MissingFileError,
+    RefusedError,
+    StorageError,
+    counted,
+)
 from apr_jax.converters.formats import apr_format, prepared_format, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import Legacy
 from apr_jax.converters.formats.foreign import refuse_foreign
@@ -34,10 +42,15 @@ from apr_jax.converters.storage.source import SourceFile, is_plain_name
 
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _MAX_SHARDS = 4096
-_SHARD_COUNT = re.compile(r"-(\d+)-of-(\d+)\.safetensors")
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False, legacy: Legacy = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    lenient: bool = False,
+    legacy: Legacy = False,
+    follow_links: bool = False,
+) -> Checkpoint:
     """Opens a checkpoint and reads its headers.
 
     Args:
@@ -47,6 +60,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False, lega
         magic of 2025, reserved bytes, unknown flags.
       legacy: Whether to read dtype ids of an `.apr` as older and other writers meant them, where the size leaves one
         type; or {id: "type"} to say besides what an id means.
+      follow_links: Whether to open links that lead out of a folder; those into HuggingFace's cache are opened anyway.
 
     Returns:
       The checkpoint, to be closed or used as a context manager.
@@ -57,13 +71,16 @@ def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False, lega
       RefusedError: It is, and cannot be handled rightly.
       StorageError: The system cannot read it.
     """
-    path = os.fspath(path)
+    return _open(os.fspath(path), lenient, legacy, follow_links)
+
+
+def _open(path: str, lenient: bool, legacy: Legacy, follow: bool) -> Checkpoint:
     if os.path.isdir(path):
-        return _open_folder(path)
+        return _open_folder(folders.snapshot(path) if folders.is_cache(path) else path, follow)
     if path.endswith(".json"):
         with SourceFile(path) as source:
             index = _parse_index(source)
-        return _open_sharded(index, path)
+        return _open_sharded(index, path, follow)
     with _closing_on_error() as opened:
         source = opened.enter_context(SourceFile(path))
         first = source.read_at(0, min(source.size, apr_format.HEADER_BYTES))
@@ -75,7 +92,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, lenient: bool = False, lega
         in_huggingface_folder = os.path.basename(path) == SINGLE_NAME and os.path.exists(
             os.path.join(folder, CONFIG_NAME)
         )
-        return _open_single(path, source, _side_files(folder) if in_huggingface_folder else SideFiles({}))
+        in_huggingface_folder |= os.path.basename(path) == ADAPTER_NAME
+        return _open_single(
+            path, source, _side_files(folder, follow=follow) if in_huggingface_folder else SideFiles({})
+        )
 
 
 @contextlib.contextmanager
@@ -177,19 +197,26 @@ def _open_single(path: str, source: SourceFile, side_files: SideFiles, warnings:
         limit = safetensors_format.MAX_HEADER_BYTES
         decoded = strict_json.loads(embedded.encode(), what="the list of side files", max_bytes=limit, file=path)
         side_files = _embedded_files(decoded, path)
+    tensors = list(_tensors(source, header))
+    incomplete = recognise(
+        os.path.basename(source.path),
+        [tensor.name for tensor in tensors],
+        side_files.get(ADAPTER_CONFIG_NAME),
+    )
     return Checkpoint(
         path,
         "safetensors",
-        tensors=_tensors(source, header),
+        tensors=tensors,
         files=side_files,
         metadata=dict(metadata),
         sources=(source,),
         warnings=[*warnings, *header.warnings],
         has_metadata=header.metadata is not None,
+        incomplete=incomplete,
     )
 
 
-def _open_folder(path: str) -> Checkpoint:
+def _open_folder(path: str, follow: bool) -> Checkpoint:
     present = _listed(path)
     if PREPARED_NAME in present:
         return _open_prepared(path)
@@ -203,14 +230,18 @@ def _open_folder(path: str) -> Checkpoint:
             [f"{name} is read; {', '.join(left)} beside it {'is' if len(left) == 1 else 'are'} not"] if left else []
         )
         with _closing_on_error() as opened:
-            source = opened.enter_context(_inside(path, name, warnings))
-            return _open_single(path, source, _side_files(path), warnings)
+            source = opened.enter_context(_inside(path, name, warnings, follow))
+            return _open_single(path, source, _side_files(path, follow=follow), warnings)
     if len(indices) == 1 or INDEX_NAME in indices:
         name = INDEX_NAME if INDEX_NAME in indices else indices[0]
-        with _inside(path, name, []) as source:
+        with _inside(path, name, [], follow) as source:
             index = _parse_index(source)
-        return _open_sharded(index, path)
+        return _open_sharded(index, path, follow)
     prepared_format.refuse_orbax(path, present)
+    missing = None if indices else _missing_of_series(shards)
+    if missing is not None:
+        _refuse_missing(missing, len(shards) + len(missing), path)
+        return _open_sharded(_index_of(path, shards, follow), path, follow)
     others = [name for name in present if name.endswith((".apr", ".bin", ".gguf", ".pth", ".pt", ".safetensors"))]
     raise MissingFileError(
         "the folder holds no checkpoint that can be told apart",
@@ -218,8 +249,17 @@ def _open_folder(path: str) -> Checkpoint:
         file=path,
         found=", ".join((*indices, *others))[:300] or None,
         expected=f"{SINGLE_NAME} or {INDEX_NAME}",
-        hint="Give the path of the file itself" if others else None,
+        hint=folders.further_down(path) or _hint(others),
     )
+
+
+def _hint(others: Sequence[str]) -> str | None:
+    """Returns what to do with the files of a folder without a checkpoint."""
+    if any(name.endswith((".apr", ".gguf", ".safetensors")) for name in others):
+        return "Give the path of the file itself"
+    if others:
+        return "PyTorch's pickles are not read: save_pretrained of transformers writes safetensors"
+    return None
 
 
 def _open_prepared(path: str) -> Checkpoint:
@@ -250,9 +290,19 @@ def _open_prepared(path: str) -> Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class _ShardIndex:
+    """Which shard holds which tensor.
+
+    Attributes:
+      path: Of the index.
+      weight_map: Tensor's name -> shard's.
+      total_size: What it says of all tensors' bytes.
+      on_disk: Whether there is such a file; else the shards themselves say what they hold.
+    """
+
     path: str
     weight_map: dict[str, str]
     total_size: Any
+    on_disk: bool = True
 
     @property
     def folder(self) -> str:
@@ -263,16 +313,40 @@ class _ShardIndex:
         return sorted(set(self.weight_map.values()))
 
 
-def _open_sharded(index: _ShardIndex, path: str) -> Checkpoint:
+def _missing_of_series(shards: Sequence[str]) -> list[str] | None:
+    """Returns the shards that lack of one model, by the names of the others; None if they are not of one model."""
+    series = [match for name in shards if (match := SHARD.fullmatch(name))]
+    if not series or len(series) != len(shards) or len({(match[1], match[3]) for match in series}) != 1:
+        return None
+    first, width = series[0], len(series[0][2])
+    count = min(int(first[3]), _MAX_SHARDS + 1)
+    expected = (f"{first[1]}-{number:0{width}d}-of-{first[3]}.safetensors" for number in range(1, count + 1))
+    return [name for name in expected if name not in shards]
+
+
+def _index_of(folder: str, shards: Sequence[str], follow: bool) -> _ShardIndex:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for name in shards:
+        with _inside(folder, name, [], follow) as source:
+            for tensor in _tensors(source, _header(source)):
+                weight_map[tensor.name] = name
+                total += tensor.nbytes
+    return _ShardIndex(os.path.join(folder, INDEX_NAME), weight_map, total, on_disk=False)
+
+
+def _open_sharded(index: _ShardIndex, path: str, follow: bool) -> Checkpoint:
     """Opens the shards that an index names; `path` is what the user gave."""
     warnings = _shard_warnings(index)
+    if not index.on_disk:
+        warnings.append(f"there is no {INDEX_NAME}; the {len(index.shards)} shards that are there are all of them")
     with _closing_on_error() as opened:
         sources = []
         held: dict[str, list[Tensor]] = {}
         metadata: dict[str, str] = {}
         has_metadata = False
         for name in _present_shards(index):
-            source = opened.enter_context(_inside(index.folder, name, warnings))
+            source = opened.enter_context(_inside(index.folder, name, warnings, follow))
             header = _header(source)
             sources.append(source)
             warnings += header.warnings
@@ -282,7 +356,8 @@ def _open_sharded(index: _ShardIndex, path: str) -> Checkpoint:
                     warnings.append(f"the shards disagree about {key!r} in {safetensors_format.METADATA_KEY}")
             for tensor in _tensors(source, header):
                 held.setdefault(tensor.name, []).append(tensor)
-        _check_weight_map(index, held)
+        files = _side_files(index.folder, index.path if index.on_disk else None, follow)
+        _check_weight_map(_without_tied_head(index, held, files, warnings), held)
         tensors = [tensor for (tensor,) in held.values()]
         total = sum(tensor.nbytes for tensor in tensors)
         if type(index.total_size) is not int or index.total_size != total:
@@ -291,7 +366,7 @@ def _open_sharded(index: _ShardIndex, path: str) -> Checkpoint:
             path,
             "safetensors",
             tensors=tensors,
-            files=_side_files(index.folder, index.path),
+            files=files,
             metadata=dict(metadata),
             sources=sources,
             warnings=warnings,
@@ -350,13 +425,18 @@ def _check_shard_names(index: _ShardIndex) -> None:
 def _present_shards(index: _ShardIndex) -> list[str]:
     """Returns the names of the shards, if there is a file for each."""
     missing = [name for name in index.shards if not os.path.exists(os.path.join(index.folder, name))]
+    _refuse_missing(missing, len(index.shards), index.folder)
+    return index.shards
+
+
+def _refuse_missing(missing: Sequence[str], count: int, folder: str) -> None:
     if missing:
         raise MissingFileError(
-            f"of {counted(len(index.shards), 'shard')} these are missing: {', '.join(missing[:20])}",
+            f"of {counted(count, 'shard')} these are missing: {', '.join(missing[:20])}",
             code="shard-missing",
-            file=os.path.join(index.folder, missing[0]),
+            file=os.path.join(folder, missing[0]),
+            hint="Download them again; `convert --as-is` takes one shard alone, given its path",
         )
-    return index.shards
 
 
 def _shard_warnings(index: _ShardIndex) -> list[str]:
@@ -365,10 +445,36 @@ def _shard_warnings(index: _ShardIndex) -> list[str]:
     extra = sorted(set(present) - set(index.shards))
     if extra:
         warnings.append(f"not in the index and not read: {', '.join(extra)}")
-    counts = {int(match[2]) for name in index.shards if (match := _SHARD_COUNT.search(name))}
+    counts = {int(match[3]) for name in index.shards if (match := SHARD.fullmatch(name))}
     if counts and counts != {len(index.shards)}:
         warnings.append(f"the index names {counted(len(index.shards), 'shard')}, the names say {sorted(counts)}")
     return warnings
+
+
+def _without_tied_head(
+    index: _ShardIndex, held: Mapping[str, Sequence[Tensor]], files: SideFiles, warnings: list[str]
+) -> _ShardIndex:
+    """Returns an index without a head that no shard holds, where the configuration says that it is the embedding.
+
+    Writers that list a model's parameters list it, and those that write tensors leave it out; transformers never looks.
+    """
+    unheld = [name for name in index.weight_map if name not in held and f".{name}".endswith(f".{HEAD}")]
+    if not unheld or not _says_tied(files):
+        return index
+    warnings.append(
+        f"the index lists {', '.join(unheld)}, which no shard holds; {CONFIG_NAME} says that the head is the embedding"
+    )
+    return dataclasses.replace(
+        index, weight_map={name: shard for name, shard in index.weight_map.items() if name not in unheld}
+    )
+
+
+def _says_tied(files: SideFiles) -> bool:
+    try:
+        config = strict_json.loads(files[CONFIG_NAME], what=CONFIG_NAME, max_bytes=_MAX_SIDE_FILE_BYTES)
+    except (KeyError, AprJaxError):
+        return False
+    return isinstance(config, dict) and config.get(TIED) is True
 
 
 def _check_weight_map(index: _ShardIndex, held: Mapping[str, Sequence[Tensor]]) -> None:
@@ -402,7 +508,7 @@ def _check_weight_map(index: _ShardIndex, held: Mapping[str, Sequence[Tensor]]) 
 # --- folders
 
 
-def _side_files(folder: str, index: str | None = None) -> SideFiles:
+def _side_files(folder: str, index: str | None = None, follow: bool = False) -> SideFiles:
     """Returns the files that belong to a checkpoint beside its tensors, by their well-known names.
 
     Anything else is left behind, and said to be: an unknown text may be a note, a result or somebody's credentials.
@@ -410,7 +516,7 @@ def _side_files(folder: str, index: str | None = None) -> SideFiles:
     listed = _listed(folder)
 
     def reader(name: str) -> Callable[[], bytes]:
-        return lambda: _read_side_file(folder, name)
+        return lambda: _read_side_file(folder, name, follow)
 
     def belongs(name: str) -> bool:
         return file_names.is_side_file(name) and not os.path.isdir(os.path.join(folder, name))
@@ -424,8 +530,8 @@ def _side_files(folder: str, index: str | None = None) -> SideFiles:
     )
 
 
-def _read_side_file(folder: str, name: str) -> bytes:
-    with _inside(folder, name, []) as source:
+def _read_side_file(folder: str, name: str, follow: bool) -> bytes:
+    with _inside(folder, name, [], follow) as source:
         if source.size > _MAX_SIDE_FILE_BYTES:
             raise RefusedError(
                 "the file is too large for what stands beside a checkpoint",
@@ -444,22 +550,23 @@ def _listed(folder: str) -> list[str]:
         raise StorageError(error.strerror or str(error), code="open-failed", file=folder) from error
 
 
-def _inside(folder: str, name: str, warnings: list[str]) -> SourceFile:
-    """Opens a file of a folder, unless it is a link that leads out of it.
+def _inside(folder: str, name: str, warnings: list[str], follow: bool) -> SourceFile:
+    """Opens a file of a folder, unless it is a link that leads out of it and is not to be followed.
 
-    HuggingFace's cache is made of such links, of one shape: models--X/snapshots/REVISION/FILE -> ../../blobs/HASH.
+    HuggingFace's cache is made of such links, of one shape: models--X/snapshots/REVISION/FILE -> ../../blobs/HASH. So
+    are folders that old versions of its downloader wrote: FILE -> ~/.cache/huggingface/hub/models--X/blobs/HASH.
 
     Raises:
       RefusedError: Code "path-escapes".
     """
     path = os.path.join(folder, name)
-    if not _stays_inside(folder, path):
+    if not follow and not _stays_inside(folder, path) and not folders.is_blob(os.path.realpath(path)):
         raise RefusedError(
             "this is a link that leads out of its folder",
             code="path-escapes",
             file=path,
             found=os.path.realpath(path),
-            hint="Give the path of the file itself, or copy it here",
+            hint="--follow-links opens it all the same; or copy it here",
         )
     source = SourceFile(path)
     if source.links > 1 and name.endswith(".safetensors"):

@@ -225,6 +225,8 @@ class Qwen2Config:
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+# The attribute that says whether the head is the embedding.
+TIED = "tie_word_embeddings"
 
 
 def check_tensors(config: Qwen2Config, found: Mapping[str, tuple[int, ...]], file: str | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
-from apr_jax.converters.checkpoint.qwen2 import HEAD
+from apr_jax.converters.checkpoint.qwen2 import HEAD, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import AprJaxError, RefusedError
 from apr_jax.converters.formats.dtypes import element_count
@@ -21,7 +21,6 @@ from apr_jax.converters.formats.dtypes import element_count
 if TYPE_CHECKING:
     import numpy as np
 
-TIED = "tie_word_embeddings"
 _COMPARED_BYTES = 1 << 20
 
 

@@ -71,6 +71,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="read dtype ids of older .apr files, by size; with ID=TYPE where the size does not decide (repeatable)",
     )
+    parser.add_argument("--follow-links", action="store_true", help="open links that lead out of a checkpoint's folder")
 
 
 def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
@@ -82,7 +83,12 @@ def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.converters.formats.dtypes import parse_legacy
 
-    return open_checkpoint(path, lenient=args.lenient, legacy=parse_legacy(args.legacy))
+    return open_checkpoint(
+        path,
+        lenient=args.lenient,
+        legacy=parse_legacy(args.legacy),
+        follow_links=args.follow_links,
+    )
 
 
 def print_json(value: Any) -> None:

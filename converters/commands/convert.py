@@ -46,6 +46,14 @@ casts
                                          norms and tensors of less than 1024 values become float32 instead. What it
                                          costs each tensor is printed.
 
+names
+  --rename _orig_mod.=                   takes a prefix away
+  --rename =model.                       puts one in front of every name
+  --rename model.language_model.=model. --rename 'model.layers.*._orig_mod.=model.layers.*.'
+  FROM is what a name begins with; "*" in it stands for anything between two dots, and in TO for the same. Of several
+  that fit a name the longest FROM counts, once. --rename lm_head.=lm_head. leaves a name as it is. verify says which
+  renaming gives the names that HuggingFace has for the model.
+
 older files
   An .apr whose dtype ids are not those of today (2 was bf16, 8 and 9 were q4 and q8; other programs used others) is
   refused, with what they may mean. --legacy takes what the size of every tensor decides; --legacy 8=q4_k says what it
@@ -72,6 +80,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--allow-overflow", action="store_true", help="let a cast turn finite values into infinities")
     parser.add_argument("--tied-head", choices=("absent", "copy"), help="how to write a head that is the embedding")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="split a folder's tensors, e.g. 5GB, 500MB, 2GiB")
+    parser.add_argument(
+        "--rename",
+        metavar="FROM=TO",
+        action="append",
+        default=[],
+        help="give tensors whose name begins with FROM a name that begins with TO (repeatable)",
+    )
+    parser.add_argument(
+        "--as-is",
+        action="store_true",
+        help="convert what is there although it is a part of a model, or not what config.json asks for",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
@@ -81,6 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from apr_jax.converters.checkpoint.naming import Rename
     from apr_jax.converters.commands.progress import byte_bar
     from apr_jax.converters.convert.plan import CastRule, make_plan, parse_size
     from apr_jax.converters.convert.run import check_output, run
@@ -96,6 +117,8 @@ def main(args: argparse.Namespace) -> int:
             allow_overflow=args.allow_overflow,
             tied_head=args.tied_head,
             max_shard_bytes=shard_bytes,
+            rename=[Rename.parse(text) for text in args.rename],
+            as_is=args.as_is,
         )
         for warning in plan.warnings:
             cli.say(f"warning: {warning}")

@@ -30,9 +30,13 @@ verdicts
   close          every tensor within a relative L2 of 1e-3                                                   1
   different      anything else, tensors that one side lacks and nothing in common included                   1
 A tied head may be absent, without data, or a copy of the embedding: that is no difference.
+Equal weights are not enough where something else changes the answer: a configuration that gives other logits, another
+tokenizer, chat template or generation setting, a file of these that is broken, names that programs do not find (a
+prefix in front of all). Each is named, and the verdict is "different" (--json tells the weights' own in "weights").
+Bookkeeping (transformers_version, torch_dtype, spelling) and files that one side lacks do not count.
 
-With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, and whether the values
-look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.
+With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, names, side files,
+vocabulary, and whether the values look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.
 
 other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input failed, 130 interrupted
 """
@@ -139,6 +143,10 @@ def _print(comparison: Comparison) -> None:
 
 
 def _lines(comparison: Comparison) -> Iterator[str]:
+    naming = comparison.naming
+    if naming is not None:
+        after = f": programs do not find them; `convert {naming.options}` names them as A does" if naming.hides else ""
+        yield f"B's names are not A's: {naming.sentence}{after}"
     yield from (finding.sentence for finding in comparison.findings)
     for label, names in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
         if names:
@@ -149,6 +157,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         listed = ", ".join(f"{found.attribute} {found.a} in A, {found.b} in B" for found in attributes)
         yield f"the configurations disagree: {listed}"
     yield from (found.sentence for found in comparison.metadata_differences if found not in attributes)
+    yield from (found.sentence for found in comparison.side_files)
 
 
 def _headline(comparison: Comparison) -> str:
@@ -158,10 +167,14 @@ def _headline(comparison: Comparison) -> str:
     if compared.tensors:
         text = f"{compared.tensors} tensors compared, {compared.elements} elements, {compared.bytes} bytes; "
         text += f"{wrong or 'none'} {'differs' if wrong == 1 else 'differ'}"
-    if comparison.metadata_differences:
+    elsewhere = comparison.answers_differ_by
+    if elsewhere:
+        others = " and ".join(elsewhere)
+        text = f"{text}; so do {others}" if wrong else f"{text}; the weights are {comparison.weights}, but not {others}"
+    elif comparison.metadata_differences:
         text += "; the configurations do" if not wrong else "; so do the configurations"
     colour, plain = _colours(comparison.exit_code)
-    return f"{colour}{comparison.verdict}{plain}: {text}"
+    return f"{colour}{comparison.verdict}{plain}: {printable(text)}"
 
 
 def _colours(exit_code: int) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY
-from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import TIED, Qwen2Config
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError
 from apr_jax.converters.formats import strict_json
 
@@ -23,6 +23,17 @@ FOREIGN_METADATA = "apr_metadata"
 
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _ROPE_SPLIT_HALVES = 2
+# Key of `.apr` -> HuggingFace's.
+_HF_INTEGERS = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "vocab_size": "vocab_size",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "head_dim": "head_dim",
+}
 _HOLE = "<unk>"
 # A vocabulary may be larger than the embedding, and have holes, but not any number of them.
 _LARGEST_SHARE = 2
@@ -43,7 +54,7 @@ def from_huggingface(
 
     Args:
       config: The content of config.json, or None if there is none (the file then holds no architecture).
-      model: The same, checked.
+      model: The same, checked; None for what is not computed here: then the numbers are config.json's own.
       files: Side files, name -> content.
       source_metadata: The strings of safetensors' `__metadata__`; None if there is none.
       name: The model's name.
@@ -61,15 +72,16 @@ def from_huggingface(
         "total_size": total_size,
         "param_count": param_count,
     }
-    if config is not None and model is not None:
-        typed |= _architecture(config, model)
+    if config is not None:
+        typed |= _unknown_architecture(config) if model is None else _architecture(config, model)
     custom: dict[str, Any] = {}
     if source_metadata is not None:
         custom[SOURCE_METADATA] = dict(source_metadata)
-    if config is not None and model is not None:
-        if model.tie_word_embeddings:
+    if config is not None:
+        if config.get(TIED) is True:
             custom["tied_embeddings"] = True
-        custom |= _tokenizer(files, config, model.vocab_size, warnings)
+        vocab_size = typed.get("vocab_size") if model is None else model.vocab_size
+        custom |= _tokenizer(files, config, vocab_size or 0, warnings)
     # Always there, empty or not: it marks the file as one that can be taken back exactly.
     custom[SOURCE_FILES_KEY] = encode_files(files)
     return typed | custom
@@ -93,6 +105,24 @@ def _architecture(config: Mapping[str, Any], model: Qwen2Config) -> dict[str, An
         "rope_type": _ROPE_SPLIT_HALVES,
         "rms_norm_eps": strict_json.f32(model.rms_norm_eps),
     } | ({"head_dim": model.head_dim} if config.get("head_dim") is not None else {})
+
+
+def _unknown_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what config.json says under the names that most architectures have for it, unchecked.
+
+    How RoPE pairs is not said: `apr` has its own table for that.
+    """
+    architectures, kind = config.get("architectures"), config.get("model_type")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    found = {"architecture": kind, "hf_architecture": named, "hf_model_type": kind}
+    known: dict[str, Any] = {key: text for key, text in found.items() if isinstance(text, str)}
+    for key, name in _HF_INTEGERS.items():
+        if type(config.get(name)) is int and 0 < config[name] < 2**31:
+            known[key] = config[name]
+    for key in ("rope_theta", "rms_norm_eps"):
+        if type(config.get(key)) in (int, float, strict_json.SpeltFloat) and 0 < config[key] < 1e30:
+            known[key] = strict_json.f32(config[key])
+    return known
 
 
 def encode_files(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
+from apr_jax.converters.checkpoint.naming import Rename, check_names, renamed
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import is_tied, same_values
@@ -180,6 +181,8 @@ def make_plan(
     allow_overflow: bool = False,
     tied_head: str | None = None,
     max_shard_bytes: int | None = None,
+    rename: Sequence[Rename] = (),
+    as_is: bool = False,
 ) -> Plan:
     """Decides what a conversion is going to write.
 
@@ -194,9 +197,11 @@ def make_plan(
         copy of the embedding which another writer put into an `.apr` is left out of safetensors. A head of other values
         is always written, a head without data (a placeholder) never.
       max_shard_bytes: Largest data section of one file of a folder, unless a single tensor is larger. None: one file.
+      rename: Rules for the names of tensors; casts and everything else go by the new names.
+      as_is: Whether to convert what is not what the configuration asks for, or only a part of a model.
 
     Raises:
-      UsageError: Code "output-name", "shards-need-folder", "cast-matches-nothing".
+      UsageError: Code "output-name", "shards-need-folder", "cast-matches-nothing"; or as `naming.renamed`.
       BrokenContainerError: Code "source-metadata": an `.apr` of ours keeps something else than strings there.
       RefusedError: A tensor that cannot be cast or held by the target, a configuration or tensors that do not fit
         (see `qwen2`).
@@ -205,11 +210,15 @@ def make_plan(
     is_folder = to == "safetensors" and not output.endswith(".safetensors")
     if max_shard_bytes is not None and not is_folder:
         raise UsageError("shards need a folder as output", code="shards-need-folder", file=output)
+    if checkpoint.incomplete is not None and not as_is:
+        raise checkpoint.incomplete.error(checkpoint.path, "--as-is converts these tensors alone")
+    if rename:
+        checkpoint = checkpoint.renamed(renamed([*checkpoint.tensors, *checkpoint.placeholders], rename))
     warnings = list(checkpoint.warnings)
     dropped: dict[str, str] = {}
     chosen = _choose_types(_choose_tensors(checkpoint, to, tied_head, dropped), cast, checkpoint.path)
     if to == "apr":
-        files = [_plan_apr(checkpoint, chosen, warnings)]
+        files = [_plan_apr(checkpoint, chosen, warnings, as_is)]
         side_files: dict[str, bytes] = {}
         carried = tuple(checkpoint.files)
     else:
@@ -371,9 +380,9 @@ def _nbytes(tensor: Tensor, dtype: DType) -> int:
 # --- the containers
 
 
-def _plan_apr(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) -> PlannedFile:
+def _plan_apr(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str], as_is: bool) -> PlannedFile:
     entries = apr_format.lay_out((name, dtype, tensor.shape, _nbytes(tensor, dtype)) for name, tensor, dtype in chosen)
-    metadata = _apr_metadata(checkpoint, chosen, warnings)
+    metadata = _apr_metadata(checkpoint, chosen, warnings, as_is)
     prologue = apr_format.serialise_prologue(metadata, entries)
     end = len(prologue)
     tensors = []
@@ -384,15 +393,10 @@ def _plan_apr(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) -> P
     return PlannedFile("", prologue, end + apr_format.FOOTER_BYTES, tuple(tensors), has_footer=True)
 
 
-def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) -> Mapping[str, Any]:
+def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str], as_is: bool) -> Mapping[str, Any]:
     if checkpoint.kind == "apr":
         return _restated(checkpoint, chosen)
-    config: dict[str, Any] | None = None
-    model: Qwen2Config | None = None
-    if CONFIG_NAME in checkpoint.files:
-        config = checkpoint.config
-        model = checkpoint.model_config()
-        check_tensors(model, {name: tensor.shape for name, tensor, _ in chosen}, checkpoint.path)
+    config, model = _checked_configuration(checkpoint, chosen, warnings, as_is)
     strings = _strings(checkpoint)
     foreign = apr_metadata.foreign_from_safetensors(strings or {})
     if foreign is not None:
@@ -401,7 +405,7 @@ def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) 
         warnings.append(
             f"config or side files were changed since they were an .apr: '{apr_metadata.FOREIGN_METADATA}' is not used"
         )
-    if model is None:
+    if config is None:
         warnings.append("there is no config.json: `apr` cannot run the file without an architecture")
     return apr_metadata.from_huggingface(
         config,
@@ -412,6 +416,43 @@ def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str]) 
         **_counts(chosen),
         warnings=warnings,
     )
+
+
+def _checked_configuration(
+    checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str], as_is: bool
+) -> tuple[dict[str, Any] | None, Qwen2Config | None]:
+    """Returns the content of config.json, and the same checked where it is a model that is computed here.
+
+    Nothing is computed from what is converted, so that any configuration will do; but tensors that are not the
+    configuration's are worth asking.
+    """
+    if CONFIG_NAME not in checkpoint.files:
+        return None, None
+    config = model = None
+    try:
+        config = checkpoint.config
+        model = checkpoint.model_config()
+        naming = check_names(checkpoint.path, model, {name: tensor.shape for name, tensor, _ in chosen})
+        if naming is not None:
+            warnings.append(f"{naming.sentence}: `apr` does not find them; {naming.options} names them for it")
+    except RefusedError as error:
+        if error.code == "config-unsupported":
+            lines = error.message.partition("\n  ")[2] or error.message
+            warnings.append(
+                "converted as it is; this configuration is not computed here, so that names and shapes were not held "
+                "against it: " + lines.replace("\n  ", ", ")
+            )
+        elif as_is:
+            warnings.append(f"{CONFIG_NAME}: {error.message}")
+        else:
+            error.hint = error.hint or "--as-is converts them all the same"
+            raise
+    except BrokenContainerError as error:
+        if not as_is:
+            error.hint = f"--as-is converts the tensors, and takes {CONFIG_NAME} along as it is"
+            raise
+        warnings.append(error.message)
+    return config, model
 
 
 def _counts(chosen: _Chosen) -> dict[str, int]:
@@ -498,14 +539,14 @@ def _contradictions(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[str]:
     for what in ("config.json", "the metadata of the .apr"):
         try:
             if what == "config.json" and checkpoint.has_config:
-                check_tensors(checkpoint.model_config(), shapes)
+                check_names(checkpoint.path, checkpoint.model_config(), shapes)
             elif what != "config.json" and checkpoint.kind == "apr":
                 # As `apr` and the config.json made from it will have it: the tensors say whether the head is tied.
                 check_tensors(Qwen2Config.from_apr(checkpoint.metadata, tied=HEAD not in shapes), shapes)
         except AprJaxError as error:
             # Another code: no configuration of Qwen2, and safetensors hold any model.
-            if error.code == "tensors-mismatch":
-                found.setdefault(error.message, what)
+            if error.code in ("tensors-mismatch", "names-prefixed"):
+                found.setdefault(error.message + (f". {error.hint}" if error.hint else ""), what)
     for message, what in found.items():
         yield f"{what}: {message}"
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint.file_names import CHECKPOINT
+from apr_jax.converters.checkpoint.naming import Rename
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import HEAD
 from apr_jax.converters.convert import streaming
@@ -57,9 +58,12 @@ def convert(
     allow_overflow: bool = False,
     tied_head: str | None = None,
     max_shard_bytes: int | None = None,
+    rename: Sequence[Rename] = (),
+    as_is: bool = False,
     force: bool = False,
     lenient: bool = False,
     legacy: Legacy = False,
+    follow_links: bool = False,
 ) -> Outcome:
     """Converts a checkpoint.
 
@@ -67,14 +71,14 @@ def convert(
       source: Anything that `open_checkpoint` opens.
       output: A folder (safetensors), a path ending in ".safetensors", or the path of an `.apr`.
       to: "apr" or "safetensors".
-      cast, allow_overflow, tied_head, max_shard_bytes: As `make_plan`.
+      cast, allow_overflow, tied_head, max_shard_bytes, rename, as_is: As `make_plan`.
       force: Whether to replace an output that exists.
-      lenient, legacy: As `open_checkpoint`.
+      lenient, legacy, follow_links: As `open_checkpoint`.
 
     Raises:
       AprJaxError: Any of the family; then there is no output.
     """
-    with open_checkpoint(source, lenient=lenient, legacy=legacy) as checkpoint:
+    with open_checkpoint(source, lenient=lenient, legacy=legacy, follow_links=follow_links) as checkpoint:
         plan = make_plan(
             checkpoint,
             os.fspath(output),
@@ -83,6 +87,8 @@ def convert(
             allow_overflow=allow_overflow,
             tied_head=tied_head,
             max_shard_bytes=max_shard_bytes,
+            rename=rename,
+            as_is=as_is,
         )
         return run(plan, force=force)
 

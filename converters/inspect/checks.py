@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.naming import Naming, expected_names, recognise
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
 from apr_jax.converters.formats.dtypes import element_count
-from apr_jax.converters.inspect import first_pass, statistics
+from apr_jax.converters.inspect import first_pass, side_files, statistics
 from apr_jax.converters.inspect.statistics import Statistics
 
 EMBEDDING_MEAN = 0.05
@@ -97,11 +99,17 @@ def inspect(
     Raises:
       StorageError: A file cannot be read.
     """
+    naming = _naming(checkpoint)
+    if naming is not None:
+        # What is looked at by name goes by the names of HuggingFace.
+        checkpoint = checkpoint.renamed(naming.names)
     screened = first_pass.screen(checkpoint, progress)
     values = _Values(checkpoint, screened, dict(measured or {}))
     return [
         *_container(checkpoint, screened),
         *_sizes(checkpoint),
+        *_names(naming),
+        *_side_files(checkpoint),
         *_configuration(checkpoint),
         *_head(checkpoint),
         *_metadata(checkpoint),
@@ -162,6 +170,50 @@ def _sizes(checkpoint: Checkpoint) -> Iterator[Check]:
         yield Check("sizes", True, "every tensor has the bytes that its type and shape ask for")
 
 
+# --- names
+
+
+def _naming(checkpoint: Checkpoint) -> Naming | None:
+    try:
+        return recognise(checkpoint.tensors, expected_names(checkpoint.model_config()))
+    except AprJaxError:
+        # Checked elsewhere.
+        return None
+
+
+def _names(naming: Naming | None) -> Iterator[Check]:
+    if naming is None:
+        return
+    known = naming.known_to_transformers
+    after = "transformers finds them all the same" if known else "programs that read them by name do not find them"
+    yield Check("names", known, f"{naming.sentence}: {after}; `convert {naming.options}` renames them", note=True)
+
+
+# --- side files
+
+
+def _side_files(checkpoint: Checkpoint) -> Iterator[Check]:
+    if not checkpoint.files:
+        yield Check("side-files", None, "there are none beside the tensors")
+    else:
+        problems = side_files.broken(checkpoint.files)
+        for name, problem in problems.items():
+            yield Check("side-files", False, f"{name} {problem}")
+        if not problems:
+            yield Check("side-files", True, f"{counted(len(checkpoint.files), 'file')} that can be read")
+    largest, embedding = side_files.largest_token(checkpoint), _first(checkpoint.tensors, _EMBEDDINGS)
+    if largest is None or embedding is None or not embedding.shape:
+        return
+    number, token = largest
+    rows = embedding.shape[0]
+    yield Check(
+        "vocabulary",
+        number < rows,
+        f"the tokenizer's largest id is {number} ({token!r}), {embedding.name} has {rows} rows"
+        + ("" if number < rows else ": text with such tokens cannot be embedded"),
+    )
+
+
 # --- configuration
 
 
@@ -174,7 +226,7 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
             f"the metadata say {named}, the tensors' names are those of {family}",
         )
     if named is None:
-        yield Check("configuration", None, "there is no configuration to hold the tensors against")
+        yield Check("configuration", None, f"there is {_no_configuration(checkpoint)} to hold the tensors against")
         return
     if named != _QWEN2:
         yield Check("configuration", None, f"architecture {named!r} is not known here, only {_QWEN2!r}")
@@ -194,6 +246,12 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
         yield from _tensor_set(checkpoint, config)
     yield from _typed_metadata(checkpoint, config)
     yield from _plausible(config)
+
+
+def _no_configuration(checkpoint: Checkpoint) -> str:
+    if CONFIG_NAME not in checkpoint.files:
+        return "no configuration"
+    return f"no configuration that says what model_type it is for, in {CONFIG_NAME}"
 
 
 def _family_said(checkpoint: Checkpoint) -> str | None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.checkpoint.naming import Naming, recognise
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.convert import streaming
@@ -21,6 +22,7 @@ from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.configurations import Difference, compare_configurations
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.findings import Finding
+from apr_jax.converters.verify.side_files import SideFileDifference, compare_side_files
 from apr_jax.converters.verify.tensor_pairs import (
     CLOSE,
     DIFFERENT,
@@ -62,7 +64,9 @@ class Comparison:
       only_in_a, only_in_b: Names; a head that equals its side's embedding is not listed.
       findings: What happened, worst first.
       metadata_differences: What the configurations disagree about.
+      side_files: What tokenizer, chat template and generation settings disagree about, and what is broken.
       notes: What else is worth a line.
+      naming: How B's names differ from A's, where they follow rules; tensors are called as in A.
     """
 
     compared: Counts
@@ -72,13 +76,30 @@ class Comparison:
     findings: tuple[Finding, ...]
     metadata_differences: tuple[Difference, ...]
     notes: tuple[str, ...]
+    naming: Naming | None = None
+    side_files: tuple[SideFileDifference, ...] = ()
 
     @property
-    def verdict(self) -> str:
+    def weights(self) -> str:
         """One of `VERDICTS`, the worst of all tensors; comparing nothing is "different"."""
         if self.only_in_a or self.only_in_b or not self.tensors:
             return DIFFERENT
         return max((tensor.verdict for tensor in self.tensors), key=VERDICTS.index)
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`: that of the weights, unless something else changes what the model answers."""
+        return DIFFERENT if self.answers_differ_by else self.weights
+
+    @property
+    def answers_differ_by(self) -> tuple[str, ...]:
+        """What changes the answer, beside weights: "configuration", "names", or side files by their names."""
+        found = []
+        if any(difference.changes_logits for difference in self.metadata_differences):
+            found.append("configuration")
+        if self.naming is not None and self.naming.hides:
+            found.append("names")
+        return (*found, *(difference.name for difference in self.side_files if difference.changes_answer))
 
     @property
     def exit_code(self) -> int:
@@ -106,6 +127,10 @@ class Comparison:
                 "close": len(verdicts) - verdicts.count(DIFFERENT),
             },
             "metadata_differences": [dataclasses.asdict(difference) for difference in self.metadata_differences],
+            "weights": self.weights,
+            "answers_differ_by": list(self.answers_differ_by),
+            "side_files": [dataclasses.asdict(difference) for difference in self.side_files],
+            "names": None if self.naming is None else self.naming.to_json(),
             "notes": list(self.notes),
             "tensors": [tensor.to_json() for tensor in self.unequal],
         }
@@ -126,6 +151,9 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None, *, d
     Raises:
       StorageError: A file cannot be read, or changed meanwhile.
     """
+    naming = recognise(b.tensors, a.tensors)
+    if naming is not None:
+        b = b.renamed(naming.names)
     pairs = [Pair(a.tensors[name], b.tensors[name]) for name in a.tensors if name in b.tensors]
     compare_bytes(pairs, progress)
     unequal = [pair for pair in pairs if not pair.identical and pair.same_shape]
@@ -153,6 +181,8 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None, *, d
         findings=_worst_first(findings, pairs),
         metadata_differences=tuple(compare_configurations(a, b)),
         notes=tuple(notes),
+        naming=naming,
+        side_files=tuple(compare_side_files(a, b)),
     )
 
 

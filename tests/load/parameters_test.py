@@ -52,6 +52,33 @@ class LoadingTest(parameterized.TestCase):
         for key, value in loaded.items():
             np.testing.assert_array_equal(value, expected[key].astype(np.float32), key)
 
+    @parameterized.parameters("without", "doubled")
+    def test_field_names_that_transformers_finds(self, kind):
+        """FIELD Configurations: names without `model.`, or with it twice -> loaded, the same parameters"""
+        weights = {}
+        for shard in SAMPLE.glob("*.safetensors"):
+            weights |= safetensors.numpy.load_file(shard)
+        rename = {"without": lambda name: name.removeprefix("model."), "doubled": lambda name: f"model.{name}"}[kind]
+        folder = self.copy(**dict.fromkeys(weights))
+        safetensors.numpy.save_file({rename(n): a for n, a in weights.items()}, folder / "model.safetensors")
+        loaded, expected = dict(leaves(load_model(folder))), dict(leaves(load_model(SAMPLE)))
+        self.assertEqual(set(loaded), set(expected))
+        for key, value in loaded.items():
+            np.testing.assert_array_equal(value, expected[key], key)
+
+    def test_field_a_prefix_that_transformers_does_not_know(self):
+        """FIELD Configurations: names with `_orig_mod.` in front are loaded -> refused in one line, with --rename"""
+        weights = {}
+        for shard in SAMPLE.glob("*.safetensors"):
+            weights |= safetensors.numpy.load_file(shard)
+        folder = self.copy(**dict.fromkeys(weights))
+        safetensors.numpy.save_file({f"_orig_mod.{n}": a for n, a in weights.items()}, folder / "model.safetensors")
+        with self.assertRaises(RefusedError) as caught:
+            load_model(folder)
+        self.assertEqual(caught.exception.code, "names-prefixed")
+        self.assertIn("'_orig_mod.' in front", str(caught.exception))
+        self.assertIn("--rename _orig_mod.=", str(caught.exception))
+
     def test_all_offenders_are_named_at_once(self):
         shape = safetensors.numpy.load_file(next(SAMPLE.glob("*00001*")))["model.embed_tokens.weight"].shape
         folder = self.copy(

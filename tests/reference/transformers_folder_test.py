@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import shutil
 import sys
 import tempfile
 
@@ -9,6 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.naming import recognise
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.plan import make_plan
 from apr_jax.converters.convert.run import convert
@@ -52,6 +54,27 @@ class TransformersFolderTest(parameterized.TestCase):
         ids = torch.arange(2 * 70).reshape(2, 70) * 7 % model.config.vocab_size
         with torch.no_grad():
             return model.eval()(ids).logits
+
+    def test_transformers_finds_the_names_that_we_say_it_finds_and_no_others(self):
+        import safetensors.torch
+        import transformers
+
+        source = SOURCES["gqa_untied_bf16"]
+        tensors = safetensors.torch.load_file(source / "model.safetensors")
+        found = {}
+        for prefix in ("", "model.", "_orig_mod.", "module.", "base_model.model.", "model.language_model."):
+            for bare in (False, True):
+                names = {name: prefix + (name.removeprefix("model.") if bare else name) for name in tensors}
+                folder = self.folder / f"{prefix}{bare}"
+                shutil.copytree(source, folder)
+                renamed = {names[name]: tensor for name, tensor in tensors.items()}
+                safetensors.torch.save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+                naming = recognise(list(renamed), list(tensors))
+                known = naming is None or naming.known_to_transformers
+                _, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+                self.assertEqual(known, not report["missing_keys"] and not report["unexpected_keys"], folder.name)
+                found[folder.name] = known
+        self.assertEqual(set(found.values()), {False, True}, found)
 
     @parameterized.parameters(*sorted(SOURCES))
     def test_single_file_to_apr_to_three_shards_gives_the_same_logits(self, name):

@@ -398,7 +398,9 @@ class MetadataTest(ComparisonTestCase):
         ("num_attention_heads", 2, "num_heads"),
         ("max_position_embeddings", 77, "max_position_embeddings"),
     )
-    def test_what_the_configurations_disagree_about_is_named_and_no_difference_of_weights(self, key, value, attribute):
+    def test_what_the_configurations_disagree_about_is_named_and_counts_if_it_changes_logits(
+        self, key, value, attribute
+    ):
         other = self.folder / "hf"
         other.mkdir()
         for file in checkpoint("gqa_tied_bf16").iterdir():
@@ -409,7 +411,9 @@ class MetadataTest(ComparisonTestCase):
                 content = json.dumps(config | {key: value}).encode()
             (other / file.name).write_bytes(content)
         found = self.compare(checkpoint("gqa_tied_bf16"), other)
-        self.assertEqual((found.verdict, found.exit_code), ("identical", 0))
+        self.assertEqual(found.weights, "identical")
+        expected = ("identical", 0) if key == "max_position_embeddings" else ("different", 1)
+        self.assertEqual((found.verdict, found.exit_code), expected)
         named = {difference.attribute: difference for difference in found.metadata_differences}
         self.assertIn(attribute, named)
         self.assertEqual(named[attribute].b, value)

@@ -1,0 +1,82 @@
+"""Folders that hold checkpoints further down: HuggingFace's cache of a repository, the runs of a trainer.
+
+The cache, `models--OWNER--NAME`, has the files in blobs/, links to them in snapshots/COMMIT/ and the commit of each
+branch in refs/ (huggingface_hub's documentation, "Understand caching").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+
+from apr_jax.converters.errors import MissingFileError
+from apr_jax.converters.storage.source import is_plain_name
+
+_REPOSITORY = re.compile(r"models--.+")
+# SHA-1 of git or SHA-256 of LFS.
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_TRAINED = re.compile(r"checkpoint-(\d+)")
+_TENSORS = (".safetensors", ".apr")
+_MAX_REVISION_BYTES = 100
+_SHOWN = 5
+
+
+def is_cache(path: str) -> bool:
+    """Whether a folder is HuggingFace's cache of one repository."""
+    return all(os.path.isdir(os.path.join(path, part)) for part in ("snapshots", "refs")) or (
+        _REPOSITORY.fullmatch(os.path.basename(os.path.realpath(path))) is not None
+        and os.path.isdir(os.path.join(path, "snapshots"))
+    )
+
+
+def snapshot(path: str) -> str:
+    """Returns the folder of the revision that a cache's `main` stands for, or of its only one.
+
+    Raises:
+      MissingFileError: Code "no-snapshot": there is none.
+    """
+    folder = os.path.join(path, "snapshots")
+    present = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
+    main = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(os.path.join(path, "refs", "main"), "rb") as file:
+        main = file.read(_MAX_REVISION_BYTES).decode().strip()
+    if not main and len(present) == 1:
+        main = present[0]
+    if main not in present or not is_plain_name(main):
+        raise MissingFileError(
+            "this is HuggingFace's cache of a repository, and the revision that its refs/main names is not in it",
+            code="no-snapshot",
+            file=path,
+            found=", ".join(present[:_SHOWN]) or "no snapshot",
+            expected=repr(main)[:_MAX_REVISION_BYTES] if main else "a file refs/main",
+            hint=f"Give the folder of one: {os.path.join(folder, present[0])}" if present else "Download it again",
+        )
+    return os.path.join(folder, main)
+
+
+def is_blob(path: str) -> bool:
+    """Whether a path, links resolved, is that of a file that HuggingFace's cache holds."""
+    folder, name = os.path.split(path)
+    blobs, repository = os.path.basename(folder), os.path.basename(os.path.dirname(folder))
+    return blobs == "blobs" and _BLOB.fullmatch(name) is not None and _REPOSITORY.fullmatch(repository) is not None
+
+
+def further_down(path: str) -> str | None:
+    """Returns a sentence that names checkpoints in the folders of a folder; None if there are none."""
+    held = [name for name in sorted(os.listdir(path)) if _holds_checkpoint(os.path.join(path, name))]
+    if not held:
+        return None
+    trained = sorted((int(match[1]), name) for name in held if (match := _TRAINED.fullmatch(name)))
+    if trained:
+        newest = os.path.join(path, trained[-1][1])
+        return f"It holds {len(trained)} checkpoint{'s' * (len(trained) > 1)} of a training run; the last is {newest}"
+    more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""
+    return f"Below it are {', '.join(os.path.join(path, name) for name in held[:_SHOWN])}{more}: give one of them"
+
+
+def _holds_checkpoint(path: str) -> bool:
+    try:
+        return is_cache(path) or any(name.endswith(_TENSORS) for name in os.listdir(path))
+    except OSError:
+        return False
