@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
@@ -16,18 +18,22 @@ if TYPE_CHECKING:
     from apr_jax.generate.generator import Delta, Generation, Generator, Stream
 
 _MAX_BYTES = 256 << 20
+_NO_VARIABLES = ("messages", "tools", "chat_template", "self")
 _EPILOG = """\
 examples:
   generate.py model.apr --prompt "def fib(n):" --greedy          the text goes on, printed as it is made
   generate.py model.apr --chat "What is 2+2?" --system "Be brief."   by the checkpoint's chat template
   generate.py model.apr --prompt "A" --prompt "Once upon" --json     a batch; one JSON object at the end
   generate.py model.apr --prompts prompts.json --device cuda --dtype bfloat16
+  generate.py model.apr --chat "Weather in Paris?" --tools tools.json --template-arg enable_thinking=false
 
 Settings are those of generation_config.json, with the meaning and the defaults that they have for HuggingFace's
 `generate`: a checkpoint that says do_sample is sampled. Options go before it; one of --temperature, --top-k and --top-p
 asks for sampling. The same seed gives the same text. A text ends at an end token, with the token that completes a stop
 string, after --max-new-tokens (256 unless the checkpoint says otherwise), or where max_position_embeddings ends.
-FILE of --prompts is a JSON list of texts and of conversations ([{"role": "user", "content": "..."}, ...]).
+FILE of --prompts is a JSON list of texts and of conversations ([{"role": "user", "content": "..."}, ...]), FILE of
+--tools one of JSON schemas of functions. A checkpoint with several chat templates is asked for "tool_use" where there
+are tools, else for "default". Text becomes the token ids that transformers makes of it.
 
 exit codes: 0 fine, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O, 130 interrupted (what was
   generated is printed)
@@ -46,6 +52,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file: a batch"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message before --chat")
+    parser.add_argument("--chat-template", metavar="NAME", help="one of the checkpoint's templates, or a Jinja file")
+    parser.add_argument("--tools", metavar="FILE", help="JSON list of functions that the model may call in its answer")
+    parser.add_argument(
+        "--template-arg",
+        metavar="KEY=VALUE",
+        action="append",
+        help="a variable of the chat template, such as enable_thinking=false (repeatable; JSON, else text)",
+    )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, help="most tokens to generate")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--temperature", metavar="T", type=float, help="divides the logits; 0 is greedy")
@@ -56,6 +70,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--stop", metavar="TEXT", action="append", help="end after this string as well (repeatable)")
+    parser.add_argument(
+        "--ignore-generation-config",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="a setting of generation_config.json that is not to count (repeatable)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument(
         "--dtype",
@@ -68,6 +89,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv[1:])
     if args.system is not None and not args.chat:
         parser.error("--system belongs to --chat")
+    chats = {"--chat-template": args.chat_template, "--tools": args.tools, "--template-arg": args.template_arg}
+    if given := [option for option, value in chats.items() if value is not None and not (args.chat or args.prompts)]:
+        parser.error(f"{given[0]} belongs to --chat or --prompts")
     if args.greedy and any(value is not None for value in (args.temperature, args.top_k, args.top_p)):
         parser.error("--greedy draws nothing: leave --temperature, --top-k and --top-p out")
     return args
@@ -80,8 +104,9 @@ def main(args: argparse.Namespace) -> int:
     from apr_jax.generate.config import GenerationConfig
 
     settings = _settings(args)
-    GenerationConfig().but(**settings)
+    GenerationConfig().but(**settings).without(args.ignore_generation_config)
     prompts = _read_prompts(args.prompts) if args.prompts else []
+    chat = _chat_settings(args)
     output = _Output(args)
     with interrupts.last_act(output.interrupted):
         compilation_cache.enable()
@@ -91,10 +116,15 @@ def main(args: argparse.Namespace) -> int:
         with cli.open_from(args, args.model) as checkpoint:
             for warning in checkpoint.warnings:
                 cli.say(f"warning: {warning}")
+            config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)
+            config.but(**settings).checked()
             generator = load_generator(checkpoint, args.dtype, args.device)
+        generator.generation_config = config
+        for warning in generator.tokenizer.warnings if generator.tokenizer else ():
+            cli.say(f"warning: {warning}")
         if args.stop:
             settings["stop_strings"] = (*generator.generation_config.stop_strings, *args.stop)
-        stream = generator.stream(_prompts(args, prompts, generator), seed=args.seed, **settings)
+        stream = generator.stream(_prompts(args, prompts, chat, generator), seed=args.seed, **settings)
         output.begin(generator, stream, time.perf_counter() - begun)
         for delta in stream:
             output.show(delta)
@@ -115,9 +145,34 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _chat_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what `chat_prompt` takes beside the messages."""
+    settings: dict[str, Any] = {}
+    for given in args.template_arg or ():
+        key, equals, value = given.partition("=")
+        if not equals or not key.isidentifier() or key in _NO_VARIABLES:
+            raise UsageError(
+                "this is no variable of a chat template",
+                code="template-arg",
+                found=given,
+                expected="KEY=VALUE, such as enable_thinking=false; tools by --tools",
+            )
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    if args.tools:
+        settings["tools"] = _read_json(args.tools, "tools")
+        if not isinstance(settings["tools"], list):
+            raise UsageError("not a list of tools", code="chat-tools", file=args.tools)
+    if args.chat_template is not None:
+        settings["chat_template"] = args.chat_template
+    return settings
+
+
 def _prompts(
-    args: argparse.Namespace, items: Sequence[Any], generator: Generator
-) -> Sequence[str] | Sequence[Sequence[int]]:
+    args: argparse.Namespace, items: Sequence[Any], chat: dict[str, Any], generator: Generator
+) -> Sequence[str | Sequence[int]]:
     from apr_jax.trace import golden
 
     if args.input_ids:
@@ -128,10 +183,37 @@ def _prompts(
     if args.chat:
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         items = [[*system, {"role": "user", "content": text}] for text in args.chat]
-    return [item if isinstance(item, str) else generator.chat_prompt(item) for item in items]
+    if "chat_template" in chat:
+        chat["chat_template"] = _template(chat["chat_template"], generator)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        prompts = [item if isinstance(item, str) else generator.chat_prompt(item, **chat) for item in items]
+    for message in dict.fromkeys(str(warning.message) for warning in said):
+        cli.say(f"warning: {message}")
+    return prompts
 
 
-def _read_prompts(path: str) -> list[Any]:
+def _template(wanted: str, generator: Generator) -> str:
+    """Returns the name of one of the checkpoint's templates as it is, else the text of the file of that name."""
+    found = generator.tokenizer.chat_template if generator.tokenizer else None
+    names = found if isinstance(found, Mapping) else {}
+    if wanted in names:
+        return wanted
+    if wanted == "default" and isinstance(found, str):
+        return found
+    try:
+        with open(wanted, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "neither a chat template of the checkpoint nor a Jinja file",
+            code="chat-template",
+            found=f"{wanted} ({error.strerror if isinstance(error, OSError) else 'not UTF-8'})",
+            expected=", ".join(sorted(names)) or ("default" if found else "a file"),
+        ) from None
+
+
+def _read_json(path: str, what: str) -> Any:
     from apr_jax.converters.formats import strict_json
 
     try:
@@ -139,7 +221,11 @@ def _read_prompts(path: str) -> list[Any]:
             data = file.read()
     except FileNotFoundError:
         raise MissingFileError("no such file", code="file-missing", file=path) from None
-    items = strict_json.loads(data, what="prompts", max_bytes=_MAX_BYTES, file=path)
+    return strict_json.loads(data, what=what, max_bytes=_MAX_BYTES, file=path)
+
+
+def _read_prompts(path: str) -> list[Any]:
+    items = _read_json(path, "prompts")
     if not isinstance(items, list) or not items or not all(isinstance(item, str | list) for item in items):
         raise UsageError("not a list of texts or conversations", code="prompts", file=path)
     return items

@@ -213,16 +213,14 @@ def _inputs(args: argparse.Namespace, checkpoint: Checkpoint, batch: int) -> Inp
 
 
 def _encode(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
+    from apr_jax.generate import tokenizer_files
     from apr_jax.generate.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.of(checkpoint)
     if tokenizer is None:
-        raise RefusedError(
-            "the checkpoint has no tokenizer.json",
-            code="tokenizer-missing",
-            file=checkpoint.path,
-            hint="Give token ids with --input-ids FILE.",
-        )
+        raise tokenizer_files.missing(checkpoint.path)
+    for warning in tokenizer.warnings:
+        cli.say(f"warning: {warning}")
     return [tokenizer.encode(prompt) for prompt in prompts]
 
 

@@ -9,13 +9,92 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apr_jax.converters.checkpoint.file_names import CHAT_TEMPLATES_FOLDER
 from apr_jax.converters.errors import RefusedError, UsageError, printable
+from apr_jax.converters.formats import strict_json
+
+Templates = str | Mapping[str, str] | None
+"""One template, or several by name, as `tokenizer.chat_template` of transformers."""
 
 _AT_LEAST = (3, 1, 6)
 """Earlier versions of jinja2 have holes in their sandbox (CVE-2025-27516)."""
+_FILE, _LEGACY = "chat_template.jinja", "chat_template.json"
+_MAX_BYTES = 16 << 20
+_DEFAULT, _WITH_TOOLS = "default", "tool_use"
+# Under any of these a message holds what was thought before it; the first is the one that templates read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def of_files(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Templates:
+    """Returns the templates of a checkpoint, from where transformers takes them.
+
+    Template files (chat_template.jinja, additional_chat_templates/NAME.jinja) go before tokenizer_config.json's, and
+    chat_template.json, which processors of older versions wrote, is taken where there is no other.
+
+    Args:
+      files: Side files, name -> content.
+      config: The content of tokenizer_config.json.
+    """
+    named = {_DEFAULT: files[_FILE].decode(errors="replace")} if _FILE in files else {}
+    for name in files:
+        if name.startswith(CHAT_TEMPLATES_FOLDER):
+            named[name.removeprefix(CHAT_TEMPLATES_FOLDER).removesuffix(".jinja")] = files[name].decode(
+                errors="replace"
+            )
+    if named:
+        return named[_DEFAULT] if list(named) == [_DEFAULT] else named
+    given = config.get("chat_template")
+    if given is None and _LEGACY in files:
+        legacy = strict_json.loads(files[_LEGACY], what=_LEGACY, max_bytes=_MAX_BYTES, file=_LEGACY)
+        given = legacy.get("chat_template") if isinstance(legacy, dict) else None
+    if isinstance(given, list):
+        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    if isinstance(given, dict):
+        return {name: text for name, text in given.items() if isinstance(name, str) and isinstance(text, str)}
+    return given if isinstance(given, str) else None
+
+
+def choose(templates: Templates, wanted: str | None, with_tools: bool, file: str | None = None) -> str:
+    """Returns the template for a conversation, by `get_chat_template`'s rule.
+
+    Args:
+      templates: The checkpoint's.
+      wanted: The name of one of them, or the text of another template; None leaves it to the rule: "tool_use" where
+        there are tools and such a template, else "default".
+      with_tools: Whether there are tools.
+      file: The checkpoint, for error messages.
+
+    Raises:
+      RefusedError: There is none, or several without one that is the default.
+    """
+    named = templates if isinstance(templates, Mapping) else {}
+    if wanted is not None:
+        return named.get(wanted, wanted)
+    if isinstance(templates, str):
+        return templates
+    if with_tools and _WITH_TOOLS in named:
+        return named[_WITH_TOOLS]
+    if _DEFAULT in named:
+        return named[_DEFAULT]
+    if named:
+        raise RefusedError(
+            "the checkpoint has several chat templates and none is the default",
+            code="chat-template-several",
+            file=file,
+            found=", ".join(sorted(named)),
+            hint="--chat-template NAME chooses one (in Python: chat_template=NAME)",
+        )
+    raise RefusedError(
+        "the checkpoint has no chat template",
+        code="chat-template-missing",
+        file=file,
+        expected=f"{_FILE}, or chat_template in tokenizer_config.json",
+        hint="--chat-template FILE gives one (in Python: chat_template=TEXT), --prompt takes the whole text",
+    )
 
 
 def render(
@@ -24,46 +103,96 @@ def render(
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
     file: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """Renders messages as the text of a prompt.
 
     Args:
       template: The checkpoint's Jinja template.
-      messages: One conversation, {"role": ..., "content": ...} each; plain JSON values.
+      messages: One conversation, {"role": ..., "content": ...} each; plain JSON values. What is None is left out.
       add_generation_prompt: End with the beginning of the assistant's answer.
       special_tokens: Variables of the template: "eos_token" and so on.
       file: The checkpoint, for error messages.
+      tools: JSON schemas of functions that the model may call.
+      arguments: Further variables, such as enable_thinking. One that the template does not ask for is warned of.
 
     Raises:
       UsageError: The template refuses the messages (`raise_exception`), they are no JSON values, or jinja2 is missing.
       RefusedError: The template does not work.
     """
     jinja2 = _jinja2()
+    variables = {
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **special_tokens,
+        **_plain(dict(arguments or {}), "arguments of the chat template"),
+        "messages": _conversation(messages),
+        "tools": None if tools is None else _tools(tools),
+    }
+    given = [*(arguments or ()), *(["tools"] if tools is not None else [])]
     try:
-        plain = json.loads(json.dumps(list(messages)))
-    except (TypeError, ValueError):
-        raise UsageError("messages are not plain JSON values", code="chat-messages") from None
-    if not plain or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in plain):
-        raise UsageError(
-            "messages are not a conversation",
-            code="chat-messages",
-            expected='a non-empty list of {"role": ..., "content": ...}',
-        )
-    try:
-        text: str = _compiled(template).render(
-            messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special_tokens
-        )
+        asked_for = _variables(template) if given else frozenset()
+        text: str = _compiled(template).render(**variables)
     except _Refusal as refusal:
         raise UsageError(
             f"the chat template refuses the messages: {printable(str(refusal))}", code="chat-messages", file=file
         ) from None
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError(
-            f"the chat template does not work: {printable(str(error))}", code="chat-template-broken", file=file
+            f"the chat template does not work: {printable(str(error))}",
+            code="chat-template-broken",
+            file=file,
+            hint="--chat-template FILE takes another one (in Python: chat_template=TEXT)",
         ) from None
     except (MemoryError, RecursionError):
-        raise RefusedError("the chat template does not end", code="chat-template-broken", file=file) from None
+        raise RefusedError(
+            "the chat template does not end",
+            code="chat-template-broken",
+            file=file,
+            hint="--chat-template FILE takes another one (in Python: chat_template=TEXT)",
+        ) from None
+    for name in given:
+        if name not in asked_for:
+            warnings.warn(f"the chat template does not ask for {name}: it changes nothing", stacklevel=3)
     return text
+
+
+def _plain(value: Any, what: str) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        raise UsageError(f"{what} are not plain JSON values", code="chat-messages") from None
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the messages as templates get them: without what is None, with thoughts under every name for them."""
+    plain = _plain(list(messages), "messages")
+    if not plain or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in plain):
+        raise UsageError(
+            "messages are not a conversation",
+            code="chat-messages",
+            expected='a non-empty list of {"role": ..., "content": ...}',
+        )
+    conversation = []
+    for message in plain:
+        said = {key: value for key, value in message.items() if value is not None}
+        thoughts = next((said[key] for key in _REASONING if key in said), None)
+        if thoughts is not None:
+            said = {"thinking": thoughts, **said, "reasoning_content": thoughts}
+        conversation.append(said)
+    return conversation
+
+
+def _tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    plain = _plain(list(tools), "tools")
+    if not all(isinstance(tool, dict) for tool in plain):
+        raise UsageError(
+            "tools are not JSON schemas",
+            code="chat-tools",
+            expected='a list of {"type": "function", "function": {"name": ..., "parameters": ...}}',
+        )
+    return list(plain)
 
 
 class _Refusal(Exception):
@@ -89,7 +218,21 @@ def _jinja2() -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    from jinja2 import ext, nodes, sandbox
+    return _environment().from_string(template)
+
+
+@functools.lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    """Returns the names of variables that a template asks for."""
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+
+
+@functools.cache
+def _environment() -> Any:
+    from jinja2 import ext, nodes, sandbox, utils
+    from jinja2.exceptions import SecurityError
 
     class Generation(ext.Extension):
         """`{% generation %} ... {% endgeneration %}` marks what the assistant said, for training; here it is text."""
@@ -101,13 +244,43 @@ def _compiled(template: str) -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
 
+    class Namespace(utils.Namespace):
+        """Refuses names that begin with an underscore, as transformers does."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            for name in dict(*args[1:], **kwargs):
+                _refuse_underscore(name)
+            utils.Namespace.__init__(args[0], *args[1:], **kwargs)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _refuse_underscore(name)
+            super().__setitem__(name, value)
+
+    def _refuse_underscore(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"unsafe name in a namespace: {name}")
+
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
-    return environment.from_string(template)
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": _now,
+        "namespace": Namespace,
+        "dict": _Dict(),
+    }
+    return environment
+
+
+class _Dict:
+    """What templates may do with `dict`: its attributes would lead out of the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 def _to_json(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import numbers
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,8 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.errors import UsageError
+from apr_jax.generate import tokenizer_files
 from apr_jax.generate.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
 from apr_jax.generate.sampling import Method, Numbers
@@ -120,7 +122,7 @@ def load_generator(
       device: As for `load_model`; one device.
 
     Raises:
-      RefusedError: As `load_model`; or a tokenizer or generation settings that are not supported.
+      RefusedError: As `load_model`; or a tokenizer that is not supported.
       UsageError: As `load_model`.
     """
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -174,12 +176,12 @@ class Generator:
         return int(1 << fitting.bit_length() - 1)
 
     def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], seed: int = 0, **settings: Any
+        self, prompts: str | Sequence[int] | Sequence[str | Sequence[int]], seed: int = 0, **settings: Any
     ) -> list[Generation]:
         """Generates a text for every prompt.
 
         Args:
-          prompts: One text, or a batch of texts or of lists of token ids.
+          prompts: One prompt or a batch of them: each a text, or token ids (of a chat: `chat_prompt`).
           seed: Of the random draws, 0 to 2^32 - 1.
           **settings: What is to differ from `generation_config`: max_new_tokens, do_sample, temperature (0 is greedy),
             top_k, top_p, repetition_penalty, eos_token_id, stop_strings.
@@ -187,39 +189,56 @@ class Generator:
         Raises:
           UsageError: An empty prompt, a token that is not in the vocabulary, a prompt that the model has no positions
             for, or impossible settings.
-          RefusedError: Text or stop strings without a tokenizer.
+          RefusedError: Text or stop strings without a tokenizer, or settings of generation_config.json that are used
+            and not supported.
         """
         stream = self.stream(prompts, seed, **settings)
         for _ in stream:
             pass
         return stream.results()
 
-    def stream(self, prompts: str | Sequence[str] | Sequence[Sequence[int]], seed: int = 0, **settings: Any) -> Stream:
+    def stream(
+        self, prompts: str | Sequence[int] | Sequence[str | Sequence[int]], seed: int = 0, **settings: Any
+    ) -> Stream:
         """As `generate`, but returns at once; iterating over it generates and yields what the rows gain."""
-        config = self.generation_config.but(**settings)
+        config = self.generation_config.but(**settings).checked()
         if not 0 <= seed < 2**32:
             raise UsageError("the seed is out of range", code="seed", found=seed, expected="0 to 4294967295")
-        ids = [self._encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        ids = [self._encode(prompt) for prompt in _batch(prompts)]
         inputs = Inputs.of(ids)
         inputs.check_vocabulary(self.model.config.vocab_size)
         if config.stop_strings:
             self._needed_tokenizer()
         return Stream(self, ids, inputs, config, seed)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **arguments: Any,
+    ) -> list[int]:
         """Returns the prompt for a conversation, {"role": ..., "content": ...} each, by the checkpoint's template.
+
+        These are token ids: a rendered conversation holds all that the model shall see, so that it gets none of what
+        the tokenizer puts around a text.
+
+        Args:
+          messages: The conversation.
+          tools: JSON schemas of functions that the model may call.
+          chat_template: The name of one of the checkpoint's templates, or the text of another one.
+          **arguments: Variables of the template, such as enable_thinking=False; what it does not ask for is warned of.
 
         Raises:
           RefusedError: No tokenizer, no template, or one that does not work.
           UsageError: The template refuses the messages, or jinja2 is missing.
         """
-        return self._needed_tokenizer().apply_chat_template(messages)
+        return self._needed_tokenizer().encode_chat(messages, tools=tools, chat_template=chat_template, **arguments)
 
     def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise RefusedError(
-                "the checkpoint has no tokenizer.json", code="tokenizer-missing", hint="Token ids work without one."
-            )
+            raise tokenizer_files.missing()
         return self.tokenizer
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -401,6 +420,13 @@ class _Row:
         if len(self._tokens) + len(new) >= self._most:
             self.finish_reason = "length"
         return new
+
+
+def _batch(prompts: Any) -> Sequence[Any]:
+    """Returns a list of prompts, of one where there is one: a text, or integers."""
+    if isinstance(prompts, str):
+        return [prompts]
+    return [prompts] if len(prompts) and isinstance(prompts[0], numbers.Integral) else prompts
 
 
 def rounded(length: int, new_tokens: int, chunk: int) -> tuple[int, int]:

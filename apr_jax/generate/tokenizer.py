@@ -1,4 +1,4 @@
-"""Text in and text out: the checkpoint's tokenizer.json, its chat template, and text that grows token by token.
+"""Text in and text out: the checkpoint's tokenizer, its chat templates, and text that grows token by token.
 
 A byte-level BPE token (GPT-2's, and Qwen2's) is a string of bytes, not of characters: a character may be spread over
 several tokens, and a text may end in the middle of one. So text is made from bytes here, and half a character waits.
@@ -12,25 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
-import tokenizers.decoders
-import tokenizers.models
-import tokenizers.normalizers
-import tokenizers.pre_tokenizers
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
-from apr_jax.converters.errors import RefusedError, UsageError
-from apr_jax.converters.formats import strict_json
-from apr_jax.generate import chat_template
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.convert import apr_tokenizer
+from apr_jax.converters.errors import UsageError
+from apr_jax.generate import chat_template as chat_templates
+from apr_jax.generate import tokenizer_files
 
-_CONFIG = "tokenizer_config.json"
-_TEMPLATE = "chat_template.jinja"
-_MAX_BYTES = 64 << 20
-# Special tokens that chat templates may name; all others are spelt out in them.
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Qwen2Tokenizer's: what is merged lies within one of these.
-_QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _UNKNOWN = b"\xff"
 """The bytes of an id that no token has: nothing in UTF-8, so that no string is found across it."""
 
@@ -39,66 +28,46 @@ class Tokenizer:
     """A checkpoint's tokenizer.
 
     Attributes:
-      chat_template: Its Jinja template, None if there is none.
-      special_tokens: Tokens that the template may name ("eos_token" and so on).
+      chat_template: Its Jinja template, or several by name; None if there is none.
+      special_tokens: Tokens that a template may name ("eos_token" and so on).
+      warnings: What is odd about the files that it was made of.
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
-        template: str | None = None,
+        template: chat_templates.Templates = None,
         special_tokens: Mapping[str, str] | None = None,
         file: str | None = None,
+        warnings: Sequence[str] = (),
     ):
-        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
-            raise RefusedError(
-                "the tokenizer is not byte-level BPE, as Qwen2's are",
-                code="tokenizer-decoder",
-                file=file,
-                found=type(backend.decoder).__name__,
-                expected="the decoder ByteLevel",
-                hint="Token ids work without a tokenizer.",
-            )
         self._backend = backend
-        self._special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._special = {number for number in backend.get_added_tokens_decoder() if self._is_left_out(number)}
         self._file = file
         self.chat_template = template
         self.special_tokens = dict(special_tokens or {})
+        self.warnings = tuple(warnings)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Tokenizer | None:
-        """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja.
+        """Makes the tokenizer that transformers' `AutoTokenizer` makes of the checkpoint's files.
 
-        Of an `.apr` file by `apr import`, which has none of these, the vocabulary and the merges in its metadata are
-        taken, with what Qwen2 does before merging; there is no chat template then. None if there is nothing at all.
+        Of an `.apr` file by `apr import`, which has none, the vocabulary and the merges in its metadata are taken, with
+        what Qwen2 does before merging. None if there is nothing at all.
 
         Raises:
           RefusedError: A tokenizer that cannot be used.
-          BrokenContainerError: tokenizer_config.json is not JSON.
+          BrokenContainerError: One of the files is not JSON.
         """
-        source = checkpoint.files.get("tokenizer.json")
-        try:
-            if source is not None:
-                backend = tokenizers.Tokenizer.from_str(source.decode())
-            elif checkpoint.kind == "apr" and "tokenizer.vocabulary" in checkpoint.metadata:
-                backend = _from_metadata(checkpoint.metadata)
-            else:
-                return None
-        except Exception as error:  # the package raises bare Exception for whatever it cannot parse
-            raise RefusedError(
-                f"the tokenizer cannot be used: {error}", code="tokenizer-broken", file=checkpoint.path
-            ) from None
-        config: Any = {}
-        if _CONFIG in checkpoint.files:
-            config = strict_json.loads(
-                checkpoint.files[_CONFIG], what=_CONFIG, max_bytes=_MAX_BYTES, file=checkpoint.path
-            )
-        config = config if isinstance(config, dict) else {}
-        template = _template(config.get("chat_template"))
-        if _TEMPLATE in checkpoint.files:
-            template = checkpoint.files[_TEMPLATE].decode(errors="replace")
-        named = {name: _content(config.get(name)) for name in _NAMED_TOKENS}
-        return cls(backend, template, {name: text for name, text in named.items() if text}, checkpoint.path)
+        files, warnings = checkpoint.files, list[str]()
+        found = tokenizer_files.read(files, _model_type(checkpoint), checkpoint.path)
+        if found is None and checkpoint.kind == "apr":
+            files = {**files, **apr_tokenizer.files_of(checkpoint.metadata, warnings)}
+            found = tokenizer_files.read(files, _model_type(checkpoint), checkpoint.path)
+        if found is None:
+            return None
+        templates = chat_templates.of_files(files, found.config)
+        return cls(found.backend, templates, found.named, checkpoint.path, [*warnings, *found.warnings])
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._backend.get_vocab_size()} tokens)"
@@ -125,24 +94,38 @@ class Tokenizer:
         text: str = self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens)
         return text
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **arguments: Any,
+    ) -> str:
         """Renders messages ({"role": ..., "content": ...}) as HuggingFace's function of this name does.
+
+        The text is to be encoded without special tokens: it holds all that the model shall see.
+
+        Args:
+          messages: The conversation.
+          add_generation_prompt: End with the beginning of the assistant's answer.
+          tools: JSON schemas of functions that the model may call.
+          chat_template: The name of one of the checkpoint's templates, or the text of another.
+          **arguments: Variables of the template, such as enable_thinking; one that it does not ask for is warned of.
 
         Raises:
           RefusedError: There is no template, or it does not work.
           UsageError: The template itself refuses the messages, or jinja2 is missing.
         """
-        if self.chat_template is None:
-            raise RefusedError(
-                "the checkpoint has no chat template",
-                code="chat-template-missing",
-                file=self._file,
-                expected=f"{_TEMPLATE}, or chat_template in {_CONFIG}",
-                hint="Give the whole text as a prompt.",
-            )
-        return chat_template.render(
-            self.chat_template, messages, add_generation_prompt, self.special_tokens, file=self._file
+        template = chat_templates.choose(self.chat_template, chat_template, tools is not None, self._file)
+        return chat_templates.render(
+            template, messages, add_generation_prompt, self.special_tokens, self._file, tools, arguments
         )
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
+        """Returns the ids of a conversation; arguments and errors are those of `apply_chat_template`."""
+        return self.encode(self.apply_chat_template(messages, **settings), special_tokens=False)
 
     def token_bytes(self, token: int) -> bytes:
         """Returns what a token adds to the text, special tokens included."""
@@ -153,6 +136,10 @@ class Tokenizer:
         if all(character in alphabet for character in spelt):
             return bytes(alphabet[character] for character in spelt)
         return spelt.encode()
+
+    def _is_left_out(self, token: int) -> bool:
+        """Whether the text that is shown leaves a token out; `AddedToken.special` does not say so of all."""
+        return bool(self._backend.decode([token], skip_special_tokens=False)) and not self._backend.decode([token])
 
     def shown_bytes(self, token: int) -> bytes:
         """Returns what a token adds to the text that is shown: nothing for special and unknown ones."""
@@ -206,37 +193,13 @@ class StopStrings:
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte: GPT-2's alphabet, in which printable bytes stand for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    """Character -> byte."""
+    return {letter: byte for byte, letter in enumerate(apr_tokenizer.byte_letters())}
 
 
-def _from_metadata(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Builds a tokenizer from `tokenizer.vocabulary` and `tokenizer.merges`, as Qwen2's tokenizer.json would."""
-    vocabulary = {token: number for number, token in enumerate(metadata["tokenizer.vocabulary"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.merges", ())]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
-    backend.normalizer = tokenizers.normalizers.NFC()
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_QWEN2_WORDS), "isolated")
-    spelling = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, spelling])
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    # The file does not say which tokens are special: those spelt so are, in all of Qwen2's tokenizers.
-    backend.add_special_tokens([token for token in vocabulary if token.startswith("<|") and token.endswith("|>")])
-    return backend
-
-
-def _template(given: Any) -> str | None:
-    """Returns the template, of several the one called "default"."""
-    if isinstance(given, list):
-        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-        given = named.get("default")
-    return given if isinstance(given, str) else None
-
-
-def _content(token: Any) -> str | None:
-    """Returns the text of a special token, which tokenizer_config.json spells as a string or as an object."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _model_type(checkpoint: Checkpoint) -> str | None:
+    """Returns what transformers chooses the tokenizer by; only Qwen2 travels in an `.apr` without config.json."""
+    if CONFIG_NAME not in checkpoint.files:
+        return "qwen2"
+    found = checkpoint.config.get("model_type")
+    return found if isinstance(found, str) else None

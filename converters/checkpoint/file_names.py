@@ -13,6 +13,8 @@ SINGLE_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 INDEX_NAME = "model" + INDEX_SUFFIX
 CONFIG_NAME = "config.json"
+CHAT_TEMPLATES_FOLDER = "additional_chat_templates/"
+"""Where transformers keeps chat templates beside the default one, NAME.jinja each: the only folder that goes along."""
 
 # Names by which a file is known to belong to a checkpoint, wherever it lies.
 _KNOWN = (
@@ -43,6 +45,9 @@ def shard_name(number: int, count: int) -> str:
 
 def can_go_along(name: str) -> bool:
     """Whether a container may carry a file of this name: a plain name, visible, and no tensors' or index's."""
+    if name.startswith(CHAT_TEMPLATES_FOLDER):
+        name = name.removeprefix(CHAT_TEMPLATES_FOLDER)
+        return is_plain_name(name) and not name.startswith(".") and name.endswith(".jinja")
     hidden = name.startswith(".") and name not in _HIDDEN
     return is_plain_name(name) and not hidden and not is_tensors(name)
 
@@ -54,7 +59,8 @@ def is_tensors(name: str) -> bool:
 
 def is_side_file(name: str) -> bool:
     """Whether the name shows that a file belongs to a checkpoint, beside its tensors."""
-    return can_go_along(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in _KNOWN)
+    known = name.startswith(CHAT_TEMPLATES_FOLDER) or any(fnmatch.fnmatchcase(name, pattern) for pattern in _KNOWN)
+    return known and can_go_along(name)
 
 
 def is_checkpoint_file(name: str) -> bool:

@@ -521,6 +521,10 @@ def _side_files(folder: str, index: str | None = None, follow: bool = False) -> 
     def belongs(name: str) -> bool:
         return file_names.is_side_file(name) and not os.path.isdir(os.path.join(folder, name))
 
+    templates = file_names.CHAT_TEMPLATES_FOLDER
+    if templates.rstrip("/") in listed and os.path.isdir(os.path.join(folder, templates)):
+        listed.remove(templates.rstrip("/"))
+        listed += [templates + name for name in _listed(os.path.join(folder, templates))]
     names = [name for name in listed if belongs(name)]
     others = (name for name in listed if not file_names.is_tensors(name) and name not in set(names))
     return SideFiles(
@@ -577,7 +581,7 @@ def _inside(folder: str, name: str, warnings: list[str], follow: bool) -> Source
 def _stays_inside(folder: str, path: str) -> bool:
     root = os.path.realpath(folder)
     snapshots = os.path.dirname(root)
-    allowed = [root]
+    allowed = [root, os.path.join(root, file_names.CHAT_TEMPLATES_FOLDER.rstrip("/"))]
     if os.path.basename(snapshots) == "snapshots":
         allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
     return os.path.dirname(os.path.realpath(path)) in allowed

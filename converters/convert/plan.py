@@ -19,7 +19,7 @@ from apr_jax.converters.checkpoint.naming import Rename, check_names, renamed
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import is_tied, same_values
-from apr_jax.converters.convert import apr_metadata
+from apr_jax.converters.convert import apr_metadata, apr_tokenizer
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import DType
@@ -474,13 +474,14 @@ def _restated(checkpoint: Checkpoint, chosen: _Chosen) -> dict[str, Any]:
 
 def _says_the_same(metadata: Mapping[str, Any], model: Qwen2Config | None, checkpoint: Checkpoint) -> bool:
     """Whether an `.apr`'s own metadata still describe the checkpoint that was made from it."""
-    if model is None:
-        return not checkpoint.files
+    others = {name: content for name, content in checkpoint.files.items() if name != CONFIG_NAME}
     try:
-        before = Qwen2Config.from_apr(metadata, tied=model.tie_word_embeddings)
+        # Folders that earlier versions wrote have no tokenizer.
+        if others and others != apr_tokenizer.files_of(metadata, []):
+            return False
+        return model is None or Qwen2Config.from_apr(metadata, tied=model.tie_word_embeddings) == model
     except RefusedError:
         return False
-    return before == model and set(checkpoint.files) == {CONFIG_NAME}
 
 
 def _model_name(path: str) -> str:
@@ -519,6 +520,10 @@ def _safetensors_metadata(
         files[CONFIG_NAME] = apr_metadata.config_json(config)
     except RefusedError as error:
         warnings.append(f"no config.json is written: {error.message}")
+    try:
+        files |= apr_tokenizer.files_of(checkpoint.metadata, warnings)
+    except RefusedError as error:
+        warnings.append(f"no tokenizer.json is written: {error.message}")
     return apr_metadata.foreign_to_safetensors(checkpoint.metadata), files
 
 

@@ -90,14 +90,14 @@ class GenerateCommandTest(parameterized.TestCase):
             ((SAMPLE, "--prompt", "a", "--chat", "b"), 2, "not allowed"),
             ((SAMPLE, "--prompt", "a", "--system", "b"), 2, "belongs to --chat"),
             ((SAMPLE, "--prompt", "a", "--greedy", "--top-k", 3), 2, "draws nothing"),
-            ((SAMPLE, "--prompt", "a", "--top-p", 2), 2, "top_p is out of range"),
+            ((SAMPLE, "--prompt", "a", "--top-p", -1), 2, "top_p is out of range"),
             ((SAMPLE, "--prompt", ""), 2, "prompt is empty"),
             ((SAMPLE, "--prompts", self.file('["a", 1]')), 2, "not a list of texts"),
             ((SAMPLE, "--input-ids", self.file("[[300]]")), 2, "beyond the vocabulary"),
             ((SAMPLE, "--prompts", bare / "none"), 3, "no such file"),
             ((bare / "none", "--prompt", "a"), 3, "no such"),
             ((SAMPLE, "--prompts", self.file("[")), 4, "JSON"),
-            ((bare, "--prompt", "a"), 5, "no tokenizer.json"),
+            ((bare, "--prompt", "a"), 5, "no tokenizer"),
         ):
             with self.subTest(message):
                 lines = self.ran(*args, code=code).stderr.strip().splitlines()

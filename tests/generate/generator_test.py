@@ -248,12 +248,13 @@ class GenerationTest(parameterized.TestCase):
         ([[0.5]], {}, "not integers"),
         (["a"], {"seed": -1}, "seed"),
         (["a"], {"seed": 1 << 32}, "seed"),
-        (["a"], {"top_p": 1.5}, "top_p is out of range"),
+        (["a"], {"top_p": -0.5}, "top_p is out of range"),
         (["a"], {"temperature": float("nan")}, "temperature is out of range"),
         (["a"], {"temperature": -1.0}, "temperature is out of range"),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens is out of range"),
         (["a"], {"stop_strings": [""]}, "stop_strings is out of range"),
-        (["a"], {"num_beams": 2}, "no such setting"),
+        (["a"], {"num_beams": 2}, "num_beams is not supported"),
+        (["a"], {"beams": 2}, "no such setting"),
         (["a b c"], {"max_length": 3}, "no room"),
     )
     def test_what_cannot_be_is_refused_before_anything_is_compiled(self, prompts, settings, message):
@@ -271,7 +272,7 @@ class GenerationTest(parameterized.TestCase):
             lambda: bare.generate([[1]], stop_strings=["a"]),
             lambda: bare.chat_prompt([{"role": "user", "content": "a"}]),
         ):
-            self.assertRaisesRegex(RefusedError, "no tokenizer.json", act)
+            self.assertRaisesRegex(RefusedError, "no tokenizer", act)
 
 
 class BucketTest(absltest.TestCase):
@@ -316,18 +317,68 @@ class GenerationConfigTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ('{"num_beams": 4, "no_repeat_ngram_size": 3}', "num_beams = 4, no_repeat_ngram_size = 3"),
-        ('{"min_p": 0.1}', "min_p"),
+        ('{"min_p": 0.1, "do_sample": true}', "min_p = 0.1.*--greedy"),
         ('{"suppress_tokens": [1]}', "suppress_tokens"),
-        ('{"temperature": "hot"}', "temperature is out of range"),
-        ('{"top_k": -1}', "top_k is out of range"),
-        ('{"top_k": 2147483648}', "top_k is out of range"),
-        ('{"max_new_tokens": 2147483648}', "max_new_tokens is out of range"),
-        ('{"eos_token_id": [1, "2"]}', "eos_token_id is out of range"),
-        ('{"do_sample": 1}', "do_sample is out of range"),
+        ('{"do_sample": true, "temperature": "hot"}', "temperature is out of range.*--temperature"),
+        ('{"do_sample": true, "temperature": 0.0}', "temperature is out of range.*--temperature"),
+        ('{"do_sample": true, "top_k": -1}', "top_k is out of range.*--top-k"),
+        ('{"do_sample": true, "top_p": -0.1}', "top_p is out of range.*--top-p"),
+        ('{"do_sample": true, "top_k": 2147483648}', "top_k is out of range"),
+        ('{"max_new_tokens": 2147483648}', "max_new_tokens is out of range.*--max-new-tokens"),
+        ('{"max_new_tokens": 0}', "max_new_tokens is out of range"),
+        ('{"repetition_penalty": 0}', "repetition_penalty is out of range.*--repetition-penalty"),
+        ('{"eos_token_id": [1, "2"]}', "eos_token_id is out of range.*--ignore-generation-config eos_token_id"),
+        ('{"do_sample": "yes"}', "do_sample is out of range.*--greedy"),
     )
     def test_what_it_asks_for_and_we_do_not_do_is_refused_by_name(self, text, message):
         with self.assertRaisesRegex(RefusedError, message):
-            self.read(text)
+            self.read(text).checked()
+
+    @parameterized.parameters(
+        '{"do_sample": false, "temperature": 0.0}',
+        '{"do_sample": false, "top_k": -1}',
+        '{"do_sample": false, "top_p": 1.7}',
+        '{"temperature": -3}',
+        '{"temperature": "hot", "do_sample": null}',
+        '{"min_p": 0.1, "typical_p": 0.5, "top_h": 0.4, "epsilon_cutoff": 0.1, "eta_cutoff": 0.2}',
+        '{"do_sample": true, "top_p": 1.5, "min_p": 0.0, "epsilon_cutoff": 1.5, "typical_p": 1.5, "eta_cutoff": 0}',
+        '{"penalty_alpha": 0.6, "top_k": 1}',
+        '{"num_beam_groups": 2, "diversity_penalty": 0.5, "length_penalty": 2.0, "early_stopping": true}',
+        '{"renormalize_logits": true, "no_repeat_ngram_size": -1, "min_length": -1, "prompt_lookup_num_tokens": 3}',
+        '{"max_length": -1, "max_new_tokens": 5}',
+        '{"eos_token_id": -1}',
+        '{"do_sample": 1, "eos_token_id": null, "min_new_tokens": 4}',
+    )
+    def test_field_values_that_nothing_uses_stop_nothing(self, text):
+        """FIELD Configurations: a generation_config.json with odd values that nothing uses -> they stop nothing"""
+        self.read(text).checked()
+
+    @parameterized.parameters(
+        ('{"do_sample": true, "temperature": 0.0}', {"temperature": 0.7}),
+        ('{"do_sample": true, "temperature": 0.0}', {"do_sample": False}),
+        ('{"do_sample": true, "top_k": -1}', {"top_k": 20}),
+        ('{"do_sample": true, "top_k": -1, "min_p": 0.1}', {"temperature": 0}),
+        ('{"max_new_tokens": -5}', {"max_new_tokens": 5}),
+        ('{"max_length": 0}', {"max_new_tokens": 5}),
+        ('{"repetition_penalty": -1}', {"repetition_penalty": 1.0}),
+        ('{"num_beams": 4}', {"num_beams": 1}),
+        ('{"eos_token_id": "end"}', {"eos_token_id": [5]}),
+    )
+    def test_field_what_the_caller_replaces_is_not_judged(self, text, changes):
+        """FIELD Configurations: a generation_config.json whose bad value an option replaces -> the option's value"""
+        config = self.read(text)
+        self.assertRaises(RefusedError, config.checked)
+        config.but(**changes).checked()
+        config.without(changes.keys() | config.others.keys() | {"top_k", "temperature", "max_length"}).checked()
+
+    def test_a_setting_can_be_left_out_by_name(self):
+        config = self.read('{"num_beams": 4, "do_sample": true, "top_k": -1, "min_p": 0.1}')
+        with self.assertRaisesRegex(RefusedError, "--ignore-generation-config"):
+            config.without(["top_k"]).checked()
+        expected = GenerationConfig(do_sample=True)
+        self.assertEqual(config.without(["num_beams", "top_k", "min_p"]).checked(), expected)
+        with self.assertRaisesRegex(UsageError, "no such setting"):
+            config.without(["num_bees"])
 
     def test_temperature_zero_is_greedy_and_none_changes_nothing(self):
         config = GenerationConfig(do_sample=True, temperature=0.5)

@@ -84,11 +84,13 @@ class TextTest(parameterized.TestCase):
             ours.apply_chat_template(USER)
 
     def test_another_kind_of_tokenizer_is_refused_and_none_is_none(self):
-        self.assertIsNone(open_tokenizer(tokenizer__json=None))
+        self.assertIsNone(open_tokenizer(tokenizer__json=None, merges__txt=None))
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
         with self.assertRaisesRegex(RefusedError, "not byte-level"):
             open_tokenizer(tokenizer__json=words.to_str().encode())
         with self.assertRaisesRegex(RefusedError, "cannot be used"):
+            open_tokenizer(tokenizer__json=b'{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}')
+        with self.assertRaisesRegex(RefusedError, "--input-ids"):
             open_tokenizer(tokenizer__json=b"{}")
         with self.assertRaisesRegex(UsageError, "not UTF-8"):
             open_tokenizer().encode("\ud800")

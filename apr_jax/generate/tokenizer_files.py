@@ -1,0 +1,310 @@
+"""The tokenizer that `AutoTokenizer.from_pretrained` of transformers 5 makes of a checkpoint's files.
+
+tokenizer.json alone does not say which ids a text has. For every model_type qwen2, whatever tokenizer_class says,
+transformers builds a Qwen2Tokenizer: it takes vocabulary, merges and post-processor from the file, normaliser, words
+and decoder from the class, and cuts and pads nothing. Then it adds tokens, each with the next free id unless the
+vocabulary has it: those of `added_tokens_decoder`, or else of added_tokens.json and tokenizer.json; the named ones
+(`eos_token` and so on, which have defaults); the additional special ones. Here the same is done, by the same calls of
+the same package in the same order.
+
+Source: transformers 5.24, models/auto/tokenization_auto.py, models/qwen2/tokenization_qwen2.py,
+`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from apr_jax.converters.convert.apr_tokenizer import QWEN2_WORDS
+from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import strict_json
+
+CONFIG = "tokenizer_config.json"
+WHOLE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+_ADDED, _SPECIAL_MAP = "added_tokens.json", "special_tokens_map.json"
+_MAX_BYTES = 64 << 20
+_WITHOUT_TOKENIZER = "Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python."
+_MODEL_TYPE, _CLASS = "qwen2", "Qwen2Tokenizer"
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Qwen2Tokenizer's, where tokenizer_config.json does not have the key; null means none.
+_DEFAULTS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """What a checkpoint's files say of its tokenizer.
+
+    Attributes:
+      backend: Text to ids and back.
+      named: Tokens that a chat template may name: "eos_token" and so on.
+      config: tokenizer_config.json; empty if there is none.
+      warnings: What is odd about the files.
+    """
+
+    backend: tokenizers.Tokenizer
+    named: Mapping[str, str]
+    config: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def read(files: Mapping[str, bytes], model_type: str | None, path: str) -> TokenizerFiles | None:
+    """Builds the tokenizer of a checkpoint.
+
+    Args:
+      files: Side files of the checkpoint, name -> content.
+      model_type: config.json's.
+      path: The checkpoint, for error messages.
+
+    Returns:
+      None if there is neither tokenizer.json nor vocab.json with merges.txt.
+
+    Raises:
+      RefusedError: A tokenizer that cannot be used.
+      BrokenContainerError: One of the files is not JSON.
+    """
+    if WHOLE not in files and not (VOCABULARY in files and MERGES in files):
+        return None
+    config = _object(files, CONFIG, path)
+    try:
+        backend = _backend(files, config, model_type, path)
+        tokens = _Tokens.of(files, config, is_qwen2=_is_qwen2(config, model_type))
+        warnings = tokens.add_to(backend)
+        if WHOLE not in files:
+            backend.post_processor = _ends(backend, config, tokens.named)
+    except RefusedError:
+        raise
+    except Exception as error:  # the package raises bare Exception for whatever it cannot take
+        raise _refused(f"the tokenizer cannot be used: {error or type(error).__name__}", path) from None
+    backend.encode_special_tokens = config.get("split_special_tokens") is True
+    named = {name: _text(token) for name, token in tokens.named.items() if token is not None}
+    return TokenizerFiles(backend, named, config, warnings)
+
+
+def missing(path: str | None = None) -> RefusedError:
+    """Returns the error for a checkpoint without a tokenizer."""
+    return RefusedError(
+        "the checkpoint has no tokenizer",
+        code="tokenizer-missing",
+        file=path,
+        expected="tokenizer.json, or vocab.json and merges.txt",
+        hint=_WITHOUT_TOKENIZER,
+    )
+
+
+def _is_qwen2(config: Mapping[str, Any], model_type: str | None) -> bool:
+    """Whether transformers makes a Qwen2Tokenizer, and not what tokenizer.json describes.
+
+    `AutoTokenizer` overrides tokenizer_class for this model_type, R1-Distill-Qwen's LlamaTokenizerFast for one; not
+    where code comes with the checkpoint, whose class it then looks for and replaces if it does not find it.
+    """
+    given = config.get("tokenizer_class")
+    named = None if given is None else str(given).removesuffix("Fast")
+    code = config.get("auto_map")
+    has_code = bool(code.get("AutoTokenizer")) if isinstance(code, Mapping) else bool(code)
+    return named == _CLASS or (model_type == _MODEL_TYPE and not (has_code and named))
+
+
+def _backend(
+    files: Mapping[str, bytes], config: Mapping[str, Any], model_type: str | None, path: str
+) -> tokenizers.Tokenizer:
+    """Returns the tokenizer before anything is added to it."""
+    if WHOLE in files and not _is_qwen2(config, model_type):
+        backend = tokenizers.Tokenizer.from_str(files[WHOLE].decode())
+        if not _is_byte_level(backend.decoder):
+            raise _refused(
+                "the tokenizer is not byte-level BPE, as Qwen2's are",
+                path,
+                code="tokenizer-decoder",
+                found=type(backend.decoder).__name__,
+                expected="the decoder ByteLevel",
+            )
+        # transformers encodes each text whole and alone, whatever the file asks for.
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+    if WHOLE in files:
+        whole = _object(files, WHOLE, path)
+        model = whole.get("model")
+        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+            raise _refused(
+                "the tokenizer is not byte-level BPE, as Qwen2's are",
+                path,
+                code="tokenizer-model",
+                found=str(model.get("type")) if isinstance(model, dict) else "no model",
+                expected="the model BPE",
+            )
+        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", ())]
+        backend = _qwen2(model["vocab"], merges, config)
+        if whole.get("post_processor") is not None:
+            backend.post_processor = _post_processor(whole["post_processor"])
+        return backend
+    lines = [line.rstrip("\r") for line in files[MERGES].decode().split("\n")]
+    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    return _qwen2(_object(files, VOCABULARY, path), merges, config)
+
+
+def _qwen2(vocabulary: dict[str, int], merges: list[Any], config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")), use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, spelling])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _post_processor(described: Any) -> Any:
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [], "post_processor": described}
+    return tokenizers.Tokenizer.from_str(json.dumps(empty)).post_processor
+
+
+def _ends(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, Any]) -> Any:
+    """Returns what puts the first and the last token around a text; only without a tokenizer.json is it asked for."""
+    around = []
+    for key in ("bos_token", "eos_token"):
+        token = named.get(key) if config.get(f"add_{key}") else None
+        around.append(None if token is None else _text(token))
+    first, last = around
+    single = " ".join([*([f"{first}:0"] if first else []), "$A:0", *([f"{last}:0"] if last else [])])
+    tokens = [(token, backend.token_to_id(token)) for token in around if token]
+    return processors.TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=tokens)
+
+
+def _is_byte_level(decoder: Any) -> bool:
+    """Whether a decoder turns GPT-2's letters back into bytes and does nothing else."""
+    if isinstance(decoder, decoders.Sequence):
+        parts = json.loads(decoder.__getstate__())["decoders"]
+        kinds = [part["type"] for part in parts]
+        return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}
+    return isinstance(decoder, decoders.ByteLevel)
+
+
+@dataclasses.dataclass
+class _Tokens:
+    """Tokens that are added to a vocabulary, and their roles.
+
+    Attributes:
+      added: Index -> token. The index says in which order they are added, and not which id they get.
+      named: Role -> token, None where it is taken by none.
+      extra: Further special tokens.
+      again: Whether all special tokens are added once more, as Qwen2Tokenizer does.
+    """
+
+    added: dict[int, AddedToken]
+    named: dict[str, Any]
+    extra: list[Any]
+    again: bool
+
+    @classmethod
+    def of(cls, files: Mapping[str, bytes], config: Mapping[str, Any], *, is_qwen2: bool) -> _Tokens:
+        settings = dict(config)
+        if not settings.get("extra_special_tokens") and "additional_special_tokens" in settings:
+            settings["extra_special_tokens"] = settings.pop("additional_special_tokens")
+        if "added_tokens_decoder" in config:
+            added = {int(index): _added(token) for index, token in config["added_tokens_decoder"].items()}
+        else:
+            _merge_special_map(settings, _object(files, _SPECIAL_MAP, _SPECIAL_MAP))
+            added = _legacy_added(files, settings)
+        if "extra_special_tokens" not in settings:
+            settings["extra_special_tokens"] = settings.get("additional_special_tokens")
+        extra = settings["extra_special_tokens"] or []
+        own = extra if isinstance(extra, Mapping) else {}
+        defaults = _DEFAULTS if is_qwen2 else {}
+        named = {name: settings[name] if name in settings else defaults.get(name) for name in _NAMED}
+        by_text = {token.content: token for token in added.values()}
+        named = {name: by_text.get(_text(token), token) if token is not None else None for name, token in named.items()}
+        others = {key: token for key, token in settings.items() if key.endswith("_token") and key not in _NAMED}
+        named |= {key: token for key, token in {**others, **own}.items() if isinstance(token, str | dict)}
+        return cls(added, named, [] if own else list(extra), is_qwen2)
+
+    def add_to(self, backend: tokenizers.Tokenizer) -> tuple[str, ...]:
+        """Adds the tokens; returns what is odd about the ids that they got."""
+        new: list[Any] = [token for _, token in sorted(self.added.items())]
+        roles = {_text(token) for token in self.named.values() if token is not None}
+        for token in new:
+            # A token with a role is a special one, whatever the file says of it.
+            token.special = token.special or token.content in roles
+        known = {token.content for token in (*new, *backend.get_added_tokens_decoder().values())}
+        for token in (*self.named.values(), *self.extra):
+            if token is not None and _text(token) not in known:
+                known.add(_text(token))
+                new.append(_special(token))
+        if new:
+            backend.add_tokens(new)
+        if self.again:
+            special = [_text(token) for token in (*self.named.values(), *self.extra) if token is not None]
+            backend.add_tokens([AddedToken(text, special=True) for text in dict.fromkeys(special)])
+        moved = [
+            f"{token.content} {index} -> {number}"
+            for index, token in sorted(self.added.items())
+            if (number := backend.token_to_id(token.content)) not in (index, None)
+        ]
+        if not moved:
+            return ()
+        return (
+            "added tokens have other ids than the files say, since transformers gives the next free one: "
+            + ", ".join(moved[:5])
+            + (f" and {len(moved) - 5} more" if len(moved) > 5 else ""),
+        )
+
+
+def _merge_special_map(settings: dict[str, Any], special_map: Mapping[str, Any]) -> None:
+    """Lets special_tokens_map.json go before tokenizer_config.json, as it does without `added_tokens_decoder`."""
+    for key, value in special_map.items():
+        if isinstance(value, dict) and key != "extra_special_tokens":
+            value = {**value, "special": True}
+        if isinstance(value, list) and key == "extra_special_tokens":
+            before = list(settings.get(key) or [])
+            value = before + [token for token in value if token not in before]
+        settings[key] = value
+
+
+def _legacy_added(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """Reads added_tokens.json and tokenizer.json's added tokens, which count without `added_tokens_decoder`."""
+    extra = settings.get("extra_special_tokens") or []
+    special = {_text(token) for token in (*(settings.get(name) for name in _NAMED), *extra) if token is not None}
+    added = {}
+    for text, index in _object(files, _ADDED, _ADDED).items():
+        added[index] = AddedToken(text, normalized=text not in special, special=text in special)
+    for token in _object(files, WHOLE, WHOLE).get("added_tokens") or ():
+        added[token["id"]] = _added({key: value for key, value in token.items() if key != "id"})
+    return added
+
+
+def _added(described: Mapping[str, Any]) -> AddedToken:
+    return AddedToken(**{key: value for key, value in described.items() if key != "__type"})
+
+
+def _special(token: Any) -> AddedToken:
+    """Returns a token that has a role: named by its text, described, or one of those that were added."""
+    if isinstance(token, Mapping):
+        return _added({"special": True, **token})
+    return token if isinstance(token, AddedToken) else AddedToken(token, special=True)
+
+
+def _text(token: Any) -> str:
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    if not isinstance(token, str | AddedToken):
+        raise TypeError(f"a special token is {token!r}")
+    return token if isinstance(token, str) else str(token.content)
+
+
+def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
+    """Returns a file's JSON object, an empty one if there is no such file."""
+    if name not in files:
+        return {}
+    value = strict_json.loads(files[name], what=name, max_bytes=_MAX_BYTES, file=path)
+    if not isinstance(value, dict):
+        raise _refused(f"{name} is no object", path)
+    return value
+
+
+def _refused(message: str, path: str, code: str = "tokenizer-broken", **details: Any) -> RefusedError:
+    return RefusedError(message, code=code, file=path, hint=_WITHOUT_TOKENIZER, **details)

@@ -1,0 +1,170 @@
+"""The tokenizer that an `.apr` holds in its metadata, as HuggingFace's files.
+
+`apr import` keeps a list of tokens and one of merges and drops the rest of tokenizer.json. Which tokens were added to
+the vocabulary can be told without it: byte-level BPE makes every token of its own from single bytes by merges, so that
+what is no byte and what no merge makes was added. What it does with a text before merging is Qwen2's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apr_jax.converters.errors import RefusedError, counted
+
+VOCABULARY = "tokenizer.vocabulary"
+_MERGES, _TYPES, _TEMPLATE = "tokenizer.merges", "tokenizer.token_type", "tokenizer.chat_template"
+_END_IDS = {"bos_token": "tokenizer.bos_token_id", "eos_token": "tokenizer.eos_token_id"}
+_HOLE = "<unk>"
+# GGML's types of tokens, which imports of GGUF keep.
+_CONTROL, _USER_DEFINED = 3, 4
+# Spelt as special tokens are, but shown in texts by Qwen2.5 and Qwen3.
+_SHOWN = frozenset(
+    f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
+)
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2Tokenizer's: what is merged lies within one of these."""
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def files_of(metadata: Mapping[str, Any], warnings: list[str]) -> dict[str, bytes]:
+    """Returns tokenizer.json and tokenizer_config.json for the tokenizer of an `.apr`; nothing if it holds none.
+
+    Args:
+      metadata: The metadata of the `.apr`.
+      warnings: Added to: what the metadata lack, or say and cannot mean.
+
+    Raises:
+      RefusedError: Code "tokenizer-broken": vocabulary or merges are not what they are called.
+    """
+    if VOCABULARY not in metadata:
+        return {}
+    vocabulary = _ids(metadata[VOCABULARY])
+    merges = _merges(metadata.get(_MERGES), vocabulary, warnings)
+    roles = _roles(metadata, warnings)
+    special = {token for token in vocabulary if _is_special(token)} | set(roles.values())
+    added = _added(metadata, vocabulary, merges, special)
+    if missing := [letter for letter in byte_letters() if letter not in vocabulary]:
+        warnings.append(f"the tokenizer has no token for {counted(len(missing), 'byte')}: text with them loses them")
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": vocabulary[token], "content": token, **_FLAGS, "special": token in special} for token in added
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
+                _BYTE_LEVEL,
+            ],
+        },
+        "post_processor": _BYTE_LEVEL,
+        "decoder": _BYTE_LEVEL,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [" ".join(pair) for pair in merges]},
+    }
+    config: dict[str, Any] = {
+        "added_tokens_decoder": {
+            str(vocabulary[token]): {"content": token, **_FLAGS, "special": token in special} for token in added
+        },
+        "bos_token": roles.get("bos_token"),
+        "eos_token": roles.get("eos_token"),
+        "pad_token": roles.get("eos_token"),
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    if isinstance(template := metadata.get(_TEMPLATE), str):
+        config["chat_template"] = template
+    return {"tokenizer.json": _json(whole), "tokenizer_config.json": _json(config)}
+
+
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def byte_letters() -> list[str]:
+    """Returns GPT-2's letter for each byte: printable ones stand for themselves."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _ids(tokens: Any) -> dict[str, int]:
+    """Returns token -> id without the holes: `<unk>` at the end, or more than once."""
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise RefusedError(f"{VOCABULARY} is no list of texts", code="tokenizer-broken")
+    counts = Counter(tokens)
+    is_hole = counts[_HOLE] > 1 or tokens[-1:] == [_HOLE]
+    return {token: number for number, token in enumerate(tokens) if not (is_hole and token == _HOLE)}
+
+
+def _merges(given: Any, vocabulary: Mapping[str, int], warnings: list[str]) -> list[list[str]]:
+    """Returns the merges as pairs, whether they are pairs or "left right"."""
+    if given is not None and not isinstance(given, list):
+        raise RefusedError(f"{_MERGES} is no list", code="tokenizer-broken", found=type(given).__name__)
+    merges = []
+    for number, merge in enumerate(given or ()):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_piece(part) for part in pair):
+            raise RefusedError(
+                f"{_MERGES} holds what is no merge",
+                code="tokenizer-broken",
+                found=f"number {number}: {merge!r}"[:200],
+                expected='"left right" or ["left", "right"]',
+                hint="Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python.",
+            )
+        merges.append(pair)
+    known = [pair for pair in merges if pair[0] in vocabulary and pair[1] in vocabulary and "".join(pair) in vocabulary]
+    if len(known) < len(merges):
+        warnings.append(
+            f"{counted(len(merges) - len(known), 'merge')} of the tokenizer make no token of its vocabulary: left out"
+        )
+    if not known:
+        warnings.append("the tokenizer has no merges: text becomes a token for each byte, as the model never saw it")
+    return known
+
+
+def _is_piece(part: Any) -> bool:
+    # GPT-2's letter for a space is another character.
+    return isinstance(part, str) and part != "" and " " not in part
+
+
+def _roles(metadata: Mapping[str, Any], warnings: list[str]) -> dict[str, str]:
+    tokens = metadata[VOCABULARY]
+    roles = {}
+    for role, key in _END_IDS.items():
+        number = metadata.get(key)
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < len(tokens):
+            warnings.append(f"{key} is {number!r}, which none of the {len(tokens)} tokens has: not used")
+        elif tokens[number] != _HOLE:
+            roles[role] = tokens[number]
+    return roles
+
+
+def _is_special(token: str) -> bool:
+    return len(token) > 4 and token.startswith("<|") and token.endswith("|>") and token not in _SHOWN
+
+
+def _added(
+    metadata: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[Sequence[str]], special: set[str]
+) -> list[str]:
+    """Returns the tokens that were added to the vocabulary, in the order of their ids."""
+    types = metadata.get(_TYPES)
+    if isinstance(types, list) and len(types) == len(metadata[VOCABULARY]):
+        return [token for token, number in vocabulary.items() if types[number] in (_CONTROL, _USER_DEFINED)]
+    if not merges:
+        # Nothing tells added tokens from those whose merges are lost but their spelling.
+        return [token for token in vocabulary if token in special or token in _SHOWN]
+    made = {"".join(pair) for pair in merges} | set(byte_letters())
+    return [token for token in vocabulary if token not in made]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
