@@ -248,30 +248,24 @@ def logits(work: Work) -> Iterator[Line]:
 def text(work: Work) -> Iterator[Line]:
     folder = work.float32
     generator, model, tokenizer = load_generator(folder), theirs(folder, "float32"), words(folder)
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": chat}], add_generation_prompt=True, tokenize=False)
-        for chat in CHATS
-    ]
-    ours_chats = [generator.chat_prompt([{"role": "user", "content": chat}]) for chat in CHATS]
-    yield Line(
-        "chats as rendered",
-        "transformers'",
-        f"{sum(map(str.__eq__, chats, map(str, ours_chats)))} of 3",
-        chats == list(map(str, ours_chats)),
-    )
+    messages = [[{"role": "user", "content": chat}] for chat in CHATS]
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    chats = [list(tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"]) for m in messages]
+    equal = sum(generator.chat_prompt(m) == ids for m, ids in zip(messages, chats, strict=True))
+    yield Line("chats as token ids", "transformers'", f"{equal} of {len(chats)}", equal == len(chats))
     same, length = 0, []
-    for prompt in (*PROMPTS, *chats):
-        ids = tokenizer(prompt, add_special_tokens=prompt in PROMPTS, return_tensors="pt")["input_ids"]
+    for prompt in (*prompts, *chats):
+        ids = torch.tensor([prompt])
         with torch.inference_mode():
             made = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)[0, ids.shape[1] :]
-        (ours,) = generator.generate([ids[0].tolist()], do_sample=False, max_new_tokens=NEW_TOKENS)
+        (ours,) = generator.generate([prompt], do_sample=False, max_new_tokens=NEW_TOKENS)
         same += list(ours.token_ids) == made.tolist()
         length.append(len(made))
-    count = len(PROMPTS) + len(CHATS)
+    count = len(prompts) + len(chats)
     yield Line(
         f"greedy text of {min(length)} to {max(length)} tokens",
         "transformers' tokens",
-        f"{same} of {count}",
+        f"{same} of {count} prompts",
         same == count,
     )
     file = work.converted("float32.apr", folder, "--to", "apr")
