@@ -1,6 +1,6 @@
 """Tokenizer folders as people hold them: the files of a committed checkpoint, each variant with one thing changed.
 
-They serve two suites: live transformers says what is right in tests/reference, recorded ids hold in the default suite.
+Two suites take them: live transformers says what is right in tests/reference, and what it said in the default suite.
 """
 
 import json
@@ -10,6 +10,8 @@ from typing import Any
 from tests import paths
 
 BASE = "gqa_tied_bf16"
+RECORDED = paths.ROOT / "tests" / "data" / "tokenizer_variants.json"
+"""What transformers makes of them; by tests/data/record_tokenizer_variants.py."""
 TEXTS = (
     "What is 2+2?",
     "  don't  He'll\n\n x1234 e\u0301 é 漢字😀\t!!\r\n ",
