@@ -13,7 +13,20 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import AprJaxError, RefusedError
 from apr_jax.generate.tokenizer import Detokenizer, Tokenizer
 from tests import paths
-from tests.tokenizer_variants import BASE, CHAT, RECORDED, TEXTS, VARIANTS, base_files
+from tests.tokenizer_variants import (
+    ADDED,
+    AROUND,
+    BASE,
+    CHAT,
+    CUT_AND_PADDED,
+    LEGACY,
+    OVERRIDDEN,
+    RECORDED,
+    SLOW,
+    TEXTS,
+    VARIANTS,
+    base_files,
+)
 
 OUTCOMES = json.loads(RECORDED.read_text())
 
@@ -29,11 +42,38 @@ class VariantsTest(parameterized.TestCase):
         self.assertEqual(list(OUTCOMES["variants"]), list(VARIANTS))
         self.assertGreater(len(OUTCOMES["outcomes"]), 20)
 
-    @parameterized.named_parameters(*VARIANTS.items())
-    def test_field_ids_texts_and_chats_are_those_of_transformers(self, make_files):
-        """FIELD Text: tokenizer files of 49 kinds (cut, padded, BOS, EOS, added anywhere, slow) -> transformers' ids"""
-        name = self._testMethodName.rpartition("transformers_")[2]
-        tokenizer = tokenizer_of(make_files())
+    @parameterized.parameters(*CUT_AND_PADDED)
+    def test_field_what_cuts_and_pads_has_no_effect(self, name):
+        """FIELD Text: tokenizer.json with truncation, padding; either side, fixed, longest, multiples -> no effect"""
+        self.check(name)
+
+    @parameterized.parameters(*AROUND)
+    def test_field_a_text_gets_what_the_post_processor_adds_and_a_chat_does_not(self, name):
+        """FIELD Text: a post-processor with BOS, EOS, both, of BERT, of RoBERTa, in a Sequence -> texts, not chats"""
+        self.check(name)
+
+    @parameterized.parameters(*ADDED)
+    def test_field_added_tokens_come_from_every_place(self, name):
+        """FIELD Text: tokens added by added_tokens_decoder, special ones, roles, objects, gaps -> transformers' ids"""
+        self.check(name)
+
+    @parameterized.parameters(*SLOW)
+    def test_field_vocabulary_and_merges_are_enough(self, name):
+        """FIELD Text: vocab.json and merges.txt, no tokenizer.json -> built as transformers builds it"""
+        self.check(name)
+
+    @parameterized.parameters(*LEGACY)
+    def test_field_older_files_count_where_transformers_reads_them(self, name):
+        """FIELD Text: special_tokens_map.json, roles left out, split_special_tokens -> as transformers reads them"""
+        self.check(name)
+
+    @parameterized.parameters(*OVERRIDDEN)
+    def test_field_qwen2s_own_parts_go_before_those_of_the_file(self, name):
+        """FIELD Text: decoder in a Sequence, other words or class, R1-Distill's, code beside -> AutoTokenizer's ids"""
+        self.check(name)
+
+    def check(self, name: str) -> None:
+        tokenizer = tokenizer_of(VARIANTS[name]())
         expected = OUTCOMES["outcomes"][OUTCOMES["variants"][name]]
         self.assertEqual([tokenizer.encode(text) for text in TEXTS], expected["ids"])
         self.assertEqual([tokenizer.encode(text, special_tokens=False) for text in TEXTS], expected["plain"])
