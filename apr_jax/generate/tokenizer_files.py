@@ -21,8 +21,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from apr_jax.converters.convert.apr_tokenizer import QWEN2_WORDS
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.convert import apr_tokenizer
+from apr_jax.converters.errors import AprJaxError, RefusedError
 from apr_jax.converters.formats import strict_json
 
 CONFIG = "tokenizer_config.json"
@@ -31,6 +31,7 @@ _ADDED, _SPECIAL_MAP = "added_tokens.json", "special_tokens_map.json"
 _MAX_BYTES = 64 << 20
 _WITHOUT_TOKENIZER = "Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python."
 _MODEL_TYPE, _CLASS = "qwen2", "Qwen2Tokenizer"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Qwen2Tokenizer's, where tokenizer_config.json does not have the key; null means none.
 _DEFAULTS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
@@ -77,10 +78,11 @@ def read(files: Mapping[str, bytes], model_type: str | None, path: str) -> Token
         warnings = tokens.add_to(backend)
         if WHOLE not in files:
             backend.post_processor = _ends(backend, config, tokens.named)
-    except RefusedError:
+    except AprJaxError:
         raise
     except Exception as error:  # the package raises bare Exception for whatever it cannot take
-        raise _refused(f"the tokenizer cannot be used: {error or type(error).__name__}", path) from None
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise _refused(f"the tokenizer cannot be used: {said}", path) from None
     backend.encode_special_tokens = config.get("split_special_tokens") is True
     named = {name: _text(token) for name, token in tokens.named.items() if token is not None}
     return TokenizerFiles(backend, named, config, warnings)
@@ -139,20 +141,19 @@ def _backend(
                 found=str(model.get("type")) if isinstance(model, dict) else "no model",
                 expected="the model BPE",
             )
-        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", ())]
-        backend = _qwen2(model["vocab"], merges, config)
+        backend = _qwen2(model["vocab"], apr_tokenizer.pairs(model.get("merges", ()), WHOLE), config)
         if whole.get("post_processor") is not None:
             backend.post_processor = _post_processor(whole["post_processor"])
         return backend
     lines = [line.rstrip("\r") for line in files[MERGES].decode().split("\n")]
-    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
-    return _qwen2(_object(files, VOCABULARY, path), merges, config)
+    merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    return _qwen2(_object(files, VOCABULARY, path), apr_tokenizer.pairs(merges, MERGES), config)
 
 
-def _qwen2(vocabulary: dict[str, int], merges: list[Any], config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+def _qwen2(vocabulary: dict[str, int], merges: list[list[str]], config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges]))
     backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(QWEN2_WORDS), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(apr_tokenizer.QWEN2_WORDS), "isolated")
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")), use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, spelling])
     backend.decoder = decoders.ByteLevel()
@@ -273,12 +274,15 @@ def _legacy_added(files: Mapping[str, bytes], settings: Mapping[str, Any]) -> di
     for text, index in _object(files, _ADDED, _ADDED).items():
         added[index] = AddedToken(text, normalized=text not in special, special=text in special)
     for token in _object(files, WHOLE, WHOLE).get("added_tokens") or ():
-        added[token["id"]] = _added({key: value for key, value in token.items() if key != "id"})
+        added[token["id"]] = _added(token)
     return added
 
 
 def _added(described: Mapping[str, Any]) -> AddedToken:
-    return AddedToken(**{key: value for key, value in described.items() if key != "__type"})
+    if not isinstance(described.get("content"), str):
+        raise TypeError(f"an added token is {described!r}")
+    # The package prints what it does not know on stdout.
+    return AddedToken(described["content"], **{flag: described[flag] for flag in _FLAGS if flag in described})
 
 
 def _special(token: Any) -> AddedToken:

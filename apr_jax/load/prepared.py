@@ -24,8 +24,8 @@ from apr_jax.converters.checkpoint import file_names
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.naming import for_model
-from apr_jax.converters.convert import apr_metadata
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
+from apr_jax.converters.convert import apr_metadata, apr_tokenizer
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
@@ -197,8 +197,11 @@ def _spelt(description: Description) -> bytes:
 
 
 def _side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Returns the files that come along; config.json is made where the source has none."""
+    """Returns the files that come along; config.json and the tokenizer are made where the source has none."""
     files = dict(checkpoint.files)
+    if checkpoint.kind == "apr" and not files.keys() & {"tokenizer.json", "vocab.json"}:
+        with contextlib.suppress(RefusedError):
+            files |= apr_tokenizer.files_of(checkpoint.metadata, [])
     if CONFIG_NAME not in files:
         files[CONFIG_NAME] = apr_metadata.config_json(checkpoint.config)
     return files

@@ -8,7 +8,6 @@ what is no byte and what no merge makes was added. What it does with a text befo
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,8 +42,10 @@ def files_of(metadata: Mapping[str, Any], warnings: list[str]) -> dict[str, byte
     """
     if VOCABULARY not in metadata:
         return {}
-    vocabulary = _ids(metadata[VOCABULARY])
-    merges = _merges(metadata.get(_MERGES), vocabulary, warnings)
+    given = metadata.get(_MERGES)
+    merges: Sequence[list[str]] = pairs([] if given is None else given, _MERGES)
+    vocabulary = _ids(metadata[VOCABULARY], merges)
+    merges = _known_merges(merges, vocabulary, warnings)
     roles = _roles(metadata, warnings)
     special = {token for token in vocabulary if _is_special(token)} | set(roles.values())
     added = _added(metadata, vocabulary, merges, special)
@@ -94,31 +95,25 @@ def byte_letters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _ids(tokens: Any) -> dict[str, int]:
-    """Returns token -> id without the holes: `<unk>` at the end, or more than once."""
+def _ids(tokens: Any, merges: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Returns token -> id without the holes: `<unk>` at the end, or more than once and made by no merge.
+
+    Qwen2's vocabulary has a token of that spelling; it stands before all holes.
+    """
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise RefusedError(f"{VOCABULARY} is no list of texts", code="tokenizer-broken")
-    counts = Counter(tokens)
-    is_hole = counts[_HOLE] > 1 or tokens[-1:] == [_HOLE]
-    return {token: number for number, token in enumerate(tokens) if not (is_hole and token == _HOLE)}
+    ids: dict[str, int] = {}
+    for number, token in enumerate(tokens):
+        ids.setdefault(token, number)
+    is_hole = tokens.count(_HOLE) > 1 or tokens[-1:] == [_HOLE]
+    if is_hole and not any("".join(pair) == _HOLE for pair in merges):
+        del ids[_HOLE]
+    return ids
 
 
-def _merges(given: Any, vocabulary: Mapping[str, int], warnings: list[str]) -> list[list[str]]:
-    """Returns the merges as pairs, whether they are pairs or "left right"."""
-    if given is not None and not isinstance(given, list):
-        raise RefusedError(f"{_MERGES} is no list", code="tokenizer-broken", found=type(given).__name__)
-    merges = []
-    for number, merge in enumerate(given or ()):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_piece(part) for part in pair):
-            raise RefusedError(
-                f"{_MERGES} holds what is no merge",
-                code="tokenizer-broken",
-                found=f"number {number}: {merge!r}"[:200],
-                expected='"left right" or ["left", "right"]',
-                hint="Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python.",
-            )
-        merges.append(pair)
+def _known_merges(
+    merges: Sequence[list[str]], vocabulary: Mapping[str, int], warnings: list[str]
+) -> Sequence[list[str]]:
     known = [pair for pair in merges if pair[0] in vocabulary and pair[1] in vocabulary and "".join(pair) in vocabulary]
     if len(known) < len(merges):
         warnings.append(
@@ -127,6 +122,27 @@ def _merges(given: Any, vocabulary: Mapping[str, int], warnings: list[str]) -> l
     if not known:
         warnings.append("the tokenizer has no merges: text becomes a token for each byte, as the model never saw it")
     return known
+
+
+def pairs(merges: Any, what: str) -> list[list[str]]:
+    """Returns merges as pairs of tokens, whether they are pairs or "left right".
+
+    Raises:
+      RefusedError: Code "tokenizer-broken": one is neither.
+    """
+    if not isinstance(merges, list | tuple):
+        raise RefusedError(f"{what}: no list of merges", code="tokenizer-broken", found=type(merges).__name__)
+    found = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for number, pair in enumerate(found):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_piece(part) for part in pair):
+            raise RefusedError(
+                f"{what}: this is no merge",
+                code="tokenizer-broken",
+                found=f"number {number}: {merges[number]!r}"[:200],
+                expected='"left right" or ["left", "right"]',
+                hint="Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python.",
+            )
+    return found
 
 
 def _is_piece(part: Any) -> bool:

@@ -12,6 +12,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.generate.tokenizer import Tokenizer
 from tests import paths
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
@@ -90,6 +92,11 @@ class GenerateCommandTest(parameterized.TestCase):
             ((SAMPLE, "--prompt", "a", "--chat", "b"), 2, "not allowed"),
             ((SAMPLE, "--prompt", "a", "--system", "b"), 2, "belongs to --chat"),
             ((SAMPLE, "--prompt", "a", "--greedy", "--top-k", 3), 2, "draws nothing"),
+            ((SAMPLE, "--prompt", "a", "--template-arg", "x=1"), 2, "--template-arg belongs to --chat"),
+            ((SAMPLE, "--chat", "a", "--template-arg", "x"), 2, "no variable of a chat template"),
+            ((SAMPLE, "--chat", "a", "--tools", self.file("{}")), 2, "not a list of tools"),
+            ((SAMPLE, "--chat", "a", "--chat-template", "no"), 2, "neither a chat template of the checkpoint nor"),
+            ((SAMPLE, "--chat", "a", "--ignore-generation-config", "x"), 2, "no such setting"),
             ((SAMPLE, "--prompt", "a", "--top-p", -1), 2, "top_p is out of range"),
             ((SAMPLE, "--prompt", ""), 2, "prompt is empty"),
             ((SAMPLE, "--prompts", self.file('["a", 1]')), 2, "not a list of texts"),
@@ -103,6 +110,22 @@ class GenerateCommandTest(parameterized.TestCase):
                 lines = self.ran(*args, code=code).stderr.strip().splitlines()
                 self.assertIn(message, lines[-1])
                 self.assertIn("error", lines[-1])
+
+    def test_a_chat_with_tools_and_switches_goes_through_the_template_that_is_asked_for(self):
+        asks = pathlib.Path(self.file("{{ messages[0].content }}{{ tools[0].name }}{{ enable_thinking }}{{ style }}"))
+        tools = self.file('[{"name": "weather"}]')
+        switches = ("--template-arg", "enable_thinking=false", "--template-arg", "style=terse", "--tools", tools)
+        few = ("--json", "--max-new-tokens", 3, *GREEDY)
+        done = self.ran(SAMPLE, "--chat", "Hi", *switches, "--chat-template", asks, *few)
+        self.assertNotIn("warning", done.stderr)
+        (row,) = json.loads(done.stdout)["generations"]
+        with open_checkpoint(SAMPLE) as checkpoint:
+            tokenizer = Tokenizer.of(checkpoint)
+        self.assertEqual(row["prompt_tokens"], len(tokenizer.encode("HiweatherFalseterse")))
+        done = self.ran(SAMPLE, "--chat", "Hi", *switches, *few)
+        self.assertEqual(json.loads(done.stdout)["generations"][0]["prompt_tokens"], 53)
+        for name in ("enable_thinking", "style", "tools"):
+            self.assertIn(f"warning: the chat template does not ask for {name}", done.stderr)
 
     def test_ids_work_without_a_tokenizer(self):
         bare = pathlib.Path(self.create_tempdir().full_path)

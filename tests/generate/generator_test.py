@@ -263,6 +263,14 @@ class GenerationTest(parameterized.TestCase):
             self.generator.stream(prompts, **settings)
         self.assertEqual(COMPILATIONS.count, before)
 
+    def test_a_chat_is_a_prompt_of_ids_alone_and_beside_others(self):
+        chat = self.generator.chat_prompt([{"role": "user", "content": "Hi"}])
+        self.assertEqual(chat, self.generator.tokenizer.encode_chat([{"role": "user", "content": "Hi"}]))
+        for prompts, rows in ((chat, 1), ([chat, "a"], 2), (np.asarray(chat), 1)):
+            stream = self.generator.stream(prompts)
+            self.assertEqual(stream.timing.rows, rows)
+            self.assertEqual([int(token) for token in stream.results()[0].prompt_ids], chat)
+
     def test_without_a_tokenizer_ids_work_and_text_does_not(self):
         bare = Generator(self.generator.model)
         (row,) = bare.generate([seeded_prompt(5)], max_new_tokens=4, **PLAIN)

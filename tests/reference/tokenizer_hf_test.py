@@ -31,8 +31,7 @@ class VariantsTest(parameterized.TestCase):
             return theirs, Tokenizer.of(checkpoint)
 
     @parameterized.named_parameters(*VARIANTS.items())
-    def test_field_ids_texts_and_chats_are_transformers(self, make_files):
-        """FIELD Text: tokenizer files as people hold them (50 variants) -> the ids, texts and chats of transformers"""
+    def test_ids_texts_and_chats_are_transformers(self, make_files):
         theirs, ours = self.both(make_files())
         for text in TEXTS:
             for special in (True, False):
