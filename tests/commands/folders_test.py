@@ -493,6 +493,58 @@ class PlacesTest(FieldTestCase):
             self.assertIn(str(self.folder / "out" / name), said)
 
 
+def safetensors_file(tensors: dict[str, np.ndarray]) -> bytes:
+    """A safetensors file with its data in the order of the dict, as the format's description has it."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, values in tensors.items():
+        code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[values.dtype.name]
+        end = len(data) + values.nbytes
+        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": [len(data), end]}
+        data += values.tobytes()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+ORDERS = {
+    "wide_first": lambda names: sorted(names, key=lambda name: (not name.endswith("norm.weight"), name)),
+    "by_name": sorted,
+    "backwards": lambda names: sorted(names, reverse=True),
+    "by_execution": lambda names: sorted(names, key=lambda name: ("norm" in name, len(name), name)),
+}
+
+
+class LayoutTest(FieldTestCase):
+    @parameterized.product(order=list(ORDERS), norms=("float32", "float16"))
+    def test_field_mixed_types(self, order, norms):
+        """FIELD Configurations: f32 (f16) norms beside bf16 -> the same file after .apr and back, byte for byte"""
+        source = self.copy()
+        tensors = safetensors.numpy.load_file(source / "model.safetensors")
+        for name in tensors:
+            if name.endswith("norm.weight"):
+                tensors[name] = tensors[name].astype(norms)
+        content = safetensors_file({name: tensors[name] for name in ORDERS[order](tensors)})
+        (source / "model.safetensors").write_bytes(content)
+        self.convert(source)
+        self.convert(self.folder / "out.apr", to="safetensors")
+        self.assertEqual((self.folder / "out" / "model.safetensors").read_bytes(), content)
+        self.convert(source, to="safetensors")
+        self.assertEqual((self.folder / "out" / "model.safetensors").read_bytes(), content)
+
+    def test_a_cast_goes_back_to_the_usual_order(self):
+        source = self.copy()
+        tensors = safetensors.numpy.load_file(source / "model.safetensors")
+        backwards = safetensors_file({name: tensors[name] for name in sorted(tensors, reverse=True)})
+        (source / "model.safetensors").write_bytes(backwards)
+        self.convert(source, "--cast", "*norm*=f32")
+        self.convert(self.folder / "out.apr", to="safetensors")
+        for name in tensors:
+            if "norm" in name:
+                tensors[name] = tensors[name].astype(np.float32)
+        expected = safetensors.numpy.save(tensors, {"format": "pt"})
+        self.assertEqual((self.folder / "out" / "model.safetensors").read_bytes(), expected)
+
+
 class AnyArchitectureTest(FieldTestCase):
     @parameterized.parameters(
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
