@@ -141,6 +141,14 @@ class Checkpoint:
             other.metadata = _with_names(self.metadata, names)
         return other
 
+    def without(self, prefix: str) -> Checkpoint:
+        """Returns the same checkpoint, open files shared, without the tensors whose names begin with `prefix`."""
+        if not any(name.startswith(prefix) for name in self.tensors):
+            return self
+        other = copy.copy(self)
+        other.tensors = _by_name(tensor for name, tensor in self.tensors.items() if not name.startswith(prefix))
+        return other
+
     def close(self) -> None:
         """Closes the files; tensors cannot be read afterwards."""
         for source in self.sources:

@@ -23,7 +23,14 @@ from apr_jax.converters.checkpoint.checkpoint import (
     SideFiles,
 )
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
-from apr_jax.converters.checkpoint.incomplete import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SHARD, recognise
+from apr_jax.converters.checkpoint.incomplete import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    SHARD,
+    recognise,
+    recognise_apr,
+    training_state,
+)
 from apr_jax.converters.checkpoint.qwen2 import HEAD, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import (
@@ -118,16 +125,21 @@ def _open_apr(path: str, source: SourceFile, first: bytearray, lenient: bool, le
         for entry in prologue.entries
         if not entry.is_placeholder
     ]
+    files = _embedded_files(prologue.metadata.get(SOURCE_FILES_KEY), path)
+    names = [tensor.name for tensor in tensors]
+    incomplete = recognise_apr(prologue.metadata, names, files.get(ADAPTER_CONFIG_NAME))
+    state = None if incomplete else training_state(prologue.metadata, names)
     return Checkpoint(
         path,
         "apr",
         tensors=tensors,
         placeholders={entry.name: entry.shape for entry in prologue.entries if entry.is_placeholder},
-        files=_embedded_files(prologue.metadata.get(SOURCE_FILES_KEY), path),
+        files=files,
         metadata=prologue.metadata,
         sources=(source,),
-        warnings=prologue.warnings,
+        warnings=[*([f"this is {state}"] if state else []), *prologue.warnings],
         apr=prologue,
+        incomplete=incomplete,
     )
 
 
