@@ -36,7 +36,7 @@ exit codes: 0 fine, 1 apr_jax and HuggingFace do not compute the same, 2 usage, 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="0.5b, 1.5b, 7b, or a checkpoint")
+    parser.add_argument("model", metavar="MODEL", help="0.5b, 1.5b, 7b, or a checkpoint: path or OWNER/NAME")
     parser.add_argument("--cases", metavar="LIST", help="comma-separated; default: a set for the device")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
@@ -60,6 +60,9 @@ def main(args: argparse.Namespace) -> int:
     # Peers use the same GPU; JAX would take three quarters of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from apr_jax.bench import report, roofline, session
+    from apr_jax.converters.checkpoint.hub import located
+
+    args.model = located(args.model)
 
     def keep(results: dict[str, Any]) -> None:
         if args.output:

@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.make_parser(argv[0], "Prepare a model for a fast start, or check one that was prepared.", _EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="save|restore")
     save = commands.add_parser("save", help="write a prepared checkpoint")
-    save.add_argument("model", metavar="MODEL", help=".apr file, HuggingFace folder, .safetensors file or shard index")
+    save.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
     save.add_argument("folder", metavar="DIR", help="folder to write")
     save.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="default float32")
     save.add_argument("--fused", action="store_true", help="one matrix for q, k and v, and one for gate and up")

@@ -43,7 +43,7 @@ exit codes: 0 fine, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="an .apr file, a HuggingFace folder, or what `checkpoint` saved")
+    parser.add_argument("model", metavar="MODEL", help=f"{cli.CHECKPOINT_HELP}; or what `checkpoint` saved")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", action="append", help="text to go on from (repeatable: a batch)")
     prompts.add_argument("--chat", metavar="TEXT", action="append", help="what the user says (repeatable: a batch)")

@@ -43,7 +43,7 @@ exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken cont
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="an .apr file, a HuggingFace folder or a .safetensors file")
+    parser.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument(
         "-o", "--output", metavar="OUT", help="golden file to write, or with --trace a folder of APRT files (OUT/)"
@@ -80,9 +80,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from apr_jax.converters.checkpoint.hub import located
     from apr_jax.generate import compilation_cache
 
     compilation_cache.enable()
+    args.model = located(args.model)
     if args.export_inputs:
         return _export(args)
     return _check(args) if args.check else _make(args)

@@ -44,7 +44,7 @@ exit codes: 0 equal or rounding, 1 a mistake, 2 usage, 3 file not found, 4 broke
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="an .apr file, a HuggingFace folder or a .safetensors file")
+    parser.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
     parser.add_argument("--right", metavar="cpu|cuda|hf|DUMP", required=True, help="what is examined")
     parser.add_argument(
         "--left", choices=("cpu", "cuda"), default="cpu", help="where rounding is measured (default: cpu)"
@@ -84,6 +84,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.generate import compilation_cache
     from apr_jax.load.load_model import load_model
@@ -92,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
     from apr_jax.parity.localise import infer_dtype
 
     compilation_cache.enable()
+    args.model = located(args.model)
     with open_checkpoint(args.model) as checkpoint:
         config = checkpoint.model_config()
     dump = _right(args, config)

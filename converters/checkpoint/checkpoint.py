@@ -22,6 +22,8 @@ from apr_jax.converters.storage.source import SourceFile
 # its own, a string of its `__metadata__`. Both hold an object: name -> text, or {"base64": text} where it is not UTF-8.
 SOURCE_FILES_KEY = "source_files"
 SAFETENSORS_SOURCE_FILES_KEY = "apr_jax.source_files"
+# Where an `.apr` keeps the order of the data in the safetensors file that it was made from, if it is unusual.
+SOURCE_ORDER_KEY = "source_order"
 
 # A larger one that only its ending makes a side file is more likely data that lie in the folder.
 _MAX_CONFIG_BYTES = 16 << 20
@@ -135,6 +137,16 @@ class Checkpoint:
             dataclasses.replace(tensor, name=names.get(name, name)) for name, tensor in self.tensors.items()
         )
         other.placeholders = MappingProxyType({names.get(name, name): s for name, s in self.placeholders.items()})
+        if self.kind == "apr":
+            other.metadata = _with_names(self.metadata, names)
+        return other
+
+    def without(self, prefix: str) -> Checkpoint:
+        """Returns the same checkpoint, open files shared, without the tensors whose names begin with `prefix`."""
+        if not any(name.startswith(prefix) for name in self.tensors):
+            return self
+        other = copy.copy(self)
+        other.tensors = _by_name(tensor for name, tensor in self.tensors.items() if not name.startswith(prefix))
         return other
 
     def close(self) -> None:
@@ -197,6 +209,17 @@ class SideFiles(Mapping[str, bytes]):
 def _by_name(tensors: Iterable[Tensor]) -> Mapping[str, Tensor]:
     ordered = sorted(tensors, key=lambda tensor: tensor.name.encode())
     return MappingProxyType({tensor.name: tensor for tensor in ordered})
+
+
+def _with_names(metadata: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns an `.apr`'s metadata with other names wherever they list tensors."""
+    changed = dict(metadata)
+    order, shapes = metadata.get(SOURCE_ORDER_KEY), metadata.get("tensor_shapes")
+    if isinstance(order, list):
+        changed[SOURCE_ORDER_KEY] = [names.get(name, name) if isinstance(name, str) else name for name in order]
+    if isinstance(shapes, dict):
+        changed["tensor_shapes"] = {names.get(name, name): shape for name, shape in shapes.items()}
+    return changed
 
 
 def _made_config(

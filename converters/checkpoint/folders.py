@@ -30,29 +30,34 @@ def is_cache(path: str) -> bool:
     )
 
 
-def snapshot(path: str) -> str:
-    """Returns the folder of the revision that a cache's `main` stands for, or of its only one.
+def snapshot(path: str, revision: str = "main") -> str:
+    """Returns the folder of a revision in a cache, a commit or what refs/ has for it; or the only one for "main".
 
     Raises:
       MissingFileError: Code "no-snapshot": there is none.
     """
     folder = os.path.join(path, "snapshots")
-    present = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
-    main = ""
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(os.path.join(path, "refs", "main"), "rb") as file:
-        main = file.read(_MAX_REVISION_BYTES).decode().strip()
-    if not main and len(present) == 1:
-        main = present[0]
-    if main not in present or not is_plain_name(main):
+    try:
+        present = sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
+    except OSError:
+        present = []
+    commit = revision if revision in present else ""
+    if not commit and all(map(is_plain_name, revision.split("/"))):
+        reference = os.path.join(path, "refs", revision)
+        with contextlib.suppress(OSError, UnicodeDecodeError), open(reference, "rb") as file:
+            commit = file.read(_MAX_REVISION_BYTES).decode().strip()
+    if not commit and revision == "main" and len(present) == 1:
+        commit = present[0]
+    if commit not in present or not is_plain_name(commit):
         raise MissingFileError(
-            "this is HuggingFace's cache of a repository, and the revision that its refs/main names is not in it",
+            f"this is HuggingFace's cache of a repository, and what its refs have for {revision} is not in it",
             code="no-snapshot",
             file=path,
             found=", ".join(present[:_SHOWN]) or "no snapshot",
-            expected=repr(main)[:_MAX_REVISION_BYTES] if main else "a file refs/main",
+            expected=repr(commit)[:_MAX_REVISION_BYTES] if commit else f"a file refs/{revision}",
             hint=f"Give the folder of one: {os.path.join(folder, present[0])}" if present else "Download it again",
         )
-    return os.path.join(folder, main)
+    return os.path.join(folder, commit)
 
 
 def is_blob(path: str) -> bool:

@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Any
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.incomplete import TRAINING
 from apr_jax.converters.checkpoint.qwen2 import HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.errors import RefusedError, UsageError, printable
 
@@ -203,7 +204,7 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
     Args:
       path: The checkpoint's, for error messages.
       config: The configuration.
-      shapes: Name -> shape of every tensor.
+      shapes: Name -> shape of every tensor; those of an optimizer may be among them.
 
     Returns:
       How the names differ from the configuration's; None if they do not.
@@ -212,6 +213,7 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
       RefusedError: Code "names-prefixed": every name is known, behind something that transformers does not know. Code
         "tensors-mismatch": see `qwen2.check_tensors`.
     """
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(TRAINING)}
     naming = recognise(shapes, expected_names(config))
     if naming is not None and not naming.known_to_transformers:
         raise RefusedError(
@@ -228,9 +230,12 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
 def for_model(checkpoint: Checkpoint, config: Qwen2Config) -> Checkpoint:
     """Returns a checkpoint as transformers loads it: with or without `model.` in front, it is the same model.
 
+    Tensors of an optimizer, which `apr` skips, are not in it.
+
     Raises:
       RefusedError: As `check_names`.
     """
+    checkpoint = checkpoint.without(TRAINING)
     naming = check_names(checkpoint.path, config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     return checkpoint if naming is None else checkpoint.renamed(naming.names)
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from apr_jax.converters.checkpoint import file_names, folders
+from apr_jax.converters.checkpoint import file_names, folders, hub
 from apr_jax.converters.checkpoint.checkpoint import (
     SAFETENSORS_SOURCE_FILES_KEY,
     SOURCE_FILES_KEY,
@@ -23,7 +23,14 @@ from apr_jax.converters.checkpoint.checkpoint import (
     SideFiles,
 )
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
-from apr_jax.converters.checkpoint.incomplete import ADAPTER_CONFIG_NAME, ADAPTER_NAME, SHARD, recognise
+from apr_jax.converters.checkpoint.incomplete import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    SHARD,
+    recognise,
+    recognise_apr,
+    training_state,
+)
 from apr_jax.converters.checkpoint.qwen2 import HEAD, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import (
@@ -55,7 +62,7 @@ def open_checkpoint(
 
     Args:
       path: A HuggingFace folder, a safetensors file, a `*.safetensors.index.json`, an `.apr` file, or a prepared
-        checkpoint (`prepared_format`). What a file is, its content decides.
+        checkpoint (`prepared_format`); or a repository of the Hub (`hub`). What a file is, its content decides.
       lenient: Whether to let oddities of `.apr` files pass with a warning: no footer, unaligned or unsorted parts, the
         magic of 2025, reserved bytes, unknown flags.
       legacy: Whether to read dtype ids of an `.apr` as older and other writers meant them, where the size leaves one
@@ -66,12 +73,12 @@ def open_checkpoint(
       The checkpoint, to be closed or used as a context manager.
 
     Raises:
-      MissingFileError: There is no such file, or a shard is missing.
+      UsageError, MissingFileError: There is no such file, or a shard is missing; or as `hub.located`.
       BrokenContainerError: A file is not what it should be.
       RefusedError: It is, and cannot be handled rightly.
       StorageError: The system cannot read it.
     """
-    return _open(os.fspath(path), lenient, legacy, follow_links)
+    return _open(hub.located(path), lenient, legacy, follow_links)
 
 
 def _open(path: str, lenient: bool, legacy: Legacy, follow: bool) -> Checkpoint:
@@ -118,16 +125,21 @@ def _open_apr(path: str, source: SourceFile, first: bytearray, lenient: bool, le
         for entry in prologue.entries
         if not entry.is_placeholder
     ]
+    files = _embedded_files(prologue.metadata.get(SOURCE_FILES_KEY), path)
+    names = [tensor.name for tensor in tensors]
+    incomplete = recognise_apr(prologue.metadata, names, files.get(ADAPTER_CONFIG_NAME))
+    state = None if incomplete else training_state(prologue.metadata, names)
     return Checkpoint(
         path,
         "apr",
         tensors=tensors,
         placeholders={entry.name: entry.shape for entry in prologue.entries if entry.is_placeholder},
-        files=_embedded_files(prologue.metadata.get(SOURCE_FILES_KEY), path),
+        files=files,
         metadata=prologue.metadata,
         sources=(source,),
-        warnings=prologue.warnings,
+        warnings=[*([f"this is {state}"] if state else []), *prologue.warnings],
         apr=prologue,
+        incomplete=incomplete,
     )
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
 EXIT_DIFFERS = 1
+CHECKPOINT_HELP = "HuggingFace folder, .safetensors file, index of shards, .apr, or OWNER/NAME[@REVISION] on the Hub"
 
 
 def make_parser(program: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:

@@ -67,7 +67,7 @@ exit codes: 0 done, 2 usage (output exists), 3 file not found, 4 broken containe
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; argv[0] is the program's name."""
     parser = cli.make_parser(argv[0], "Convert a Qwen2 checkpoint between HuggingFace safetensors and .apr.", _EPILOG)
-    parser.add_argument("source", metavar="SRC", help="HuggingFace folder, .safetensors file, index of shards, or .apr")
+    parser.add_argument("source", metavar="SRC", help=cli.CHECKPOINT_HELP)
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="file or folder to write")
     parser.add_argument("--to", choices=("apr", "safetensors"), required=True, help="format to write")
     parser.add_argument(

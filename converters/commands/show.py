@@ -22,7 +22,7 @@ _SHOWN_CHARACTERS = 100
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; argv[0] is the program's name."""
     parser = cli.make_parser(argv[0], "Print what a checkpoint holds: header, metadata, side files and tensors.")
-    parser.add_argument("path", metavar="PATH", help="HuggingFace folder, .safetensors file, index of shards, or .apr")
+    parser.add_argument("path", metavar="PATH", help=cli.CHECKPOINT_HELP)
     parser.add_argument("--tensors", metavar="GLOB", default="*", help="list only tensors whose name matches")
     parser.add_argument("--stats", action="store_true", help="read every value: mean, std, extremes, zeros, NaN, ...")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page, statistics and checks included")

@@ -45,7 +45,7 @@ other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 in
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; argv[0] is the program's name."""
     parser = cli.make_parser(argv[0], "Compare two checkpoints and say what happened, or check one.", _EPILOG)
-    parser.add_argument("a", metavar="A", help="HuggingFace folder, .safetensors file, index of shards, or .apr")
+    parser.add_argument("a", metavar="A", help=cli.CHECKPOINT_HELP)
     parser.add_argument("b", metavar="B", nargs="?", help="the checkpoint to hold against A")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     cli.add_checkpoint_arguments(parser)

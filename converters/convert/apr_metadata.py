@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY
+from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY, SOURCE_ORDER_KEY
 from apr_jax.converters.checkpoint.qwen2 import TIED, Qwen2Config
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError
 from apr_jax.converters.formats import strict_json
@@ -45,6 +45,7 @@ def from_huggingface(
     files: Mapping[str, bytes],
     source_metadata: Mapping[str, str] | None,
     *,
+    order: Sequence[str] | None = None,
     name: str,
     param_count: int,
     total_size: int,
@@ -57,6 +58,7 @@ def from_huggingface(
       model: The same, checked; None for what is not computed here: then the numbers are config.json's own.
       files: Side files, name -> content.
       source_metadata: The strings of safetensors' `__metadata__`; None if there is none.
+      order: Names of the tensors in the order of their data in the source, where it is not the usual one.
       name: The model's name.
       param_count: Elements of all tensors written.
       total_size: Bytes of all tensors written.
@@ -82,6 +84,8 @@ def from_huggingface(
             custom["tied_embeddings"] = True
         vocab_size = typed.get("vocab_size") if model is None else model.vocab_size
         custom |= _tokenizer(files, config, vocab_size or 0, warnings)
+    if order is not None:
+        custom[SOURCE_ORDER_KEY] = list(order)
     # Always there, empty or not: it marks the file as one that can be taken back exactly.
     custom[SOURCE_FILES_KEY] = encode_files(files)
     return typed | custom

@@ -13,7 +13,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
+from apr_jax.converters.checkpoint.checkpoint import (
+    SAFETENSORS_SOURCE_FILES_KEY,
+    SOURCE_FILES_KEY,
+    SOURCE_ORDER_KEY,
+    Checkpoint,
+)
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from apr_jax.converters.checkpoint.naming import Rename, check_names, renamed
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
@@ -228,7 +233,8 @@ def make_plan(
             encoded = strict_json.dumps(apr_metadata.encode_files(side_files)).decode()
             metadata = (metadata or {}) | {SAFETENSORS_SOURCE_FILES_KEY: encoded}
             side_files = {}
-        files = list(_plan_safetensors(chosen, metadata, is_folder, max_shard_bytes))
+        order = _source_order(checkpoint)
+        files = list(_plan_safetensors(chosen, metadata, is_folder, max_shard_bytes, order))
         if len(files) > 1:
             side_files[INDEX_NAME] = _index_json(files)
         warnings += _contradictions(checkpoint, chosen)
@@ -407,11 +413,14 @@ def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str], 
         )
     if config is None:
         warnings.append("there is no config.json: `apr` cannot run the file without an architecture")
+    order = _source_order(checkpoint)
+    usual = safetensors_format.data_order((name, tensor.dtype) for name, tensor in checkpoint.tensors.items())
     return apr_metadata.from_huggingface(
         config,
         model,
         checkpoint.files,
         strings,
+        order=None if order == usual or _is_cast(chosen) else order,
         name=_model_name(checkpoint.path),
         **_counts(chosen),
         warnings=warnings,
@@ -467,6 +476,8 @@ def _restated(checkpoint: Checkpoint, chosen: _Chosen) -> dict[str, Any]:
     before = _counts([(tensor.name, tensor, tensor.dtype) for tensor in checkpoint.tensors.values()])
     after = _counts(chosen)
     metadata = dict(checkpoint.metadata)
+    if _is_cast(chosen):
+        metadata.pop(SOURCE_ORDER_KEY, None)
     return metadata | {
         key: after[key] for key in after if type(metadata.get(key)) is int and metadata[key] == before[key]
     }
@@ -557,7 +568,11 @@ def _contradictions(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[str]:
 
 
 def _plan_safetensors(
-    chosen: _Chosen, metadata: dict[str, str] | None, is_folder: bool, max_shard_bytes: int | None
+    chosen: _Chosen,
+    metadata: dict[str, str] | None,
+    is_folder: bool,
+    max_shard_bytes: int | None,
+    order: Sequence[str] | None,
 ) -> Iterator[PlannedFile]:
     unfit = [f"{name} is {dtype.name}" for name, _, dtype in chosen if dtype.safetensors is None]
     if unfit:
@@ -574,7 +589,7 @@ def _plan_safetensors(
         name = "" if not is_folder else SINGLE_NAME
         if len(shards) > 1:
             name = shard_name(number, len(shards))
-        ordered = _aligned(shard)
+        ordered = _ordered(shard, order)
         prologue = safetensors_format.serialise_header(
             ((name, dtype, tensor.shape) for name, tensor, dtype in ordered), metadata
         )
@@ -600,19 +615,34 @@ def _cut_shards(chosen: _Chosen, max_bytes: int | None) -> Iterator[_Chosen]:
     yield shard
 
 
-def _aligned(shard: _Chosen) -> _Chosen:
-    """Returns the tensors in name order, or with wide types first where that order would leave one unaligned.
+def _ordered(shard: _Chosen, order: Sequence[str] | None) -> _Chosen:
+    """Returns the tensors in the order of the source, if it is known and the same bytes are written; else in the usual.
 
-    Unaligned data are legal, but cannot be viewed in place: torch refuses to.
+    The usual order, that of the safetensors package, leaves none unaligned: unaligned data are legal, but cannot be
+    viewed in place.
     """
-    position = 0
-    for _, tensor, dtype in shard:
-        if position % dtype.block_bytes:
-            order = safetensors_format.data_order((name, dtype) for name, _, dtype in shard)
-            by_name = {item[0]: item for item in shard}
-            return [by_name[name] for name in order]
-        position += _nbytes(tensor, dtype)
-    return shard
+    by_name = {item[0]: item for item in shard}
+    order = [name for name in order or () if name in by_name]
+    if _is_cast(shard) or len(order) != len(by_name):
+        order = safetensors_format.data_order((name, dtype) for name, _, dtype in shard)
+    return [by_name[name] for name in order]
+
+
+def _is_cast(chosen: _Chosen) -> bool:
+    return any(tensor.dtype is not dtype for _, tensor, dtype in chosen)
+
+
+def _source_order(checkpoint: Checkpoint) -> list[str] | None:
+    """Returns the names in the order in which a safetensors file holds, or held, their data; None if nobody knows."""
+    if checkpoint.kind == "apr":
+        order = checkpoint.metadata.get(SOURCE_ORDER_KEY)
+        return order if isinstance(order, list) and all(isinstance(name, str) for name in order) else None
+    if checkpoint.kind != "safetensors" or len(checkpoint.sources) != 1:
+        return None
+    # Of tensors without bytes, which share an offset, the usual order.
+    tensors = checkpoint.tensors
+    usual = safetensors_format.data_order((name, tensor.dtype) for name, tensor in tensors.items())
+    return sorted(usual, key=lambda name: tensors[name].offset)
 
 
 def _index_json(files: Iterable[PlannedFile]) -> bytes:

@@ -611,6 +611,10 @@ def _check_end(data_end: int, file_size: int, judge: _Judge) -> bool:
         )
         judge.soften(error)
         return True
+    if file_size == data_end:
+        # Whole but for its checksum, as other writers leave it, and `apr` opens it.
+        judge.warnings.append("there is no footer (the last 4 bytes): nothing tells whether the content has changed")
+        return False
     error = judge.broken("the footer is missing", "footer-missing", offset=file_size, expected=f"at byte {data_end}")
     judge.soften(error)
     return False

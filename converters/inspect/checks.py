@@ -16,6 +16,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.incomplete import TRAINING, is_adapters
 from apr_jax.converters.checkpoint.naming import Naming, expected_names, recognise
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
@@ -218,6 +219,9 @@ def _side_files(checkpoint: Checkpoint) -> Iterator[Check]:
 
 
 def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
+    if checkpoint.incomplete is not None and CONFIG_NAME not in checkpoint.files:
+        yield Check("configuration", None, checkpoint.incomplete.sentence)
+        return
     family, named = _family_of_names(checkpoint.tensors), _family_said(checkpoint)
     if family and named in _FAMILIES:
         yield Check(
@@ -278,7 +282,7 @@ def _tensor_set(checkpoint: Checkpoint, config: Qwen2Config) -> Iterator[Check]:
     """Names and shapes against the configuration; a head beside a tied configuration is judged elsewhere."""
     expected = config.tensor_shapes()
     head = {HEAD: (config.vocab_size, config.hidden_size)}
-    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    found = {name: tensor.shape for name, tensor in checkpoint.without(TRAINING).tensors.items()}
     missing = [name for name in expected if name not in found]
     # A head without data has its own check.
     missing = [name for name in missing if name not in checkpoint.placeholders]
@@ -498,8 +502,9 @@ def _is_matrix(tensor: Tensor) -> bool:
     return len(tensor.shape) > 1
 
 
-def _is_bias(tensor: Tensor) -> bool:
-    return tensor.name.endswith("bias")
+def _may_be_zero(tensor: Tensor) -> bool:
+    """Whether a tensor is none whose zeros say something: a bias, half of an adapter, an optimizer's sums."""
+    return tensor.name.endswith("bias") or tensor.name.startswith(TRAINING) or is_adapters(tensor.name)
 
 
 def _data(checkpoint: Checkpoint, values: _Values) -> Iterator[Check]:
@@ -547,15 +552,15 @@ def _zeros(values: _Values) -> Iterator[Check]:
     """All-zero tensors, and S24: zeros, Euclidean norm and dead rows."""
     exact = {tensor.name: (tensor, found) for tensor in values.tensors if (found := values.exact(tensor)) is not None}
     empty = [name for name, (_, found) in exact.items() if found.count and found.zeros == found.count]
-    weights = [name for name in empty if not _is_bias(exact[name][0])]
-    biases = [name for name in empty if _is_bias(exact[name][0])]
+    weights = [name for name in empty if not _may_be_zero(exact[name][0])]
+    biases = [name for name in empty if _may_be_zero(exact[name][0])]
     if weights:
         yield Check("all-zero", False, f"{_named(weights)} all zeros, expected a trained weight", tuple(weights))
     if biases:
         yield Check("all-zero-bias", True, f"{_named(biases)} all zeros", tuple(biases), note=True)
     failed = bool(weights)
     for name, (tensor, found) in exact.items():
-        if name in empty or _is_bias(tensor) or not found.count:
+        if name in empty or _may_be_zero(tensor) or not found.count:
             continue
         for kind, sentence in _sparse(tensor, found):
             failed = True
@@ -629,7 +634,7 @@ def _final_norm(checkpoint: Checkpoint, values: _Values) -> Iterator[Check]:
 
 
 def _relabelled(values: _Values) -> Iterator[Check]:
-    matrices = [tensor for tensor in values.tensors if _is_matrix(tensor)]
+    matrices = [tensor for tensor in values.tensors if _is_matrix(tensor) and not _may_be_zero(tensor)]
     exact = {tensor.name: found for tensor in matrices if (found := values.exact(tensor)) is not None}
     types = {tensor.name: tensor.dtype.name for tensor in matrices}
     as_f16 = {

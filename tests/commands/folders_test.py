@@ -7,8 +7,10 @@ import json
 import pathlib
 import re
 import shutil
+import struct
 import sys
 import tempfile
+import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -17,8 +19,9 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.commands import cli, convert, verify
+from apr_jax.converters.commands import cli, convert, show, verify
 from apr_jax.converters.errors import AprJaxError
 from tests.paths import checkpoint
 
@@ -388,6 +391,103 @@ class PartsTest(FieldTestCase):
         self.assertIn("does not say of which model", self.convert(folder, code=5))
 
 
+def apr_file(tensors: dict[str, np.ndarray], metadata: dict[str, object]) -> bytes:
+    """An `.apr` of float32 tensors, written by the description of the format."""
+
+    def padded(part: bytes) -> bytes:
+        return part + bytes(-len(part) % 64)
+
+    text, index, data = json.dumps(metadata).encode(), b"", b""
+    for name in sorted(tensors):
+        values = tensors[name]
+        index += struct.pack(f"<H{len(name)}sBB", len(name), name.encode(), 0, values.ndim)
+        index += struct.pack(f"<{values.ndim + 2}Q", *values.shape, len(data), values.nbytes)
+        data += padded(values.tobytes())
+    index_at = 64 + len(padded(text))
+    places = 64, len(text), index_at, index_at + len(padded(index))
+    header = struct.pack("<4sBBHIQIQQ", b"APR\0", 2, 0, 0x400, len(tensors), *places)
+    header += struct.pack("<I", zlib.crc32(header + bytes(20))) + bytes(20)
+    whole = header + padded(text) + padded(index) + data
+    return whole + struct.pack("<I", zlib.crc32(whole))
+
+
+class AprenderTest(FieldTestCase):
+    """What aprender's trainer writes, by its "APR Checkpoint Specification" 1.3.0."""
+
+    ADAPTER = ("lora.0.q_proj.lora_a", "lora.0.q_proj.lora_b", "classifier.weight", "classifier.bias")
+    STATE = ("__training__.optim.lora.0.q_proj.lora_a.exp_avg", "__training__.optim.lora.0.q_proj.lora_a.exp_avg_sq")
+    BASE = "hf://Qwen/Qwen2.5-Coder-0.5B"
+
+    def write(self, names, metadata: dict[str, object], name: str) -> pathlib.Path:
+        path = self.folder / name
+        # As a run begins: half of the adapter and all sums are zero.
+        zero = tuple(key for key in names if key.endswith(("lora_b", "exp_avg", "exp_avg_sq")))
+        path.write_bytes(apr_file({key: np.full((4, 8), key not in zero, np.float32) for key in names}, metadata))
+        return path
+
+    @parameterized.named_parameters(
+        (
+            "nested",
+            {"__checkpoint__": {"schema_version": 1, "type": "adapter"}, "adapter_type": "lora"},
+            {"adapter_config": {"rank": 16, "target_modules": ["v_proj", "q_proj"]}},
+            ("rank 16", "for q_proj, v_proj"),
+        ),
+        ("flat", {"__checkpoint__.schema_version": "1.3.0", "model_type": "adapter"}, {"lora_rank": 8}, ("rank 8",)),
+        ("by_names_alone", {}, {}, ("adapter of aprender",)),
+    )
+    def test_field_an_adapter_of_aprender(self, kind, details, words):
+        """FIELD Configurations: an .adapter.apr -> shown, verified, said to be an adapter and of what base"""
+        metadata = {**kind, **details, "architecture": "qwen2", "base_model_source": self.BASE}
+        path = self.write(self.ADAPTER, metadata, "best.adapter.apr")
+        for said in (
+            self.convert(path, code=5, to="safetensors"),
+            self.verify(path),
+            self.run_command(show, path, code=0),
+        ):
+            for word in (*words, self.BASE, "adapter of aprender"):
+                self.assertIn(word, said)
+        self.assertIn("--adapter", self.convert(path, code=5, to="safetensors"))
+        self.convert(path, "--as-is", to="safetensors")
+
+    @parameterized.parameters(
+        {"__checkpoint__": {"type": "training"}, "__training__": {"epoch": 1, "global_step": 535}},
+        {"__checkpoint__.type": "training", "epoch": 1, "global_step": 535},
+    )
+    def test_field_a_training_checkpoint_of_aprender(self, **metadata):
+        """FIELD Configurations: a .ckpt.apr -> shown, verified, said to be a training checkpoint, with its epoch"""
+        path = self.write(self.ADAPTER + self.STATE, metadata, "epoch-1.ckpt.apr")
+        for said in (self.verify(path), self.run_command(show, path, code=0)):
+            self.assertIn("a training checkpoint of aprender (epoch 1, step 535), 2 of 6 tensors the state", said)
+
+    def test_field_a_training_checkpoint_that_holds_a_model(self):
+        """FIELD Configurations: a .ckpt.apr with a whole model in it -> the model is verified and loads, state left"""
+        path = self.folder / "m.ckpt.apr"
+        with open_checkpoint(SHARDED) as opened:
+            tensors = {name: tensor.read() for name, tensor in opened.tensors.items()}
+            config = opened.config
+        tensors["__training__.optim.model.norm.weight.exp_avg"] = np.zeros(60, np.float32)
+        files = {"source_files": {"config.json": json.dumps(config)}}
+        path.write_bytes(apr_file(tensors, {"architecture": "qwen2", "__training__": {"epoch": 3}, **files}))
+        said = self.verify(path, code=1)
+        self.assertIn("this is a training checkpoint of aprender (epoch 3), 1 of", said)
+        self.assertRegex(said, "ok +tensor-set")
+        with open_checkpoint(path) as opened:
+            loaded = for_model(opened, opened.model_config())
+            self.assertEqual(set(tensors) - set(loaded.tensors), {"__training__.optim.model.norm.weight.exp_avg"})
+
+    def test_field_the_last_four_bytes_missing(self):
+        """FIELD Configurations: an .apr that ends where its padded data end, without footer -> opened with a warning"""
+        self.convert(TIED)
+        whole = (self.folder / "out.apr").read_bytes()
+        path = self.folder / "cut.apr"
+        path.write_bytes(whole[:-4])
+        self.assertRegex(self.verify(path), "note +warning: there is no footer")
+        self.assertIn("identical", self.verify(TIED, path))
+        for cut in (1, 3, 5, 64):
+            path.write_bytes(whole[:-cut])
+            self.verify(path, code=4)
+
+
 class PlacesTest(FieldTestCase):
     """Folders of trainers and of HuggingFace's cache."""
 
@@ -491,6 +591,58 @@ class PlacesTest(FieldTestCase):
         said = self.verify(self.folder / "out", code=3)
         for name in names:
             self.assertIn(str(self.folder / "out" / name), said)
+
+
+def safetensors_file(tensors: dict[str, np.ndarray]) -> bytes:
+    """A safetensors file with its data in the order of the dict, as the format's description has it."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, values in tensors.items():
+        code = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[values.dtype.name]
+        end = len(data) + values.nbytes
+        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": [len(data), end]}
+        data += values.tobytes()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+ORDERS = {
+    "wide_first": lambda names: sorted(names, key=lambda name: (not name.endswith("norm.weight"), name)),
+    "by_name": sorted,
+    "backwards": lambda names: sorted(names, reverse=True),
+    "by_execution": lambda names: sorted(names, key=lambda name: ("norm" in name, len(name), name)),
+}
+
+
+class LayoutTest(FieldTestCase):
+    @parameterized.product(order=list(ORDERS), norms=("float32", "float16"))
+    def test_field_mixed_types(self, order, norms):
+        """FIELD Configurations: f32 (f16) norms beside bf16 -> the same file after .apr and back, byte for byte"""
+        source = self.copy()
+        tensors = safetensors.numpy.load_file(source / "model.safetensors")
+        for name in tensors:
+            if name.endswith("norm.weight"):
+                tensors[name] = tensors[name].astype(norms)
+        content = safetensors_file({name: tensors[name] for name in ORDERS[order](tensors)})
+        (source / "model.safetensors").write_bytes(content)
+        self.convert(source)
+        self.convert(self.folder / "out.apr", to="safetensors")
+        self.assertEqual((self.folder / "out" / "model.safetensors").read_bytes(), content)
+        self.convert(source, to="safetensors")
+        self.assertEqual((self.folder / "out" / "model.safetensors").read_bytes(), content)
+
+    def test_a_cast_goes_back_to_the_usual_order(self):
+        source = self.copy()
+        tensors = safetensors.numpy.load_file(source / "model.safetensors")
+        backwards = safetensors_file({name: tensors[name] for name in sorted(tensors, reverse=True)})
+        (source / "model.safetensors").write_bytes(backwards)
+        self.convert(source, "--cast", "*norm*=f32")
+        self.convert(self.folder / "out.apr", to="safetensors")
+        for name in tensors:
+            if "norm" in name:
+                tensors[name] = tensors[name].astype(np.float32)
+        expected = safetensors.numpy.save(tensors, {"format": "pt"})
+        self.assertEqual((self.folder / "out" / "model.safetensors").read_bytes(), expected)
 
 
 class AnyArchitectureTest(FieldTestCase):

@@ -667,7 +667,7 @@ class AprTest(CheckpointTestCase):
     def test_leniency_reaches_the_container(self):
         tensors, _ = self.plain()
         path = self.folder / "x.apr"
-        path.write_bytes(apr_file(tensors, {})[:-4])
+        path.write_bytes(apr_file(tensors, {})[:-5])
         self.assert_refused(path, "footer-missing", BrokenContainerError)
         with open_checkpoint(path, lenient=True) as opened:
             self.assertLen(opened.warnings, 1)

@@ -210,9 +210,9 @@ class RefusedTest(parameterized.TestCase):
                 parse(bytes(broken), lenient=True)
             self.assertIn(caught.exception.code, ("header-crc", "magic", "foreign-format"))
 
-    def test_a_file_cut_anywhere_is_refused(self):
+    def test_a_file_cut_anywhere_but_before_its_footer_is_refused(self):
         file = two_tensors()
-        for size in range(len(file)):
+        for size in (*range(len(file) - 4), *range(len(file) - 3, len(file))):
             with self.assertRaises(AprJaxError, msg=size):
                 parse(file[:size])
 
@@ -382,7 +382,6 @@ class RefusedTest(parameterized.TestCase):
 
 class LenientTest(parameterized.TestCase):
     @parameterized.named_parameters(
-        ("no_footer", {"footer": False}, "footer-missing", "footer"),
         ("old_magic", {"magic": b"APR2"}, "magic-old", "2026-01-18"),
         ("reserved", {"reserved": bytes(19) + b"\1"}, "header-reserved", "reserved"),
         ("unknown_flag", {"flags": 0x1400}, "flags", "0x1000"),
@@ -411,6 +410,19 @@ class LenientTest(parameterized.TestCase):
         prologue = parse(file, lenient=True)
         self.assertLen(prologue.entries, 2)
         self.assertIn(words, " ".join(prologue.warnings))
+
+    def test_a_missing_footer_is_a_warning_where_the_padded_data_end_and_an_error_before(self):
+        file = two_tensors(footer=False)
+        prologue = parse(file)
+        self.assertEqual((prologue.has_footer, len(prologue.entries)), (False, 2))
+        self.assertIn("no footer", " ".join(prologue.warnings))
+        for cut in (1, 3, 16):
+            with self.assertRaises(BrokenContainerError) as caught:
+                parse(file[:-cut])
+            self.assertEqual(caught.exception.code, "footer-missing")
+            self.assertIn("--lenient", caught.exception.hint)
+        with self.assertRaises(BrokenContainerError):
+            parse(two_tensors()[:-2])
 
     def test_bytes_after_the_footer(self):
         file = two_tensors() + b"PK\3\4"
