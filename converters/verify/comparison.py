@@ -257,6 +257,7 @@ def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Pro
     """Searches for the causes, tensor by tensor, and gathers equal ones."""
     from apr_jax.converters.verify.diagnosis.context import Context
     from apr_jax.converters.verify.diagnosis.search import diagnose
+    from apr_jax.converters.verify.diagnosis.story import one_story
 
     context = Context(a, b)
     meter = Meter("causes", sum(pair.b.nbytes for pair in pairs), progress)
@@ -273,7 +274,7 @@ def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Pro
 
     # The largest first, so that no thread is left alone with it at the end.
     in_threads(step, ((pair,) for pair in sorted(pairs, key=lambda pair: -pair.b.nbytes)))
-    return _grouped(sorted(causes, key=lambda found: found[0].name))
+    return _grouped(one_story(sorted(causes, key=lambda found: found[0].name), context))
 
 
 def _diagnose_names(
@@ -322,10 +323,20 @@ def _grouped(causes: Iterable[tuple[Pair, Cause]]) -> list[Finding]:
                 first.parameters,
                 explained,
                 tuple(shared),
-                _statistics(pair for pair, _ in group) if first.cause == DIFFERENT_WEIGHTS else "",
+                _figures(group),
             )
         )
     return findings
+
+
+def _figures(group: Sequence[tuple[Pair, Cause]]) -> str:
+    """Returns the figures behind a finding, where the cause alone does not say how much."""
+    cause = group[0][1]
+    if cause.cause in (DIFFERENT_WEIGHTS, "changed-rows"):
+        return _statistics(pair for pair, _ in group)
+    if cause.cause != "low-rank":
+        return ""
+    return cause.evidence if len(group) == 1 else f"in {group[0][0].name} {cause.evidence}"
 
 
 def _statistics(pairs: Iterable[Pair]) -> str:
@@ -335,7 +346,14 @@ def _statistics(pairs: Iterable[Pair]) -> str:
         return ""
     cosines = [found.cosine for found in sums if found.cosine is not None]
     share = sum(found.differing for found in sums) / max(1, sum(found.elements for found in sums))
-    text = f"{100 * share:.3g} % of the elements differ, relative L2 {_span([found.relative_l2 for found in sums])}"
+    text = f"{100 * share:.3g} % of the elements differ"
+    distances = [found.relative_l2 for found in sums if found.aa or not found.differing]
+    if distances:
+        text += f", relative L2 {_span(distances)}"
+    if len(distances) < len(sums):
+        largest = max(found.max_abs for found in sums if not found.aa)
+        which = "it was" if len(sums) == 1 else f"{len(sums) - len(distances)} of them were"
+        text += f", {which} all zero in the original and {'is' if len(sums) == 1 else 'are'} now up to {largest:.3g}"
     return text + (f", cosine {_span(cosines)}" if cosines else "")
 
 

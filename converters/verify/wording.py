@@ -115,18 +115,113 @@ def _zeroed(p: Parameters) -> str:
     return "all zero" if p["elements"] == "all" else f"{p['elements']} elements are zero, the others are right"
 
 
-def _zeroed_rows(p: Parameters) -> str:
+def _lines(p: Parameters) -> tuple[str, str]:
+    """Returns which rows or columns are meant: "3 rows", and their numbers."""
     kind = "column" if p["axis"] else "row"
     runs = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in p["ranges"])
     more = ", ..." if sum(last - first + 1 for first, last in p["ranges"]) < p["rows"] else ""
-    return f"{p['rows']} {kind}{'' if p['rows'] == 1 else 's'} zero ({runs}{more})"
+    return f"{p['rows']} {kind}{'' if p['rows'] == 1 else 's'}", f"{runs}{more}"
+
+
+def _zeroed_rows(p: Parameters) -> str:
+    which, numbers = _lines(p)
+    return f"{which} zero ({numbers})"
+
+
+def _scaled_rows(p: Parameters) -> str:
+    which, numbers = _lines(p)
+    return f"{which} multiplied by {p['factor']:.9g} ({numbers}), the others are equal"
+
+
+def _changed_rows(p: Parameters) -> str:
+    which, numbers = _lines(p)
+    return f"{which} changed ({numbers}), the others are equal"
+
+
+def _resized(p: Parameters) -> str:
+    first = p.get("first")
+    changes = []
+    for name in ("rows", "columns"):
+        if name in p:
+            changes.append(f"{p[name]} {name if p[name] != 1 else name[:-1]}")
+    text = " and ".join(changes)
+    if first is None:
+        return f"{text} left out, the others are equal and in order"
+    first = first if isinstance(first, list) else [first]
+    common = f"the first {' x '.join(map(str, first))}"
+    if "relative_l2" in p:
+        return f"{common} near the original (relative L2 {p['relative_l2']:.3g}), {text} "
+    return f"{common} equal, {text} "
+
+
+def _added(p: Parameters) -> str:
+    return f"{_resized(p)}added, which hold {p['holds']}" if "holds" in p else f"{_resized(p)}added"
+
+
+def _removed(p: Parameters) -> str:
+    return f"{_resized(p)}removed" if "first" in p else _resized(p)
+
+
+def _rescaled(p: Parameters) -> str:
+    if "from" in p:
+        return (
+            f"factors of channels moved from {p['from']} into {', '.join(p['into'])}: the function is the same, "
+            "but for rounding"
+        )
+    text = f"each {'column' if p['axis'] else 'row'} multiplied by a factor of its own"
+    return text + ("; no other tensor makes up for it" if p.get("function") == "changed" else "")
+
+
+def _low_rank(p: Parameters) -> str:
+    if "removes" in p:
+        return f"a change of rank {p['rank']}, which takes {p['removes']} away (as abliteration does)"
+    return f"a change of rank {p['rank']}, as merging an adapter (LoRA) makes it"
+
+
+def _mantissa_cut(p: Parameters) -> str:
+    how = "cut" if p["rounding"] == "truncated" else f"rounded ({_ROUNDINGS[p['rounding']]})"
+    return f"mantissa {how} to {p['bits']} bits"
+
+
+_GROUPS = {
+    "tensor": "with one scale for the tensor",
+    "row": "with a scale for each row",
+    "column": "with a scale for each column",
+    "128x128": "with a scale for each block of 128 x 128",
+}
+# What types of other programs are, in general terms.
+_TYPES = {
+    "apr_q8": "int8 with one scale for the tensor",
+    "apr_q4": "int4 in groups of 32",
+    "q4_0": "int4 in groups of 32",
+    "q4_1": "int4 with minima in groups of 32",
+    "q8_0": "int8 in groups of 32",
+    "fp8_e4m3": "8 bits, 3 of them fraction",
+    "fp8_e5m2": "8 bits, 2 of them fraction",
+    "nf4": "bitsandbytes' NormalFloat",
+    "fp4": "bitsandbytes'",
+}
 
 
 def _quantised(p: Parameters) -> str:
+    group = p.get("group")
+    grouped = _GROUPS.get(str(group), f"in groups of {group}")
+    if p["type"] == "unknown grid":
+        return f"quantised to a grid of no known type: at most {p['values']} values {_each(group)}"
     text = f"quantised to {p['type']}"
+    if p["type"] in _TYPES and "padding" not in p:
+        text += f" ({_TYPES[p['type']]})"
+    if "scheme" in p:
+        text += f" {p['scheme']}"
+    if group is not None:
+        text += f", {grouped}"
     if "padding" in p:
         text += ", and the values that pad each row to whole blocks were read as values: every row but the first is off"
     return text + (f", rounded {_ROUNDINGS.get(p['rounding'], p['rounding'])}" if "rounding" in p else "")
+
+
+def _each(group: Any) -> str:
+    return {"tensor": "in the tensor", "row": "in each row"}.get(group, f"in each group of {group} along the row")
 
 
 def _non_finite(p: Parameters) -> str:
@@ -148,6 +243,7 @@ def _different_weights(p: Parameters) -> str:
         "replaced": "different weights, without relation to the original",
         "related": "different weights, loosely related to the original",
         "other shape": "different weights, of another shape",
+        "from zero": "different weights: the original is all zero, these were trained or set",
     }.get(p.get("kind", ""), "different weights: no known damage explains them")
 
 
@@ -166,6 +262,17 @@ _WORDS: dict[str, Callable[[Parameters], str]] = {
     "truncated": _truncated,
     "zeroed-rows": _zeroed_rows,
     "zeroed": _zeroed,
+    "rows-added": _added,
+    "columns-added": _added,
+    "rows-removed": _removed,
+    "columns-removed": _removed,
+    "heads-repeated": lambda p: f"every head of {p['head_dim']} repeated {p['times']} times, {p['order']}",
+    "mantissa-cut": _mantissa_cut,
+    "zero-signs": lambda p: f"{p['elements']} zeros have the other sign; every value is the same",
+    "scaled-rows": _scaled_rows,
+    "changed-rows": _changed_rows,
+    "rescaled-channels": _rescaled,
+    "low-rank": _low_rank,
     "scaled": lambda p: f"multiplied by {p['factor']:.9g}",
     "offset": lambda p: f"{p['constant']:+.9g} added to every element",
     "quantised": _quantised,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Every cause, the more telling one first: where several explain the same elements, the first is the answer and the
 # others are its alternatives.
@@ -17,16 +20,27 @@ CAUSES = (
     "transposed",
     "rows-permuted",
     "columns-permuted",
+    "rows-added",
+    "rows-removed",
+    "columns-added",
+    "columns-removed",
+    "heads-repeated",
     "rounded-cast",
+    "mantissa-cut",
     "scaled",
     "offset",
+    "zero-signs",
     "zeroed",
     "truncated",
     "zeroed-rows",
+    "scaled-rows",
+    "rescaled-channels",
     "shifted",
     "quantised",
     "non-finite",
     "bit-flips",
+    "low-rank",
+    "changed-rows",
     "different-weights",
 )
 
@@ -43,6 +57,8 @@ class Cause:
         them. 1.0 for an exact cast, 0.0 for `different-weights`, which explains nothing.
       alternatives: Other causes that explain these elements as well and cannot be told apart from this one.
       evidence: The same in words and figures, for this tensor.
+      readings: Parameters that describe this tensor as well.
+      factors: Of `rescaled-channels`, the factor of each row or column.
     """
 
     cause: str
@@ -50,6 +66,8 @@ class Cause:
     explained: float
     alternatives: tuple[str, ...] = ()
     evidence: str = ""
+    readings: tuple[dict[str, Any], ...] = ()
+    factors: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +80,9 @@ class Found:
       explained: Measured share of the differing elements.
       evidence: In words.
       rank: Among several, the lowest is the answer; None: the cause's place in the list of causes.
+      alternatives: What else it might be called.
+      readings: Parameters that describe this tensor as well; which ones are the model's, its other tensors say.
+      factors: Of `rescaled-channels`, the factor of each row or column.
     """
 
     cause: str
@@ -69,3 +90,6 @@ class Found:
     explained: float
     evidence: str = ""
     rank: float | None = None
+    alternatives: tuple[str, ...] = ()
+    readings: tuple[dict[str, Any], ...] = ()
+    factors: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)

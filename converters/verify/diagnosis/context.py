@@ -6,6 +6,7 @@ import functools
 import re
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class Context:
         # Several threads may diagnose at once.
         self._lock = threading.Lock()
         self._loaded: dict[Tensor, pair.Payload] = {}
+        self._codecs: list[tuple[Any, str | int]] = []
 
     def heads(self, name: str) -> tuple[int, int] | None:
         """Returns (heads, head_dim) along the rows of a Q, K or V projection, or along the columns of O."""
@@ -75,6 +77,16 @@ class Context:
                     del self._loaded[next(iter(self._loaded))]
                 self._loaded[tensor] = pair.load(tensor)
             return self._loaded[tensor]
+
+    def codecs_found(self) -> list[tuple[Any, str | int]]:
+        """Returns the codecs, and the labels of their groupings, that explain tensors looked at so far."""
+        with self._lock:
+            return list(self._codecs)
+
+    def codec_found(self, codec: Any, label: str | int) -> None:
+        with self._lock:
+            if (codec, label) not in self._codecs:
+                self._codecs.append((codec, label))
 
     @functools.cached_property
     def _by_count_a(self) -> dict[int, list[tuple[str, np.ndarray]]]:

@@ -106,6 +106,49 @@ def _same(left: Bits, right: Bits, name: str) -> bool:
     return bool(equal.all()) or bool((equal | (pairs.is_nan(left, name) & pairs.is_nan(right, name))).all())
 
 
+def mantissas(pair: Pair) -> Iterator[Found]:
+    """Low bits of the fraction cut off or rounded away, the exponent's range kept."""
+    fraction = _FRACTIONS.get(pair.type)
+    if fraction is None or not pair.sample.size:
+        return
+    # What no sampled element has: the lowest bits of their union are zero.
+    union = int(np.bitwise_or.reduce(pair.y[pair.sample]))
+    kept = fraction - min(fraction, (union & -union).bit_length() - 1 if union else 0)
+    if not 0 < kept < fraction:
+        return
+    sources = {pair.original.dtype.name: pair.original.bits, pair.type: pair.x}
+    for source, bits in sources.items():
+        dropped = _FRACTIONS.get(source, 0) - kept
+        if dropped < 1:
+            continue
+        for rounding in ("truncated", "nearest-even", "half-away"):
+
+            def predict(
+                select: Select, bits: Bits = bits, source: str = source, left: tuple[int, str] = (dropped, rounding)
+            ) -> Bits:
+                return pairs.cast_bits(_without(bits[select], *left), source, pair.type)
+
+            if pair.plausible(predict) and (explained := pair.explained(predict)):
+                parameters = {"bits": kept, "rounding": rounding}
+                yield Found(
+                    "mantissa-cut", parameters, explained, f"{kept} of {fraction} bits of the fraction are left"
+                )
+                return
+
+
+_FRACTIONS = {"bf16": 7, "f16": 10, "f32": 23}
+
+
+def _without(bits: Bits, dropped: int, rounding: str) -> Bits:
+    """Cuts or rounds the lowest bits away; a carry goes into the exponent, as it should."""
+    unit = bits.dtype.type
+    if rounding == "nearest-even":
+        bits = bits + unit((1 << (dropped - 1)) - 1) + (bits >> unit(dropped) & unit(1))
+    elif rounding == "half-away":
+        bits = bits + unit(1 << (dropped - 1))
+    return bits & unit(~((1 << dropped) - 1) & ((1 << 8 * bits.itemsize) - 1))
+
+
 def byte_swapped(pair: Pair) -> Iterator[Found]:
     """The bytes of every element in the other order; perhaps cast afterwards."""
     if pair.original.decoded or pair.original.bits.itemsize == 1:
@@ -169,9 +212,9 @@ def _misread(source: str, wrong: str, target: str, explained: float) -> Found:
 # --- a factor, a constant
 
 
-def scaled(pair: Pair) -> Iterator[Found]:
-    """One factor for all elements, rounded to the suspect's type."""
-    yield from _fitted(pair, "scaled", "factor", _factors, np.multiply)
+def scaled(pair: Pair, where: Callable[[Select], np.ndarray] | None = None) -> Iterator[Found]:
+    """One factor for all elements, or for those of a part (`where`), rounded to the suspect's type."""
+    yield from _fitted(pair, "scaled", "factor", _factors, np.multiply, where)
 
 
 def moved(pair: Pair) -> Iterator[Found]:
@@ -185,8 +228,12 @@ def _fitted(
     parameter: str,
     ranges: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
     apply: np.ufunc,
+    where: Callable[[Select], np.ndarray] | None = None,
 ) -> Iterator[Found]:
     if not (pair.original.dtype.is_float and pair.suspect.dtype.is_float):
+        return
+    # A step up in two elements of hundreds is no constant: all others would have to be too coarse to show it.
+    if where is None and pair.differing < min(8, pair.size // 2):
         return
     interval = _interval(pair, pair.sample, ranges)
     if interval is None:
@@ -195,7 +242,8 @@ def _fitted(
     for attempt in range(2):
         if attempt:
             # The sample left too much room: look at more elements, then at the number in the middle.
-            interval = _interval(pair, _spread(pair), ranges)
+            more = _spread(pair)
+            interval = _interval(pair, more if where is None else more[where(more)], ranges)
             if interval is None:
                 return
         simple = _simplest(*interval)
@@ -207,9 +255,9 @@ def _fitted(
                 def predict(select: Select, number: float = number, width: str = width) -> Bits:
                     values = pairs.values_of(pair.original.bits[select], pair.original.dtype.name)
                     with np.errstate(all="ignore"):
-                        return pairs.bits_of(
-                            apply(values.astype(width, copy=False), np.dtype(width).type(number)), pair.type
-                        )
+                        done = apply(values.astype(width, copy=False), np.dtype(width).type(number))
+                    bits = pairs.bits_of(done, pair.type)
+                    return bits if where is None else np.where(where(select), bits, pair.x[select])
 
                 if pair.plausible(predict) and (explained := pair.explained(predict)):
                     rank = 0.0 if cause == "offset" and number == 1 and "norm" in pair.a.name else None

@@ -1,4 +1,7 @@
-"""Describes weights that differ without a known cause: fine-tuned, replaced or related, by their correlation."""
+"""Describes weights that differ without a known cause: fine-tuned, replaced or related, by their correlation.
+
+Where only some rows or columns differ, these are named.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 
 import numpy as np
 
+from apr_jax.converters.verify.diagnosis import channels, sparse
 from apr_jax.converters.verify.diagnosis import pair as pairs
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.pair import Pair
@@ -22,6 +26,10 @@ def different_weights(pair: Pair) -> Cause:
     if not pair.same_count:
         evidence = f"{list(pair.a.shape)} {pair.a.dtype.name} in place of {list(pair.b.shape)} {pair.b.dtype.name}"
         return Cause("different-weights", {"kind": "other shape"}, 0.0, evidence=evidence)
+    lines = channels.single_lines(pair)
+    if lines is not None:
+        parameters = {"axis": lines[0], "rows": len(lines[1]), "ranges": sparse.ranges(lines[1])}
+        return Cause("changed-rows", parameters, 0.0, evidence="no cause fits; all others are equal")
     select = _spread(pair)
     before = pairs.values_of(pair.original.bits[select], pair.original.dtype.name).astype("<f8")
     after = pairs.values_of(pair.y[select], pair.type).astype("<f8")
@@ -31,7 +39,7 @@ def different_weights(pair: Pair) -> Cause:
     norm = _length(before)
     relative = _length(after - before) / norm if norm else math.inf
     correlation = _correlation(before, after)
-    kind = _kind(before.size, correlation, relative)
+    kind = _kind(before.size, correlation, relative) if norm else "from zero"
     correlated = "undefined" if correlation is None else f"{correlation:.4f}"
     evidence = (
         f"no cause fits: {changed:.1%} of the elements differ, correlation with the original {correlated}, "

@@ -1,32 +1,131 @@
-"""Finds values that went through a quantised type: by quantising the original again, or by their lattice."""
+"""Finds values that went through a quantised type: by quantising the original again, or by the grids that they lie on.
+
+Quantising again (`replays`) tells the types that a program with one way to round makes. What else there is, is told by
+the grid: which levels, and which elements share a scale. A codec is one record of `_CODECS`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.formats import casts, codecs, dtypes
+from apr_jax.converters.formats import casts
+from apr_jax.converters.verify.diagnosis import grids, replays
 from apr_jax.converters.verify.diagnosis import pair as pairs
 from apr_jax.converters.verify.diagnosis.causes import Found
-from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair
+from apr_jax.converters.verify.diagnosis.context import Context
+from apr_jax.converters.verify.diagnosis.grids import Floats, Grid, Solved, integers
+from apr_jax.converters.verify.diagnosis.groupings import Grouping, groupings, same_groups
+from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Pair
 
-# float32 [blocks, 32] -> the values that are left of them.
-BlockRound = Callable[[np.ndarray], np.ndarray]
+# Elements of a run that lies within one group of whatever size, runs, and the share of them that must fit.
+_RUN, _RUNS, _PROBED_SHARE = 16, 12, 0.5
+# Groups and elements of each that are tried first, and elements of all groups at the end.
+_TRIED, _TRIED_ELEMENTS, _MEASURED, _GROUPS = 6, 1 << 11, 1 << 17, 1 << 10
+_SOLVED_AT_ONCE = 1 << 16
+# Logarithms: no chance finds a grid of one tensor in e^20; tried ones need not be quite as unlikely.
+_CHANCE, _TRIED_CHANCE = -20.0, -8.0
+_SURE = -9.0
+# Superblocks whose scales must lie on a grid of their own.
+_HELD = 0.8
+_USUAL_GROUPS = (16, 32, 64, 128, 256)
+# An element is near its original within so many steps of the grid; clipped outliers and GPTQ's corrections are not.
+_NEAR_STEPS, _NEAR_SHARE = 2.0, 0.75
 
-_GROUP = 256
-_PROBED_GROUPS = 12
-# Values whose lattice is measured in a large tensor.
-_MEASURED = 1 << 20
-_BLOCKS_AT_ONCE = 256
-# Elements that are quantised again in a large tensor, and at once.
-_REPLAYED = 1 << 17
-_UNITS_ELEMENTS = 1 << 14
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """How a format stores its scales: what tells its values from those of any scale.
+
+    Attributes:
+      grid: The levels of a scale; None: powers of two.
+      shared: Neighbouring groups that have one scale of scales; None: all of the tensor.
+      minima: Levels of the minima, if they are stored in the same way.
+      varied: A scale's highest level, so that groups of one and the same scale are no proof.
+    """
+
+    grid: Grid | None
+    shared: int | None = None
+    minima: Grid | None = None
+    varied: int = 0
 
 
-def quantised(pair: Pair) -> Iterator[Found]:
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """One quantised type.
+
+    Attributes:
+      type: Its name.
+      grid: The values of a group.
+      scheme: "symmetric" or "asymmetric" for whole numbers.
+      group: The only size of its groups, where there is one.
+      scales: How its scales are stored, where that tells it from others.
+      rows: Whether whole rows share a scale as a rule, and not groups: the name for groups that are rows.
+      halves: GGML types of groups of 32 with this grid and half-precision scales.
+    """
+
+    type: str
+    grid: Grid
+    scheme: str | None = None
+    group: int | None = None
+    scales: Scales | None = None
+    rows: bool = False
+    halves: str | None = None
+
+    def parameters(self, label: str | int) -> dict[str, Any]:
+        found: dict[str, Any] = {"type": self.type}
+        if self.scheme:
+            found["scheme"] = self.scheme
+        if self.group is None:
+            found["group"] = label
+        return found
+
+
+def _whole(bits: int, *, rows: bool = False, halves: Sequence[str | None] = (None, None)) -> tuple[Codec, ...]:
+    """Integers of so many bits: around zero, with a whole zero point, with any minimum."""
+    half = 1 << (bits - 1)
+    most = 2 * half - 1
+    return (
+        Codec(f"int{bits}", integers(-half, half - 1), "symmetric", rows=rows, halves=halves[0]),
+        Codec(f"int{bits}", integers(-most, most, span=most), "asymmetric", rows=rows),
+        Codec(f"int{bits}", integers(0, most, affine=True), "asymmetric", rows=rows, halves=halves[1]),
+    )
+
+
+# Formats that are told by their scales (ggml-quants.c; OCP MX; NVFP4), before all others.
+_NESTED = (
+    Codec("q2_k", integers(0, 3, affine=True), None, 16, Scales(integers(0, 15), 16, integers(0, 15), 4)),
+    Codec("q3_k", integers(-4, 4, span=7), None, 16, Scales(integers(-32, 32, span=63), 16, None, 8)),
+    Codec("mxfp4", grids.E2M1, None, 32, Scales(None)),
+    Codec("nvfp4", grids.E2M1, None, 16, Scales(grids.FP8_E4M3)),
+    Codec("iq4_xs", grids.IQ4_NL, None, 32, Scales(integers(-32, 32, span=63), 8, None, 8)),
+    Codec("q4_k", integers(0, 15, affine=True), None, 32, Scales(integers(0, 63), 8, integers(0, 63), 8)),
+    Codec("q5_k", integers(0, 31, affine=True), None, 32, Scales(integers(0, 63), 8, integers(0, 63), 8)),
+    Codec("q6_k", integers(-32, 32, span=63), None, 16, Scales(integers(-128, 128, span=255), 16, None, 16)),
+)
+# The simpler first: what lies on a coarse grid lies on finer ones too.
+_CODECS = (
+    *_whole(2),
+    *_whole(3),
+    Codec("fp4_e2m1", grids.E2M1),
+    Codec("fp4", grids.FP4),
+    Codec("nf4", grids.NF4),
+    Codec("iq4_nl", grids.IQ4_NL),
+    *_whole(4, halves=("q4_0", "q4_1")),
+    *_whole(5, halves=("q5_0", "q5_1")),
+    Codec("fp8_e5m2", grids.FP8_E5M2, rows=True),
+    Codec("fp8_e4m3", grids.FP8_E4M3, rows=True),
+    *_whole(6),
+    *_whole(8, rows=True, halves=("q8_0", None)),
+)
+# A run that lies on none of these lies on no grid of the table: each with those that lie on it.
+_COVERS: tuple[Grid, ...] = (integers(0, 255, affine=True), grids.FP8_E4M3, grids.FP8_E5M2, grids.NF4, grids.IQ4_NL)
+
+
+def quantised(pair: Pair, context: Context) -> Iterator[Found]:
     """Values that went through a quantised type, or are stored in one."""
     if pair.original.dtype.name not in casts.FLOATS or not pair.suspect.dtype.is_float or pair.size < 8:
         return
@@ -36,337 +135,336 @@ def quantised(pair: Pair) -> Iterator[Found]:
     # Hardly an element stays what it was.
     if pair.differing < pair.size // 4:
         return
-    found = next(_replayed(pair), None)
+    found = replays.replayed(pair)
     if found is None and pair.b.dtype.is_block:
-        found = _stored(pair)
+        found = replays.stored(pair)
     if found is None and not pair.b.dtype.is_block:
-        found = _on_lattice(pair)
+        found = _on_grid(pair, context)
     if found is not None:
         yield found
 
 
-# --- quantising again
+# --- on a grid
 
 
 @dataclasses.dataclass(frozen=True)
-class _Replay:
-    """One way to quantise: which type, how blocks lie, and what the values become.
+class _Values:
+    """A pair's values, as they are looked at."""
 
-    Attributes:
-      columns: Length of the rows that are filled up to whole blocks; None where blocks run on across rows.
-      padding_kept: Whether the values that fill rows up were taken for values of the tensor.
-    """
+    pair: Pair
+    shape: tuple[int, int]
+    rounded_to: str
 
-    name: str
-    rounded: Callable[[np.ndarray], np.ndarray]
-    columns: int | None = None
-    padding_kept: bool = False
+    @classmethod
+    def of(cls, pair: Pair) -> _Values:
+        columns = pair.b.shape[-1] if pair.b.shape else 1
+        rows, columns = (pair.size // columns, columns) if columns else (1, pair.size)
+        return cls(pair, (rows, columns), _narrowest(pair))
 
-    def values(self, pair: Pair, part: slice) -> np.ndarray:
-        """Returns the float32 values at a slice; it starts at a row or at a multiple of 256."""
-        if self.columns is None:
-            return self.rounded(_original(pair, part))
-        padded = self.columns + -self.columns % _GROUP
-        width = padded if self.padding_kept else self.columns
-        rows = slice(part.start // width * self.columns, -(-part.stop // width) * self.columns)
-        blocks = codecs.pad_rows(_original(pair, rows), self.columns, _GROUP)
-        values = self.rounded(blocks).reshape(-1, padded)[:, :width].reshape(-1)
-        begin = part.start - part.start // width * width
-        return values[begin : begin + part.stop - part.start]
+    def after(self, index: np.ndarray) -> Floats:
+        return pairs.values_of(self.pair.y[index], self.pair.type).astype("<f8")
 
-    @property
-    def unit(self) -> int:
-        return _GROUP if self.columns is None or self.padding_kept else self.columns
+    def before(self, index: np.ndarray) -> Floats:
+        bits = self.pair.original.bits[index]
+        return pairs.values_of(bits, self.pair.original.dtype.name).astype("<f8")
+
+    def solved(self, index: np.ndarray, grid: Grid) -> Solved:
+        """Holds groups of the suspect, flat indices [groups, elements], against a grid."""
+        return _solved(self.after(index), self.rounded_to, grid)
 
 
-def _original(pair: Pair, part: slice) -> np.ndarray:
-    return pairs.values_of(pair.original.bits[part], pair.original.dtype.name).astype("<f4", copy=False)
+def _solved(values: Floats, name: str, grid: Grid) -> Solved:
+    at_once = max(1, _SOLVED_AT_ONCE // len(grid.levels))
+    parts = []
+    for begin in range(0, len(values), at_once):
+        part = values[begin : begin + at_once]
+        parts.append(grids.solve(part, grids.rounding_error(part, name, affine=grid.affine), grid))
+    if len(parts) == 1:
+        return parts[0]
+    fields = (field.name for field in dataclasses.fields(Solved))
+    return Solved(*(np.concatenate([getattr(part, field) for part in parts]) for field in fields))
 
 
-def _replayed(pair: Pair) -> Iterator[Found]:
-    wanted = pair.b.dtype.name if pair.b.dtype.is_block else None
-    for replay in _replays(pair):
-        if wanted not in (None, replay.name):
-            continue
-        for rounding in ("nearest-even", "truncated"):
-            share = _probed(pair, replay, rounding)
-            # If only the last rounding were another one, half of the values would be right.
-            if share < 0.25 or (pair.type == "f32" and share < ACCEPTED):
-                break
-            if share < ACCEPTED:
-                continue
-            explained, measured = _explained(pair, replay, rounding)
-            if explained:
-                parameters: dict[str, Any] = {"type": replay.name}
-                if replay.padding_kept:
-                    parameters["padding"] = "read as values"
-                if rounding != "nearest-even" and pair.type != "f32":
-                    parameters["rounding"] = rounding
-                evidence = f"quantising the original to {replay.name} gives these values"
-                if measured < 1:
-                    evidence += f" (tried on {measured:.0%} of the elements)"
-                yield Found("quantised", parameters, explained, evidence)
-                return
-
-
-def _replays(pair: Pair) -> Iterator[_Replay]:
-    columns = pair.b.shape[-1] if len(pair.b.shape) > 1 else pair.size
-    levels = _levels(pair)
-    for name in ("apr_q4", "q4_k") if levels <= 16 else ():
-        codec = dtypes.TYPES[name].codec
-        assert isinstance(codec, codecs.Encoder)
-        by_row = columns if name == "q4_k" and columns % _GROUP else None
-        yield _Replay(name, _through(codec, b""), by_row)
-        if by_row is not None and pair.shape[0] > 1:
-            yield _Replay(name, _through(codec, b""), by_row, padding_kept=True)
-    for name, rounded in _REFERENCE.items():
-        if levels <= 16 or "4" not in name:
-            yield _Replay(name, _in_blocks(rounded))
-    if _few_magnitudes(pair):
-        codec = dtypes.TYPES["apr_q8"].codec
-        assert isinstance(codec, codecs.Encoder)
-        yield _Replay("apr_q8", _through(codec, codec.prefix(_largest(pair))))
-
-
-def _levels(pair: Pair) -> int:
-    """Returns the fewest values in some blocks of 32; 0 where blocks may run on across rows."""
-    columns = pair.b.shape[-1] if pair.b.shape else 1
-    if columns % 32:
-        return 0
-    blocks = [slice(row.start, row.start + 32) for row in _spread(pair, columns, _PROBED_GROUPS)]
-    return min(len(set(pair.y[block].tolist())) for block in blocks)
-
-
-def _through(codec: codecs.Encoder, prefix: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    def rounded(values: np.ndarray) -> np.ndarray:
-        out = np.empty(values.size, np.float32)
-        codec.decode(prefix + codec.encode(values, prefix), out)
-        return out
-
-    return rounded
-
-
-def _few_magnitudes(pair: Pair) -> bool:
-    """Whether the suspect has so few magnitudes that one scale for the whole tensor is possible."""
-    values = np.abs(pairs.values_of(pair.y[pair.sample], pair.type))
-    return len(np.unique(values)) <= 128
-
-
-def _largest(pair: Pair) -> np.float32:
-    return np.float32(max(float(np.abs(_original(pair, part)).max()) for part in pair.chunks(pair.size, 1)))
-
-
-def _expected(pair: Pair, replay: _Replay, rounding: str, part: slice) -> Bits:
-    with np.errstate(all="ignore"):
-        return pairs.bits_of(replay.values(pair, part), pair.type, rounding)
-
-
-def _probed(pair: Pair, replay: _Replay, rounding: str) -> float:
-    """Returns the share of elements that are as expected in the first of some probed groups where they are too few."""
-    unit = replay.unit
-    step = max(1, pair.sample.size // _PROBED_GROUPS)
-    share = 1.0
-    for group in dict.fromkeys((pair.sample[::step] // unit).tolist()):
-        part = slice(group * unit, min(pair.size, (group + 1) * unit))
-        equal = pair.equal(_expected(pair, replay, rounding, part), part)
-        share = min(share, np.count_nonzero(equal) / equal.size)
-        if share < ACCEPTED:
+def _narrowest(pair: Pair) -> str:
+    """Returns the narrowest type that holds the suspect's values: they may have been rounded to it before."""
+    some = pair.y[:: max(1, pair.size // 4096)]
+    for name in ("bf16", "f16", "f32"):
+        if name == pair.type:
             break
-    return share
+        there = pairs.cast_bits(some, pair.type, name)
+        if np.array_equal(pairs.cast_bits(there, name, pair.type), some):
+            return name
+    return pair.type
 
 
-def _explained(pair: Pair, replay: _Replay, rounding: str) -> tuple[float, float]:
-    """Returns the share of the differing elements that are as expected, and of how many elements it was measured.
-
-    Quantising costs ten times as much as comparing: of large tensors a part has to do, spread evenly.
-    """
-    unit = replay.unit * max(1, _UNITS_ELEMENTS // replay.unit)
-    parts = _spread(pair, unit, max(1, _REPLAYED // unit))
-    hits = total = equals = 0
-    for part in parts:
-        equal = pair.equal(_expected(pair, replay, rounding, part), part)
-        differs = pair.differs[part]
-        equals += int(np.count_nonzero(equal))
-        hits += int(np.count_nonzero(equal & differs))
-        total += int(np.count_nonzero(differs))
-    size = sum(part.stop - part.start for part in parts)
-    return (hits / total if total and equals >= ACCEPTED * size else 0.0), size / pair.size
-
-
-# GGML's own quantisers of 32 values (ggml-quants.c, quantize_row_*_ref): plain float32 formulas without a search.
-
-
-def _in_blocks(rounded: BlockRound) -> Callable[[np.ndarray], np.ndarray]:
-    def flat(values: np.ndarray) -> np.ndarray:
-        blocks = np.pad(values, (0, -values.size % 32)).reshape(-1, 32)
-        with np.errstate(all="ignore"):
-            return rounded(blocks).reshape(-1)[: values.size]
-
-    return flat
-
-
-def _half(values: np.ndarray) -> np.ndarray:
-    return values.astype("<f2").astype("<f4")
-
-
-def _inverse(step: np.ndarray) -> np.ndarray:
-    return np.where(step != 0, np.float32(1) / step, np.float32(0))
-
-
-def _q8_0(blocks: np.ndarray) -> np.ndarray:
-    step = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
-    scaled = blocks * _inverse(step)
-    return np.trunc(scaled + np.copysign(np.float32(0.5), scaled)) * _half(step)
-
-
-def _symmetric(half: int) -> BlockRound:
-    def rounded(blocks: np.ndarray) -> np.ndarray:
-        largest = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
-        step = largest / np.float32(-half)
-        q = np.minimum(2 * half - 1, np.trunc(blocks * _inverse(step) + np.float32(half + 0.5)))
-        return ((q - half) * _half(step)).astype("<f4")
-
-    return rounded
-
-
-def _affine(levels: int) -> BlockRound:
-    def rounded(blocks: np.ndarray) -> np.ndarray:
-        low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
-        step = (high - low) / np.float32(levels)
-        q = np.minimum(levels, np.trunc((blocks - low) * _inverse(step) + np.float32(0.5)))
-        return (q * _half(step) + _half(low)).astype("<f4")
-
-    return rounded
-
-
-_REFERENCE: dict[str, BlockRound] = {
-    "q8_0": _q8_0,
-    "q4_0": _symmetric(8),
-    "q4_1": _affine(15),
-    "q5_0": _symmetric(16),
-    "q5_1": _affine(31),
-}
-
-
-# --- stored in a quantised type by somebody else's quantiser
-
-# Steps from zero to the largest magnitude, or half of those from the smallest to the largest value.
-_STEPS = {"8": 127, "6": 31, "5": 15, "4": 7, "3": 3, "2": 1}
-
-
-def _stored(pair: Pair) -> Found | None:
-    """Decoded values that stay as near as the steps of the type allow."""
-    digits = [character for character in pair.b.dtype.name if character in _STEPS]
-    if not digits:
+def _on_grid(pair: Pair, context: Context) -> Found | None:
+    values = _Values.of(pair)
+    if not np.isfinite(values.after(pair.sample)).all():
         return None
-    near = total = 0
-    for part in _spread(pair, _GROUP):
-        before, after = _original(pair, part), pairs.values_of(pair.y[part], pair.type)
-        largest = np.abs(before).max()
-        near += int(np.count_nonzero(np.abs(before - after) <= 1.1 * largest / _STEPS[digits[0]]))
-        total += before.size
-    if near < ACCEPTED * total:
+    for down in (False, True):
+        covers = _covers(values, down)
+        if not covers:
+            continue
+        found = _named(values, context, covers, down)
+        if found is not None:
+            return found
+    return _few_values(values)
+
+
+def _covers(values: _Values, down: bool) -> list[Grid]:
+    """Returns which of the widest grids hold most of some short runs, along rows or down columns."""
+    rows, columns = values.shape
+    length, stride = (rows, columns) if down else (columns, 1)
+    if length < _RUN and (down or rows > 1):
+        return []
+    # From everywhere, and where the largest of some values are: elsewhere nearly all may be zero.
+    sample = values.pair.sample
+    largest = sample[np.argsort(-np.abs(values.after(sample)), kind="stable")[:_RUNS]]
+    places = np.concatenate((sample[:: max(1, len(sample) // _RUNS)], largest))
+    row, column = np.divmod(places, columns)
+    first = row // _RUN * _RUN * columns + column if down else row * columns + column // _RUN * _RUN
+    index = np.unique(first)[:, None] + np.arange(min(_RUN, length)) * stride
+    last = index[:, -1]
+    inside = (last < values.pair.size) & (down | (last // columns == index[:, 0] // columns))
+    index = index[inside]
+    after = values.after(index)
+    told = np.argsort(-np.count_nonzero(after, 1), kind="stable")[:_RUNS]
+    after = after[np.sort(told)]
+    found = []
+    for grid in _COVERS:
+        solved = _solved(after, values.rounded_to, grid)
+        fits = np.count_nonzero(solved.fits & solved.told)
+        if fits and fits >= _PROBED_SHARE * np.count_nonzero(solved.told):
+            found.append(grid)
+    return found
+
+
+def _covered(codec: Codec, covers: Sequence[Grid]) -> bool:
+    if codec.scheme or codec.type.startswith("q"):
+        return _COVERS[0] in covers
+    if codec.grid in (grids.NF4, grids.IQ4_NL, grids.FP8_E5M2):
+        return codec.grid in covers
+    return grids.FP8_E4M3 in covers
+
+
+def _named(values: _Values, context: Context, covers: Sequence[Grid], down: bool) -> Found | None:
+    table = [grouping for grouping in groupings(values.shape) if down == ("column" in str(grouping.label))]
+    nested, plain = ([codec for codec in codecs if _covered(codec, covers)] for codecs in (_NESTED, _CODECS))
+    match = _as_before(values, context, table, (*nested, *plain)) or _searched(values, table, nested, plain)
+    if match is None:
         return None
-    evidence = f"the values lie within the steps of {pair.b.dtype.name}, by another quantiser than those tried"
-    return Found("quantised", {"type": pair.b.dtype.name}, near / total, evidence)
+    context.codec_found(match.codec, match.grouping.label)
+    return _told(values, match, table)
 
 
-# --- lattices
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lattice:
-    """Values that a block of a type can have: multiples of a step, from zero or from the smallest value."""
-
-    name: str
-    size: int
-    steps: int
-    affine: bool
-
-
-# The narrower first: what lies on it lies on the wider ones too.
-_LATTICES = (
-    _Lattice("q2_k", 16, 3, True),
-    _Lattice("q3_k", 16, 4, False),
-    _Lattice("q4_0", 32, 8, False),
-    _Lattice("q4_k", 32, 15, True),
-    _Lattice("q5_0", 32, 16, False),
-    _Lattice("q5_k", 32, 31, True),
-    _Lattice("q6_k", 16, 32, False),
-)
-
-
-def _on_lattice(pair: Pair) -> Found | None:
-    columns = pair.b.shape[-1] if pair.b.shape else 1
-    levels = _levels(pair)
-    for lattice in _LATTICES:
-        if columns < lattice.size or (lattice.steps <= 15 and lattice.size == 32 and levels > 16):
-            continue
-        # A block or two from the beginning of a few rows.
-        parts = [slice(row.start, min(row.stop, row.start + 32)) for row in _spread(pair, columns, _PROBED_GROUPS)]
-        if _fitting(pair, lattice, parts) < ACCEPTED:
-            continue
-        explained = _fitting(pair, lattice, _spread(pair, columns))
-        if explained >= ACCEPTED:
-            evidence = (
-                f"in each block of {lattice.size} the values are at most {lattice.steps} equal steps "
-                f"from {'the smallest' if lattice.affine else 'zero'}, near the original, as {lattice.name} leaves them"
-            )
-            return Found("quantised", {"type": lattice.name}, explained, evidence)
+def _as_before(values: _Values, context: Context, table: Sequence[Grouping], codecs: Sequence[Codec]) -> _Match | None:
+    """Tries what the model's other tensors were quantised to, before a long search."""
+    for codec, label in context.codecs_found():
+        for grouping in table:
+            if codec not in codecs or grouping.label != label:
+                continue
+            match = _match(values, codec, grouping)
+            if match is None:
+                continue
+            wider = [other for other in table if other.size > grouping.size] if codec.scales is None else []
+            if match.share == 1 and not any(_match(values, codec, other) for other in wider):
+                return match
     return None
 
 
-def _spread(pair: Pair, unit: int, most: int | None = None) -> list[slice]:
-    """Returns slices of one unit (a row), spread over the tensor, up to a number of them or of elements."""
-    count = -(-pair.size // unit)
-    wanted = min(count, most or max(1, _MEASURED // unit))
-    starts = np.unique(np.linspace(0, count - 1, wanted).astype(np.int64)) * unit
-    return [slice(int(start), min(pair.size, int(start) + unit)) for start in starts]
-
-
-def _fitting(pair: Pair, lattice: _Lattice, parts: list[slice]) -> float:
-    """Returns the share of the differing elements that lie on the lattice, within a step of the original."""
-    hits = total = 0
-    for first in range(0, len(parts), 64):
-        before, after = (
-            _blocks(bits, name, lattice.size, parts[first : first + 64])
-            for bits, name in ((pair.original.bits, pair.original.dtype.name), (pair.y, pair.type))
-        )
-        steps = _steps(after, lattice, pair.type)
-        # A block of one magnitude lies on any lattice and says nothing.
-        told = (before != after) & (np.abs(after).min(1) != np.abs(after).max(1))[:, None]
-        # With steps as large as the values anything would be near.
-        sound = (steps > 0) & (steps <= np.abs(before).max(1))
-        near = sound[:, None] & (np.abs(before - after) <= 1.05 * steps[:, None])
-        hits += int(np.count_nonzero(near & told))
-        total += int(np.count_nonzero(told))
-    return hits / total if total >= 2 * lattice.size else 0.0
-
-
-def _blocks(bits: Bits, name: str, size: int, parts: list[slice]) -> np.ndarray:
-    rows = []
-    for part in parts:
-        whole = (part.stop - part.start) // size * size
-        rows.append(bits[part.start : part.start + whole])
-    return pairs.values_of(np.concatenate(rows), name).astype("<f8").reshape(-1, size)
-
-
-def _steps(blocks: np.ndarray, lattice: _Lattice, name: str) -> np.ndarray:
-    """Returns the step of each block's lattice, 0 where there is none."""
-    start = blocks.min(1, keepdims=True) if lattice.affine else np.zeros((len(blocks), 1))
-    spans = blocks.max(1) - start[:, 0] if lattice.affine else np.abs(blocks).max(1)
-    # Each value was rounded to the type, and so was the one that the step is taken from.
-    error = 2 * pairs.half_ulp(np.abs(blocks).max(1), name) + spans * 1e-6
-    found = np.zeros(len(blocks))
-    counts = np.arange(1, lattice.steps + 1)
-    for begin in range(0, len(blocks), _BLOCKS_AT_ONCE):
-        part = slice(begin, begin + _BLOCKS_AT_ONCE)
-        steps = spans[part, None] / counts  # [blocks, numbers of steps]
-        # Where rounding is nearly as coarse as the step, anything would fit.
-        slack = error[part, None] / steps
-        q = (blocks[part] - start[part])[:, None] / steps[..., None]
-        fits = (np.abs(q - np.rint(q)) <= slack[..., None]).all(2) & (slack < 0.2)
-        first = fits.argmax(1)[:, None]
-        chosen = np.take_along_axis(np.where(fits, steps, 0), first, 1)[:, 0]
-        found[part] = np.where(spans[part] > 0, chosen, 0)
+def _searched(
+    values: _Values, table: Sequence[Grouping], nested: Sequence[Codec], plain: Sequence[Codec]
+) -> _Match | None:
+    """Finds the fewest scales with which some codec gives the values, and the simplest of these codecs."""
+    found = None
+    for grouping in table:
+        codecs = [codec for codec in plain if found is None or codec.grid.values < found.codec.grid.values]
+        match = next((match for codec in codecs if (match := _match(values, codec, grouping)) is not None), None)
+        if match is None or (found is not None and not match.sure):
+            continue
+        # Zero points that are nearly all alike are no symmetry yet.
+        others = [codec for codec in plain if codec.type == match.codec.type] if match.share < 1 else []
+        again = [other for codec in others if (other := _match(values, codec, grouping)) is not None]
+        found = max((match, *again), key=lambda match: match.share)
+        if found.sure:
+            break
+    for codec in nested:
+        if found is not None and _simpler(found, codec):
+            continue
+        for grouping in table:
+            if (
+                grouping.label == codec.group
+                and grouping.shape == values.shape
+                and values.shape[1] % grouping.size == 0
+            ):
+                match = _match(values, codec, grouping)
+                if match is not None:
+                    return match
     return found
+
+
+def _simpler(match: _Match, nested: Codec) -> bool:
+    """Whether what fits has no more levels than a nested format, and fewer scales or no minima beside it."""
+    size = match.grouping.size
+    fewer = size > (nested.group or 0) or (size == nested.group and nested.grid.affine and not match.codec.grid.affine)
+    return fewer and match.codec.grid.values <= nested.grid.values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    """A codec and a grouping that fit; the share of the groups that do."""
+
+    codec: Codec
+    grouping: Grouping
+    index: np.ndarray
+    solved: Solved
+    share: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether each group by itself says something; many that hardly do may be those of another codec."""
+        fits = self.solved.fits & self.solved.told
+        return float(self.solved.chance[fits].mean()) < _SURE
+
+
+def _match(values: _Values, codec: Codec, grouping: Grouping) -> _Match | None:
+    """Holds a few groups, then those of a large part of the tensor against a codec."""
+    index = grouping.indices(grouping.spread(_TRIED), _TRIED_ELEMENTS)
+    if _share(values.solved(index, codec.grid), _TRIED_CHANCE) is None:
+        return None
+    if grouping.label == "tensor":
+        _, first = np.unique(values.pair.y, return_index=True)
+        index = first[None, :]
+    else:
+        index = grouping.indices(grouping.spread(min(_GROUPS, max(2, _MEASURED // grouping.size))), _MEASURED)
+    solved = values.solved(index, codec.grid)
+    share = _share(solved, _CHANCE)
+    if share is None or not _near(values, index, solved, codec.grid):
+        return None
+    if codec.scales is not None and not _scales_stored(codec.scales, grouping, values, codec):
+        return None
+    return _Match(codec, grouping, index, solved, share)
+
+
+def _share(solved: Solved, chance: float) -> float | None:
+    """Returns the share of the groups that fit; None if too few do, or others would have as well."""
+    told = int(np.count_nonzero(solved.told))
+    fits = solved.fits & solved.told
+    if not told or np.count_nonzero(fits) < ACCEPTED * told or solved.chance[fits].sum() > chance:
+        return None
+    return float(np.count_nonzero(fits)) / told
+
+
+def _near(values: _Values, index: np.ndarray, solved: Solved, grid: Grid) -> bool:
+    """Whether the values are near the original, and the original does not lie on the same grid."""
+    before, after = values.before(index), values.after(index)
+    fits = np.flatnonzero(solved.fits & solved.told)
+    near = np.abs(before - after) <= _NEAR_STEPS * solved.steps(after, grid)
+    if np.count_nonzero(near[fits]) < _NEAR_SHARE * near[fits].size:
+        return False
+    some = before[fits[:: max(1, len(fits) // _TRIED)], :_TRIED_ELEMENTS]
+    there = _solved(some, values.pair.original.dtype.name, grid)
+    return int(np.count_nonzero(there.fits & there.told)) < 0.5 * max(1, int(np.count_nonzero(there.told)))
+
+
+def _told(values: _Values, match: _Match, table: Sequence[Grouping]) -> Found:
+    codec, grouping, solved = match.codec, match.grouping, match.solved
+    differs = values.pair.differs[match.index]
+    explained = int(np.count_nonzero(differs & solved.fits[:, None])) / max(1, int(np.count_nonzero(differs)))
+    labels = [other.label for other in table if same_groups(other, grouping)]
+    preferred = [label for label in labels if isinstance(label, int) == _in_groups(codec, label, labels)]
+    readings = [codec.parameters(label) for label in dict.fromkeys((*preferred, *labels))]
+    alternatives: tuple[str, ...] = ()
+    if codec.halves and 32 in labels and values.shape[1] % 32 == 0:
+        halves = _are_halves(solved.scale[solved.told], solved.reach[solved.told])
+        if halves:
+            readings = [{"type": codec.halves}]
+        elif halves is None:
+            alternatives = (codec.halves,)
+    evidence = f"one scale gives every value of a group of {grouping.size}, rounded to {values.rounded_to}"
+    return Found("quantised", readings[0], float(explained), evidence, None, alternatives, tuple(readings))
+
+
+def _in_groups(codec: Codec, label: str | int, labels: Sequence[str | int]) -> bool:
+    """Whether groups that are rows, too, would be called groups: with 4 bits, and of a usual size."""
+    return not codec.rows and any(label in _USUAL_GROUPS for label in labels)
+
+
+# --- what scales tell
+
+
+def _scales_stored(scales: Scales, grouping: Grouping, values: _Values, codec: Codec) -> bool:
+    """Whether the scales of the groups (and their minima) lie on the grid of their format."""
+    shared = scales.shared or 256
+    most = max(2, _MEASURED // (shared * grouping.size))
+    count = grouping.count // shared
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+    index = grouping.indices((chosen[:, None] * shared + np.arange(shared)).reshape(-1))
+    all_solved = values.solved(index, codec.grid)
+    told = all_solved.fits & all_solved.told
+    if scales.grid is None:
+        power = np.exp2(np.rint(np.log2(np.abs(all_solved.scale[told]))))
+        near = np.abs(all_solved.scale[told] - power) <= all_solved.reach[told] + 1e-6 * power
+        return bool(np.count_nonzero(near) >= ACCEPTED * near.size)
+    # Of a group that does not use all levels, the minimum may be that of another level, and the scale a multiple.
+    top = codec.grid.book[-1]
+    told &= all_solved.highest == top if codec.grid.affine else all_solved.highest > top / 2
+    told = told.reshape(-1, shared)
+    held = np.count_nonzero(told, 1) >= min(shared // 2, 4)
+    if np.count_nonzero(held) < _HELD * held.size:
+        return False
+    # In place of what is not told stands what is: it proves nothing twice.
+    order = np.argsort(~told[held], 1, kind="stable")
+    order = np.where(np.take_along_axis(told[held], order, 1), order, order[:, :1])
+
+    def on(numbers: Floats, reach: Floats, grid: Grid) -> Solved:
+        numbers, reach = (np.take_along_axis(part.reshape(-1, shared)[held], order, 1) for part in (numbers, reach))
+        return grids.solve(numbers, reach, grid)
+
+    slack = np.abs(all_solved.scale) * 2.0**-20
+    of_scales = on(all_solved.scale, all_solved.reach + slack, scales.grid)
+    if of_scales.fits.mean() < _HELD or of_scales.chance.sum() > _TRIED_CHANCE:
+        return False
+    if np.median(of_scales.highest) < scales.varied:
+        return False
+    if scales.minima is None:
+        return True
+    reach = all_solved.reach * all_solved.highest + np.abs(all_solved.minimum) * 2.0**-20
+    return bool(on(-all_solved.minimum, reach, scales.minima).fits.mean() >= _HELD)
+
+
+def _are_halves(scale: Floats, reach: Floats) -> bool | None:
+    """Whether scales are half-precision numbers; None where what is known of them cannot tell."""
+    near = scale.astype("<f2").astype("<f8")
+    room = pairs.half_ulp(np.abs(near), "f16")
+    if np.median(reach / np.maximum(room, 1e-300)) > 0.25:
+        return None
+    return bool(np.mean(np.abs(scale - near) <= reach + np.abs(scale) * 2.0**-20) >= ACCEPTED)
+
+
+# --- few values, on no known grid
+
+
+def _few_values(values: _Values) -> Found | None:
+    """Groups that hold few different values, and in the original many: quantised, nobody knows how."""
+    for most in (4, 8, 16, 32, 64, 256):
+        for grouping in groupings(values.shape):
+            if grouping.size < 3 * most or "column" in str(grouping.label):
+                continue
+            index = grouping.indices(grouping.spread(_TRIED), 1 << 14)
+            if _most_distinct(values.after(index)) > most:
+                continue
+            index = grouping.indices(grouping.spread(max(2, _MEASURED // grouping.size)), 1 << 16)
+            found = _most_distinct(values.after(index))
+            before = _most_distinct(values.before(index[:: max(1, len(index) // 64)]))
+            if found > most or before < 1.5 * found or found < 2:
+                continue
+            parameters = {"type": "unknown grid", "values": most, "group": grouping.label}
+            evidence = f"at most {found} different values in each group, and up to {before} in the original"
+            return Found("quantised", parameters, 1.0, evidence)
+    return None
+
+
+def _most_distinct(groups: np.ndarray) -> int:
+    ordered = np.sort(groups, 1)
+    return int(1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1).max(initial=0))

@@ -3,13 +3,18 @@
 Every hypothesis is tried on a sample of the differing elements first; what survives is verified over all elements,
 bit for bit, so that the share that it explains is measured. Families of causes, a file each:
 
-  elementwise.py    misread types, casts, swapped bytes, a factor, a constant
+  elementwise.py    misread types, casts, swapped bytes, a factor, a constant, fractions cut
   sparse.py         zeros, cut tails, NaN and infinities, flipped bits
   permutations.py   transposes, rows, columns, heads, fused q, k, v
   relocation.py     content of other tensors, shifts
-  quantisation.py   a quantised type and back
+  quantisation.py   a quantised type and back: by quantising again (replays.py), by the grid (grids.py, groupings.py)
+  channels.py       single rows and columns, a factor for each of them
+  low_rank.py       merged adapters
+  resized.py        rows, columns, heads more or less
   missing.py        tensors that only one side has
   fallback.py       different weights
+
+What several tensors have in common is told in story.py.
 """
 
 from __future__ import annotations
@@ -20,7 +25,17 @@ import numpy as np
 import numpy.ma  # np.unique imports it when it is first called, which would be in a thread.
 
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.verify.diagnosis import elementwise, fallback, permutations, quantisation, relocation, sparse
+from apr_jax.converters.verify.diagnosis import (
+    channels,
+    elementwise,
+    fallback,
+    low_rank,
+    permutations,
+    quantisation,
+    relocation,
+    resized,
+    sparse,
+)
 from apr_jax.converters.verify.diagnosis.causes import CAUSES, Cause, Found
 from apr_jax.converters.verify.diagnosis.context import Context
 from apr_jax.converters.verify.diagnosis.pair import Pair
@@ -30,6 +45,8 @@ _VARIED = 256
 
 # Causes whose alternatives say nothing: the first kind explains by construction what the second kind also would.
 _IMPLIED = {
+    "zero-signs": ("rows-permuted", "columns-permuted", "head-permuted", "quantised", "bit-flips", "shifted"),
+    "mantissa-cut": ("quantised",),
     "zeroed": ("truncated", "zeroed-rows", "scaled"),
     "head-permuted": ("rows-permuted", "columns-permuted"),
     "qkv-order": ("rows-permuted",),
@@ -73,7 +90,15 @@ def _diagnose(pair: Pair, context: Context) -> list[Cause]:
         one.cause for one in found[1:] if one.explained >= found[0].explained and one.cause not in implied
     )
     return [
-        Cause(one.cause, one.parameters, one.explained, tuple(others) if index == 0 else (), one.evidence)
+        Cause(
+            one.cause,
+            one.parameters,
+            one.explained,
+            (*one.alternatives, *others) if index == 0 else (),
+            one.evidence,
+            one.readings,
+            one.factors,
+        )
         for index, one in enumerate(found)
         if index == 0 or one.cause in others
     ]
@@ -99,6 +124,7 @@ def _found(pair: Pair, context: Context) -> Iterator[Found]:
             return
         yield from elementwise.misread_width(pair)
         yield from permutations.qkv_order(pair, context)
+        yield from resized.resized(pair, context)
         return
     if not pair.size:
         return
@@ -112,13 +138,19 @@ def _found(pair: Pair, context: Context) -> Iterator[Found]:
         return
     # Varied values that are explained to the last one leave nothing for what is dearer to find out.
     varied = len(np.unique(pair.x[pair.sample])) >= _VARIED and len(np.unique(pair.y[pair.sample])) >= _VARIED
-    settled = False
+    settled = some = False
     for found in _cheaper(pair, context):
         settled |= varied and found.explained == 1.0
+        some = True
         yield found
-    if pair.differing and not settled:
-        yield from relocation.shifted(pair)
-        yield from quantisation.quantised(pair)
+    if not pair.differing or settled:
+        return
+    for family in (relocation.shifted(pair), channels.rescaled(pair), quantisation.quantised(pair, context)):
+        for found in family:
+            some = True
+            yield found
+    if not some:
+        yield from low_rank.low_rank(pair)
 
 
 def _cheaper(pair: Pair, context: Context) -> Iterator[Found]:
@@ -130,7 +162,9 @@ def _cheaper(pair: Pair, context: Context) -> Iterator[Found]:
     yield from sparse.bit_flips(pair)
     yield from elementwise.byte_swapped(pair)
     yield from elementwise.misread(pair)
+    yield from elementwise.mantissas(pair)
     yield from elementwise.scaled(pair)
+    yield from channels.scaled_lines(pair)
     yield from elementwise.moved(pair)
     yield from relocation.swapped(pair, context)
     yield from permutations.transposed(pair)

@@ -16,21 +16,28 @@ _LISTED = 8
 
 def zeros(pair: Pair) -> Iterator[Found]:
     """All zero, a zero tail, zero rows or columns, zeros elsewhere."""
-    sample = pair.y[pair.sample]
+    # Zeros of either sign: a factor of 0 leaves the signs.
+    sample = pair.y[pair.sample] & _magnitude(pair)
     # The cut of a tail may fall inside an element.
     if not sample.size or np.count_nonzero(sample) > 1:
         return
-    lost = np.flatnonzero(_scan(pair, lambda part: pair.differs[part] & (pair.y[part] != 0)))
+    if not np.any(pair.x[pair.sample] & _magnitude(pair)):
+        changed = _scan(pair, lambda part: pair.differs[part] & ((pair.x | pair.y)[part] & _magnitude(pair) != 0))
+        if not changed.any():
+            yield Found("zero-signs", {"elements": pair.differing}, 1.0, "only the signs of zeros differ", 0.0)
+            return
+    y = pair.y & _magnitude(pair)
+    lost = np.flatnonzero(_scan(pair, lambda part: pair.differs[part] & (y[part] != 0)))
     if lost.size > 1:
         return
-    end = _nonzero_end(pair.y)
+    end = _nonzero_end(y)
     if not lost.size and not end:
         yield Found("zeroed", {"elements": "all"}, 1.0, "every element is zero")
         return
     tail = list(_tail(pair, lost, end))
     yield from tail
     if not lost.size:
-        yield from (found for found in _lines(pair) if not tail or found.cause != "zeroed")
+        yield from (found for found in _lines(pair, y) if not tail or found.cause != "zeroed")
 
 
 def _scan(pair: Pair, test: Any) -> np.ndarray:
@@ -69,11 +76,17 @@ def _tail(pair: Pair, lost: np.ndarray, end: int) -> Iterator[Found]:
     yield Found("truncated", parameters, 1.0, evidence)
 
 
-def _lines(pair: Pair) -> Iterator[Found]:
+def _magnitude(pair: Pair) -> Any:
+    """Returns the bits of an element that are not its sign."""
+    bits = 8 * pair.y.itemsize
+    return pair.y.dtype.type((1 << bits) - 1 >> int(pair.suspect.dtype.is_float))
+
+
+def _lines(pair: Pair, y: np.ndarray) -> Iterator[Found]:
     rows, columns = pair.shape
     differs = pair.differs.reshape(rows, columns)
     rows_hit = np.flatnonzero(differs.any(axis=1))
-    matrix = pair.y.reshape(rows, columns)
+    matrix = y.reshape(rows, columns)
     if not matrix[rows_hit].any():
         parameters = {"axis": 0, "rows": len(rows_hit), "ranges": ranges(rows_hit)}
         yield Found("zeroed-rows", parameters, 1.0, f"{len(rows_hit)} of {rows} rows are zero")
