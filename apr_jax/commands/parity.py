@@ -50,11 +50,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--left", choices=("cpu", "cuda"), default="cpu", help="where rounding is measured (default: cpu)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of --right cpu, cuda and hf (default: float32)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of --right cpu, cuda and hf (default: float32)"
     )
     parser.add_argument(
         "--right-dtype",
-        choices=("float32", "bfloat16", "float64"),
+        choices=("float32", "bfloat16", "float16", "float64"),
         help="what the dump was computed in (default: what it says, else inferred from its values)",
     )
     parser.add_argument(

@@ -38,7 +38,7 @@ def load_parameters(
     Args:
       checkpoint: Holds exactly the tensors of `config`; a head beside a tied configuration must equal the embedding.
       config: The model's configuration.
-      dtype: "float32", "bfloat16" or "float64".
+      dtype: "float32", "bfloat16", "float16" or "float64".
       device: Where the arrays go: one device, or a sharding that fits all of them.
       fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
 

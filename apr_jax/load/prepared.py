@@ -56,7 +56,7 @@ def save(
     Args:
       checkpoint: The model.
       folder: Where to write; must not exist.
-      dtype: "float32", "bfloat16" or "float64"; a narrowing cast rounds to nearest even.
+      dtype: "float32", "bfloat16", "float16" or "float64"; a narrowing cast rounds to nearest even.
       fused: One parameter for q, k and v of a layer and one for gate and up.
       force: Whether a prepared checkpoint that is there may be replaced.
       notice: Told about what earlier, killed runs left and this one removed.

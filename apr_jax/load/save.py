@@ -30,7 +30,7 @@ from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.origin import Origin
 from apr_jax.model.parameters import named, parameter_sources
 
-_CODES = {"float32": "f32", "bfloat16": "bf16", "float64": "f64"}
+_CODES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 # Whichever of them a config.json has: transformers 5 writes the first, older ones the second.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 

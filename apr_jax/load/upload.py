@@ -57,7 +57,7 @@ def upload(parameters: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.D
 
     Args:
       parameters: For each name the tensors whose rows it holds, one behind the other, all of which pass `can_upload`.
-      dtype: "float32", "bfloat16" or "float64".
+      dtype: "float32", "bfloat16", "float16" or "float64".
       device: Where the arrays go; not the CPU, which would take the staging memory itself for theirs.
 
     Returns:

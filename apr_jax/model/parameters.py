@@ -14,8 +14,16 @@ import jax
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import UsageError
 
-DTYPES = ("float32", "bfloat16", "float64")
-_SHORT = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f64": "float64", "fp64": "float64"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SHORT = {
+    "f32": "float32",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "fp16": "float16",
+    "f64": "float64",
+    "fp64": "float64",
+}
 
 Parameters = dict[Any, Any]
 """Arrays in nested dicts, keyed as the attributes of `Qwen2ForCausalLM`: HuggingFace's names, split at the dots."""

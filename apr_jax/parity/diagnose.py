@@ -21,7 +21,7 @@ from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, PERMUTED, UNKNOWN
 from apr_jax.parity.findings import Explanation, Finding, gather, layout_findings, order_finding
 from apr_jax.parity.layer_order import execution_order, reordered
 from apr_jax.parity.layouts import undo
-from apr_jax.parity.localise import Localisation, Site, judge, localise
+from apr_jax.parity.localise import Localisation, Site, judge, localise, turn_budgets
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Answer, Known, Search
 from apr_jax.parity.wording import description, places, where_not_finite
@@ -163,10 +163,11 @@ def _explain_in_order(replay: Replay, located: Localisation) -> tuple[Localisati
         key, part = before.key, located.columns.get(before.key)
         here, there = (dataclasses.replace(replay, theirs=each, memo={}) for each in (values, doubted))
         right, theirs = here.compute(key), located.theirs[key]
+        each = turn_budgets(here, key, located.dtype)
         doubtful = right if doubted is values else there.compute(key)
         values[key], doubted[key] = (_filled_up(key, theirs, each, part) for each in (right, doubtful))
         own = right + np.hypot(right * (before.own / before.norm if before.norm else 0.0), doubtful - right)
-        site = judge(key, values[key], right, own, replay.inputs, located.dtype, part)
+        site = judge(key, values[key], right, own, replay.inputs, located.dtype, part, each)
         if site.wrong:
             one = dataclasses.replace(located, sites=(site,), reference={key: right}, theirs=values)
             explanation = explain(here, site, one, known)
@@ -211,7 +212,7 @@ def _with_errors(explanation: Explanation, replay: Replay, made: np.ndarray, par
 def _scaled(mistake: Mistake, factor: float) -> Mistake:
     """A mistake with its numbers that were solved for, which are floats, multiplied."""
     scaled = {name: value * factor if isinstance(value, float) else value for name, value in mistake.pairs}
-    return mistake.fault.made(**scaled)
+    return mistake.having(**scaled)
 
 
 def _reads_cache(key: str, dumped: Container[str], order: Sequence[str]) -> bool:

@@ -112,6 +112,8 @@ def _is_one(known: Sighting, other: Sighting) -> bool:
     if a.fault.unexplained:
         return where.site.stage == there.site.stage
     ours, theirs = ({k: v for k, v in m.pairs if k not in a.fault.merge} for m in (a, b))
+    if a.within != b.within or a.stage != b.stage:
+        return False
     return ours.keys() == theirs.keys() and all(_same(ours[name], theirs[name]) for name in ours)
 
 
@@ -153,7 +155,7 @@ def _with_whole(groups: list[list[Sighting]], whole: Fault) -> list[list[Sightin
 def _merged(group: Iterable[Sighting]) -> dict[str, Any]:
     """The parameters of all sightings of one mistake."""
     mistakes = [mistake for mistake, _ in group]
-    parameters = mistakes[0].parameters
+    parameters = mistakes[0].shown
     for name, how in mistakes[0].fault.merge.items():
         values = [mistake.parameters[name] for mistake in mistakes if name in mistake.parameters]
         if how == IGNORED:

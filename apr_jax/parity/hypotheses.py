@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 
 import numpy as np
 
-from apr_jax.parity import undumped
+from apr_jax.parity import confined, undumped
 from apr_jax.parity.faults.products import MULTIPLIED
 from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
 from apr_jax.parity.faults.table import FAULTS
@@ -35,12 +35,13 @@ _CLEARLY = 0.3
 """One mistake more has to leave less than this share of what was left without it."""
 
 
-def hypotheses(question: Question, left: Mapping[Mistakes, float]) -> Iterator[Mistakes]:
+def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Sized = ()) -> Iterator[Mistakes]:
     """Yields the hypotheses about a wrong stage.
 
     Args:
       question: The stage.
       left: What share of the difference each hypothesis so far leaves; filled in between.
+      accepted: Those that explain the stage so far; filled in between.
     """
     gap = question.nodes[:-1] if len(question.nodes) <= _LONGEST else []
     own = list(_own(question))
@@ -50,9 +51,13 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float]) -> Iterator[M
     before = [*(s for s in before if not _is_numerical(s[0])), *(s for s in before if _is_numerical(s[0]))]
     yield from dict.fromkeys(before)
     yield from _solved(question, gap)
+    longer = [stack for stack in own if len(stack) > 1]
+    if question.parts():
+        yield from longer
+    if not accepted:
+        yield from confined.hypotheses(question, lambda part: _singles(part, part.nodes[-1]))
     if gap:
         yield from _together(question)
-    longer = [stack for stack in own if len(stack) > 1]
     yield from sorted(longer, key=len)
     singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
     yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], left)
@@ -159,7 +164,7 @@ def _stacked(
         # To three digits: among those that come as near, a cut shall not hang on the last bits.
         return float(f"{left.get(stack, np.inf):.2e}")
 
-    seen = [stack for stack in singles if abs(left.get(stack, np.inf) - 1) > _NO_EFFECT]
+    seen = [stack for stack in singles if abs(left.get(stack, np.inf) - 1) > _NO_EFFECT and not stack[0].fault.alone]
     plain = [stack for stack in seen if not _is_numerical(stack[0])]
     near = sorted((stack for stack in seen if _is_numerical(stack[0]) and leaves(stack) < 1), key=leaves)
     bases = [*plain, *near[: 0 if gap else _KEPT]]

@@ -27,6 +27,7 @@ _POSITIONS = 32
 _CLOSER = 0.1
 """What a reordering has to leave of the difference."""
 
+_INTERLEAVED = "qk-interleaved"
 _HEADED = ("q_post_rope", "k_post_rope", "attention")
 _PAIRED = ("qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope")
 
@@ -55,7 +56,8 @@ def undo(exact: LanguageModel, inputs: Inputs, dumped: Dumped) -> tuple[Dumped, 
     Returns:
       The dump with every stage in the right order, and what was reordered.
     """
-    values, rows, found = dict(dumped.values), dumped.rows(), []
+    values, rows = dict(dumped.values), dumped.rows()
+    found: list[Layout] = []
     for key in stages.trace_keys(exact.config.num_layers):
         part = dumped.columns.get(key)
         if key not in values or values[key].ndim != 3 or (part is not None and key == stages.LOGITS):
@@ -64,16 +66,22 @@ def undo(exact: LanguageModel, inputs: Inputs, dumped: Dumped) -> tuple[Dumped, 
             continue
         few, tokens = _looked_at(inputs, part)
         shown = values[key][:, few]
+        # An engine interleaves all of a layer's q and k, or none: what else is wrong with them is no layout.
+        interleaved = Layout(Key.of(key.layer, _PAIRED[0]), _INTERLEAVED) in found and key.stage in _PAIRED
         right = Replay(exact.config, exact.parameters, inputs, values, rows=few).compute(key)
         before = _distance(shown, right, tokens)
-        if before <= _FAR * float(np.linalg.norm(right[tokens])):
+        if before <= _FAR * float(np.linalg.norm(right[tokens])) and not interleaved:
             continue
         for kind, reorder in _reorderings(exact.config, key.stage).items():
+            if kind == _INTERLEAVED and _rotates_halves(exact.config, inputs, dumped, key.layer):
+                continue
             reordered = reorder(rows[key])
             moved = reordered if part is None else scatter_positions(key, values[key], reordered, part)
             other = moved[:, few]
-            if _distance(other, right, tokens) <= _CLOSER * before or _same_norms(
-                kind, exact.config, shown, other, right, tokens
+            if (
+                (interleaved and kind == _INTERLEAVED)
+                or (not interleaved and _distance(other, right, tokens) <= _CLOSER * before)
+                or _same_norms(kind, exact.config, shown, other, right, tokens)
             ):
                 values[key] = moved
                 found.append(Layout(key, kind))
@@ -103,6 +111,31 @@ def _same_norms(
     return _distance(norms[1], norms[2], tokens) <= _CLOSER * _distance(norms[0], norms[2], tokens)
 
 
+def _rotates_halves(config: Qwen2Config, inputs: Inputs, dumped: Dumped, layer: int | None) -> bool:
+    """Whether a layer rotates pairs (i, i + H/2) of q and k as they were dumped: then it means them in that order.
+
+    A rotation, right or wrong, keeps the length of its pairs. Values in another order are then no layout but weights
+    whose rows are in another order than the rotation wants.
+    """
+    keys = [Key.of(layer, stage) for stage in ("qkv_bias", "q_post_rope", "k_post_rope")]
+    if any(key not in dumped.values for key in keys):
+        return False
+    few, tokens = _looked_at(inputs, dumped.columns.get(keys[0]))
+    before, *after = (np.asarray(dumped.values[key][:, few][tokens], np.float64) for key in keys)
+    rotated = np.concatenate(after, axis=-1)
+    if not np.isfinite(rotated).all():
+        return False
+
+    def kept(shape: tuple[int, ...], axis: int) -> float:
+        lengths = [
+            np.linalg.norm(x.reshape(len(x), *shape), axis=axis) for x in (before[:, : rotated.shape[-1]], rotated)
+        ]
+        return float(np.linalg.norm(lengths[0] - lengths[1]))
+
+    halves, adjacent = kept((-1, 2, config.head_dim // 2), 2), kept((-1, config.head_dim // 2, 2), 3)
+    return halves < _CLOSER * adjacent
+
+
 def _reorderings(config: Qwen2Config, stage: str) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     width = config.head_dim
     kinds: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
@@ -110,7 +143,7 @@ def _reorderings(config: Qwen2Config, stage: str) -> dict[str, Callable[[np.ndar
         kinds["heads-major"] = lambda x: _from_heads_major(x, width)
     if stage in _PAIRED:
         rotated = (config.num_heads + config.num_kv_heads) * width
-        kinds["qk-interleaved"] = lambda x: _from_interleaved(x, width, rotated)
+        kinds[_INTERLEAVED] = lambda x: _from_interleaved(x, width, rotated)
     kinds["transposed"] = lambda x: x.reshape(len(x), x.shape[2], x.shape[1]).swapaxes(1, 2)
     return kinds
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from apr_jax.model import rotary
 from apr_jax.model.language_model import LanguageModel
+from apr_jax.parity.replay import Replay, turn_sizes
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import Dumped, compared_positions, dumped_columns, gather_positions, position_axis
@@ -38,7 +39,11 @@ _CLASSES = {
 CLASS_OF = {stage: name for name, members in _CLASSES.items() for stage in members}
 FACTORS = {"exact": 2.0, "sum": 4.0, "norm": 6.0, "product": 6.0, "rope": 6.0, "softmax": 8.0, "activation": 6.0}
 ROW_FACTOR = 3.0
-"""How much more a single position may be off than the stage as a whole, relative to its own budget."""
+"""How much more a single position or channel may be off than the stage as a whole, relative to its own budget."""
+TURN_FACTOR = 3.0
+"""How many times the roundings of a rotation a rotated value may be off; another right program's worst has 1.6."""
+_CHANNEL_ROWS, _FEWEST_ROWS = 64, 16
+"""How many positions a channel is judged by, and the fewest that do: what one has is no trait of a channel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +56,10 @@ class Site:
       own: |ours - float64| in the other side's dtype.
       budget: What `error` may be.
       norm: |float64|.
-      worst: The largest error of a position over that position's budget.
+      worst: The largest error of a position, channel or rotated value over its own budget.
       row_budgets: What each position may be off (L2 over the last axis), in the shape of the stage without that axis.
+      channel_budgets: What each channel may be off, relative to the position: `channel_medians`; None where it is not
+        judged.
       elements: Number of elements compared.
       finite: Whether all of theirs are finite.
       constant: Whether all of theirs are one value, where ours are not.
@@ -65,6 +72,7 @@ class Site:
     norm: float
     worst: float
     row_budgets: np.ndarray = dataclasses.field(repr=False, compare=False)
+    channel_budgets: np.ndarray | None = dataclasses.field(repr=False, compare=False)
     elements: int
     finite: bool
     constant: bool
@@ -81,7 +89,7 @@ class Site:
 
     @property
     def share(self) -> float:
-        """How much of its budget the error takes, over the whole stage or at its worst position; 0 without an error."""
+        """How much of its budget the error takes, over the whole stage or where it is worst; 0 without an error."""
         if not self.error:
             return 0.0
         return max(self.error / self.budget if self.budget else float("inf"), self.worst)
@@ -122,7 +130,16 @@ def infer_dtype(values: Mapping[str, np.ndarray]) -> str:
     singles = [np.ascontiguousarray(array, np.float32) for array in values.values()]
     if all(not (single.view(np.uint32) & 0xFFFF).any() for single in singles):
         return "bfloat16"
-    return "float32"
+    return "float16" if all(_holds(np.float16, single) for single in singles) else "float32"
+
+
+def _holds(dtype: type, values: np.ndarray) -> bool:
+    """Whether a dtype holds all of the values: a few are asked first."""
+    for some in (values.ravel()[:4096], values):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not np.array_equal(some, some.astype(dtype).astype(some.dtype), equal_nan=True):
+                return False
+    return True
 
 
 def localise(
@@ -146,9 +163,10 @@ def localise(
     rounded = dumped.over(_other_engine(same).trace(inputs)).values if dumped.partial else theirs
     reference = exact.trace(inputs, force=_to_force(theirs))
     own = same.trace(inputs, keys, force=_to_force({key: rounded[key] for key in keys}))
-    sites, judged = [], inputs
+    sites, judged, replay = [], inputs, Replay(exact.config, exact.parameters, inputs, theirs)
     for key in keys:
-        sites.append(judge(key, theirs[key], reference[key], own[key], judged, same.dtype, dumped.columns.get(key)))
+        part, each = dumped.columns.get(key), turn_budgets(replay, key, same.dtype)
+        sites.append(judge(key, theirs[key], reference[key], own[key], judged, same.dtype, part, each))
         judged = _before_the_first_nan(key, judged, theirs[key])
     return Localisation(tuple(sites), reference, same.dtype, theirs, dumped.columns)
 
@@ -201,10 +219,12 @@ def judge(
     inputs: Inputs,
     dtype: str,
     columns: np.ndarray | None = None,
+    each: np.ndarray | None = None,
 ) -> Site:
     """Judges one stage: theirs [B, T, ...] against float64, with our own error in their dtype as the measure.
 
-    With `columns` [B, R] only those positions are judged; values may be whole or hold just them.
+    With `columns` [B, R] only those positions are judged; values may be whole or hold just them. `each` is what every
+    value may be off, where that is known.
     """
     axis, positions = position_axis(key), inputs.positions()
     mask = compared_positions(key, inputs, (*theirs.shape[:axis], positions.shape[1], *theirs.shape[axis + 1 :]))
@@ -213,23 +233,31 @@ def judge(
     if columns is not None:
         theirs, reference, own, mask = (gather_positions(key, x, columns) for x in (theirs, reference, own, mask))
         positions = np.take_along_axis(positions, columns, axis=1)
-    finite = bool(np.isfinite(theirs[mask]).all())
-    error = row_norms(theirs.astype(np.float64) - reference, mask)
-    self_error = row_norms(own.astype(np.float64) - reference, mask)
-    size = row_norms(reference, mask)
-    own_total = float(np.linalg.norm(self_error))
-    budget, row_budget = budgets(key, dtype, self_error, size, positions)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.where(error > 0, error / row_budget, 0.0)
     chosen = theirs[mask]
+    finite = bool(np.isfinite(chosen).all())
+    difference = theirs.astype(np.float64) - reference
+    error, size = row_norms(difference, mask), row_norms(reference, mask)
+    # Where our own arithmetic overflows it is no measure.
+    own_difference = np.nan_to_num(own.astype(np.float64) - reference, nan=0.0, posinf=0.0, neginf=0.0)
+    own_error = row_norms(own_difference, mask)
+    budget, row_budget = budgets(key, dtype, own_error, size, positions)
+    own_channels = channel_medians(key, own_difference, size, mask)
+    channels = channel_budgets(key, dtype, own_channels, channel_medians(key, reference, size, mask))
+    worst = worst_share(error, row_budget)
+    if channels is not None and finite:
+        worst = max(worst, worst_share(channel_medians(key, difference, size, mask), channels))
+    if each is not None and finite:
+        each = each if columns is None else gather_positions(key, each, columns)
+        worst = max(worst, worst_share(np.where(mask[..., None], np.abs(difference), 0.0), each))
     return Site(
         Key(key),
         error=float(np.linalg.norm(error)) if finite else float("inf"),
-        own=own_total,
+        own=float(np.linalg.norm(own_error)),
         budget=budget,
         norm=float(np.linalg.norm(size)),
-        worst=float(shares.max()) if finite else float("inf"),
+        worst=worst if finite else float("inf"),
         row_budgets=row_budget,
+        channel_budgets=channels,
         elements=int(chosen.size),
         finite=finite,
         constant=finite
@@ -237,6 +265,14 @@ def judge(
         and bool((chosen == chosen.flat[0]).all())
         and float(np.ptp(reference[mask])) > 0,
     )
+
+
+def worst_share(error: np.ndarray | None, budget: np.ndarray) -> float:
+    """Returns the largest of some errors over their own budgets; 0 where there are none."""
+    if error is None:
+        return 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.where(error > 0, error / budget, 0.0).max(initial=0.0))
 
 
 def budgets(key: str, dtype: str, own: np.ndarray, size: np.ndarray, positions: np.ndarray) -> tuple[float, np.ndarray]:
@@ -255,6 +291,63 @@ def budgets(key: str, dtype: str, own: np.ndarray, size: np.ndarray, positions: 
     # A position where we happen to round well is no measure: the stage's typical error is the floor.
     typical = own_total / max(1, int(np.count_nonzero(size))) ** 0.5
     return factor * max(own_total, rounding_total), ROW_FACTOR * factor * np.maximum(np.maximum(own, rounding), typical)
+
+
+def channel_medians(key: str, values: np.ndarray, size: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
+    """The median magnitude of each channel, relative to its position; None of stages of pairs and of few positions.
+
+    A mistake of a channel is in most of its positions. The median does not hang on one position whose activations are
+    a thousand times as large as the others', as trained models have them.
+
+    Args:
+      key: The stage's key in a trace.
+      values: Errors or values, [B, T, C].
+      size: L2 of each position of the right values, [B, T].
+      mask: Which positions count, [B, T].
+    """
+    if Key(key).per_pair:
+        return None
+    rows = np.argwhere(mask & (size > 0))
+    if len(rows) < _FEWEST_ROWS:
+        return None
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, _CHANNEL_ROWS).astype(int))]
+    chosen = tuple(rows.T)
+    return np.median(np.abs(values[chosen]) / size[chosen][:, None], axis=0)
+
+
+def channel_budgets(
+    key: str, dtype: str, own: np.ndarray | None, right: np.ndarray | None, floor: float = 0.25
+) -> np.ndarray | None:
+    """What each channel may be off: medians as `channel_medians` gives them, of our own error and of the right values.
+
+    Args:
+      key: The stage's key in a trace.
+      dtype: The dtype that is judged in.
+      own: Our own error, [C].
+      right: The right values, [C].
+      floor: The share of the typical channel's error that every one may have.
+    """
+    if own is None or right is None:
+        return None
+    rounding = right * (EPSILON[dtype] / np.sqrt(3))
+    least = floor * max(float(np.median(own)), float(np.median(rounding)))
+    return ROW_FACTOR * FACTORS[CLASS_OF[Key(key).stage]] * np.maximum(np.maximum(own, rounding), least)
+
+
+def turn_budgets(replay: Replay, key: str, dtype: str) -> np.ndarray | None:
+    """What each rotated value may be off, [B, T, C]: a rotation of known values is a few roundings, whoever makes it.
+
+    x cos - y sin has two roundings of each product, with cos and sin in the dtype, and one of the difference: at most
+    three of |x cos| + |y sin|. An angle in float32 is known to a unit in its last place.
+
+    Returns:
+      None for other stages, and where what was rotated is not known.
+    """
+    key = Key(key)
+    if CLASS_OF[key.stage] != "rope" or not replay.dumped(Key.of(key.layer, "qkv_bias")):
+        return None
+    terms, moved = turn_sizes(replay, key)
+    return TURN_FACTOR * (3 * EPSILON[dtype] * terms + (2.0**-23 if dtype != "float64" else 0.0) * moved)
 
 
 def row_norms(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

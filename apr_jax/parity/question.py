@@ -8,7 +8,7 @@ import functools
 import numpy as np
 
 from apr_jax.parity.faults.record import Mistakes
-from apr_jax.parity.localise import EPSILON
+from apr_jax.parity.localise import EPSILON, Site
 from apr_jax.parity.replay import QKV, Replay, Value
 from apr_jax.trace.positions import position_axis
 from apr_jax.trace.stages import Key
@@ -33,6 +33,7 @@ class Question:
       given: Mistakes that are supposed to have been made before.
       dtype: What the other side declares to compute in.
       only: The projection that is looked at, of a stage that holds several; "" is all.
+      site: How the stage was judged; None where that is not known.
     """
 
     replay: Replay
@@ -44,6 +45,7 @@ class Question:
     given: Mistakes = ()
     dtype: str = "float32"
     only: str = ""
+    site: Site | None = None
 
     @property
     def layer(self) -> int | None:

@@ -60,7 +60,20 @@ class Replay:
     def compute(self, key: str) -> Value:
         """Computes one stage from the other side's values, with the mistakes that are made."""
         key = Key(key)
-        return FORMULAS[key.stage](dataclasses.replace(self, target=key, composed={}), key.layer)
+        return dataclasses.replace(self, target=key, composed={})._made(key)
+
+    def _made(self, key: Key) -> Value:
+        """Computes a stage with the mistakes that are made: in all of it, or in the part that each is confined to."""
+        everywhere = tuple(mistake for mistake in self.made if mistake.within is None)
+        if len(everywhere) == len(self.made):
+            return self.step("result", FORMULAS[key.stage](self, key.layer), key.layer, key.stage)
+        value = self.under(everywhere)._made(key)
+        for mistake in self.made:
+            if mistake.within is not None and mistake.stage == key.stage:
+                other = self.under((*everywhere, mistake.everywhere))._made(key)
+                chosen = mistake.within.chosen(value, self.columns(), self.config.head_dim)
+                value = np.where(chosen, other, value)
+        return value
 
     def under(self, mistakes: Mistakes) -> Replay:
         """Returns the replay in which these mistakes are made."""
@@ -69,7 +82,8 @@ class Replay:
     def step(self, name: str, value: Any, layer: int | None = None, what: str = "") -> Any:
         """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
         for mistake in self.made:
-            if change := mistake.fault.changes.get(name):
+            change = mistake.fault.changes.get(name)
+            if change and not (name == "result" and mistake.stage not in ("", what)):
                 value = change(value, At(self, layer, what), **mistake.parameters)
         return value
 
@@ -89,7 +103,7 @@ class Replay:
         store: dict[Hashable, Any] = self.memo if free else self.composed
         name = (key, None if self.rows is None else self.rows.tobytes())
         if name not in store:
-            store[name] = FORMULAS[key.stage](self, key.layer)
+            store[name] = self._made(key)
         return store[name]
 
     def look(self, stage: str, values: np.ndarray) -> Value:
@@ -291,7 +305,7 @@ def head_product(replay: Replay) -> Value:
 
 
 def _embedding(replay: Replay, layer: int | None) -> Value:
-    table = replay.held(layer, EMBEDDING)
+    table = replay.step("table", replay.held(layer, EMBEDDING))
     return table[replay.step("row", replay.inputs.input_ids[:, replay.columns()]) % len(table)]
 
 
@@ -336,10 +350,21 @@ def _rope(which: int, replay: Replay, layer: int | None) -> Value:
     return join_heads(turn.apply(x, replay.positions(), replay.config.rope_theta) + late)
 
 
+def turn_sizes(replay: Replay, key: Key) -> tuple[Value, Value]:
+    """Returns the sizes of what a rotation adds up, and of what angles that are off by themselves move, [B, T, C]."""
+    which = 0 if key.stage == "q_post_rope" else 1
+    x, late = before_rotation(dataclasses.replace(replay, target=key), key.layer, which)
+    turn = replay.step("rotation", Rotation(), key.layer, QKV[which])
+    terms, moved = turn.sizes(x, replay.positions(), replay.config.rope_theta)
+    return join_heads(terms + np.abs(late)), join_heads(moved)
+
+
 def _scores(replay: Replay, layer: int | None) -> Value:
     q = unjoin(replay.get(layer, "q_post_rope"), replay.config).swapaxes(1, 2)
-    k = unjoin(replay.whole.get(layer, "k_post_rope"), replay.config)[:, :, replay.kv_heads()].swapaxes(1, 2)
-    raw = replay.dot(q, k) * replay.step("scale", replay.config.head_dim**-0.5)
+    keys = replay.step("cached", replay.whole.get(layer, "k_post_rope"), layer, "k")
+    k = unjoin(keys, replay.config)[:, :, replay.kv_heads()].swapaxes(1, 2)
+    scale = replay.step("scale", replay.config.head_dim**-0.5)
+    raw = replay.step("scores", replay.step("raw_scores", replay.dot(q, k)) * scale)
     tokens = replay.step("tokens_read", None)
     if tokens is not None:
         raw = np.where(tokens >= 0, np.take_along_axis(raw, np.maximum(tokens, 0)[None, None], axis=-1), 0.0)
@@ -349,7 +374,7 @@ def _scores(replay: Replay, layer: int | None) -> Value:
 
 def _softmax(replay: Replay, layer: int | None) -> Value:
     """Over the keys seen; what a query gets that sees none depends on how an engine masks, uniform here."""
-    raw, seen = replay.get(layer, "attn_scores"), replay.visible()[:, None]
+    raw, seen = replay.step("softmax_input", replay.get(layer, "attn_scores")), replay.visible()[:, None]
     summed = replay.step("summed", seen)
     top = np.where(summed, raw, -np.inf).max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -361,6 +386,7 @@ def _softmax(replay: Replay, layer: int | None) -> Value:
 
 def _attention(replay: Replay, layer: int | None) -> Value:
     shares, v = replay.get(layer, "attn_softmax"), replay.step("v_heads", replay.whole.heads(layer)[2])
+    v = unjoin(replay.step("cached", join_heads(v), layer, "v"), replay.config)
     tokens = replay.step("tokens_read", None)
     shares = shares if tokens is None else _by_token(shares, tokens)
     values = v[:, :, replay.kv_heads()].transpose(0, 2, 3, 1)

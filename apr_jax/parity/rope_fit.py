@@ -10,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 
 from apr_jax.model import rotary
-from apr_jax.parity import round_numbers
+from apr_jax.parity import rope_rules, round_numbers
+from apr_jax.parity.rope_rules import Rule
 
 _LOGARITHMS = (0.5, 30.0)
 """Bases between 1.6 and 1e13 are told from noise."""
+_NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+ROUNDED = ("inv_freq", "positions", "angles", "tables")
+"""What a rotation is computed from, in order: each may be held in fewer bits than float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Rotation:
       shift: Added to every position.
       restart: Positions start again every so many; 0 never.
       none: Nothing is rotated.
+      scaling: The rule that stretches the frequencies.
+      rounded: A dtype ("bfloat16", "float16") and which of `ROUNDED` are rounded to it.
     """
 
     theta: float | None = None
@@ -40,6 +47,8 @@ class Rotation:
     shift: int = 0
     restart: int = 0
     none: bool = False
+    scaling: Rule | None = None
+    rounded: tuple[str, ...] = ()
 
     def apply(self, x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
         """Rotates x [B, T, heads, H] at positions [B, T]; `theta` is the configuration's.
@@ -49,27 +58,57 @@ class Rotation:
         if self.none:
             return x
         rotated, rest = self._parts(x)
-        angles = self.angles(positions, rotated.shape[-1], theta)
-        turns = (np.cos(angles).astype(np.float32) + 1j * np.sin(angles).astype(np.float32).astype(np.float64))[
-            :, :, None
-        ]
+        angles, gain = self.angles(positions, rotated.shape[-1], theta), self._frequencies(rotated.shape[-1], theta)[1]
+        cos, sin = (self._held("tables", (gain * f(angles)).astype(np.float32)) for f in (np.cos, np.sin))
+        turns = (cos + 1j * sin.astype(np.float64))[:, :, None]
         return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
+
+    def sizes(self, x: np.ndarray, positions: np.ndarray, theta: float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns |x cos| + |y sin|, and (|x sin| + |y cos|) times the angle, of every value of x [B, T, heads, H]."""
+        if self.none:
+            return np.abs(x), np.zeros_like(x)
+        rotated, rest = self._parts(np.abs(x))
+        angles = self.angles(positions, rotated.shape[-1], theta)[:, :, None]
+        gain, pairs = self._frequencies(rotated.shape[-1], theta)[1], _pairs(rotated, self.adjacent)
+        cos, sin = np.abs(gain * np.cos(angles)), np.abs(gain * np.sin(angles))
+        first, second = pairs.real * cos + pairs.imag * sin, pairs.real * sin + pairs.imag * cos
+        terms = _from_pairs(first + 1j * second, self.adjacent)
+        moved = _from_pairs(np.abs(angles) * (second + 1j * first), self.adjacent)
+        return np.concatenate([terms, rest], axis=-1), np.concatenate([moved, np.zeros_like(rest)], axis=-1)
 
     def angles(self, positions: np.ndarray, width: int, theta: float) -> np.ndarray:
         """Angles [B, T, width / 2] in float32 steps as engines compute them, float64."""
         moved = np.maximum(positions, 0) + self.shift
         if self.restart:
             moved = moved % self.restart
-        frequencies = rotary.inverse_frequencies(theta if self.theta is None else self.theta, width)
-        angles = (moved.astype(np.float32)[..., None] * frequencies).astype(np.float64)
+        frequencies, steps = self._held("inv_freq", self._frequencies(width, theta)[0]), moved.astype(np.float32)
+        angles = self._held("angles", self._held("positions", steps)[..., None] * frequencies).astype(np.float64)
         return -angles if self.negated else angles
+
+    def _frequencies(self, width: int, theta: float) -> tuple[np.ndarray, float]:
+        """The inverse frequencies, float32, and what cos and sin are multiplied by."""
+        base = theta if self.theta is None else self.theta
+        return (
+            (rotary.inverse_frequencies(base, width), 1.0)
+            if self.scaling is None
+            else self.scaling.frequencies(base, width)
+        )
+
+    def _held(self, what: str, values: np.ndarray) -> np.ndarray:
+        """Values as they are held: float32, or rounded to fewer bits."""
+        if what not in self.rounded[1:]:
+            return values
+        with np.errstate(over="ignore"):
+            return values.astype(_NARROW[self.rounded[0]]).astype(np.float32)
 
     def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         width = x.shape[-1] // 2 if self.half else x.shape[-1]
         return x[..., :width], x[..., width:]
 
 
-def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, theta: float) -> list[Rotation]:
+def candidates(
+    before: np.ndarray, after: np.ndarray, positions: np.ndarray, theta: float, longest: int = 32768
+) -> list[Rotation]:
     """Returns the rotations that may turn `before` into `after`, [B, T, heads, H] each; fewest deviations first.
 
     Args:
@@ -77,6 +116,7 @@ def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, the
       after: The other side's vectors.
       positions: int [B, T], -1 at padding.
       theta: The right base.
+      longest: What the model says of the length of its context.
     """
     found = [Rotation(none=True)]
     for adjacent in (False, True):
@@ -88,13 +128,21 @@ def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, the
                 continue
             turn = _measure(_pairs(rotated, adjacent), _pairs(target, adjacent), positions)
             found += _explain(turn, positions, theta, shape)
+            if not half:
+                found += _less_precise(shape)
+                found += _stretched(turn, _gain(rotated, target, positions), positions, theta, shape, longest)
     # Not a set: its order hangs on the last bits of a base, and rounder ones have to stay before it.
-    return sorted(dict.fromkeys(found), key=deviations)
+    return sorted(dict.fromkeys(found), key=lambda turn: (deviations(turn), not _is_round(turn.theta)))
 
 
 def deviations(rotation: Rotation) -> int:
     """Returns in how many ways a rotation is not the right one."""
     return sum(getattr(rotation, field.name) != field.default for field in dataclasses.fields(rotation))
+
+
+def _is_round(theta: float | None) -> bool:
+    """Whether somebody may have written a base so: two digits and zeros."""
+    return theta is None or theta == float(f"{theta:.1e}")
 
 
 def _pairs(x: np.ndarray, adjacent: bool) -> np.ndarray:
@@ -114,6 +162,64 @@ def _measure(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> np
     """Returns the turn of each pair, complex [B, T, pairs], weighted by what it is known from; 0 at padding."""
     turn = (after * before.conj()).sum(axis=2)
     return np.where((positions >= 0)[..., None], turn, 0.0)
+
+
+def _gain(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> float:
+    """Returns how much longer the vectors are behind the rotation."""
+    tokens = positions >= 0
+    power = float((before[tokens] ** 2).sum())
+    return float(np.sqrt((after[tokens] ** 2).sum() / power)) if power else 1.0
+
+
+def _less_precise(shape: Rotation) -> list[Rotation]:
+    """Rotations whose frequencies, angles or tables are held in 16 bits."""
+    return [
+        dataclasses.replace(shape, rounded=(dtype, what))
+        for dtype in _NARROW
+        for what in ("tables", "inv_freq", "angles")
+    ]
+
+
+def _stretched(
+    turn: np.ndarray, gain: float, positions: np.ndarray, theta: float, shape: Rotation, longest: int
+) -> list[Rotation]:
+    """Rotations by frequencies that a rule has stretched: with the factor that was measured, or a customary one."""
+    factors: tuple[float, ...] = rope_rules.FACTORS
+    if gain > 1.005:
+        factors = tuple(round_numbers.near(float(np.exp((gain - 1) / 0.1)), *rope_rules.FACTORS))
+    rules = sorted(rope_rules.customary(longest, factors), key=lambda rule: -_aligned(turn, positions, theta, rule))
+    if (factor := _fit_factor(turn, positions, theta)) is not None:
+        rules = [*(Rule("linear", each) for each in round_numbers.near(factor)), *rules]
+    base, width = _fit_theta(turn, positions, 0), 2 * turn.shape[-1]
+    if base is not None and width > 2 and base > theta:
+        raised = (base / theta) ** ((width - 2) / width)
+        rules += [Rule("ntk", each) for each in rope_rules.FACTORS if abs(raised / each - 1) < 0.02]
+    return [dataclasses.replace(shape, scaling=rule) for rule in rules]
+
+
+def _aligned(turn: np.ndarray, positions: np.ndarray, theta: float, rule: Rule) -> float:
+    """How well the measured turns line up with a rule's; to some digits, so that a tie hangs on no last bit."""
+    angles = Rotation(scaling=rule).angles(positions, 2 * turn.shape[-1], theta)
+    return float(f"{(turn * np.exp(-1j * angles)).real.sum():.9e}")
+
+
+def _fit_factor(turn: np.ndarray, positions: np.ndarray, theta: float) -> float | None:
+    """Returns the number that all frequencies are divided by, from turns ever farther apart; None if there is none."""
+    pairs, length = turn.shape[-1], turn.shape[1]
+    if length < 2:
+        return None
+    speeds = rotary.inverse_frequencies(theta, 2 * pairs).astype(np.float64)
+    ratio, lag = 0.0, 1
+    while lag <= length * 3 // 4:
+        apart = (turn[:, lag:] * turn[:, :-lag].conj()).sum(axis=(0, 1))
+        ratio = ratio or float(np.angle(apart[0]) / speeds[0])  # the fastest pair turns by less than half a circle
+        missing, slope, weight = np.angle(apart * np.exp(-1j * lag * ratio * speeds)), lag * speeds, np.abs(apart)
+        power = float((weight * slope**2).sum())
+        if power == 0 or ratio <= 0:
+            break
+        ratio += float((weight * slope * missing).sum()) / power
+        lag *= 2
+    return 1 / ratio if 1e-3 < ratio < 100 and abs(ratio - 1) > 1e-4 else None
 
 
 def _explain(turn: np.ndarray, positions: np.ndarray, theta: float, shape: Rotation) -> list[Rotation]:

@@ -17,7 +17,16 @@ import numpy as np
 from apr_jax.parity.faults.products import TF32, drift
 from apr_jax.parity.faults.record import Mistake, Mistakes, names
 from apr_jax.parity.hypotheses import hypotheses
-from apr_jax.parity.localise import Localisation, Site, budgets, row_norms
+from apr_jax.parity.localise import (
+    Localisation,
+    Site,
+    budgets,
+    channel_budgets,
+    channel_medians,
+    row_norms,
+    turn_budgets,
+    worst_share,
+)
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import Replay
 from apr_jax.trace.positions import compared_positions, dumped_tokens, position_axis
@@ -29,9 +38,9 @@ _SURE = 1.0
 _SAMPLED = 3.0
 """How much farther off a sample of the positions may be than all of them."""
 _CHAOTIC = 0.1
-"""What sums in bf16 and activations in int8 may leave unexplained: a rounding that falls the other way moves a whole
-step, so that such mistakes are told by most values, not by all. So it is with TF32 where what is rounded was not dumped
-and is known nearly; elsewhere it has to fit and to leave no more than this."""
+"""What sums in bf16, activations in int8 and quantised weights may leave unexplained: a rounding that falls the other
+way moves a whole step, so that such mistakes are told by most values, not by all. So it is with TF32 where what is
+rounded was not dumped and is known nearly; elsewhere it has to fit and to leave no more than this."""
 _EQUAL = 1e-9
 """Relative difference of squares up to which two distances are equal."""
 _BETTER = 0.7
@@ -94,16 +103,24 @@ class Fit:
     Attributes:
       error: |theirs - value| over what is compared.
       budget: What that may be.
-      worst: The largest error of a position over that position's budget.
+      worst: The largest error of a position or channel over its own budget.
+      turned: The same of a rotated value.
     """
 
     error: float
     budget: float
     worst: float
+    turned: float = 0.0
+
+    @property
+    def single(self) -> float:
+        """The largest error of anything smaller than the stage over its own budget."""
+        return max(self.worst, self.turned)
 
     def within(self, slack: float) -> bool:
         """Whether what is left is rounding."""
-        return self.error <= slack * self.budget and self.worst <= 2 * slack
+        # A number that was solved for turns single values by more than their few roundings.
+        return self.error <= slack * self.budget and self.worst <= 2 * slack and self.turned <= 8 * slack
 
 
 class _Look:
@@ -125,31 +142,47 @@ class _Look:
         self._positions = replay.positions()
         reference = replay.look(site.stage, located.reference[site.key])
         self._norm = float(np.linalg.norm(row_norms(reference, self._mask)))
-        self.before = self.fit(reference)
+        self.before = self.fit(reference, turns=turn_budgets(replay, site.key, located.dtype))
 
-    def fit(self, value: np.ndarray, drift: float = 0.0) -> Fit:
+    def fit(self, value: np.ndarray, drift: float = 0.0, turns: np.ndarray | None = None) -> Fit:
         """Judges values as a right stage's are: by our own error there, carried over to the size of these.
 
         Args:
           value: The values, at the replay's positions.
           drift: What the mistake's own way of adding may move a position by, relative to it, beside the budget.
+          turns: What each value may be off where they are rotated ones.
         """
+        key, dtype, site = self._site.key, self._dtype, self._site
         with np.errstate(all="ignore"):
-            error = row_norms(self.theirs - value, self._mask)
-            size = row_norms(value, self._mask)
+            difference = self.theirs - value
+            error, size = row_norms(difference, self._mask), row_norms(value, self._mask)
             if not np.isfinite(error).all():
                 return Fit(math.inf, 0.0, math.inf)
             scale = max(1.0, float(np.linalg.norm(size)) / max(self._norm, 1e-300))
-            own = size * (scale * self._site.own / self._site.norm if self._site.norm else 0.0)
-            budget, each = budgets(self._site.key, self._dtype, own, size, self._positions)
-            worst = float(np.where(error > 0, error / (each + drift * size), 0.0).max())
-        return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst)
+            own = size * (scale * site.own / site.norm if site.norm else 0.0)
+            budget, each = budgets(key, dtype, own, size, self._positions)
+            worst = worst_share(error, each + drift * size)
+            if site.channel_budgets is not None:
+                channels = self._channels(value, size) + drift
+                worst = max(worst, worst_share(channel_medians(key, difference, size, self._mask), channels))
+            shares = 0.0 if turns is None else worst_share(np.abs(difference) * self._mask[..., None], turns)
+        return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst, shares)
+
+    def _channels(self, value: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """What each channel may be off, if these values are the right ones: no less than the typical channel there."""
+        known = self._site.channel_budgets
+        assert known is not None
+        least, medians = np.maximum(known, np.median(known)), channel_medians(self._site.key, value, size, self._mask)
+        nothing = None if medians is None else np.zeros_like(medians)
+        here = channel_budgets(self._site.key, self._dtype, nothing, medians, floor=1.0)
+        return least if here is None else np.maximum(least, here)
 
     def judge(self, mistakes: Mistakes) -> Fit:
         """Judges a hypothesis, made in the way that fits best."""
-        key, ways = self._site.key, itertools.product(*(mistake.ways() for mistake in mistakes))
+        key, dtype = self._site.key, self._dtype
         allowed = sum(drift(mistake, self.replay, key) for mistake in mistakes)
-        fits = (self.fit(self.replay.under(way).compute(key), allowed) for way in ways)
+        made = (self.replay.under(way) for way in itertools.product(*(mistake.ways() for mistake in mistakes)))
+        fits = (self.fit(replay.compute(key), allowed, turn_budgets(replay, key, dtype)) for replay in made)
         return min(fits, key=lambda fit: fit.error)
 
 
@@ -178,7 +211,7 @@ class Search:
     def run(self, known: Known) -> Answer | None:
         """Looks among all hypotheses, and keeps what it finds in `known`; None if nothing explains the stage."""
         accepted: list[tuple[Mistakes, Fit]] = []
-        for mistakes in hypotheses(self._question(), self._left):
+        for mistakes in hypotheses(self._question(), self._left, accepted):
             if accepted and len(mistakes) > len(accepted[0][0]):
                 break
             if not mistakes or (fit := self._judge(mistakes)) is None:
@@ -222,7 +255,9 @@ class Search:
         key = self.site.key
         theirs, right = self.located.theirs[key], self.located.reference[key]
         tokens = dumped_tokens(self._replay.inputs, self.located.columns.get(key))
-        return Question(self._replay, self._some.replay, key, theirs, right, tokens, dtype=self.located.dtype)
+        return Question(
+            self._replay, self._some.replay, key, theirs, right, tokens, dtype=self.located.dtype, site=self.site
+        )
 
     def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]], known: Known) -> Answer:
         """The first that is about as near as the nearest; the others of its kind are alternatives.
@@ -231,8 +266,12 @@ class Search:
         """
         pairs = [(mistakes, fit.error) for mistakes, fit in accepted]
         least = min(error for _, error in pairs)
-        chosen, error = next(pair for pair in pairs if self._as_near(pair[1], least))
+        near = [pair for pair in pairs if self._as_near(pair[1], least)]
+        # How products are made concerns all of them: it goes before what explains this stage alone.
+        blamed = [pair for pair in near if known.blames_precision(pair[0])]
+        chosen, error = (blamed or near)[0]
         others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * self.site.budget}
+        others = set() if blamed else others
         for mistakes in known.with_numbers(chosen):
             fit = self._judge(mistakes)
             if fit is not None and self._as_near(fit.error, least):
@@ -258,9 +297,9 @@ class Search:
 
     def _explains(self, mistakes: Mistakes, fit: Fit, look: _Look, leniency: float) -> bool:
         # A stage that single positions give away need not come nearer as a whole.
-        single = look.before.error <= look.before.budget and fit.worst <= leniency * _BETTER * look.before.worst
+        single = look.before.error <= look.before.budget and fit.single <= leniency * _BETTER * look.before.single
         near = fit.within(leniency * _SLACK) and (single or fit.error <= leniency * _BETTER * look.before.error)
-        rest = tuple(mistake for mistake in mistakes if not mistake.fault.multiplies)
+        rest = tuple(mistake for mistake in mistakes if not (mistake.fault.multiplies or mistake.fault.chaotic))
         tf32 = any(mistake.fault is TF32 for mistake in mistakes)
         if len(rest) == len(mistakes) or (near and not tf32):
             return near
@@ -295,4 +334,4 @@ def _with_numbers_of(others: Mistakes, mistake: Mistake) -> Mistake:
     """A mistake with the solved numbers of the one among others that is the same fault."""
     same = {name: value for other in others if other.fault is mistake.fault for name, value in other.pairs}
     numbers = {name: value for name, value in same.items() if isinstance(value, float)}
-    return mistake.fault.made(**(mistake.parameters | numbers))
+    return mistake.having(**(mistake.parameters | numbers))

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import numpy as np
@@ -21,7 +21,7 @@ from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 from apr_jax.trace import stages
 from apr_jax.trace.stages import Key
 
-DType = Literal["float32", "bfloat16", "float64"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 def available() -> bool:
@@ -65,8 +65,8 @@ def run(
       RefusedError: The folder's tensors are not exactly those of the model.
     """
     torch = _torch()
-    if dtype not in ("float32", "bfloat16", "float64"):
-        raise UsageError(f"unknown dtype {dtype!r}", code="dtype-unknown", expected="float32, bfloat16 or float64")
+    if dtype not in get_args(DType):
+        raise UsageError(f"unknown dtype {dtype!r}", code="dtype-unknown", expected=" or ".join(get_args(DType)))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("torch finds no CUDA device", code="device", found=device)
     ids = np.asarray(input_ids)

@@ -3,7 +3,7 @@
     python tests/battery/budgets.py [--seeds N] [--widths N ...]
 
 For each width, length, weight scale and seed a model is drawn and other right programs run it: the NumPy engine in
-float32 and bfloat16, and HuggingFace where torch is there. Every stage of theirs has to be within its budget. Then
+float32, bfloat16 and float16, and HuggingFace where torch is there. Every stage of theirs has to be within its budget. Then
 each stage is disturbed by noise of three times its budget (L2), over the whole stage and in one position of three times
 that position's budget, and has to be flagged. One table row for each class of stages and dtype; exits 1 if a clean
 stage is beyond its budget, a disturbance is not flagged, or HuggingFace could not be run.
@@ -43,12 +43,13 @@ WIDTHS = {64: (160, 4, 2), 256: (688, 8, 2), 896: (2432, 14, 2)}
 LENGTHS = (40, 160)
 SCALES = (0.5, 3.0)
 """Factors on every matrix, drawn with the statistics of Qwen2.5; biases and norms stay."""
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 SEEDS = 20
 HUGGINGFACE_SEEDS = 3
 DISTURBANCE = 3.0
 """Times the budget."""
 _VOCABULARY = 288
+_STORED = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 @dataclasses.dataclass
@@ -130,7 +131,7 @@ def disturbances(
     wide = noise * (DISTURBANCE * site.budget / np.linalg.norm(noise))
     for where, added in (("everywhere", wide), (f"at {[int(i) for i in row]}", narrow)):
         disturbed = (theirs + added).astype(np.float32)
-        yield where, disturbed.astype(ml_dtypes.bfloat16).astype(np.float32) if dtype == "bfloat16" else disturbed
+        yield where, disturbed.astype(_STORED[dtype]).astype(np.float32)
 
 
 def examine(

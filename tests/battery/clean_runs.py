@@ -3,7 +3,7 @@
     python tests/battery/clean_runs.py [--sides SIDE ...] [--only CHECKPOINT]
 
 Sides: our own model on the CPU, whole and decoding with a cache; the NumPy engine; HuggingFace; the genuine `apr`
-where $APR_BIN names it; our model on CUDA where there is a GPU. float32 and bfloat16 (`apr`: float32), all committed
+where $APR_BIN names it; our model on CUDA where there is a GPU. float32, bfloat16 and float16 (`apr`: float32), all committed
 checkpoints, several batch sizes, lengths and paddings. Each dump goes through what `parity` does: its dtype is
 inferred, every stage is judged, and what is beyond its budget is explained. Exits 1 on any finding, with fewer than
 20 runs, or where HuggingFace was asked for and cannot be run: what is missing is counted, never left out in silence.
@@ -161,7 +161,7 @@ def runs(sides: Sequence[str], only: str = "") -> Iterator[Run]:
     for checkpoint in paths.NAMES:
         if only not in checkpoint:
             continue
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16", "float16"):
             for batch in BATCHES if checkpoint == EVERY_BATCH else (FIRST,):
                 whole = [side for side in sides if side in ("ours", "NumPy", "HuggingFace", "CUDA")]
                 yield from (Run(side, checkpoint, dtype, batch) for side in whole)

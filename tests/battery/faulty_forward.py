@@ -1,10 +1,10 @@
 """A Qwen2 forward pass in NumPy that can be wrong in every way of the fault table: the other program of the battery.
 
 It shares no code with the model or the converters; of the float64 oracle it takes the inverse frequencies only. It
-computes in float64, in float32 as a float32 engine does, or in bfloat16 (every stage rounded, sums in float32) with
-the order of casts of HuggingFace's eager code, to which it is bit-equal but for ties that fall otherwise: a bias is
-added before the product is rounded. `FAULTS` says what each name means here, where the table leaves room for more than
-one meaning.
+computes in float64, in float32 as a float32 engine does, or in bfloat16 or float16 (every stage rounded, sums in
+float32) with the order of casts of HuggingFace's eager code, to which it is bit-equal but for ties that fall
+otherwise: a bias is added before the product is rounded. `FAULTS` says what each name means here, where the table
+leaves room for more than one meaning.
 
 What the dump holds: keys and shapes of a trace with a leading batch axis, the layer number being the position in
 execution. "attn_scores" are the engine's own scores where its own mask lets a query see a key, and 0 elsewhere: with
@@ -18,6 +18,7 @@ Letters in shapes: B batch, T query positions, S key positions, N query heads, K
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.battery.quantisers import QUANTISERS
 from tests.oracle import inv_freq
 
 f32, f64 = np.float32, np.float64
@@ -54,13 +56,23 @@ class Kind:
 _NORMS = {"norms": NORMS}
 _MASK = {"scores": "own"}
 _TENSOR = {"tensor": REQUIRED}
+_PART = {"heads": None, "channels": None, "positions": None}
 
 FAULTS: Mapping[str, Kind] = {
     "rope-adjacent-pairs": Kind("rotates (2i, 2i+1), in place"),
     "rope-theta": Kind("base `theta`", {"theta": 1e4}),
     "rope-position": Kind("positions + `shift`, or positions mod `restart`", {"shift": None, "restart": None}),
-    "rope-not-on-q": Kind("q as it was before RoPE"),
-    "rope-not-on-k": Kind("k as it was before RoPE"),
+    "rope-not-on-q": Kind("q as it was before RoPE, in `heads` or all", {"heads": None}),
+    "rope-not-on-k": Kind("k as it was before RoPE, in `heads` or all", {"heads": None}),
+    "rope-scaling": Kind(
+        "frequencies by transformers' `rule` linear, ntk (base times factor^(D/(D-2))), yarn (cos and sin times "
+        "0.1 ln(factor) + 1) or llama3, with `factor` and `original` positions",
+        {"rule": "linear", "factor": 4.0, "original": 32768},
+    ),
+    "rope-precision": Kind(
+        "`what` (inv_freq, angles or tables), and `besides` (positions too), rounded to `dtype` bfloat16 or float16",
+        {"what": "angles", "dtype": "bfloat16", "besides": ()},
+    ),
     "rope-half-dims": Kind(
         "the first D/2 dimensions rotated as a head of that width: pairs (i, i + D/4), theta^(-4i/D)"
     ),
@@ -79,6 +91,7 @@ FAULTS: Mapping[str, Kind] = {
     "q-bias-missing": Kind("no q bias"),
     "k-bias-missing": Kind("no k bias"),
     "v-bias-missing": Kind("no v bias"),
+    **{f"{name}-bias-twice": Kind(f"the bias of {name} is added once more") for name in ("qkv", "q", "k", "v")},
     "bias-after-rope": Kind("qkv_bias holds the v bias only; those of q and k are added to the rotated values"),
     "mask-not-causal": Kind("all keys seen but padding", _MASK),
     "mask-off-by-one": Kind(
@@ -88,6 +101,16 @@ FAULTS: Mapping[str, Kind] = {
     ),
     "mask-window": Kind("key columns i - `window` < j <= i, its own key counted", {"window": 16, **_MASK}),
     "softmax-scale": Kind("`scale` in place of D^-1/2, in attn_scores", {"scale": 1.0}),
+    "softmax-soft-cap": Kind("scores are `cap` tanh(scores / cap), in attn_scores", {"cap": 50.0}),
+    "scores-precision": Kind(
+        "attn_scores rounded to `dtype` behind the scale; `steps` product: before it as well",
+        {"dtype": "float16", "steps": "scores"},
+    ),
+    "cache-precision": Kind(
+        "keys or values (`part` k or v) are rounded to `dtype` float16, bfloat16, float8_e4m3, float8_e5m2 or q8_0 "
+        "where attention reads them; the stages before are not",
+        {"part": "k", "dtype": "float16"},
+    ),
     "softmax-partial-warp": Kind(
         "maximum and sum over key columns j with j mod 64 < 32; every seen key keeps its numerator. A query that sees "
         "no such column is computed right"
@@ -108,7 +131,19 @@ FAULTS: Mapping[str, Kind] = {
     "layer-order": Kind("layer order[e] of the file is executed as number e", {"order": REQUIRED}, per_layer=False),
     "layer-skipped": Kind("the dump has one layer less", {"layer": REQUIRED}, per_layer=False),
     "layer-repeated": Kind("twice in a row; the dump has one layer more", {"layer": REQUIRED}, per_layer=False),
+    "part-scaled": Kind(
+        "in `stage`, `heads` (of width D, or of the attention stages), `channels` or columns of `positions` times "
+        "`factor`; the engine goes on with that",
+        {"stage": REQUIRED, "factor": 0.85, **_PART},
+    ),
+    "part-zeroed": Kind("the same with 0", {"stage": REQUIRED, **_PART}),
+    "part-exchanged": Kind("`heads` or `channels` of `stage`, in reverse order", {"stage": REQUIRED, **_PART}),
     "embedding-row-off-by-one": Kind("row id + 1; row 0 for the last id", per_layer=False),
+    "embedding-transposed": Kind(
+        "as o-proj-transposed; by default the file's [V, hidden] buffer read as [hidden, V]",
+        {"buffer": "file"},
+        per_layer=False,
+    ),
     "head-transposed": Kind(
         "as o-proj-transposed; by default the file's [V, hidden] buffer read as [hidden, V]",
         {"buffer": "file"},
@@ -124,8 +159,21 @@ FAULTS: Mapping[str, Kind] = {
     "weights-from-another-layer": Kind("`tensor` is read from `layer` of the file", {**_TENSOR, "layer": REQUIRED}),
     "weights-quantised": Kind(
         "`tensor` or 'all' (what `apr import` 0.72.3 quantises: 1024 elements or more, no bias, no norm; embedding and "
-        "head too if planted in all layers), `codec` int8, int4 or q4_k (rows padded to 256)",
+        "head too if planted in all layers), `codec` int8, int4 or q4_k (rows padded to 256), or another of CODECS",
         {"tensor": "all", "codec": "int8"},
+    ),
+    "weights-permuted": Kind(
+        "rows of each head of `tensor`: i and i + D/2 become 2i and 2i + 1 (`order` adjacent), or back (halves)",
+        {**_TENSOR, "order": "adjacent"},
+    ),
+    "weights-interleaved": Kind(
+        "columns of `tensor` in blocks of `block`: the two halves interleaved (`order` adjacent), or back (halves)",
+        {**_TENSOR, "block": 32, "order": "adjacent"},
+    ),
+    "activations-quantised": Kind(
+        "what is multiplied with the weight of `module`, or of all, is rounded by `codec` q8_k, q8_0, int8 by row, or "
+        "float8",
+        {"module": "all", "codec": "int8 by row"},
     ),
     "tf32-dots": Kind(
         "inputs of every product with 10 mantissa bits: `mode` round (to nearest; `ties` to even, as in cuBLAS, or "
@@ -213,7 +261,7 @@ def forward(
       attention_mask: [B, T], 0 at padding; None means there is none.
       position_ids: [B, T]; None counts the positions that are no padding.
       faults: What to do wrong, all at once. Of two that say the same of one operation, the first counts.
-      dtype: "float64", "float32" or "bfloat16".
+      dtype: "float64", "float32", "bfloat16" or "float16".
 
     Returns:
       "stage.embedding", "stage.{layer}.{name}", "stage.final_norm" and "logits" -> float32 array, float64 for
@@ -340,6 +388,8 @@ def quantise(values: np.ndarray, codec: str) -> np.ndarray:
         scale = np.where(scale == 0, f32(1), scale)
         coded = np.clip(_half_away(blocks / scale), -8, 7) * scale.astype(np.float16).astype(f32)
         return coded.reshape(-1)[: values.size].reshape(values.shape)
+    if codec in CODECS:
+        return CODECS[codec](values).astype(f32)
     if codec != "q4_k":
         raise ValueError(f"no such codec: {codec}")
     rows = values.reshape(-1, values.shape[-1])
@@ -361,6 +411,64 @@ def _q4_k(blocks: np.ndarray) -> np.ndarray:
     q = np.where(step > 0, np.clip(_half_away((sub + offset) / np.where(step > 0, step, 1)), 0, 15), 0)
     d, dmin = (x.astype(np.float16).astype(f32)[..., None] for x in (d, dmin))
     return (d * sc * q - dmin * m).reshape(blocks.shape)
+
+
+def to_float(x: np.ndarray, bits: int, least: int, largest: float) -> np.ndarray:
+    """Rounds to a float with `bits` of mantissa behind the first, 2^`least` the smallest normal, ties to even; larger
+    values become infinite, or the largest where there is no infinity (e4m3)."""
+    wide = np.asarray(x, f64)
+    step = np.exp2(np.maximum(np.floor(np.log2(np.where(wide == 0, 1, np.abs(wide)))), least) - bits)
+    rounded = np.rint(wide / step) * step
+    beyond = np.nan if largest == 448 else np.inf
+    return np.where(np.abs(rounded) > largest, np.sign(wide) * beyond, rounded).astype(np.asarray(x).dtype)
+
+
+_NARROW: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "bfloat16": lambda x: to_bfloat16(x).astype(x.dtype),
+    "float16": lambda x: x.astype(np.float16).astype(x.dtype),
+    "float8_e4m3": lambda x: to_float(x, 3, -6, 448.0),
+    "float8_e5m2": lambda x: to_float(x, 2, -14, 57344.0),
+    "q8_0": lambda x: QUANTISERS["q8_0"](x.astype(f32)).astype(x.dtype),
+}
+
+
+def by_groups(size: int, levels: int, zero_point: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """Integers with a step for each group of a row; with a zero point, all levels between the extremes and 0."""
+
+    def quantised(values: np.ndarray) -> np.ndarray:
+        out = np.empty(values.shape, f32)
+        flat, into = values.reshape(-1, values.shape[-1]).astype(f32), out.reshape(-1, values.shape[-1])
+        for row, start in itertools.product(range(len(flat)), range(0, flat.shape[1], size or flat.shape[1])):
+            part = flat[row, start : start + (size or flat.shape[1])]
+            low, high = min(part.min(), f32(0)), max(part.max(), f32(0))
+            step = (high - low) / f32(levels) if zero_point else np.abs(part).max() / f32(levels)
+            step = step or f32(1)
+            zero = np.clip(np.rint(-low / step), 0, levels) if zero_point else 0
+            bounds = (0 - zero, levels - zero) if zero_point else (-levels, levels)
+            codes = np.rint(part / step) if zero_point else _half_away(part / step)
+            into[row, start : start + len(part)] = np.clip(codes, *bounds) * step
+        return out
+
+    return quantised
+
+
+def _fp8_by_row(values: np.ndarray) -> np.ndarray:
+    step = np.abs(values).max(-1, keepdims=True) / f32(448)
+    return _NARROW["float8_e4m3"](values / np.where(step == 0, f32(1), step)) * step
+
+
+CODECS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    **{name: QUANTISERS[name] for name in ("q8_0", "q4_0", "q4_1")},
+    "int8 by row": by_groups(0, 127),
+    "int4 by 64": by_groups(64, 7),
+    "int4 with zero points by 32": by_groups(32, 15, zero_point=True),
+    "fp16": lambda x: _NARROW["float16"](x),
+    "bf16": lambda x: _NARROW["bfloat16"](x),
+    "fp8_e4m3": lambda x: _NARROW["float8_e4m3"](x),
+    "fp8_e5m2": lambda x: _NARROW["float8_e5m2"](x),
+    "fp8_e4m3 by row": _fp8_by_row,
+}
+"""Further ways to quantise a weight."""
 
 
 def _blocks(rows: np.ndarray, size: int) -> np.ndarray:
@@ -420,8 +528,9 @@ class _Engine:
         self.n_q, self.n_kv = config["num_attention_heads"], config["num_key_value_heads"]
         self.dim = config.get("head_dim") or config["hidden_size"] // self.n_q
         self.order = self._execution_order()
-        self.wide: Any = {"float64": f64, "float32": f32, "bfloat16": f32}[dtype]
-        self.rounded = to_bfloat16 if dtype == "bfloat16" else lambda x: np.asarray(x, self.wide)
+        self.wide: Any = {"float64": f64}.get(dtype, f32)
+        rounded = {"bfloat16": to_bfloat16, "float16": lambda x: np.asarray(x, np.float16).astype(f32)}
+        self.rounded = rounded.get(dtype, lambda x: np.asarray(x, self.wide))
         if late := [p for p in faults if not set(p.layers or ()) <= set(range(len(self.order)))]:
             raise ValueError(f"no such layer: {late}")
         names = {"all", *weights, *(name.removeprefix("model.layers.0.") for name in weights)}
@@ -431,19 +540,23 @@ class _Engine:
     def run(self) -> dict[str, np.ndarray]:
         shift = 1 if self._of("embedding-row-off-by-one", OUTER) is not None else 0
         rows = (self.ids + shift) % len(self.weights["model.embed_tokens.weight"])
-        x = self._weight("model.embed_tokens.weight", OUTER, rows)
+        if transposed := self._of("embedding-transposed", OUTER):
+            x = _transposed(self._weight("model.embed_tokens.weight", OUTER), transposed["buffer"])[rows]
+        else:
+            x = self._weight("model.embed_tokens.weight", OUTER, rows)
+        x = self._parts("embedding", x, OUTER)
         dump = {"stage.embedding": x}
         for layer in range(len(self.order)):
             stages = self._layer(x, layer)
             x = stages["post_ffn_residual"]
             dump |= {f"stage.{layer}.{name}": value for name, value in stages.items()}
         missing = self._of("final-norm-missing", OUTER) is not None
-        x = dump["stage.final_norm"] = x if missing else self._norm(x, "norm", OUTER)
-        dump["logits"] = self._logits(x)
+        x = dump["stage.final_norm"] = self._parts("final_norm", x if missing else self._norm(x, "norm", OUTER), OUTER)
+        dump["logits"] = self._parts("logits", self._logits(x), OUTER)
         return dump
 
     def _layer(self, x: np.ndarray, layer: int) -> dict[str, np.ndarray]:
-        s: dict[str, np.ndarray] = {}
+        s = _Stages(lambda stage, value: self._parts(stage, value, layer))
         s["attn_norm"] = self._norm(x, "input_layernorm", layer)
         q, k, v = self._qkv(s, layer)
         self._attention(s, q, k, v, layer)
@@ -454,7 +567,39 @@ class _Engine:
         self._mlp(s, layer)
         alone = self._has("mlp-residual-missing", layer)
         s["post_ffn_residual"] = s["ffn_out"] if alone else self.rounded(s["post_attn_residual"] + s["ffn_out"])
-        return s
+        return dict(s)
+
+    def _parts(self, stage: str, value: np.ndarray, layer: int | None) -> np.ndarray:
+        """A stage with some of its heads, channels or positions wrong."""
+        for name in ("part-scaled", "part-zeroed", "part-exchanged"):
+            for planted in self._named(name):
+                if planted.values["stage"] == stage and planted.acts_on(layer):
+                    value = self._part(name, value, planted.values)
+        return value
+
+    def _part(self, name: str, value: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
+        pairs, chosen = value.ndim == 4, np.ones(value.shape, bool)
+        if values["heads"] is not None:
+            width = 1 if pairs else self.dim
+            places = (np.array(values["heads"])[:, None] * width + np.arange(width)).ravel()
+        else:
+            places = np.arange(value.shape[1 if pairs else 2])
+            places = places if values["channels"] is None else np.array(values["channels"])
+        chosen = np.isin(np.arange(value.shape[1 if pairs else 2]), places)
+        chosen = np.broadcast_to(chosen[:, None, None] if pairs else chosen, value.shape)
+        if values["positions"] is not None:
+            columns = np.isin(np.arange(self.length), values["positions"])
+            chosen = chosen & (columns[:, None])
+        if name == "part-exchanged":
+            number = len(values["heads"] if values["heads"] is not None else values["channels"])
+            backwards = places.reshape(number, -1)[::-1].ravel()
+            moved = value.copy()
+            moved[(slice(None), places) if pairs else (..., places)] = value[
+                (slice(None), backwards) if pairs else (..., backwards)
+            ]
+            return moved
+        factor = values.get("factor", 0.0)
+        return np.where(chosen, self.rounded(value * self.wide(factor)), value)
 
     def _norm(self, x: np.ndarray, norm: str, layer: int | None) -> np.ndarray:
         def of(name: str) -> dict[str, Any] | None:
@@ -476,10 +621,14 @@ class _Engine:
         products = [self._product(s["attn_norm"], f"self_attn.{name}_proj", layer) for name in "qkv"]
         product = np.concatenate(products, -1)
         s["qkv_matmul"] = self.rounded(product)
+        if any(planted.values.get("stage") == "qkv_matmul" for planted in self.faults):
+            product = s["qkv_matmul"]
         biases = [self._weight(f"self_attn.{name}_proj.bias", layer) for name in "qkv"]
         for index, name in enumerate("qkv"):
             if self._has("qkv-bias-missing", layer) or self._has(f"{name}-bias-missing", layer):
                 biases[index] = np.zeros_like(biases[index])
+            if self._has("qkv-bias-twice", layer) or self._has(f"{name}-bias-twice", layer):
+                biases[index] = 2 * biases[index]
         late = self._has("bias-after-rope", layer)
         early = np.concatenate([np.zeros_like(b) if late and index < 2 else b for index, b in enumerate(biases)])
         s["qkv_bias"] = self.rounded(product + early)
@@ -487,11 +636,19 @@ class _Engine:
         q, k, v = (x.reshape(self.batch, self.length, -1, self.dim) for x in np.split(s["qkv_bias"], ends, -1))
         turned = []
         for name, x, bias in (("q", q, biases[0]), ("k", k, biases[1])):
-            x = x if self._has(f"rope-not-on-{name}", layer) else self._rotated(x, layer)
+            x = self._unrotated(name, x, layer)
             x = self.rounded(x + bias.reshape(-1, self.dim)) if late else x
             s[f"{name}_post_rope"] = x.reshape(self.batch, self.length, -1)
-            turned.append(x)
+            turned.append(s[f"{name}_post_rope"].reshape(x.shape))
         return [*turned, v]
+
+    def _unrotated(self, name: str, x: np.ndarray, layer: int) -> np.ndarray:
+        """q or k [B, T, heads, D] rotated, but for the heads that are not."""
+        rotated, left = self._rotated(x, layer), self._of(f"rope-not-on-{name}", layer)
+        if left is None:
+            return rotated
+        heads = np.arange(x.shape[2]) if left["heads"] is None else np.array(left["heads"])
+        return np.where(np.isin(np.arange(x.shape[2]), heads)[:, None], x, rotated)
 
     def _rotated(self, x: np.ndarray, layer: int) -> np.ndarray:
         theta = (self.config.get("rope_parameters") or self.config)["rope_theta"]
@@ -502,8 +659,18 @@ class _Engine:
         width = self.dim // 2 if self._has("rope-half-dims", layer) else self.dim
         if width % 2:
             raise ValueError(f"{width} dimensions make no pairs")
-        angles = (positions.astype(f32)[..., None] * inv_freq(theta, width)).astype(f64)
-        cos, sin = (self.rounded(f(angles).astype(f32))[:, :, None] for f in (np.cos, np.sin))
+        frequencies, gain = inv_freq(theta, width), 1.0
+        if scaled := self._of("rope-scaling", layer):
+            frequencies, gain = scaled_frequencies(theta, width, **scaled)
+        less = self._of("rope-precision", layer) or {"what": "", "besides": ()}
+
+        def held(what: str, values: np.ndarray) -> np.ndarray:
+            return _NARROW[less["dtype"]](values) if what in (less["what"], *less["besides"]) else values
+
+        steps = held("positions", positions.astype(f32))
+        angles = held("angles", steps[..., None] * held("inv_freq", frequencies)).astype(f64)
+        tables = (held("tables", (gain * f(angles)).astype(f32)) for f in (np.cos, np.sin))
+        cos, sin = (self.rounded(table)[:, :, None] for table in tables)
         sin = -sin if self._has("rope-sign", layer) else sin
         adjacent = self._has("rope-adjacent-pairs", layer)
         first, second = (
@@ -522,8 +689,15 @@ class _Engine:
             heads = np.arange(self.n_q) % self.n_kv
         v = v[:, :, ::-1] if self._has("v-heads-swapped", layer) else v
         scale = (self._of("softmax-scale", layer) or {"scale": self.dim**-0.5})["scale"]
+        k, v = self._cached("k", k, layer), self._cached("v", v, layer)
         products = self.rounded(self._dot(q.swapaxes(1, 2), k[:, :, heads].transpose(0, 2, 3, 1), layer))
+        less = self._of("scores-precision", layer)
+        if less and less["steps"] == "product":
+            products = _NARROW[less["dtype"]](products)
         scores = self.rounded(products * self.wide(scale))
+        scores = _NARROW[less["dtype"]](scores) if less else scores
+        if capped := self._of("softmax-soft-cap", layer):
+            scores = self.rounded(self.wide(capped["cap"]) * np.tanh(scores / self.wide(capped["cap"])))
         tokens = self._tokens_read(layer)
         if tokens is not None:  # a slot of the cache that holds nothing is zero, and so are its scores
             scores = np.where(tokens >= 0, scores[:, :, np.arange(self.length)[:, None], tokens], self.wide(0))
@@ -531,10 +705,19 @@ class _Engine:
         masks = [self._of(name, layer) for name in ("mask-not-causal", "mask-off-by-one", "mask-window")]
         everywhere = any(mask is not None and mask["scores"] == "all" for mask in masks)
         s["attn_scores"] = scores if everywhere else np.where(seen, scores, self.wide(0))
+        scores = np.where(seen, s["attn_scores"], scores)
         s["attn_softmax"] = self._softmax(scores, seen, layer)
         shares = s["attn_softmax"] if tokens is None else _by_token(s["attn_softmax"], tokens)
         values = self.rounded(self._dot(shares, v[:, :, heads].swapaxes(1, 2), layer))
         s["attention"] = values.swapaxes(1, 2).reshape(self.batch, self.length, -1)
+
+    def _cached(self, part: str, x: np.ndarray, layer: int) -> np.ndarray:
+        """Keys or values [B, T, K, D] as the cache holds them."""
+        for planted in self._named("cache-precision"):
+            if planted.acts_on(layer) and planted.values["part"] == part:
+                flat = x.reshape(self.batch, self.length, -1)
+                return _NARROW[planted.values["dtype"]](flat).reshape(x.shape)
+        return x
 
     def _visible(self, layer: int) -> np.ndarray:
         """Which columns each query sees, [B, T, S]."""
@@ -608,6 +791,9 @@ class _Engine:
         name = {"self_attn.o_proj": "o-proj-transposed", "mlp.down_proj": "down-proj-transposed"}.get(module)
         if name and (transposed := self._of(name, layer)):
             weight = _transposed(weight, transposed["buffer"])
+        rounded = self._of("activations-quantised", layer)
+        if rounded and rounded["module"] in ("all", module):
+            x = quantised_activations(x, rounded["codec"])
         return self._dot(x, weight.T, layer)
 
     def _dot(self, a: np.ndarray, b: np.ndarray, layer: int | None) -> np.ndarray:
@@ -637,6 +823,9 @@ class _Engine:
             values = relabel(np.asarray(values, f32), relabelled["direction"])
         if (quantised := chosen["weights-quantised"]) and (quantised["tensor"] == name or _is_quantised(name, values)):
             values = quantise(values, quantised["codec"])
+        for fault, length in (("weights-permuted", self.dim), ("weights-interleaved", None)):
+            if moved := chosen[fault]:
+                values = _in_another_order(values, moved.get("block", length), moved["order"], rows=length is not None)
         return self.rounded(values[rows].astype(self.wide, copy=False))
 
     def _execution_order(self) -> list[int]:
@@ -669,6 +858,58 @@ class _Engine:
 def _is_quantised(name: str, values: np.ndarray) -> bool:
     """`apr import`'s rule."""
     return values.size >= 1024 and not any(part in name for part in ("bias", "layernorm", "layer_norm", "norm.weight"))
+
+
+def _in_another_order(weight: np.ndarray, block: int, order: str, rows: bool) -> np.ndarray:
+    """Rows, or columns, of each block: the halves interleaved ("adjacent"), or even and odd ones apart ("halves")."""
+    count = weight.shape[0] if rows else weight.shape[-1]
+    there = (
+        np.arange(block).reshape(2, -1).T.ravel() if order == "adjacent" else np.arange(block).reshape(-1, 2).T.ravel()
+    )
+    places = (np.arange(0, count, block)[:, None] + there).ravel()
+    return weight[places] if rows else weight[..., places]
+
+
+def quantised_activations(x: np.ndarray, codec: str) -> np.ndarray:
+    """Activations [B, T, C] through integers or float8 and back, a row at a time."""
+    if codec == "q8_k":
+        blocks = _blocks(x.reshape(-1, x.shape[-1]), 256)
+        step = np.abs(blocks).max(-1, keepdims=True) / 127
+        coded = np.rint(blocks / np.where(step == 0, 1, step)) * step
+        return coded.reshape(-1, coded.shape[1] * 256)[:, : x.shape[-1]].reshape(x.shape).astype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1]).astype(f32)
+    made = {"q8_0": QUANTISERS["q8_0"], "fp8_e4m3": _NARROW["float8_e4m3"], **CODECS}[codec](rows)
+    return made.reshape(x.shape).astype(x.dtype)
+
+
+def scaled_frequencies(theta: float, width: int, rule: str, factor: float, original: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies by one of transformers' rules, and what cos and sin are multiplied by."""
+    plain = inv_freq(theta, width).astype(f64)
+    if rule == "linear":
+        return (plain / factor).astype(f32), 1.0
+    if rule == "ntk":
+        return inv_freq(theta * factor ** (width / (width - 2)), width), 1.0
+    waves = 2 * math.pi / plain
+    if rule == "llama3":
+        smooth = (original / waves - 1) / (4 - 1)
+        mixed = (1 - smooth) * plain / factor + smooth * plain
+        slow, fast = waves > original / 1, waves < original / 4
+        return np.where(slow, plain / factor, np.where(fast, plain, mixed)).astype(f32), 1.0
+    found = [width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (32, 1)]
+    low, high = max(math.floor(found[0]), 0), min(math.ceil(found[1]), width - 1)
+    ramp = np.clip((np.arange(width // 2) - low) / (high - low if high != low else 0.001), 0, 1)
+    return (plain / factor * ramp + plain * (1 - ramp)).astype(f32), 0.1 * math.log(factor) + 1
+
+
+class _Stages(dict[str, np.ndarray]):
+    """The stages of a layer, each wrong in part as it is put in."""
+
+    def __init__(self, wrong: Callable[[str, np.ndarray], np.ndarray]):
+        super().__init__()
+        self.wrong = wrong
+
+    def __setitem__(self, stage: str, value: np.ndarray) -> None:
+        super().__setitem__(stage, self.wrong(stage, value))
 
 
 def _transposed(weight: np.ndarray, buffer: str) -> np.ndarray:

@@ -4,11 +4,11 @@
     python tests/battery/parity_battery.py --dump DIR      # only writes the dump of docs/bug-hunt.md
 
 A case counts if its effect in float64 is at least ten times the budget of some stage; the others are printed with
-the reason, and have to get no wrong name. The single ones are planted once more in an engine that declares bfloat16,
-whose budgets are some ten thousand times as wide: a mistake counts there if it is ten budgets at the stage that makes
-it, has to be named in the layers where it is, and a mistake that gives the same values there may be named with it as
-the alternative. And once more in two engines with fused kernels, which dump few stages: a mistake has to be named at
-the first stage that shows it, itself or as an alternative to one that gives the same values there.
+the reason, and have to get no wrong name. The single ones are planted once more in engines that declare bfloat16 and
+float16, whose budgets are some ten thousand times as wide: a mistake counts there if it is ten budgets at the stage
+that makes it, has to be named in the layers where it is, and a mistake that gives the same values there may be named
+with it as the alternative. And once more in two engines with fused kernels, which dump few stages: a mistake has to be
+named at the first stage that shows it, itself or as an alternative to one that gives the same values there.
 Exits 1 if a counted case is not detected, if fewer than 95 % of single ones or 90 % of the stacked and the fused ones
 are named exactly, if one behind fused kernels is taken for another ("unknown" is none), or if a clean run or an
 uncounted case has a finding that is not there.
@@ -43,6 +43,7 @@ from tests.battery.faulty_forward import Planted, forward, write_aprt
 CONFIGS = ("gqa_tied_bf16", "mha_untied_f32_sharded")
 STACKED_BEHIND_FUSED = 8
 ROWS, LENGTH, PADDED = 2, 80, 9
+NARROW = ("bfloat16", "float16")
 FUSED = {
     "fused attention": frozenset(stages.LAYER_STAGES) - {"qkv_matmul", "attn_scores", "attn_softmax", "ffn_silu"},
     "fused blocks": frozenset(
@@ -107,7 +108,18 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("norm-weight-plus-one", {}),
         ("norm-mean-subtracted", {}),
         ("norm-weight-before-cast", {}),
+        ("rope-not-on-q", {"heads": (1,)}),
+        ("rope-scaling", {"rule": "linear", "factor": 4.0}),
+        ("rope-scaling", {"rule": "yarn", "factor": 4.0}),
+        ("rope-scaling", {"rule": "llama3", "factor": 8.0, "original": 8192}),
+        ("rope-precision", {"what": "inv_freq", "dtype": "bfloat16"}),
+        ("rope-precision", {"what": "angles", "dtype": "bfloat16", "besides": ("inv_freq", "positions")}),
+        ("rope-precision", {"what": "tables", "dtype": "float16"}),
         ("qkv-bias-missing", {}),
+        ("qkv-bias-twice", {}),
+        ("q-bias-twice", {}),
+        ("k-bias-twice", {}),
+        ("v-bias-twice", {}),
         ("q-bias-missing", {}),
         ("k-bias-missing", {}),
         ("v-bias-missing", {}),
@@ -118,6 +130,11 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("mask-window", {"window": 16}),
         ("softmax-scale", {"scale": 1.0}),
         ("softmax-scale", {"scale": 0.2}),
+        ("softmax-soft-cap", {"cap": 50.0}),
+        ("softmax-soft-cap", {"cap": 20.0}),
+        ("scores-precision", {"dtype": "float16", "steps": "product"}),
+        ("cache-precision", {"part": "k", "dtype": "float16"}),
+        ("cache-precision", {"part": "v", "dtype": "float8_e4m3"}),
         ("softmax-partial-warp", {}),
         ("kv-heads-interleaved", {}),
         ("v-heads-swapped", {}),
@@ -135,6 +152,28 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("weights-quantised", {"tensor": "mlp.down_proj.weight", "codec": "int8"}),
         ("weights-quantised", {"tensor": "self_attn.q_proj.weight", "codec": "int4"}),
         ("weights-quantised", {"tensor": "all", "codec": "q4_k"}),
+        *(
+            ("weights-quantised", {"tensor": "mlp.gate_proj.weight", "codec": codec})
+            for codec in (
+                "q8_0",
+                "q4_0",
+                "q4_1",
+                "int8 by row",
+                "int4 by 64",
+                "fp8_e4m3",
+                "fp8_e4m3 by row",
+                "fp8_e5m2",
+            )
+        ),
+        ("weights-quantised", {"tensor": "all", "codec": "q8_0"}),
+        ("weights-permuted", {"tensor": "self_attn.q_proj.weight", "order": "adjacent"}),
+        ("weights-permuted", {"tensor": "self_attn.k_proj.bias", "order": "halves"}),
+        ("weights-interleaved", {"tensor": "mlp.up_proj.weight", "block": 32}),
+        ("activations-quantised", {"module": "mlp.down_proj", "codec": "int8 by row"}),
+        ("part-scaled", {"stage": "ffn_out", "channels": (17,), "factor": 0.85}),
+        ("part-scaled", {"stage": "attention", "heads": (1,), "factor": 1.2}),
+        ("part-zeroed", {"stage": "qkv_bias", "channels": (3, 4, 5)}),
+        ("part-exchanged", {"stage": "attention", "heads": (0, 1)}),
         ("tf32-dots", {"mode": "round"}),
         ("tf32-dots", {"mode": "truncate"}),
         ("bf16-accumulation", {"chunk": 32}),
@@ -155,6 +194,7 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("layer-skipped", {"layer": 0}),
         ("layer-repeated", {"layer": layers - 1}),
         ("embedding-row-off-by-one", {}),
+        ("embedding-transposed", {}),
         ("head-transposed", {}),
         ("head-missing", {}),
         ("logits-shifted", {"shift": 7}),
@@ -200,10 +240,18 @@ def stacks(count: int, seed: int) -> Iterator[tuple[Planted, ...]]:
         yield tuple(STACKABLE[family][generator.integers(len(STACKABLE[family]))] for family in sorted(families))
 
 
+ENGINES_OWN = ("besides", "steps", "original", "module", "buffer", "stage")
+"""Parameters of a planted mistake that are no part of what it is called."""
+
+
 def expected(bench: Bench, planted: Planted) -> tuple[str, Any, dict[str, Any]]:
     """Name, layers and parameters that a finding has to have."""
     parameters = dict(planted.parameters)
     everything = "all" if bench.exact.config.num_layers > 1 else (0,)
+    for ignored in ENGINES_OWN:
+        parameters.pop(ignored, None)
+    if "order" in parameters and planted.name.startswith("weights-"):
+        parameters.pop("order")
     outside = ("final-norm", "layer-", "embedding", "head-", "logits")
     layers: Any = planted.layers if planted.layers is not None else everything
     if planted.name.startswith(outside):
@@ -216,14 +264,14 @@ def expected(bench: Bench, planted: Planted) -> tuple[str, Any, dict[str, Any]]:
 
 def matches(bench: Bench, planted: Planted, finding: Any) -> bool:
     name, layers, parameters = expected(bench, planted)
-    if bench.same.dtype == "bfloat16":
+    if bench.same.dtype in NARROW:
         if name not in (finding.fault, *finding.alternatives) or not _where_it_shows(bench, planted, finding.layers):
             return False
         layers = None
     if (
         name != finding.fault
         and not (name in finding.alternatives and bench.partial)
-        and bench.same.dtype != "bfloat16"
+        and bench.same.dtype not in NARROW
     ):
         return False
     if layers is not None and finding.layers != layers:
@@ -247,8 +295,7 @@ def local_effects(bench: Bench, planted: Planted) -> dict[int | None, float]:
         return {None: math.inf}
     largest: dict[int | None, float] = {}
     for site in localise(bench.exact, bench.same, bench.inputs, complete(wrong, bench.inputs)).sites:
-        share = site.error / site.budget if site.budget else math.inf * bool(site.error)
-        largest[site.layer] = max(largest.get(site.layer, 0.0), share)
+        largest[site.layer] = max(largest.get(site.layer, 0.0), site.share)
     return largest
 
 
@@ -266,7 +313,7 @@ def _where_it_shows(bench: Bench, planted: Planted, layers: Any) -> bool:
 def effect(bench: Bench, faults: Sequence[Planted]) -> float:
     """The largest effect of the mistakes in float64, as a multiple of a stage's budget; in bfloat16, where rounding
     alone grows to several budgets on its way through the layers, where it is made."""
-    if bench.same.dtype == "bfloat16":
+    if bench.same.dtype in NARROW:
         return max(share for fault in faults for share in local_effects(bench, fault).values())
     right, wrong = bench.dump((), "float64"), bench.dump(faults, "float64")
     if set(right) != set(wrong):
@@ -337,9 +384,11 @@ def main() -> int:
         ids = seeded(288, 1, LENGTH).input_ids
         write_aprt(args.dump, forward(*oracle.load(folder), ids, faults=REAL_CASE), ids)
         return 0
-    single, narrow, stacked, partial = Tally(), Tally(), Tally(), Tally()
+    single, stacked, partial = Tally(), Tally(), Tally()
+    narrow = {dtype: Tally() for dtype in NARROW}
     benches = [Bench.of(name) for name in CONFIGS]
-    for bench, tally in [*((b, single) for b in benches), *((Bench.of(name, "bfloat16"), narrow) for name in CONFIGS)]:
+    narrower = ((Bench.of(name, dtype), tally) for dtype, tally in narrow.items() for name in CONFIGS)
+    for bench, tally in itertools.chain(((b, single) for b in benches), narrower):
         if not args.only:
             run_case(bench, (), tally)
         for planted in singles(bench.exact.config.num_layers, bench.exact.config.head_dim):
@@ -360,7 +409,7 @@ def main() -> int:
                 run_case(fused, faults, partial)
     totals = (
         ("single", single, 0.95),
-        ("single, bfloat16", narrow, 0.95),
+        *((f"single, {dtype}", tally, 0.95) for dtype, tally in narrow.items()),
         ("stacked", stacked, 0.90),
         ("fused", partial, 0.90),
     )

@@ -177,7 +177,7 @@ class WordsTest(parameterized.TestCase):
 
     @parameterized.parameters(jnp.float16, "half", "int8", None, 32)
     def test_other_dtypes_are_refused_with_the_known_ones(self, dtype):
-        with self.assertRaisesRegex(UsageError, "float32 or bfloat16 or float64"):
+        with self.assertRaisesRegex(UsageError, "float32 or bfloat16 or float16 or float64"):
             load_model(TINY, dtype)
 
     def test_a_device_may_be_a_name_with_a_number_a_device_or_a_sharding(self):

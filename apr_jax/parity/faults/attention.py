@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.parity import round_numbers
-from apr_jax.parity.faults.record import IGNORED, Fault, Grid, Mistakes
+from apr_jax.parity import narrow, round_numbers
+from apr_jax.parity.faults.record import IGNORED, UNION, Fault, Grid, Mistakes
 from apr_jax.parity.localise import EPSILON
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import At
@@ -113,6 +113,78 @@ SCALE = Fault(
     grid=Grid("scale", tuple(2.0 ** (power / 2) for power in range(-12, 5)), round_numbers.scales),
 )
 
+# --- Less precise than float32, or bounded ---------------------------------------------------------------------------
+
+_CAPS = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0)
+
+
+def _capped(raw: np.ndarray, at: At, cap: float) -> np.ndarray:
+    return cap * np.tanh(raw / cap)
+
+
+def _caps(question: Question) -> Iterator[Mistakes]:
+    """The bound of theirs: x = c tanh(r / c) is solved for c where it bends most."""
+    raw, seen = question.value(()), question.seen()
+    theirs = question.probe.look(question.stage, question.theirs)
+    largest, bound = float(np.abs(raw * seen).max(initial=0.0)), float(np.abs(theirs * seen).max(initial=0.0))
+    if not 0 < bound < largest:
+        return
+    solved = _cap_of(largest, bound)
+    yield from ((SOFT_CAP.made(cap=cap),) for cap in round_numbers.near(solved))
+
+
+def _cap_of(raw: float, capped: float) -> float:
+    """c of c tanh(raw / c) = capped, by bisection: the bound rises with c."""
+    low, high = capped, 1e3 * raw
+    for _ in range(80):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if middle * np.tanh(raw / middle) > capped else (middle, high)
+    return low
+
+
+SOFT_CAP = Fault(
+    "softmax-soft-cap",
+    "the scores are bounded softly by {cap:.6g} (tanh)",
+    ("attn_scores",),
+    {"scores": _capped},
+    solve=_caps,
+    grid=Grid("cap", _CAPS, round_numbers.near),
+    alone=True,
+)
+SCORES_PRECISION = Fault(
+    "scores-precision",
+    "the attention scores are computed in {dtype}",
+    ("attn_scores",),
+    {
+        "raw_scores": lambda raw, at, dtype, steps="scores": raw if steps == "scores" else narrow.rounded(raw, dtype),
+        "scores": lambda raw, at, dtype, steps="scores": narrow.rounded(raw, dtype),
+    },
+    variants=lambda question, node: [{"dtype": dtype} for dtype in narrow.FLOATS_16],
+    # Either what is left after the scale is rounded, or the product before it as well.
+    ways=lambda dtype: ({"steps": "product"},),
+    alone=True,
+    chaotic=True,
+)
+_CACHED = {"k": ("attn_scores",), "v": ("attention",)}
+
+
+def _caches_held(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    for part, stages in _CACHED.items():
+        if node.stage in stages:
+            yield from ({"part": part, "dtype": dtype} for dtype in narrow.CACHES)
+
+
+CACHE_PRECISION = Fault(
+    "cache-precision",
+    "the cache holds {part} in {dtype}",
+    lambda replay, part, **_: _CACHED[part],
+    {"cached": lambda x, at, part, dtype: narrow.rounded(x, dtype) if at.what == part else x},
+    variants=_caches_held,
+    merge={"part": UNION},
+    alone=True,
+    chaotic=True,
+)
+
 # --- The cache -------------------------------------------------------------------------------------------------------
 
 _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
@@ -145,6 +217,9 @@ def _tokens_read(right: None, at: At, shift: int, side: str, prefill: int) -> np
 
 FAULTS = (
     SCALE,
+    SOFT_CAP,
+    SCORES_PRECISION,
+    CACHE_PRECISION,
     Fault(
         "kv-heads-interleaved",
         "query head h reads KV head h mod n_kv; it needs h // group",

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from apr_jax.parity import narrow
 from apr_jax.parity.faults.record import LEAST, Fault, Mistake
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import PRODUCTS, At, Replay, Value, product
@@ -41,13 +42,9 @@ def _tf32_dot(dot: _Dot, at: At, mode: str, ties: str = "even") -> _Dot:
     return lambda x, weight: product(_tf32(x, how), _tf32(weight, how))
 
 
-def _q8_k(x: Value) -> Value:
-    """Blocks of 256 in int8 with one scale each (GGML's Q8_K), as engines round what they multiply with Q4_K."""
-    columns = x.shape[-1]
-    blocks = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -columns % 256)]).reshape(*x.shape[:-1], -1, 256)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
-    rounded = np.rint(blocks / np.where(scale > 0, scale, 1)) * scale
-    return rounded.reshape(*x.shape[:-1], -1)[..., :columns]
+def _in_fewer_bits(dot: _Dot, at: At, codec: str) -> _Dot:
+    """What is multiplied with weights is rounded; keys and values are not."""
+    return lambda x, weight: product(narrow.ACTIVATIONS[codec](x), weight) if weight.ndim == 2 else dot(x, weight)
 
 
 def _in_bf16(chunk: int, x: Value, weight: Value) -> Value:
@@ -74,20 +71,31 @@ def drift(mistake: Mistake, replay: Replay, key: Key) -> float:
     """
     if mistake.fault is not TF32:
         return 0.0
+    columns = columns_of(replay)
+    return sum(columns.get(before.stage, 0) for before in replay.undumped(key)) / 8 * 2.0**-23
+
+
+def columns_of(replay: Replay) -> dict[str, int]:
+    """Over how many columns each product sums."""
     config, length = replay.config, replay.inputs.input_ids.shape[1]
-    columns = {
+    return {
         **dict.fromkeys(("qkv_matmul", "ffn_gate", "ffn_up", "logits"), config.hidden_size),
         "attn_scores": config.head_dim,
         "attention": length,
         "attn_out": config.num_heads * config.head_dim,
         "ffn_out": config.intermediate_size,
     }
-    return sum(columns.get(before.stage, 0) for before in replay.undumped(key)) / 8 * 2.0**-23
 
 
 def _chunks(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     """The more precise ones first."""
     yield from ({"chunk": 1 << power} for power in range(9, 2, -1))
+
+
+def _activations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """Rows of no more than a block are one block of Q8_K."""
+    longer = columns_of(question.replay).get(node.stage, 0) > 256
+    yield from ({"codec": codec} for codec in narrow.ACTIVATIONS if longer or codec != "q8_k")
 
 
 TF32 = Fault(
@@ -104,10 +112,10 @@ FAULTS = (
     TF32,
     Fault(
         "activations-quantised",
-        "activations are rounded to {codec} before the products, as `apr` does beside Q4_K",
+        "activations are rounded to {codec} before the products, as engines do beside quantised weights",
         MULTIPLIED,
-        {"dot": lambda dot, at, codec: lambda x, weight: product(_q8_k(x), weight)},
-        variants=lambda question, node: [{"codec": "q8_k"}],
+        {"dot": _in_fewer_bits},
+        variants=_activations,
         slight=True,
         beside_blocks=True,
     ),

@@ -13,6 +13,8 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from apr_jax.trace.stages import Key
 
 _SHOWN = 3
@@ -31,6 +33,78 @@ def once(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
     """The variants of a fault without parameters."""
     del question, node
     yield {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A part of a stage that a mistake is confined to.
+
+    Attributes:
+      kind: "heads", "channels", "pairs" (of a rotation, in every head) or "positions".
+      indices: Which of them; of positions (row of the batch, column).
+      of: How many there are.
+      part: Whose they are, "q", "k" or "v", where a stage holds several projections; else "".
+      start: The first channel of that projection.
+    """
+
+    kind: str
+    indices: tuple[Any, ...]
+    of: int
+    part: str = ""
+    start: int = 0
+
+    @property
+    def where(self) -> str:
+        """The region in words: "heads 1-3 of 4"."""
+        one = len(self.indices) == 1
+        if self.kind == "positions":
+            return self._positions()
+        noun = self.kind.removesuffix("s") if one else self.kind
+        return f"{noun} {ranges(self.indices)} of {self.of}" + (f" of {self.part}" if self.part else "")
+
+    def _positions(self) -> str:
+        rows: dict[int, list[int]] = {}
+        for row, column in self.indices:
+            rows.setdefault(row, []).append(column)
+        said = [
+            f"row {row} position{'s' if len(columns) > 1 else ''} {ranges(columns)}" for row, columns in rows.items()
+        ]
+        return ", ".join(said[:_SHOWN]) + (f" and {len(said) - _SHOWN} rows more" if len(said) > _SHOWN else "")
+
+    def chosen(self, value: Any, columns: Any, head_dim: int) -> Any:
+        """Returns which values of a stage are in it, bool and of the stage's shape up to broadcasting.
+
+        Args:
+          value: The stage's values, [B, T, C] or [B, N, T, S].
+          columns: The columns of the batch that they stand for, int [T].
+          head_dim: Width of a head.
+        """
+        per_pair = value.ndim == 4
+        if self.kind == "positions":
+            rows = np.zeros((value.shape[0], max(int(columns.max()), *(c for _, c in self.indices)) + 1), bool)
+            rows[tuple(np.array(self.indices).T)] = True
+            rows = rows[:, columns]
+            return rows[:, None, :, None] if per_pair else rows[..., None]
+        places, wanted = np.arange(value.shape[1] if per_pair else value.shape[-1]), np.array(self.indices)
+        if per_pair:
+            return np.isin(places, wanted)[:, None, None]
+        if self.kind == "heads":
+            return np.isin(places, (self.start + wanted[:, None] * head_dim + np.arange(head_dim)).ravel())
+        return np.isin(places % head_dim % (head_dim // 2), wanted) if self.kind == "pairs" else np.isin(places, wanted)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in rising order as text, in ranges: "1-3, 7"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    said = [str(first) if first == last else f"{first}-{last}" for first, last in found]
+    return ", ".join(said[: 2 * _SHOWN]) + (
+        f" and {len(said) - 2 * _SHOWN} ranges more" if len(said) > 2 * _SHOWN else ""
+    )
 
 
 def _fields(text: str) -> set[str]:
@@ -84,6 +158,10 @@ class Fault:
       beside_blocks: Whether engines do it on purpose where weights are quantised in blocks.
       unexplained: Whether it says what is seen, and not how it came about.
       mistake: Whether it is one; a layout is not.
+      alone: Whether it is not tried beside others: there are many of its kind, and engines that make one are otherwise
+        right.
+      chaotic: Whether it moves values by whole steps, so that a last bit here or there is a step elsewhere: it is told
+        by most values, not by all.
     """
 
     name: str
@@ -103,6 +181,8 @@ class Fault:
     beside_blocks: bool = False
     unexplained: bool = False
     mistake: bool = True
+    alone: bool = False
+    chaotic: bool = False
 
     def __repr__(self) -> str:
         return f"Fault({self.name!r})"
@@ -114,7 +194,10 @@ class Fault:
     def said(self, parameters: Mapping[str, Any]) -> str:
         """Returns what is wrong, in words."""
         shown = {name: _shown(value) for name, value in parameters.items()}
-        return next(text for text in self.wordings if _fields(text) <= shown.keys()).format(**shown)
+        where = shown.get("where")
+        shown["be"] = "are" if where and where.split()[0].endswith("s") else "is"
+        text = next(text for text in self.wordings if _fields(text) <= shown.keys())
+        return text.format(**shown) + (f", in {where} only" if where and "where" not in _fields(text) else "")
 
     @property
     def wordings(self) -> tuple[str, ...]:
@@ -134,10 +217,14 @@ class Mistake:
     Attributes:
       fault: What is made.
       pairs: Sorted (parameter, value) pairs.
+      within: The part of a stage that it is confined to; None is all of it.
+      stage: That stage; "" without `within`.
     """
 
     fault: Fault
     pairs: tuple[tuple[str, Any], ...] = ()
+    within: Region | None = None
+    stage: str = ""
 
     @property
     def name(self) -> str:
@@ -149,15 +236,37 @@ class Mistake:
         """The parameters by name."""
         return dict(self.pairs)
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The parameters, and what it is confined to."""
+        if self.within is None:
+            return self.parameters
+        return {**self.parameters, "where": self.within.where, self.within.kind: self.within.indices}
+
+    @property
+    def everywhere(self) -> Mistake:
+        """The same, in all of the stage."""
+        return dataclasses.replace(self, within=None)
+
+    def confined(self, within: Region, stage: str) -> Mistake:
+        """Returns the same in one part of a stage only."""
+        return dataclasses.replace(self, within=within, stage=stage)
+
+    def having(self, **parameters: Any) -> Mistake:
+        """Returns the same with other parameters."""
+        return dataclasses.replace(self, pairs=tuple(sorted(parameters.items())))
+
     def stages(self, replay: Any) -> tuple[str, ...]:
         """Returns the stages that it is made at."""
+        if self.within is not None:
+            return (self.stage,)
         stages = self.fault.stages
         return stages(replay, **self.parameters) if callable(stages) else stages
 
     def ways(self) -> tuple[Mistake, ...]:
         """Returns it in each of the ways in which engines make it; the commonest first."""
         others = self.fault.ways(**self.parameters)
-        return (self, *(self.fault.made(**self.parameters, **more) for more in others))
+        return (self, *(self.having(**self.parameters, **more) for more in others))
 
 
 Mistakes = tuple[Mistake, ...]

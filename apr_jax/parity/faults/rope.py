@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.parity import rope_fit, round_numbers
-from apr_jax.parity.faults.record import Fault, Grid, Mistake, Mistakes
+from apr_jax.parity import rope_fit, rope_rules, round_numbers
+from apr_jax.parity.faults.record import IGNORED, Fault, Grid, Mistake, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import QKV, At, before_rotation, unjoin
 from apr_jax.trace.stages import Key
@@ -28,7 +28,8 @@ def rotations(question: Question) -> Iterator[Mistakes]:
     before, late = before_rotation(replay, question.layer, which)
     after = unjoin(np.asarray(question.theirs, np.float64), replay.config) - late
     positions = np.where(question.tokens, replay.positions(), -1)
-    for turn in rope_fit.candidates(before, after, positions, replay.config.rope_theta):
+    config = replay.config
+    for turn in rope_fit.candidates(before, after, positions, config.rope_theta, config.max_position_embeddings):
         yield tuple(_named(turn, QKV[which]))
 
 
@@ -49,6 +50,15 @@ def _named(turn: rope_fit.Rotation, projection: str) -> Iterator[Mistake]:
         yield POSITION.made(shift=turn.shift)
     if turn.restart:
         yield POSITION.made(restart=turn.restart)
+    if turn.scaling is not None:
+        yield _scaling(turn.scaling)
+    if turn.rounded:
+        yield PRECISION.made(dtype=turn.rounded[0], what=turn.rounded[1])
+
+
+def _scaling(rule: rope_rules.Rule) -> Mistake:
+    ramp = {"original": rule.original} if rule.original else {}
+    return SCALING.made(rule=rule.name, factor=rule.factor, **ramp)
 
 
 def _halved(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
@@ -64,6 +74,35 @@ def _restarts(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
 
 def _moved(turn: rope_fit.Rotation, at: At, shift: int = 0, restart: int = 0) -> rope_fit.Rotation:
     return dataclasses.replace(turn, shift=shift, restart=restart)
+
+
+def _stretched(turn: rope_fit.Rotation, at: At, rule: str, factor: float, original: int = 0) -> rope_fit.Rotation:
+    return dataclasses.replace(turn, scaling=rope_rules.Rule(rule, factor, original))
+
+
+def _rules(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """Behind a gap the customary factors are tried."""
+    rules = [rope_rules.Rule("linear", factor) for factor in rope_rules.FACTORS[:3]]
+    rules += rope_rules.customary(question.replay.config.max_position_embeddings, rope_rules.FACTORS[:3])
+    yield from (_scaling(rule).parameters for rule in rules)
+
+
+_WITH = {
+    "tables": ((),),
+    "inv_freq": ((), ("tables",)),
+    "angles": ((), ("tables",), ("inv_freq",), ("inv_freq", "positions"), ("inv_freq", "positions", "tables")),
+}
+"""What engines round besides, where they round one thing."""
+
+
+def _rounded(
+    turn: rope_fit.Rotation, at: At, what: str, dtype: str, besides: tuple[str, ...] = ()
+) -> rope_fit.Rotation:
+    return dataclasses.replace(turn, rounded=(dtype, what, *besides))
+
+
+def _precisions(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    yield from ({"what": what, "dtype": dtype} for what in _WITH for dtype in ("bfloat16", "float16"))
 
 
 _BASES = (1e3, 3e3, 1e4, 2e4, 3e4, 5e4, 1e5, 1.5e5, 2e5, 3e5, 5e5, 7e5, 1e6, 1.5e6, 2e6, 3e6, 5e6, 8e6, 1e7, 3e7, 1e8)
@@ -102,17 +141,40 @@ POSITION = Fault(
 )
 NOT_ON_Q = Fault(
     "rope-not-on-q",
-    "q is not rotated",
+    ("{where} {be} not rotated", "q is not rotated"),
     ("q_post_rope",),
     {"rotation": lambda turn, at: dataclasses.replace(turn, none=turn.none or at.what == "q_proj")},
     solve=rotations,
 )
 NOT_ON_K = Fault(
     "rope-not-on-k",
-    "k is not rotated",
+    ("{where} {be} not rotated", "k is not rotated"),
     ("k_post_rope",),
     {"rotation": lambda turn, at: dataclasses.replace(turn, none=turn.none or at.what == "k_proj")},
     solve=rotations,
+)
+SCALING = Fault(
+    "rope-scaling",
+    (
+        "RoPE is scaled ({rule}, factor {factor:.6g}, from {original} positions); the checkpoint does not ask for it",
+        "RoPE is scaled ({rule}, factor {factor:.6g}); the checkpoint does not ask for it",
+    ),
+    _STAGES,
+    {"rotation": _stretched},
+    solve=rotations,
+    variants=_rules,
+    merge={"original": IGNORED},
+    alone=True,
+)
+PRECISION = Fault(
+    "rope-precision",
+    "RoPE is less precise than float32: {what} in {dtype}",
+    _STAGES,
+    {"rotation": _rounded},
+    solve=rotations,
+    variants=_precisions,
+    alone=True,
+    ways=lambda what, dtype: tuple({"besides": besides} for besides in _WITH[what][1:]),
 )
 BIAS_AFTER_ROPE = Fault(
     "bias-after-rope",
@@ -125,4 +187,4 @@ BIAS_AFTER_ROPE = Fault(
     variants=lambda question, node: [{}] if node.stage in _STAGES else [],
     hides=("q-bias-missing", "k-bias-missing"),
 )
-FAULTS = (ADJACENT_PAIRS, HALF_DIMS, SIGN, THETA, POSITION, NOT_ON_Q, NOT_ON_K, BIAS_AFTER_ROPE)
+FAULTS = (ADJACENT_PAIRS, HALF_DIMS, SIGN, THETA, POSITION, NOT_ON_Q, NOT_ON_K, SCALING, PRECISION, BIAS_AFTER_ROPE)

@@ -8,16 +8,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax.converters.formats import casts, codecs, dtypes
-from apr_jax.parity.faults.record import UNION, Fault
+from apr_jax.converters.formats import codecs
+from apr_jax.parity import narrow
+from apr_jax.parity.faults.record import IGNORED, UNION, Fault
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import EMBEDDING, NORMS, PRODUCTS, QKV, At, Replay, Value, head_name
+from apr_jax.parity.replay import EMBEDDING, NORMS, PRODUCTS, QKV, At, Replay, Value, head_input, head_name
 from apr_jax.trace import stages
 from apr_jax.trace.stages import Key
 
 # --- Other values in a tensor's place --------------------------------------------------------------------------------
 
-_CODECS = {"int8": "apr_q8", "int4": "apr_q4", "q4_k": "q4_k"}
+_BEHIND_GAPS = ("int8", "int4", "q4_k", "q8_0", "q4_0", "int8 by row", "fp8_e4m3", "fp8_e4m3 by row")
+"""Codecs that are tried where the product itself was not dumped: each is tried for every weight of the gap."""
+_ROWS = 48
+"""Output channels by which codecs are told from each other."""
+_PROMISING = 0.7
+"""What a codec leaves at most of the difference in those channels."""
 _LABELS = {"bf16-as-f16": (ml_dtypes.bfloat16, np.float16), "f16-as-bf16": (np.float16, ml_dtypes.bfloat16)}
 
 
@@ -45,14 +51,60 @@ def _suspects(question: Question, node: Key) -> list[str]:
 
 
 def _quantisations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    own = node == question.nodes[-1]
     for tensor in _suspects(question, node):
         right = question.replay.weight(node.layer, tensor)
-        with np.errstate(over="ignore"):
-            half = right.astype(np.float16)
-        if np.isfinite(half).all() and (half != right).any():
-            yield {"tensor": tensor, "codec": "fp16"}
-        if not codecs.stays_float(tensor, right.size):
-            yield from ({"tensor": tensor, "codec": codec} for codec in _CODECS)
+        small = codecs.stays_float(tensor, right.size)
+        tried = (
+            ("fp16", "bf16") if small else ("fp16", "bf16", *(codec for codec in narrow.CODECS if "f16" not in codec))
+        )
+        if not small and not own:
+            tried = ("fp16", *_BEHIND_GAPS)
+        elif not small:
+            tried = _promising(question, node, tensor, tried)
+        for codec in tried:
+            if codec not in ("fp16", "bf16") or _narrows(right, codec):
+                yield {"tensor": tensor, "codec": codec}
+
+
+def _narrows(weight: Value, codec: str) -> bool:
+    """Whether a float type holds a weight without overflow, and not exactly."""
+    with np.errstate(over="ignore"):
+        narrower = narrow.CODECS[codec](weight)
+    return bool(np.isfinite(narrower).all() and (narrower != weight).any())
+
+
+def _promising(question: Question, node: Key, tensor: str, tried: Sequence[str]) -> tuple[str, ...]:
+    """The codecs that come nearer than the right weight does, by some output channels: all would take long."""
+    source = {"qkv_matmul": "attn_norm", "logits": "final_norm"}.get(node.stage) or PRODUCTS.get(node.stage, ("",))[0]
+    if not source or question.given:
+        return tuple(tried)
+    replay, weight = question.all(), question.replay.weight(node.layer, tensor)
+    rows = np.unique(np.linspace(0, len(weight) - 1, _ROWS).astype(int))
+    columns = rows + (_first_row(question, node.layer, tensor) if node.stage == "qkv_matmul" else 0)
+    x = head_input(replay) if node.stage == "logits" else replay.get(node.layer, source)
+    counted = question.tokens if len(question.tokens[0]) == x.shape[1] else question.tokens.any(axis=1, keepdims=True)
+    theirs = np.asarray(question.theirs[..., columns], np.float64)
+    theirs, x = (values[counted] if values.shape[1] == counted.shape[1] else values[:, 0] for values in (theirs, x))
+
+    def left(made: Value) -> float:
+        with np.errstate(all="ignore"):
+            return float(np.nan_to_num(np.linalg.norm(theirs - x @ made.T), nan=np.inf))
+
+    right = left(weight[rows])
+    by_tensor = {"int8", "fp8_e4m3 by tensor"}
+    return tuple(
+        codec
+        for codec in tried
+        if left(narrow.CODECS[codec](weight)[rows] if codec in by_tensor else narrow.CODECS[codec](weight[rows]))
+        <= _PROMISING * right
+    )
+
+
+def _first_row(question: Question, layer: int | None, tensor: str) -> int:
+    """The first channel of q, k or v in the stage that holds all three."""
+    before = QKV[: next(index for index, name in enumerate(QKV) if name in tensor)]
+    return sum(len(question.replay.weight(layer, f"self_attn.{name}.weight")) for name in before)
 
 
 def _labels(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
@@ -65,14 +117,17 @@ def _layers(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     yield from ({"tensor": tensor, "layer": layer} for tensor in _suspects(question, node) for layer in others)
 
 
-def _in_place(otherwise: Callable[[Value, str], Value], how: str) -> dict[str, Callable[..., Value]]:
+def _in_place(otherwise: Callable[[Value, Any], Value], how: str) -> dict[str, Callable[..., Value]]:
     """The change to one tensor's values that a parameter `how` says."""
 
     def change(value: Value, at: At, tensor: str, **parameters: Any) -> Value:
         if at.what != tensor:
             return value
-        name = (at.layer, tensor, parameters[how])
-        return at.replay.remember(name, lambda: otherwise(value, parameters[how]))
+        # One at a time: a head in all codecs at once would be many gigabytes.
+        name, memo = (at.layer, tensor), at.replay.memo
+        if memo.get(name, ("",))[0] != parameters[how]:
+            memo[name] = parameters[how], otherwise(value, parameters[how])
+        return memo[name][1]
 
     return {"weight": change}
 
@@ -84,18 +139,13 @@ def _misread(weight: Value, direction: str) -> Value:
         return np.ascontiguousarray(weight.astype(stored)).view(read).astype(np.float64)
 
 
-def _quantised(weight: Value, codec: str) -> Value:
-    """The values that a weight has after `apr import --quantize`."""
-    if codec == "fp16":
-        with np.errstate(over="ignore"):
-            return weight.astype(np.float16).astype(np.float64)
-    dtype = dtypes.by_name(_CODECS[codec])
-    payload = casts.quantise(weight.astype(np.float32), _CODECS[codec], weight.shape)
-    columns = dtype.padded_columns(weight.shape, len(payload))
-    width = weight.shape[-1] if columns is None else columns + -columns % dtype.block_elements
-    out = np.empty(weight.size // weight.shape[-1] * width, np.float32)
-    dtype.codec.decode(payload, out)
-    return out.reshape(-1, width)[:, : weight.shape[-1]].reshape(weight.shape).astype(np.float64)
+def _quantised(weight: Value, codec: tuple[str, str]) -> Value:
+    name, ties = codec
+    return (narrow.WAYS if ties == "even" else narrow.CODECS)[name](weight)
+
+
+def _quantised_in_place(value: Value, at: At, tensor: str, codec: str, ties: str = "away") -> Value:
+    return _in_place(_quantised, "codec")["weight"](value, at, tensor, codec=(codec, ties))
 
 
 def _of_another_layer(value: Value, at: At, tensor: str, layer: int) -> Value:
@@ -110,6 +160,11 @@ _PAIR = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 def _swapped(place: tuple[int, str], at: At) -> tuple[int, str]:
     layer, tensor = place
     return (layer, _PAIR[1 - _PAIR.index(tensor)]) if tensor in _PAIR else place
+
+
+def _other_stride(value: Value, buffer: str | None) -> Value:
+    """The file's buffer of [rows, columns] read as [columns, rows], or that of the transposed matrix as it stands."""
+    return value.reshape(value.shape[::-1]).T if buffer == "file" else value.T.reshape(value.shape)
 
 
 def _transposed(name: str, stage: str, wording: str, first: str | None, second: str) -> Fault:
@@ -127,7 +182,7 @@ def _transposed(name: str, stage: str, wording: str, first: str | None, second: 
     def matrix(value: Value, at: At, buffer: str | None = None) -> Value:
         if at.what not in tensors_of(at.replay, stage):
             return value
-        return value.reshape(value.shape[::-1]).T if buffer == "file" else value.T.reshape(value.shape)
+        return _other_stride(value, buffer)
 
     def variants(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
         rows, columns = question.replay.weight(node.layer, tensors_of(question.replay, stage)[0]).shape
@@ -135,6 +190,62 @@ def _transposed(name: str, stage: str, wording: str, first: str | None, second: 
         return buffers if rows != columns else buffers[:1]
 
     return Fault(name, wording, (stage,), {"matrix": matrix}, variants=variants, slight=False)
+
+
+# --- The right values in another order -------------------------------------------------------------------------------
+
+_ORDERS = {"adjacent": "pairs (2i, 2i + 1)", "halves": "split halves (i, i + d/2)"}
+
+
+def _reordered(rows: Value, order: str, width: int) -> Value:
+    """The rows of each head (or block), [n width, ...]: halves interleaved ("adjacent"), or the inverse ("halves")."""
+    shape = (-1, 2, width // 2) if order == "adjacent" else (-1, width // 2, 2)
+    return rows.reshape(*shape, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _permuted(value: Value, at: At, tensor: str, order: str) -> Value:
+    if at.what != tensor:
+        return value
+    (kind,) = (kind for kind, said in _ORDERS.items() if said == order)
+    return _reordered(value, kind, at.replay.config.head_dim)
+
+
+def _row_orders(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    for tensor in tensors_of(question.replay, node.stage):
+        if question.only in tensor and "v_proj" not in tensor:
+            yield from ({"tensor": tensor, "order": order} for order in _ORDERS.values())
+
+
+ROWS_PERMUTED = Fault(
+    "weights-permuted",
+    "{tensor}: the rows of each head are permuted into {order}, as for the other kind of RoPE",
+    lambda replay, tensor, **_: ("qkv_bias",) if tensor.endswith("bias") else ("qkv_matmul",),
+    {"weight": _permuted},
+    variants=lambda question, node: _row_orders(question, node) if node.stage in ("qkv_matmul", "qkv_bias") else (),
+    merge={"tensor": UNION},
+    alone=True,
+)
+
+_BLOCKS = (32, 64, 16, 128, 256)
+
+
+def _interleaved(value: Value, at: At, tensor: str, block: int, order: str) -> Value:
+    if at.what != tensor:
+        return value
+    return _reordered(value.reshape(-1), _SAID[order], block).reshape(value.shape)
+
+
+_SAID = {"the halves are interleaved": "adjacent", "even and odd columns became halves": "halves"}
+
+
+def _interleavings(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    if node != question.nodes[-1] or node.stage in NORMS or node.stage == "qkv_bias":
+        return
+    for tensor in tensors_of(question.replay, node.stage):
+        if question.only in tensor:
+            columns = question.replay.weight(node.layer, tensor).shape[-1]
+            blocks = (block for block in _BLOCKS if columns % block == 0)
+            yield from ({"tensor": tensor, "block": block, "order": order} for block in blocks for order in _SAID)
 
 
 # --- Biases ----------------------------------------------------------------------------------------------------------
@@ -158,16 +269,30 @@ def _without(parts: str) -> tuple[Callable[..., Value], Callable[[Question, Key]
     return bias, variants
 
 
+def _twice(parts: str) -> tuple[Callable[..., Value], Callable[[Question, Key], Iterator[Mapping[str, Any]]]]:
+    """The same biases added once more."""
+    without, variants = _without(parts)
+    return lambda value, at: 2 * value - without(value, at), variants
+
+
 def _missing(name: str, wording: str, parts: str, consists_of: tuple[str, ...] = ()) -> Fault:
     bias, variants = _without(parts)
     return Fault(name, wording, ("qkv_bias",), {"bias": bias}, variants=variants, consists_of=consists_of)
 
 
+def _doubled(name: str, wording: str, parts: str, consists_of: tuple[str, ...] = ()) -> Fault:
+    bias, variants = _twice(parts)
+    return Fault(name, wording, ("qkv_bias",), {"bias": bias}, variants=variants, consists_of=consists_of, alone=True)
+
+
+_TWICE = tuple(_doubled(f"{part}-bias-twice", f"the {part} bias is added twice", part) for part in "qkv")
 _THREE = tuple(_missing(f"{part}-bias-missing", f"the {part} bias is missing", part) for part in "qkv")
 
 FAULTS = (
     *_THREE,
     _missing("qkv-bias-missing", "the q, k and v biases are missing", "qkv", tuple(fault.name for fault in _THREE)),
+    *_TWICE,
+    _doubled("qkv-bias-twice", "the q, k and v biases are added twice", "qkv", tuple(fault.name for fault in _TWICE)),
     _transposed("o-proj-transposed", "attn_out", "o_proj is used transposed", None, "file"),
     _transposed("down-proj-transposed", "ffn_out", "down_proj is used transposed", None, "file"),
     Fault(
@@ -182,11 +307,32 @@ FAULTS = (
         "weights-quantised",
         "quantised ({codec}): {tensor}",
         _stages,
-        _in_place(_quantised, "codec"),
+        {"weight": _quantised_in_place},
         variants=_quantisations,
+        ways=lambda codec, **_: ({"ties": "even"},) if codec in narrow.WAYS else (),
         merge={"tensor": UNION},
         in_weights=True,
         together="codec",
+        chaotic=True,
+    ),
+    ROWS_PERMUTED,
+    Fault(
+        "weights-interleaved",
+        "{tensor}: in each block of {block} columns {order}",
+        _stages,
+        {"weight": _interleaved},
+        variants=_interleavings,
+        slight=False,
+        in_weights=True,
+        alone=True,
+    ),
+    Fault(
+        "embedding-transposed",
+        "the embedding is read with the other stride, as if it were [hidden, vocabulary]",
+        ("embedding",),
+        {"table": lambda table, at, buffer: _other_stride(table, buffer)},
+        variants=lambda question, node: [{"buffer": "file"}, {"buffer": "transposed"}],
+        merge={"buffer": IGNORED},
     ),
     Fault(
         "weights-relabelled",
