@@ -3,10 +3,10 @@
     python tests/battery/budgets.py [--seeds N] [--widths N ...]
 
 For each width, length, weight scale and seed a model is drawn and other right programs run it: the NumPy engine in
-float32, bfloat16 and float16, and HuggingFace where torch is there. Every stage of theirs has to be within its budget. Then
-each stage is disturbed by noise of three times its budget (L2), over the whole stage and in one position of three times
-that position's budget, and has to be flagged. One table row for each class of stages and dtype; exits 1 if a clean
-stage is beyond its budget, a disturbance is not flagged, or HuggingFace could not be run.
+float32, bfloat16 and float16, and HuggingFace where torch is there. Every stage of theirs has to be within its budget.
+Then each stage is disturbed by noise of three times its budget (L2), over the whole stage and in one position of three
+times that position's budget, and has to be flagged. One table row for each class of stages and dtype; exits 1 if a
+clean stage is beyond its budget, a disturbance is not flagged, or HuggingFace could not be run.
 """
 
 from __future__ import annotations

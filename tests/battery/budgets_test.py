@@ -28,8 +28,9 @@ SEEN = {
     "softmax": ((7.5e-7, 2.5e-6), (1.9e-2, 7.0e-2), (2.7e-03, 1.0e-02)),
     "activation": ((4.1e-7, 1.3e-6), (1.5e-2, 5.0e-2), (2.1e-03, 7.1e-03)),
 }
-"""Class -> for float32, bfloat16 and float16 a relative L2 that has to be flagged, over a whole stage and in one position. Half
-as much again as the budgets are here, and not made from them: wider constants, or a wider formula, miss it."""
+"""Class -> for float32, bfloat16 and float16 a relative L2 that has to be flagged, over a whole stage and in one
+position. Half as much again as the budgets are here, and not made from them: wider constants, or a wider formula, miss
+it."""
 
 
 def sweep() -> tuple[dict[tuple[str, str], budgets.Tally], str]:

@@ -3,9 +3,9 @@
     python tests/battery/clean_runs.py [--sides SIDE ...] [--only CHECKPOINT]
 
 Sides: our own model on the CPU, whole and decoding with a cache; the NumPy engine; HuggingFace; the genuine `apr`
-where $APR_BIN names it; our model on CUDA where there is a GPU. float32, bfloat16 and float16 (`apr`: float32), all committed
-checkpoints, several batch sizes, lengths and paddings. Each dump goes through what `parity` does: its dtype is
-inferred, every stage is judged, and what is beyond its budget is explained. Exits 1 on any finding, with fewer than
+where $APR_BIN names it; our model on CUDA where there is a GPU. float32, bfloat16 and float16 (`apr`: float32), all
+committed checkpoints, several batch sizes, lengths and paddings. Each dump goes through what `parity` does: its dtype
+is inferred, every stage is judged, and what is beyond its budget is explained. Exits 1 on any finding, with fewer than
 20 runs, or where HuggingFace was asked for and cannot be run: what is missing is counted, never left out in silence.
 """
 
