@@ -86,6 +86,7 @@ _BOS_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.con
 _DECODER = {"280": _token("<|endoftext|>", special=True), "281": _token("<|im_start|>", special=True)}
 _SLOW_ADDED = {"<|endoftext|>": 280, "<|im_start|>": 281, "<|im_end|>": 282, "<new>": 283}
 _FUSED = {"type": "Sequence", "decoders": [_BYTE_LEVEL, {"type": "Fuse"}]}
+_CODE = {"AutoTokenizer": ["tokenization_qwen.T", None]}
 _NEW = {"id": 283, **_token("<new>", special=True)}
 
 
@@ -110,12 +111,12 @@ def _merges(spell: Callable[[Any], Any]) -> Files:
     return _changed("tokenizer.json", change)
 
 
-def _unsaid(*keys: str) -> Files:
+def _unsaid(*keys: str, files: Files | None = None) -> Files:
     def change(content: Json) -> None:
         for key in keys:
             content.pop(key, None)
 
-    return _changed("tokenizer_config.json", change)
+    return _changed("tokenizer_config.json", change, files)
 
 
 CUT_AND_PADDED: Kind = {
@@ -175,6 +176,9 @@ ADDED: Kind = {
         added_tokens_decoder={**_DECODER, "283": _token("<new>")}, additional_special_tokens=["<new>", "<other>"]
     ),
     "extra_special_tokens": lambda: _config(_unsaid("additional_special_tokens"), extra_special_tokens=["<new>"]),
+    "extra_special_tokens empty beside additional ones": lambda: _config(
+        extra_special_tokens=[], additional_special_tokens=["<new>"]
+    ),
     "extra_special_tokens by name": lambda: _config(
         _unsaid("additional_special_tokens"), extra_special_tokens={"image_token": "<new>", "sound_token": "<other>"}
     ),
@@ -190,6 +194,10 @@ SLOW: Kind = {
     "merges.txt with a version and Windows line ends": lambda: (
         _without("tokenizer.json")
         | {"merges.txt": b"#version: 0.2\r\n" + base_files()["merges.txt"].replace(b"\n", b"\r\n")}
+    ),
+    "added_tokens.json with special and other ones that are composed": lambda: _config(
+        _legacy(**{"added_tokens.json": {**_SLOW_ADDED, "e\u0301": 284, "漢": 285, "o\u0308": 286}}),
+        additional_special_tokens=["<|im_start|>", "e\u0301"],
     ),
     "added_tokens.json": lambda: _without(
         "tokenizer.json",
@@ -241,7 +249,22 @@ OVERRIDDEN: Kind = {
     ),
     "tokenizer_class PreTrainedTokenizerFast": lambda: _config(tokenizer_class="PreTrainedTokenizerFast"),
     "tokenizer_class unknown": lambda: _config(tokenizer_class="MyTokenizer"),
-    "code beside Qwen2Tokenizer": lambda: _config(auto_map={"AutoTokenizer": ["tokenization_qwen.T", None]}),
+    "code beside Qwen2Tokenizer": lambda: _config(_whole(pre_tokenizer=_BYTE_LEVEL), auto_map=_CODE),
+    "code beside another class, with roles of tokens that are not special": lambda: _config(
+        _unsaid("added_tokens_decoder", "additional_special_tokens", files=_whole(pre_tokenizer=_BYTE_LEVEL)),
+        auto_map=_CODE,
+        tokenizer_class="PreTrainedTokenizerFast",
+        added_tokens_decoder={**_DECODER, "283": _token("<new>")},
+        mask_token="<new>",
+    ),
+    "code beside another class and special_tokens_map.json": lambda: (
+        _config(
+            _unsaid("added_tokens_decoder", "additional_special_tokens", files=_whole(pre_tokenizer=_BYTE_LEVEL)),
+            auto_map=_CODE,
+            tokenizer_class="PreTrainedTokenizerFast",
+        )
+        | {"special_tokens_map.json": json.dumps({"mask_token": _token("<new>")}).encode()}
+    ),
     "code beside another class": lambda: _config(
         _whole(
             pre_tokenizer=_BYTE_LEVEL,
@@ -249,7 +272,7 @@ OVERRIDDEN: Kind = {
             truncation=_truncation("Right"),
             padding=_padding("Left", {"Fixed": 32}),
         ),
-        auto_map={"AutoTokenizer": ["tokenization_qwen.T", None]},
+        auto_map=_CODE,
         tokenizer_class="PreTrainedTokenizerFast",
     ),
 }

@@ -138,7 +138,7 @@ class Tokenizer:
         return spelt.encode()
 
     def _is_left_out(self, token: int) -> bool:
-        """Whether the text that is shown leaves a token out; `AddedToken.special` does not say so of all."""
+        """Whether the text that is shown leaves a token out; `AddedToken.special` says so in new versions only."""
         return bool(self._backend.decode([token], skip_special_tokens=False)) and not self._backend.decode([token])
 
     def shown_bytes(self, token: int) -> bytes:

@@ -78,6 +78,14 @@ class AprTokenizerTest(parameterized.TestCase):
         tokenizer = self.tokenizer(tokenizer__vocabulary=vocabulary, tokenizer__eos_token_id=283)
         self.assertEqual(tokenizer.decode([64, 283, 284, 285, 286, 282, 65]), "a<|fim_prefix|><think>b")
         self.assertEqual(tokenizer.special_tokens["eos_token"], "<｜end｜>")
+        metadata = self.metadata(tokenizer__vocabulary=vocabulary, tokenizer__eos_token_id=283)
+        config = json.loads(apr_tokenizer.files_of(metadata, [])["tokenizer_config.json"])
+        special = [token["content"] for token in config["added_tokens_decoder"].values() if token["special"]]
+        self.assertEqual(special, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<｜end｜>", "<|x|>"])
+
+    def test_of_two_equal_tokens_the_first_is_the_one(self):
+        vocabulary = self.metadata()["tokenizer.vocabulary"]
+        self.assertEqual(self.tokenizer(tokenizer__vocabulary=[*vocabulary[:286], "a"]).encode("a"), [64])
 
     def test_types_of_tokens_that_an_import_of_gguf_keeps_go_before_the_rule(self):
         types = [1] * 288
