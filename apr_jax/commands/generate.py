@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
@@ -118,7 +119,8 @@ def main(args: argparse.Namespace) -> int:
                 cli.say(f"warning: {warning}")
             config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)
             config.but(**settings).checked()
-            generator = load_generator(checkpoint, args.dtype, args.device)
+            with _said():
+                generator = load_generator(checkpoint, args.dtype, args.device, text=not args.input_ids)
         generator.generation_config = config
         for warning in generator.tokenizer.warnings if generator.tokenizer else ():
             cli.say(f"warning: {warning}")
@@ -185,12 +187,18 @@ def _prompts(
         items = [[*system, {"role": "user", "content": text}] for text in args.chat]
     if "chat_template" in chat:
         chat["chat_template"] = _template(chat["chat_template"], generator)
-    with warnings.catch_warnings(record=True) as said:
+    with _said():
+        return [item if isinstance(item, str) else generator.chat_prompt(item, **chat) for item in items]
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """Says what is warned of inside, each thing once."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        prompts = [item if isinstance(item, str) else generator.chat_prompt(item, **chat) for item in items]
-    for message in dict.fromkeys(str(warning.message) for warning in said):
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
         cli.say(f"warning: {message}")
-    return prompts
 
 
 def _template(wanted: str, generator: Generator) -> str:

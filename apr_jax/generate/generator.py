@@ -13,6 +13,7 @@ import dataclasses
 import numbers
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.errors import UsageError
+from apr_jax.converters.errors import AprJaxError, UsageError
 from apr_jax.generate import tokenizer_files
 from apr_jax.generate.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
@@ -110,7 +111,11 @@ class Timing:
 
 
 def load_generator(
-    source: str | os.PathLike[str] | Checkpoint, dtype: Any = "float32", device: str | jax.Device | None = None
+    source: str | os.PathLike[str] | Checkpoint,
+    dtype: Any = "float32",
+    device: str | jax.Device | None = None,
+    *,
+    text: bool = True,
 ) -> Generator:
     """Loads a model with its tokenizer and its generation_config.json, and with the operations that run it fastest.
 
@@ -120,6 +125,7 @@ def load_generator(
       source: As for `load_model`.
       dtype: As for `load_model`.
       device: As for `load_model`; one device.
+      text: Whether text is needed. Without it a tokenizer that cannot be used is warned of, and token ids work.
 
     Raises:
       RefusedError: As `load_model`; or a tokenizer that is not supported.
@@ -128,7 +134,7 @@ def load_generator(
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
     with opened as checkpoint:
         settings = GenerationConfig.of(checkpoint)
-        tokenizer = Tokenizer.of(checkpoint)
+        tokenizer = _tokenizer(checkpoint, text)
         target = find_device(device)
         # The kernels for CUDA are made for bfloat16 and read fused leaves.
         model = load_model(
@@ -136,6 +142,16 @@ def load_generator(
         )
     model = model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
     return Generator(model, tokenizer, settings)
+
+
+def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Tokenizer | None:
+    try:
+        return Tokenizer.of(checkpoint)
+    except AprJaxError as error:
+        if needed:
+            raise
+        warnings.warn(f"there is no text, token ids alone: {error.message}", stacklevel=3)
+        return None
 
 
 class Generator:

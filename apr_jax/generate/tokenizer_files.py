@@ -304,7 +304,11 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
     """Returns a file's JSON object, an empty one if there is no such file."""
     if name not in files:
         return {}
-    value = strict_json.loads(files[name], what=name, max_bytes=_MAX_BYTES, file=path)
+    try:
+        value = strict_json.loads(files[name], what=name, max_bytes=_MAX_BYTES, file=path)
+    except AprJaxError as error:
+        error.hint = error.hint or _WITHOUT_TOKENIZER
+        raise
     if not isinstance(value, dict):
         raise _refused(f"{name} is no object", path)
     return value

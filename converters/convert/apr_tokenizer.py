@@ -134,7 +134,7 @@ def pairs(merges: Any, what: str) -> list[list[str]]:
         raise RefusedError(f"{what}: no list of merges", code="tokenizer-broken", found=type(merges).__name__)
     found = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for number, pair in enumerate(found):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_piece(part) for part in pair):
+        if not _is_pair(pair):
             raise RefusedError(
                 f"{what}: this is no merge",
                 code="tokenizer-broken",
@@ -145,9 +145,12 @@ def pairs(merges: Any, what: str) -> list[list[str]]:
     return found
 
 
-def _is_piece(part: Any) -> bool:
+def _is_pair(pair: Any) -> bool:
+    if not isinstance(pair, list) or len(pair) != 2:
+        return False
+    left, right = pair
     # GPT-2's letter for a space is another character.
-    return isinstance(part, str) and part != "" and " " not in part
+    return isinstance(left, str) and isinstance(right, str) and left != "" != right and " " not in left + right
 
 
 def _roles(metadata: Mapping[str, Any], warnings: list[str]) -> dict[str, str]:

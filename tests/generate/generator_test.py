@@ -16,7 +16,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError
 from apr_jax.generate import programs
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.generator import Generator, load_generator
@@ -270,6 +270,17 @@ class GenerationTest(parameterized.TestCase):
             stream = self.generator.stream(prompts)
             self.assertEqual(stream.timing.rows, rows)
             self.assertEqual([int(token) for token in stream.results()[0].prompt_ids], chat)
+
+    def test_field_ids_work_beside_a_tokenizer_that_cannot_be_used(self):
+        """FIELD Text: a tokenizer.json that is cut, or of another kind -> refused for text, ids work"""
+        for broken in (b'{"model": {"ty', b'{"model": {"type": "Unigram", "vocab": []}}'):
+            with open_checkpoint(SAMPLE) as checkpoint:
+                object.__setattr__(checkpoint, "files", {**checkpoint.files, "tokenizer.json": broken})
+                with self.assertRaises(AprJaxError):
+                    load_generator(checkpoint)
+                with self.assertWarnsRegex(UserWarning, "token ids alone: .*tokenizer"):
+                    generator = load_generator(checkpoint, text=False)
+            self.assertIsNone(generator.tokenizer)
 
     def test_without_a_tokenizer_ids_work_and_text_does_not(self):
         bare = Generator(self.generator.model)
