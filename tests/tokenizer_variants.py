@@ -33,7 +33,8 @@ def base_files() -> Files:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".txt", ".jinja")}
 
 
-def _changed(name: str, change: Callable[[Json], object], files: Files | None = None) -> Files:
+def changed(name: str, change: Callable[[Json], object], files: Files | None = None) -> Files:
+    """The files with one of them, JSON, changed in place by `change`."""
     files = base_files() if files is None else files
     content = json.loads(files.get(name, b"{}"))
     change(content)
@@ -45,11 +46,11 @@ def _without(*names: str, files: Files | None = None) -> Files:
 
 
 def _whole(**values: object) -> Files:
-    return _changed("tokenizer.json", lambda content: content.update(values))
+    return changed("tokenizer.json", lambda content: content.update(values))
 
 
 def _config(files: Files | None = None, **values: object) -> Files:
-    return _changed("tokenizer_config.json", lambda content: content.update(values), files)
+    return changed("tokenizer_config.json", lambda content: content.update(values), files)
 
 
 def _token(content: str, **flags: object) -> Json:
@@ -91,7 +92,7 @@ _NEW = {"id": 283, **_token("<new>", special=True)}
 
 
 def _only_in_the_configuration() -> Files:
-    return _changed("tokenizer.json", lambda content: content.update(added_tokens=[]))
+    return changed("tokenizer.json", lambda content: content.update(added_tokens=[]))
 
 
 def _slow() -> Files:
@@ -100,7 +101,7 @@ def _slow() -> Files:
 
 def _legacy(**files: Json) -> Files:
     """Added tokens as transformers 4.30 wrote them."""
-    plain = _changed("tokenizer_config.json", lambda content: content.pop("added_tokens_decoder"))
+    plain = changed("tokenizer_config.json", lambda content: content.pop("added_tokens_decoder"))
     return plain | {name: json.dumps(content).encode() for name, content in files.items()}
 
 
@@ -108,7 +109,7 @@ def _merges(spell: Callable[[Any], Any]) -> Files:
     def change(content: Json) -> None:
         content["model"]["merges"] = [spell(merge) for merge in content["model"]["merges"]]
 
-    return _changed("tokenizer.json", change)
+    return changed("tokenizer.json", change)
 
 
 def _unsaid(*keys: str, files: Files | None = None) -> Files:
@@ -116,7 +117,7 @@ def _unsaid(*keys: str, files: Files | None = None) -> Files:
         for key in keys:
             content.pop(key, None)
 
-    return _changed("tokenizer_config.json", change, files)
+    return changed("tokenizer_config.json", change, files)
 
 
 CUT_AND_PADDED: Kind = {
@@ -162,7 +163,7 @@ ADDED: Kind = {
         added_tokens_decoder={**_DECODER, "290": _token("<new>", special=True), "286": _token("<other>")}
     ),
     "added_tokens_decoder lacks what tokenizer.json has": lambda: _config(
-        _changed("tokenizer.json", lambda content: content["added_tokens"].append(_NEW)), added_tokens_decoder=_DECODER
+        changed("tokenizer.json", lambda content: content["added_tokens"].append(_NEW)), added_tokens_decoder=_DECODER
     ),
     "added tokens that strip and are words": lambda: _config(
         added_tokens_decoder={
