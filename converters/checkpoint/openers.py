@@ -49,6 +49,7 @@ from apr_jax.converters.storage.source import SourceFile, is_plain_name
 
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _MAX_SHARDS = 4096
+_REPAIR = "Take the index away: shards whose names count them are read without one"
 
 
 def open_checkpoint(
@@ -416,6 +417,7 @@ def _check_shard_names(index: _ShardIndex) -> None:
                 code="path-escapes",
                 file=index.path,
                 found=repr(name)[:300],
+                hint=_REPAIR,
             )
         if not name.endswith(".safetensors"):
             raise RefusedError(
@@ -423,14 +425,23 @@ def _check_shard_names(index: _ShardIndex) -> None:
                 code="shard-extension",
                 file=index.path,
                 found=repr(name)[:300],
+                hint=_REPAIR,
             )
     if len({name.casefold() for name in shards}) != len(shards):
         raise RefusedError(
-            "the index names shards that differ in upper and lower case only", code="shard-case", file=index.path
+            "the index names shards that differ in upper and lower case only",
+            code="shard-case",
+            file=index.path,
+            hint=_REPAIR,
         )
     if len(shards) > _MAX_SHARDS:
         raise RefusedError(
-            "too many shards", code="shard-count", file=index.path, found=len(shards), expected=f"at most {_MAX_SHARDS}"
+            "too many shards",
+            code="shard-count",
+            file=index.path,
+            found=len(shards),
+            expected=f"at most {_MAX_SHARDS}",
+            hint="Convert its shards one by one, with --as-is",
         )
 
 
@@ -555,6 +566,7 @@ def _read_side_file(folder: str, name: str, follow: bool) -> bytes:
                 file=source.path,
                 found=f"{source.size} bytes",
                 expected=f"at most {_MAX_SIDE_FILE_BYTES}",
+                hint="Move it out of the folder if it is something else",
             )
         return bytes(source.read_at(0, source.size))
 
@@ -583,6 +595,14 @@ def _inside(folder: str, name: str, warnings: list[str], follow: bool) -> Source
             file=path,
             found=os.path.realpath(path),
             hint="--follow-links opens it all the same; or copy it here",
+        )
+    if os.path.islink(path) and not os.path.exists(path):
+        raise MissingFileError(
+            "this is a link to a file that is gone",
+            code="file-missing",
+            file=path,
+            found=os.path.realpath(path),
+            hint="Download it again; copies in place of links survive when a cache is cleaned",
         )
     source = SourceFile(path)
     if source.links > 1 and name.endswith(".safetensors"):

@@ -6,6 +6,7 @@ A file that is there and broken is another thing than one that is not there: pro
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ _TEXTS = ("merges.txt", "vocab.txt", "*.jinja")
 _FOR_PEOPLE = ("README*", "LICENSE*", "NOTICE*", ".gitattributes")
 
 
-def parse(name: str, content: bytes) -> dict[str, Any]:
-    """Returns the object that a side file's JSON text holds.
+# A tokenizer has megabytes, and is looked at more than once: of two checkpoints, mostly the same one.
+@functools.lru_cache(maxsize=4)
+def parse(content: bytes) -> dict[str, Any]:
+    """Returns the object that a side file's JSON text holds; not to be changed.
 
     Raises:
       ValueError: It holds none; the message says what is there, as "is empty".
@@ -65,7 +68,7 @@ def _problem(name: str, files: Mapping[str, bytes]) -> str | None:
         problem = _foreign(content)
         return _text_problem(content) if problem is None and _matches(name, _TEXTS) else problem
     try:
-        parse(name, content)
+        parse(content)
     except ValueError as error:
         return str(error)
     return None
@@ -112,7 +115,7 @@ def _tokens(files: Mapping[str, bytes]) -> Iterator[tuple[int, str]]:
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
         if name in files and not (name == "vocab.json" and "tokenizer.json" in parsed):
             try:
-                parsed[name] = parse(name, files[name])
+                parsed[name] = parse(files[name])
             except (ValueError, AprJaxError):
                 continue
     tokenizer = parsed.get("tokenizer.json", {})

@@ -286,7 +286,7 @@ class AnswersTest(FieldTestCase):
     @parameterized.parameters(
         ("config.json", {"transformers_version": "5.1.0", "torch_dtype": "float16", "use_cache": False}),
         ("config.json", {"_name_or_path": "/home/me/run", "architectures": None}),
-        ("generation_config.json", {"transformers_version": "5.1.0", "_from_model_config": True}),
+        ("generation_config.json", {"transformers_version": "5.1.0", "_from_model_config": True, "pad_token_id": [280]}),
         ("tokenizer.json", {"truncation": {"max_length": 8}, "padding": {"pad_id": 3}}),
         ("tokenizer_config.json", {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": {"content": "<|im_end|>"}}),
     )
@@ -295,6 +295,17 @@ class AnswersTest(FieldTestCase):
         other = self.copy()
         self.edit(other, name, **change)
         self.assertEqual(self.verify_json(TIED, other)["verdict"], "identical")
+
+    def test_field_end_tokens_of_the_configuration_count_where_nothing_else_says_them(self):
+        """FIELD Configurations: eos_token_id of config.json, without generation_config.json -> named, not rc 0"""
+        one, other = self.copy(), self.copy()
+        self.edit(other, "config.json", eos_token_id=281)
+        self.assertEqual(self.verify_json(one, other)["verdict"], "identical")
+        for folder in (one, other):
+            (folder / "generation_config.json").unlink()
+        found = self.verify_json(one, other, code=1)
+        self.assertEqual(found["answers_differ_by"], ["config.json"])
+        self.assertIn("eos_token_id 280 in A, 281 in B", found["side_files"][0]["sentence"])
 
     def test_field_a_template_in_another_place_is_the_same_template(self):
         """FIELD Configurations: chat template moved to chat_template.jinja -> identical, rc 0"""
@@ -532,6 +543,13 @@ class PlacesTest(FieldTestCase):
         for file in (repository / "snapshots" / ("c" * 40)).iterdir():
             (folder / file.name).symlink_to(file.resolve())
         self.assertIn("identical", self.verify(TIED, folder))
+
+    def test_field_links_into_a_cache_that_was_cleaned(self):
+        """FIELD Configurations: links whose blobs are gone -> said, not "no such file" """
+        folder = self.copy()
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").symlink_to(self.folder / "models--a--b" / "blobs" / ("a" * 64))
+        self.assertIn("a link to a file that is gone", self.convert(folder, code=3))
 
     @parameterized.parameters("model.safetensors", "config.json", "tokenizer.json")
     def test_field_links_that_lead_elsewhere(self, name):
