@@ -286,7 +286,7 @@ class AnswersTest(FieldTestCase):
     @parameterized.parameters(
         ("config.json", {"transformers_version": "5.1.0", "torch_dtype": "float16", "use_cache": False}),
         ("config.json", {"_name_or_path": "/home/me/run", "architectures": None}),
-        ("generation_config.json", {"transformers_version": "5.1.0", "_from_model_config": True, "pad_token_id": [280]}),
+        ("generation_config.json", {"transformers_version": "5.1.0", "pad_token_id": [280]}),
         ("tokenizer.json", {"truncation": {"max_length": 8}, "padding": {"pad_id": 3}}),
         ("tokenizer_config.json", {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": {"content": "<|im_end|>"}}),
     )
