@@ -223,7 +223,8 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
         yield Check("configuration", None, checkpoint.incomplete.sentence)
         return
     family, named = _family_of_names(checkpoint.tensors), _family_said(checkpoint)
-    if family and named in _FAMILIES:
+    # Biases are no mark of a family where the configuration asks for them.
+    if family and named in _FAMILIES and not (family == _QWEN2 and _asks_for_biases(checkpoint)):
         yield Check(
             "architecture",
             family == named,
@@ -250,6 +251,13 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
         yield from _tensor_set(checkpoint, config)
     yield from _typed_metadata(checkpoint, config)
     yield from _plausible(config)
+
+
+def _asks_for_biases(checkpoint: Checkpoint) -> bool:
+    try:
+        return bool(checkpoint.config.get("attention_bias"))
+    except AprJaxError:
+        return False
 
 
 def _no_configuration(checkpoint: Checkpoint) -> str:

@@ -693,6 +693,13 @@ class AnyArchitectureTest(FieldTestCase):
         safetensors.numpy.save_file(kept, source / "model.safetensors", {"format": "pt"})
         self.assertIn(kind, self.verify(source))
 
+    def test_a_llama_with_biases_is_no_qwen2_if_its_configuration_asks_for_them(self):
+        source = self.copy()
+        self.edit(source, "config.json", model_type="llama")
+        self.assertRegex(self.verify(source, code=1), "failure +architecture")
+        self.edit(source, "config.json", attention_bias=True)
+        self.verify(source)
+
     def test_tensors_that_are_not_the_configurations_convert_where_it_is_asked_for(self):
         source = self.copy()
         tensors = safetensors.numpy.load_file(source / "model.safetensors")
