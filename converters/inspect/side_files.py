@@ -50,13 +50,16 @@ def broken(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: problem for name, problem in problems.items() if problem is not None}
 
 
-def largest_token(checkpoint: Checkpoint) -> tuple[int, str] | None:
-    """Returns the largest token id and its token; None where there is no tokenizer, or none that can be read."""
+def vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
+    """Returns id -> token; empty where there is no tokenizer, or none that can be read.
+
+    Of an `.apr` without side files, the list in its metadata.
+    """
     tokens = dict(_tokens(checkpoint.files))
     if not tokens and not checkpoint.files:
         listed = checkpoint.metadata.get("tokenizer.vocabulary")
         tokens = {number: str(token) for number, token in enumerate(listed)} if isinstance(listed, list) else {}
-    return max(tokens.items(), default=None)
+    return tokens
 
 
 def _problem(name: str, files: Mapping[str, bytes]) -> str | None:

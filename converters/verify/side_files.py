@@ -67,11 +67,12 @@ class SideFileDifference:
 def compare_side_files(a: Checkpoint, b: Checkpoint) -> list[SideFileDifference]:
     """Returns what two checkpoints disagree about beside tensors and configuration, and what of it is broken.
 
-    Files of a checkpoint that has none at all, as a lone .safetensors, are not missed.
+    Files of a checkpoint that has none at all, as a lone .safetensors, are not missed; of an `.apr` without them the
+    vocabulary in its metadata is compared.
     """
     found = list(_broken(a, b))
     if not a.files or not b.files:
-        return found
+        return found + list(_vocabulary_difference(a, b))
     unread = {difference.name for difference in found}
     for name, compare in _COMPARED.items():
         if name in a.files and name in b.files:
@@ -104,6 +105,17 @@ def _difference(name: str, listed: Iterable[str]) -> Iterator[SideFileDifference
     if words:
         more = f" and {len(words) - _SHOWN_KEYS} more" if len(words) > _SHOWN_KEYS else ""
         yield SideFileDifference(name, True, f"{name}: {', '.join(words[:_SHOWN_KEYS])}{more}")
+
+
+def _vocabulary_difference(a: Checkpoint, b: Checkpoint) -> Iterator[SideFileDifference]:
+    """Compares the tokens that both sides have an id for: an `.apr` fills holes, and may lack what was added."""
+    one, two = side_files.vocabulary(a), side_files.vocabulary(b)
+    differing = sorted(number for number in one.keys() & two.keys() if one[number] != two[number])
+    if differing:
+        first = differing[0]
+        said = f"{first} is {_short(one[first])} in A, {_short(two[first])} in B"
+        more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+        yield SideFileDifference("vocabulary", True, f"the tokens of the same ids are not the same: {said}{more}")
 
 
 # --- by meaning: each yields what differs, in words
