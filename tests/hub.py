@@ -23,6 +23,7 @@ class Hub:
       repositories: "OWNER/NAME" -> folder whose files it has.
       revisions: Names of the one commit.
       gated: Repositories that answer 403.
+      forbidden: Repositories that answer 401, as to a token that is not valid.
       failing: Whether every answer is 503.
       downloaded: Paths of files that were sent, in order.
       endpoint: The server's address.
@@ -31,6 +32,7 @@ class Hub:
     repositories: dict[str, pathlib.Path]
     revisions: tuple[str, ...] = ("main", COMMIT)
     gated: tuple[str, ...] = ()
+    forbidden: tuple[str, ...] = ()
     failing: bool = False
     downloaded: list[str] = dataclasses.field(default_factory=list)
     endpoint: str = ""
@@ -83,6 +85,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         code = None
         if repository not in self.hub.repositories:
             code = (401, "RepoNotFound")
+        elif repository in self.hub.forbidden:
+            code = (401, "InvalidCredentials")
         elif repository in self.hub.gated:
             code = (403, "GatedRepo")
         elif revision not in self.hub.revisions:

@@ -141,12 +141,14 @@ class Checkpoint:
             other.metadata = _with_names(self.metadata, names)
         return other
 
-    def without(self, prefix: str) -> Checkpoint:
-        """Returns the same checkpoint, open files shared, without the tensors whose names begin with `prefix`."""
-        if not any(name.startswith(prefix) for name in self.tensors):
+    def without(self, names: Iterable[str]) -> Checkpoint:
+        """Returns the same checkpoint, open files shared, without the tensors of these names."""
+        left = set(names)
+        if not left:
             return self
         other = copy.copy(self)
-        other.tensors = _by_name(tensor for name, tensor in self.tensors.items() if not name.startswith(prefix))
+        other.tensors = _by_name(tensor for name, tensor in self.tensors.items() if name not in left)
+        other.placeholders = MappingProxyType({n: shape for n, shape in self.placeholders.items() if n not in left})
         return other
 
     def close(self) -> None:

@@ -204,6 +204,13 @@ def _translated(path: str, name: HubName) -> Iterator[None]:
         raise UsageError(f"this is no name on the Hub: {error}", code="hub-name", file=path) from None
     # Whatever its HTTP library raises: of which there have been three.
     except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise RefusedError(
+                f"the Hub does not let you read this: {_first_line(error)}",
+                code="hub-refused",
+                file=path,
+                hint=f"Log in anew: `hf auth login`, or set HF_TOKEN; {page} says who may read it",
+            ) from None
         here = "" if path.startswith(SCHEME) else "there is no such file or folder here, and "
         raise StorageError(
             f"{here}the Hub cannot be reached, and its cache has no such checkpoint: {_first_line(error)}",

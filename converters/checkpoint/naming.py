@@ -19,7 +19,7 @@ from typing import Any
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.incomplete import TRAINING
-from apr_jax.converters.checkpoint.qwen2 import HEAD, Qwen2Config, check_tensors
+from apr_jax.converters.checkpoint.qwen2 import HEAD, RECOMPUTED, Qwen2Config, check_tensors
 from apr_jax.converters.errors import RefusedError, UsageError, printable
 
 # Beginnings that transformers exchanges for each other.
@@ -176,7 +176,8 @@ def recognise(found: Collection[str], expected: Collection[str]) -> Naming | Non
     if not strange or not missing:
         return None
     pairs = list(_pairs(strange, missing))
-    if 2 * len(pairs) < len(strange):
+    # A model may be a part of what is there (of a multimodal one, say), or the other way round.
+    if 2 * len(pairs) < min(len(strange), len(missing)):
         return None
     rules = _rules(pairs)
     # A name that is right already is not to be caught by a rule that is for others.
@@ -204,7 +205,7 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
     Args:
       path: The checkpoint's, for error messages.
       config: The configuration.
-      shapes: Name -> shape of every tensor; those of an optimizer may be among them.
+      shapes: Name -> shape of every tensor; those that are no weights may be among them.
 
     Returns:
       How the names differ from the configuration's; None if they do not.
@@ -213,7 +214,7 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
       RefusedError: Code "names-prefixed": every name is known, behind something that transformers does not know. Code
         "tensors-mismatch": see `qwen2.check_tensors`.
     """
-    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(TRAINING)}
+    shapes = {name: shape for name, shape in shapes.items() if not is_no_weight(name)}
     naming = recognise(shapes, expected_names(config))
     if naming is not None and not naming.known_to_transformers:
         raise RefusedError(
@@ -223,19 +224,33 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
             hint=f"`convert {naming.options}` gives them the model's names",
         )
     names: Mapping[str, str] = {} if naming is None else naming.names
-    check_tensors(config, {names.get(name, name): shape for name, shape in shapes.items()}, path)
+    found = {names.get(name, name): shape for name, shape in shapes.items()}
+    try:
+        check_tensors(config, found, path)
+    except RefusedError as error:
+        if not set(found) <= expected_names(config):
+            error.hint = "`convert --leave-out GLOB` writes a checkpoint without those that are unexpected"
+        raise
     return naming
+
+
+def is_no_weight(name: str) -> bool:
+    """Whether a tensor of this name is none that a model computes with: an optimizer's state, or a table of RoPE's.
+
+    Old versions of transformers saved the frequencies; it makes them anew from the configuration, and so do we.
+    """
+    return name.startswith(TRAINING) or name.endswith(RECOMPUTED)
 
 
 def for_model(checkpoint: Checkpoint, config: Qwen2Config) -> Checkpoint:
     """Returns a checkpoint as transformers loads it: with or without `model.` in front, it is the same model.
 
-    Tensors of an optimizer, which `apr` skips, are not in it.
+    Tensors that are no weights (`is_no_weight`) are not in it.
 
     Raises:
       RefusedError: As `check_names`.
     """
-    checkpoint = checkpoint.without(TRAINING)
+    checkpoint = checkpoint.without(filter(is_no_weight, checkpoint.tensors))
     naming = check_names(checkpoint.path, config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     return checkpoint if naming is None else checkpoint.renamed(naming.names)
 

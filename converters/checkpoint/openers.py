@@ -31,7 +31,7 @@ from apr_jax.converters.checkpoint.incomplete import (
     recognise_apr,
     training_state,
 )
-from apr_jax.converters.checkpoint.qwen2 import HEAD, TIED
+from apr_jax.converters.checkpoint.qwen2 import HEAD, RECOMPUTED, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import (
     AprJaxError,
@@ -49,6 +49,7 @@ from apr_jax.converters.storage.source import SourceFile, is_plain_name
 
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _MAX_SHARDS = 4096
+_REPAIR = "Take the index away: shards whose names count them are read without one"
 
 
 def open_checkpoint(
@@ -254,6 +255,11 @@ def _open_folder(path: str, follow: bool) -> Checkpoint:
     if missing is not None:
         _refuse_missing(missing, len(shards) + len(missing), path)
         return _open_sharded(_index_of(path, shards, follow), path, follow)
+    if ADAPTER_CONFIG_NAME in present and not shards:
+        files = _side_files(path, follow=follow)
+        pickled = recognise(ADAPTER_NAME, (), files.get(ADAPTER_CONFIG_NAME))
+        if pickled is not None:
+            raise pickled.error(path, "Its weights are no safetensors: save_pretrained of peft writes them")
     others = [name for name in present if name.endswith((".apr", ".bin", ".gguf", ".pth", ".pt", ".safetensors"))]
     raise MissingFileError(
         "the folder holds no checkpoint that can be told apart",
@@ -369,7 +375,7 @@ def _open_sharded(index: _ShardIndex, path: str, follow: bool) -> Checkpoint:
             for tensor in _tensors(source, header):
                 held.setdefault(tensor.name, []).append(tensor)
         files = _side_files(index.folder, index.path if index.on_disk else None, follow)
-        _check_weight_map(_without_tied_head(index, held, files, warnings), held)
+        _check_weight_map(_without_needless(index, held, files, warnings), held)
         tensors = [tensor for (tensor,) in held.values()]
         total = sum(tensor.nbytes for tensor in tensors)
         if type(index.total_size) is not int or index.total_size != total:
@@ -416,6 +422,7 @@ def _check_shard_names(index: _ShardIndex) -> None:
                 code="path-escapes",
                 file=index.path,
                 found=repr(name)[:300],
+                hint=_REPAIR,
             )
         if not name.endswith(".safetensors"):
             raise RefusedError(
@@ -423,14 +430,23 @@ def _check_shard_names(index: _ShardIndex) -> None:
                 code="shard-extension",
                 file=index.path,
                 found=repr(name)[:300],
+                hint=_REPAIR,
             )
     if len({name.casefold() for name in shards}) != len(shards):
         raise RefusedError(
-            "the index names shards that differ in upper and lower case only", code="shard-case", file=index.path
+            "the index names shards that differ in upper and lower case only",
+            code="shard-case",
+            file=index.path,
+            hint=_REPAIR,
         )
     if len(shards) > _MAX_SHARDS:
         raise RefusedError(
-            "too many shards", code="shard-count", file=index.path, found=len(shards), expected=f"at most {_MAX_SHARDS}"
+            "too many shards",
+            code="shard-count",
+            file=index.path,
+            found=len(shards),
+            expected=f"at most {_MAX_SHARDS}",
+            hint="Convert its shards one by one, with --as-is",
         )
 
 
@@ -463,21 +479,24 @@ def _shard_warnings(index: _ShardIndex) -> list[str]:
     return warnings
 
 
-def _without_tied_head(
+def _without_needless(
     index: _ShardIndex, held: Mapping[str, Sequence[Tensor]], files: SideFiles, warnings: list[str]
 ) -> _ShardIndex:
-    """Returns an index without a head that no shard holds, where the configuration says that it is the embedding.
+    """Returns an index without what no shard holds and no model needs: a head that is the embedding, RoPE's tables.
 
-    Writers that list a model's parameters list it, and those that write tensors leave it out; transformers never looks.
+    Writers that list a model's parameters list them, and those that write tensors leave them out; transformers never
+    looks.
     """
-    unheld = [name for name in index.weight_map if name not in held and f".{name}".endswith(f".{HEAD}")]
-    if not unheld or not _says_tied(files):
-        return index
-    warnings.append(
-        f"the index lists {', '.join(unheld)}, which no shard holds; {CONFIG_NAME} says that the head is the embedding"
-    )
+    unheld = [name for name in index.weight_map if name not in held]
+    heads = [name for name in unheld if f".{name}".endswith(f".{HEAD}")]
+    needless = [name for name in unheld if name.endswith(RECOMPUTED)]
+    if heads and _says_tied(files):
+        needless += heads
+        warnings.append(
+            f"the index lists {', '.join(heads)}, which no shard holds; {CONFIG_NAME} says that it is the embedding"
+        )
     return dataclasses.replace(
-        index, weight_map={name: shard for name, shard in index.weight_map.items() if name not in unheld}
+        index, weight_map={name: shard for name, shard in index.weight_map.items() if name not in needless}
     )
 
 
@@ -555,6 +574,7 @@ def _read_side_file(folder: str, name: str, follow: bool) -> bytes:
                 file=source.path,
                 found=f"{source.size} bytes",
                 expected=f"at most {_MAX_SIDE_FILE_BYTES}",
+                hint="Move it out of the folder if it is something else",
             )
         return bytes(source.read_at(0, source.size))
 
@@ -583,6 +603,14 @@ def _inside(folder: str, name: str, warnings: list[str], follow: bool) -> Source
             file=path,
             found=os.path.realpath(path),
             hint="--follow-links opens it all the same; or copy it here",
+        )
+    if os.path.islink(path) and not os.path.exists(path):
+        raise MissingFileError(
+            "this is a link to a file that is gone",
+            code="file-missing",
+            file=path,
+            found=os.path.realpath(path),
+            hint="Download it again; copies in place of links survive when a cache is cleaned",
         )
     source = SourceFile(path)
     if source.links > 1 and name.endswith(".safetensors"):

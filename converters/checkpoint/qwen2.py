@@ -225,6 +225,8 @@ class Qwen2Config:
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+# Ending of tables that old versions of transformers saved and everybody makes anew.
+RECOMPUTED = "rotary_emb.inv_freq"
 # The attribute that says whether the head is the embedding.
 TIED = "tie_word_embeddings"
 

@@ -88,6 +88,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="give tensors whose name begins with FROM a name that begins with TO (repeatable)",
     )
     parser.add_argument(
+        "--leave-out",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="write no tensors whose name matches (repeatable)",
+    )
+    parser.add_argument(
         "--as-is",
         action="store_true",
         help="convert what is there although it is a part of a model, or not what config.json asks for",
@@ -118,6 +125,7 @@ def main(args: argparse.Namespace) -> int:
             tied_head=args.tied_head,
             max_shard_bytes=shard_bytes,
             rename=[Rename.parse(text) for text in args.rename],
+            leave_out=args.leave_out,
             as_is=args.as_is,
         )
         for warning in plan.warnings:

@@ -187,6 +187,7 @@ def make_plan(
     tied_head: str | None = None,
     max_shard_bytes: int | None = None,
     rename: Sequence[Rename] = (),
+    leave_out: Sequence[str] = (),
     as_is: bool = False,
 ) -> Plan:
     """Decides what a conversion is going to write.
@@ -203,10 +204,12 @@ def make_plan(
         is always written, a head without data (a placeholder) never.
       max_shard_bytes: Largest data section of one file of a folder, unless a single tensor is larger. None: one file.
       rename: Rules for the names of tensors; casts and everything else go by the new names.
+      leave_out: Globs of tensors, by their new names, that the output is not to have.
       as_is: Whether to convert what is not what the configuration asks for, or only a part of a model.
 
     Raises:
-      UsageError: Code "output-name", "shards-need-folder", "cast-matches-nothing"; or as `naming.renamed`.
+      UsageError: Code "output-name", "shards-need-folder", "cast-matches-nothing", "leave-out-matches-nothing"; or as
+        `naming.renamed`.
       BrokenContainerError: Code "source-metadata": an `.apr` of ours keeps something else than strings there.
       RefusedError: A tensor that cannot be cast or held by the target, a configuration or tensors that do not fit
         (see `qwen2`).
@@ -220,7 +223,8 @@ def make_plan(
     if rename:
         checkpoint = checkpoint.renamed(renamed([*checkpoint.tensors, *checkpoint.placeholders], rename))
     warnings = list(checkpoint.warnings)
-    dropped: dict[str, str] = {}
+    dropped = dict.fromkeys(_matched(checkpoint, leave_out), "it was asked for")
+    checkpoint = checkpoint.without(dropped)
     chosen = _choose_types(_choose_tensors(checkpoint, to, tied_head, dropped), cast, checkpoint.path)
     if to == "apr":
         files = [_plan_apr(checkpoint, chosen, warnings, as_is)]
@@ -330,6 +334,21 @@ def _choose_tensors(
         dropped.pop(HEAD, None)
         tensors[HEAD] = embedding
     return dict(sorted(tensors.items(), key=lambda item: item[0].encode()))
+
+
+def _matched(checkpoint: Checkpoint, globs: Sequence[str]) -> list[str]:
+    """Returns the tensors whose names match one of the globs; each has to match one."""
+    names = [*checkpoint.tensors, *checkpoint.placeholders]
+    matched = {glob: fnmatch.filter(names, glob) for glob in globs}
+    idle = [glob for glob, found in matched.items() if not found]
+    if idle:
+        raise UsageError(
+            f"no tensor's name matches {', '.join(idle)}",
+            code="leave-out-matches-nothing",
+            file=checkpoint.path,
+            found=idle,
+        )
+    return sorted({name for found in matched.values() for name in found})
 
 
 def _is_copy(head: Tensor, embedding: Tensor) -> bool:
@@ -454,7 +473,7 @@ def _checked_configuration(
         elif as_is:
             warnings.append(f"{CONFIG_NAME}: {error.message}")
         else:
-            error.hint = error.hint or "--as-is converts them all the same"
+            error.hint = ". ".join(filter(None, (error.hint, "--as-is converts them all the same")))
             raise
     except BrokenContainerError as error:
         if not as_is:

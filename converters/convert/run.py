@@ -59,6 +59,7 @@ def convert(
     tied_head: str | None = None,
     max_shard_bytes: int | None = None,
     rename: Sequence[Rename] = (),
+    leave_out: Sequence[str] = (),
     as_is: bool = False,
     force: bool = False,
     lenient: bool = False,
@@ -71,7 +72,7 @@ def convert(
       source: Anything that `open_checkpoint` opens.
       output: A folder (safetensors), a path ending in ".safetensors", or the path of an `.apr`.
       to: "apr" or "safetensors".
-      cast, allow_overflow, tied_head, max_shard_bytes, rename, as_is: As `make_plan`.
+      cast, allow_overflow, tied_head, max_shard_bytes, rename, leave_out, as_is: As `make_plan`.
       force: Whether to replace an output that exists.
       lenient, legacy, follow_links: As `open_checkpoint`.
 
@@ -88,6 +89,7 @@ def convert(
             tied_head=tied_head,
             max_shard_bytes=max_shard_bytes,
             rename=rename,
+            leave_out=leave_out,
             as_is=as_is,
         )
         return run(plan, force=force)

@@ -17,7 +17,7 @@ import numpy as np
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.incomplete import TRAINING, is_adapters
-from apr_jax.converters.checkpoint.naming import Naming, expected_names, recognise
+from apr_jax.converters.checkpoint.naming import Naming, expected_names, is_no_weight, recognise
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
@@ -194,15 +194,14 @@ def _names(naming: Naming | None) -> Iterator[Check]:
 
 
 def _side_files(checkpoint: Checkpoint) -> Iterator[Check]:
-    if not checkpoint.files:
-        yield Check("side-files", None, "there are none beside the tensors")
-    else:
+    if checkpoint.files:
         problems = side_files.broken(checkpoint.files)
         for name, problem in problems.items():
             yield Check("side-files", False, f"{name} {problem}")
         if not problems:
             yield Check("side-files", True, f"{counted(len(checkpoint.files), 'file')} that can be read")
-    largest, embedding = side_files.largest_token(checkpoint), _first(checkpoint.tensors, _EMBEDDINGS)
+    largest = max(side_files.vocabulary(checkpoint).items(), default=None)
+    embedding = _first(checkpoint.tensors, _EMBEDDINGS)
     if largest is None or embedding is None or not embedding.shape:
         return
     number, token = largest
@@ -223,7 +222,8 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
         yield Check("configuration", None, checkpoint.incomplete.sentence)
         return
     family, named = _family_of_names(checkpoint.tensors), _family_said(checkpoint)
-    if family and named in _FAMILIES:
+    # Biases are no mark of a family where the configuration asks for them.
+    if family and named in _FAMILIES and not (family == _QWEN2 and _asks_for_biases(checkpoint)):
         yield Check(
             "architecture",
             family == named,
@@ -250,6 +250,13 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
         yield from _tensor_set(checkpoint, config)
     yield from _typed_metadata(checkpoint, config)
     yield from _plausible(config)
+
+
+def _asks_for_biases(checkpoint: Checkpoint) -> bool:
+    try:
+        return bool(checkpoint.config.get("attention_bias"))
+    except AprJaxError:
+        return False
 
 
 def _no_configuration(checkpoint: Checkpoint) -> str:
@@ -282,7 +289,7 @@ def _tensor_set(checkpoint: Checkpoint, config: Qwen2Config) -> Iterator[Check]:
     """Names and shapes against the configuration; a head beside a tied configuration is judged elsewhere."""
     expected = config.tensor_shapes()
     head = {HEAD: (config.vocab_size, config.hidden_size)}
-    found = {name: tensor.shape for name, tensor in checkpoint.without(TRAINING).tensors.items()}
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if not is_no_weight(name)}
     missing = [name for name in expected if name not in found]
     # A head without data has its own check.
     missing = [name for name in missing if name not in checkpoint.placeholders]

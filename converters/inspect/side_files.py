@@ -6,6 +6,7 @@ A file that is there and broken is another thing than one that is not there: pro
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,10 @@ _TEXTS = ("merges.txt", "vocab.txt", "*.jinja")
 _FOR_PEOPLE = ("README*", "LICENSE*", "NOTICE*", ".gitattributes")
 
 
-def parse(name: str, content: bytes) -> dict[str, Any]:
-    """Returns the object that a side file's JSON text holds.
+# A tokenizer has megabytes, and is looked at more than once: of two checkpoints, mostly the same one.
+@functools.lru_cache(maxsize=4)
+def parse(content: bytes) -> dict[str, Any]:
+    """Returns the object that a side file's JSON text holds; not to be changed.
 
     Raises:
       ValueError: It holds none; the message says what is there, as "is empty".
@@ -47,13 +50,16 @@ def broken(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: problem for name, problem in problems.items() if problem is not None}
 
 
-def largest_token(checkpoint: Checkpoint) -> tuple[int, str] | None:
-    """Returns the largest token id and its token; None where there is no tokenizer, or none that can be read."""
+def vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
+    """Returns id -> token; empty where there is no tokenizer, or none that can be read.
+
+    Of an `.apr` without side files, the list in its metadata.
+    """
     tokens = dict(_tokens(checkpoint.files))
     if not tokens and not checkpoint.files:
         listed = checkpoint.metadata.get("tokenizer.vocabulary")
         tokens = {number: str(token) for number, token in enumerate(listed)} if isinstance(listed, list) else {}
-    return max(tokens.items(), default=None)
+    return tokens
 
 
 def _problem(name: str, files: Mapping[str, bytes]) -> str | None:
@@ -65,7 +71,7 @@ def _problem(name: str, files: Mapping[str, bytes]) -> str | None:
         problem = _foreign(content)
         return _text_problem(content) if problem is None and _matches(name, _TEXTS) else problem
     try:
-        parse(name, content)
+        parse(content)
     except ValueError as error:
         return str(error)
     return None
@@ -112,7 +118,7 @@ def _tokens(files: Mapping[str, bytes]) -> Iterator[tuple[int, str]]:
     for name in ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json"):
         if name in files and not (name == "vocab.json" and "tokenizer.json" in parsed):
             try:
-                parsed[name] = parse(name, files[name])
+                parsed[name] = parse(files[name])
             except (ValueError, AprJaxError):
                 continue
     tokenizer = parsed.get("tokenizer.json", {})

@@ -195,6 +195,8 @@ def _compare_names(a: Checkpoint, b: Checkpoint) -> tuple[tuple[str, ...], tuple
     only_in_b = [name for name in b.tensors if name not in a.tensors]
     notes = []
     for label, checkpoint in (("A", a), ("B", b)):
+        if checkpoint.incomplete is not None:
+            notes.append(f"{label}: {checkpoint.incomplete.sentence}")
         for name in checkpoint.placeholders:
             notes.append(
                 f"{label} lists {name} without data: a placeholder, the embedding stands for it (`apr trace` computes "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, TIED, Qwen2Config
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
-from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.errors import AprJaxError, RefusedError
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
@@ -58,8 +58,8 @@ def compare_configurations(a: Checkpoint, b: Checkpoint) -> list[Difference]:
         if left is not None and right is not None:
             differences += _raw_differences(left, right)
         for label, found, other in (("A", one, two), ("B", two, one)):
-            # With neither there are only tensors, and nothing to disagree about.
-            if isinstance(found, AprJaxError) and isinstance(other, Qwen2Config):
+            # With neither there are only tensors, and nothing to disagree about. Of a broken file `side_files` tells.
+            if isinstance(found, RefusedError) and isinstance(other, Qwen2Config):
                 said = f"the configuration of {label} cannot be had: {found.message.replace(chr(10) + '  ', ' ')}"
                 read = [isinstance(config, Qwen2Config) for config in (one, two)]
                 differences.append(Difference("config", read[0], read[1], said, changes_logits=False))

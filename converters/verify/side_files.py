@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.errors import AprJaxError
 from apr_jax.converters.inspect import side_files
 
@@ -20,6 +21,19 @@ Files = Mapping[str, bytes]
 
 _SHOWN_KEYS = 8
 _SHOWN_CHARACTERS = 60
+_GENERATION = "generation_config.json"
+# What transformers takes from config.json where there is no such file.
+_GENERATION_IN_CONFIG = (
+    *("eos_token_id", "bos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p"),
+    *(
+        "repetition_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "suppress_tokens",
+        "forced_eos_token_id",
+    ),
+)
 _JINJA, _TEMPLATE_JSON, _TOKENIZER_CONFIG = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 # What only sampling uses (`GenerationConfig` of transformers).
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -53,11 +67,12 @@ class SideFileDifference:
 def compare_side_files(a: Checkpoint, b: Checkpoint) -> list[SideFileDifference]:
     """Returns what two checkpoints disagree about beside tensors and configuration, and what of it is broken.
 
-    Files of a checkpoint that has none at all, as a lone .safetensors, are not missed.
+    Files of a checkpoint that has none at all, as a lone .safetensors, are not missed; of an `.apr` without them the
+    vocabulary in its metadata is compared.
     """
     found = list(_broken(a, b))
     if not a.files or not b.files:
-        return found
+        return found + list(_vocabulary_difference(a, b))
     unread = {difference.name for difference in found}
     for name, compare in _COMPARED.items():
         if name in a.files and name in b.files:
@@ -66,6 +81,9 @@ def compare_side_files(a: Checkpoint, b: Checkpoint) -> list[SideFileDifference]
         elif name in a.files or name in b.files:
             side = "A" if name in a.files else "B"
             found.append(SideFileDifference(name, False, f"{name} is only in {side}", side))
+    silent = not unread & {CONFIG_NAME, _GENERATION} and not any(_GENERATION in side.files for side in (a, b))
+    if silent and CONFIG_NAME in a.files and CONFIG_NAME in b.files:
+        found += _difference(CONFIG_NAME, _generation_by_configuration(a.files, b.files))
     if not unread & {_JINJA, _TEMPLATE_JSON, _TOKENIZER_CONFIG}:
         found += _template_difference(a.files, b.files)
     return found
@@ -89,22 +107,41 @@ def _difference(name: str, listed: Iterable[str]) -> Iterator[SideFileDifference
         yield SideFileDifference(name, True, f"{name}: {', '.join(words[:_SHOWN_KEYS])}{more}")
 
 
+def _vocabulary_difference(a: Checkpoint, b: Checkpoint) -> Iterator[SideFileDifference]:
+    """Compares the tokens that both sides have an id for: an `.apr` fills holes, and may lack what was added."""
+    one, two = side_files.vocabulary(a), side_files.vocabulary(b)
+    differing = sorted(number for number in one.keys() & two.keys() if one[number] != two[number])
+    if differing:
+        first = differing[0]
+        said = f"{first} is {_short(one[first])} in A, {_short(two[first])} in B"
+        more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+        yield SideFileDifference("vocabulary", True, f"the tokens of the same ids are not the same: {said}{more}")
+
+
 # --- by meaning: each yields what differs, in words
 
 
 def _generation(a: Files, b: Files) -> Iterator[str]:
-    def settings(files: Files) -> dict[str, Any]:
-        given = side_files.parse("", files["generation_config.json"])
-        ignored = {*_BOOKKEEPING, *(() if given.get("do_sample") else _SAMPLING)}
-        return {key: value for key, value in given.items() if key not in ignored}
+    return _keys(*(_settings(side_files.parse(files[_GENERATION])) for files in (a, b)))
 
-    return _keys(settings(a), settings(b))
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    ignored = {*_BOOKKEEPING, *(() if given.get("do_sample") else _SAMPLING)}
+    # One end token, alone or in a list.
+    alone = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in given.items()}
+    return {key: value for key, value in alone.items() if key not in ignored}
+
+
+def _generation_by_configuration(a: Files, b: Files) -> Iterator[str]:
+    """Compares what config.json says of generation, which counts where there is no generation_config.json."""
+    given = [side_files.parse(files[CONFIG_NAME]) for files in (a, b)]
+    return _keys(*(_settings({key: config.get(key) for key in _GENERATION_IN_CONFIG}) for config in given))
 
 
 def _tokenizer(a: Files, b: Files) -> Iterator[str]:
     if a["tokenizer.json"] == b["tokenizer.json"]:
         return
-    left, right = (side_files.parse("", files["tokenizer.json"]) for files in (a, b))
+    left, right = (side_files.parse(files["tokenizer.json"]) for files in (a, b))
     yield from (f"another model.{key}" for key in _differing(_model_parts(left), _model_parts(right)))
     rest = [{k: v for k, v in value.items() if k not in ("model", *_RESET)} for value in (left, right)]
     yield from (f"other {key}" if key.endswith("s") else f"another {key}" for key in _differing(*rest))
@@ -120,7 +157,7 @@ def _model_parts(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer_settings(a: Files, b: Files) -> Iterator[str]:
-    left, right = (side_files.parse("", files[_TOKENIZER_CONFIG]) for files in (a, b))
+    left, right = (side_files.parse(files[_TOKENIZER_CONFIG]) for files in (a, b))
     return _keys(*({key: _content(value.get(key)) for key in _TOKENIZER_SETTINGS} for value in (left, right)))
 
 
@@ -130,7 +167,7 @@ def _objects(name: str) -> Callable[[Files, Files], Iterator[str]]:
     def compare(a: Files, b: Files) -> Iterator[str]:
         if name != "special_tokens_map.json" and "tokenizer.json" in a and "tokenizer.json" in b:
             return iter(())
-        left, right = (side_files.parse("", files[name]) for files in (a, b))
+        left, right = (side_files.parse(files[name]) for files in (a, b))
         return _keys(*({key: _content(value) for key, value in side.items()} for side in (left, right)))
 
     return compare
@@ -152,7 +189,7 @@ def _plain(name: str) -> Callable[[Files, Files], Iterator[str]]:
 
 
 _COMPARED: dict[str, Callable[[Files, Files], Iterator[str]]] = {
-    "generation_config.json": _generation,
+    _GENERATION: _generation,
     "tokenizer.json": _tokenizer,
     _TOKENIZER_CONFIG: _tokenizer_settings,
     "special_tokens_map.json": _objects("special_tokens_map.json"),
@@ -181,7 +218,7 @@ def _template(files: Files) -> Any:
         if _JINJA in files:
             return files[_JINJA].decode()
         for name in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
-            template = side_files.parse(name, files[name]).get("chat_template") if name in files else None
+            template = side_files.parse(files[name]).get("chat_template") if name in files else None
             if template is not None:
                 return template
     except (ValueError, AprJaxError):

@@ -23,7 +23,7 @@ from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli, convert, show, verify
 from apr_jax.converters.errors import AprJaxError
-from tests.paths import checkpoint
+from tests.paths import DATA, checkpoint
 
 TIED, UNTIED, SHARDED = checkpoint("gqa_tied_bf16"), checkpoint("gqa_untied_bf16"), checkpoint("mha_untied_f32_sharded")
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 660\n"
@@ -142,6 +142,18 @@ class NamesTest(FieldTestCase):
         self.convert(source, "--rename", "=model.", *(["--rename", "lm_head.=lm_head."] if original == UNTIED else []))
         self.assertEqual(self.verify_json(original, self.folder / "out.apr")["names"], None)
 
+    def test_field_a_language_model_among_other_tensors(self):
+        """FIELD Configurations: model.language_model. beside more tensors of a vision tower -> the names are found"""
+        source = self.renamed(TIED, PREFIXES["multimodal"][0])
+        tensors = safetensors.numpy.load_file(source / "model.safetensors")
+        tensors |= {f"model.visual.blocks.{n}.mlp.weight": np.ones(3, np.float32) for n in range(100)}
+        safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        self.assertIn("26 of 126 tensors' names begin with 'model.language_model.'", self.convert(source, code=5))
+        rename = ("--rename", "model.language_model.=model.")
+        self.assertIn("--leave-out", self.convert(source, *rename, code=5))
+        self.convert(source, *rename, "--leave-out", "model.visual.*")
+        self.assertIn("identical", self.verify(TIED, self.folder / "out.apr"))
+
     @parameterized.parameters(
         ("x.=", "begins with"), ("model.layers.*.=model.", "several tensors"), ("a", "no renaming")
     )
@@ -172,6 +184,15 @@ class IndexTest(FieldTestCase):
         words = f"the index lists {name}, which no shard holds"
         self.assertIn(words, self.verify(source))
         self.assertIn(words, self.convert(source))
+        self.assertIn("identical", self.verify(TIED, path))
+
+    def test_field_an_index_that_lists_tables_of_rope(self):
+        """FIELD Configurations: index.json that lists rotary_emb.inv_freq that no shard holds -> opens"""
+        source = self.sharded()
+        path = source / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = min(index["weight_map"].values())
+        path.write_text(json.dumps(index))
         self.assertIn("identical", self.verify(TIED, path))
 
     def test_a_head_that_is_not_tied_or_another_tensor_is_still_missing(self):
@@ -286,7 +307,7 @@ class AnswersTest(FieldTestCase):
     @parameterized.parameters(
         ("config.json", {"transformers_version": "5.1.0", "torch_dtype": "float16", "use_cache": False}),
         ("config.json", {"_name_or_path": "/home/me/run", "architectures": None}),
-        ("generation_config.json", {"transformers_version": "5.1.0", "_from_model_config": True}),
+        ("generation_config.json", {"transformers_version": "5.1.0", "pad_token_id": [280]}),
         ("tokenizer.json", {"truncation": {"max_length": 8}, "padding": {"pad_id": 3}}),
         ("tokenizer_config.json", {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": {"content": "<|im_end|>"}}),
     )
@@ -295,6 +316,37 @@ class AnswersTest(FieldTestCase):
         other = self.copy()
         self.edit(other, name, **change)
         self.assertEqual(self.verify_json(TIED, other)["verdict"], "identical")
+
+    def test_field_end_tokens_of_the_configuration_count_where_nothing_else_says_them(self):
+        """FIELD Configurations: eos_token_id of config.json, without generation_config.json -> named, not rc 0"""
+        one, other = self.copy(), self.copy()
+        self.edit(other, "config.json", eos_token_id=281)
+        self.assertEqual(self.verify_json(one, other)["verdict"], "identical")
+        for folder in (one, other):
+            (folder / "generation_config.json").unlink()
+        found = self.verify_json(one, other, code=1)
+        self.assertEqual(found["answers_differ_by"], ["config.json"])
+        self.assertIn("eos_token_id 280 in A, 281 in B", found["side_files"][0]["sentence"])
+
+    def test_field_the_vocabulary_of_an_apr(self):
+        """FIELD Configurations: another vocabulary in the metadata of an .apr of `apr import` -> named, not rc 0"""
+        genuine = next(path for path in sorted((DATA / "apr").glob("*.apr")) if self.has_vocabulary(path))
+        with open_checkpoint(genuine) as opened:
+            metadata = dict(opened.metadata)
+            tensors = {name: tensor.read().astype(np.float32) for name, tensor in opened.tensors.items()}
+        paths = [self.folder / "a.apr", self.folder / "b.apr"]
+        for path, token in zip(paths, (metadata["tokenizer.vocabulary"][7], "other"), strict=True):
+            metadata["tokenizer.vocabulary"][7] = token
+            path.write_bytes(apr_file(tensors, metadata))
+        self.assertEqual(self.verify_json(paths[0], paths[0])["verdict"], "identical")
+        found = self.verify_json(*paths, code=1)
+        self.assertEqual(found["answers_differ_by"], ["vocabulary"])
+        self.assertIn("7 is", found["side_files"][0]["sentence"])
+
+    def has_vocabulary(self, path: pathlib.Path) -> bool:
+        with contextlib.suppress(AprJaxError), open_checkpoint(path) as opened:
+            return bool(opened.tensors) and "tokenizer.vocabulary" in opened.metadata
+        return False
 
     def test_field_a_template_in_another_place_is_the_same_template(self):
         """FIELD Configurations: chat template moved to chat_template.jinja -> identical, rc 0"""
@@ -383,6 +435,14 @@ class PartsTest(FieldTestCase):
                 opened.model_config()
             self.assertEqual(caught.exception.code, "adapter")
         self.convert(folder, "--as-is")
+
+    def test_field_an_adapter_whose_weights_are_a_pickle(self):
+        """FIELD Configurations: adapter_config.json beside adapter_model.bin -> said to be an adapter"""
+        folder = self.adapter(peft_type="LORA", base_model_name_or_path="Qwen/Qwen2.5-0.5B")
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+        said = self.convert(folder, code=5)
+        self.assertIn("PEFT adapter, LORA of Qwen/Qwen2.5-0.5B", said)
+        self.assertIn("save_pretrained", said)
 
     @parameterized.parameters("model.layers.0.self_attn.q_proj.lora_a", "layers.1.mlp.up_proj.lora_embedding_B.default")
     def test_field_an_adapter_without_its_configuration(self, name):
@@ -533,6 +593,13 @@ class PlacesTest(FieldTestCase):
             (folder / file.name).symlink_to(file.resolve())
         self.assertIn("identical", self.verify(TIED, folder))
 
+    def test_field_links_into_a_cache_that_was_cleaned(self):
+        """FIELD Configurations: links whose blobs are gone -> said, not "no such file" """
+        folder = self.copy()
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").symlink_to(self.folder / "models--a--b" / "blobs" / ("a" * 64))
+        self.assertIn("a link to a file that is gone", self.convert(folder, code=3))
+
     @parameterized.parameters("model.safetensors", "config.json", "tokenizer.json")
     def test_field_links_that_lead_elsewhere(self, name):
         """FIELD Configurations: a link out of the folder -> refused, and --follow-links opens it"""
@@ -545,7 +612,9 @@ class PlacesTest(FieldTestCase):
         self.assertIn("identical", self.verify(TIED, folder, "--follow-links"))
         self.convert(folder, "--follow-links")
 
-    @parameterized.parameters("blobs/secret", "models--a--b/blobs/id_rsa", "models--a--b/blobs/../../secret")
+    @parameterized.parameters(
+        "blobs/secret", "models--a--b/blobs/id_rsa", "models--a--b/blobs/../../secret", f"other/blobs/{'a' * 64}"
+    )
     def test_links_that_only_look_like_the_cache_are_refused(self, target):
         folder = self.copy()
         path = self.folder / target
@@ -675,6 +744,13 @@ class AnyArchitectureTest(FieldTestCase):
         safetensors.numpy.save_file(kept, source / "model.safetensors", {"format": "pt"})
         self.assertIn(kind, self.verify(source))
 
+    def test_a_llama_with_biases_is_no_qwen2_if_its_configuration_asks_for_them(self):
+        source = self.copy()
+        self.edit(source, "config.json", model_type="llama")
+        self.assertRegex(self.verify(source, code=1), "failure +architecture")
+        self.edit(source, "config.json", attention_bias=True)
+        self.verify(source)
+
     def test_tensors_that_are_not_the_configurations_convert_where_it_is_asked_for(self):
         source = self.copy()
         tensors = safetensors.numpy.load_file(source / "model.safetensors")
@@ -682,6 +758,7 @@ class AnyArchitectureTest(FieldTestCase):
         safetensors.numpy.save_file(tensors, source / "model.safetensors", {"format": "pt"})
         self.assertIn("--as-is", self.convert(source, code=5))
         self.assertIn("unexpected: score.weight", self.convert(source, "--as-is"))
+        self.assertIn("no tensor's name matches", self.convert(source, "--leave-out", "nothing.*", code=2))
         self.assertIn("identical", self.verify(source, self.folder / "out.apr"))
 
 

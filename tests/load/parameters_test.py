@@ -66,6 +66,19 @@ class LoadingTest(parameterized.TestCase):
         for key, value in loaded.items():
             np.testing.assert_array_equal(value, expected[key], key)
 
+    def test_field_tables_that_old_transformers_saved(self):
+        """FIELD Configurations: rotary_emb.inv_freq beside the weights -> loaded, the same parameters"""
+        folder = self.copy(model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(6, np.float32))
+        loaded, expected = dict(leaves(load_model(folder))), dict(leaves(load_model(SAMPLE)))
+        self.assertEqual(set(loaded), set(expected))
+
+    def test_field_a_head_for_another_task(self):
+        """FIELD Configurations: a value head beside the weights is loaded -> refused, and --leave-out gets past it"""
+        with self.assertRaises(RefusedError) as caught:
+            load_model(self.copy(v_head__summary__weight=np.ones((1, 60), np.float32)))
+        self.assertIn("unexpected: v_head.summary.weight", str(caught.exception))
+        self.assertIn("--leave-out", str(caught.exception))
+
     def test_field_a_prefix_that_transformers_does_not_know(self):
         """FIELD Configurations: names with `_orig_mod.` in front are loaded -> refused in one line, with --rename"""
         weights = {}

@@ -129,9 +129,11 @@ class DownloadTest(parameterized.TestCase):
         for name in ("optimizer.pt", "pytorch_model.bin", "onnx/model.safetensors"):
             (repository / name).parent.mkdir(exist_ok=True)
             (repository / name).write_bytes(b"not needed")
-        served = {"Qwen/Tiny": repository, "Qwen/Sharded": SHARDED, "Qwen/Gated": TIED, "a/apr": self.folder / "apr"}
+        served = {"Qwen/Tiny": repository, "Qwen/Sharded": SHARDED, "a/apr": self.folder / "apr"}
+        served |= dict.fromkeys(("Qwen/Gated", "Qwen/Shut"), TIED)
         (self.folder / "apr").mkdir()
-        self.hub = self.enterContext(hub.serve(hub.Hub(served, gated=("Qwen/Gated",))))
+        refusing = {"gated": ("Qwen/Gated",), "forbidden": ("Qwen/Shut",)}
+        self.hub = self.enterContext(hub.serve(hub.Hub(served, **refusing)))
 
     def run_commands(self, *commands: tuple[object, ...], **environment: str) -> list[tuple[int, str]]:
         variables = {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.folder / "home"), "JAX_PLATFORMS": "cpu"}
@@ -186,13 +188,14 @@ class DownloadTest(parameterized.TestCase):
             ("checkpoint", "save", "Qwen/Nope", self.folder / "out"),
             ("bench", "Qwen/Nope"),
             ("show", "Qwen/Gated"),
+            ("show", "Qwen/Shut"),
             ("show", "Qwen/Tiny@v9"),
         )
         found = self.run_commands(*commands)
         codes = [(code, json.loads(out)["error"]["code"]) for code, out in found]
         self.assertEqual(codes[:9], [(3, "hub-repository")] * 9)
-        self.assertEqual(codes[9:], [(5, "hub-gated"), (3, "hub-revision")])
-        for _, out in found[:10]:
+        self.assertEqual(codes[9:], [(5, "hub-gated"), (5, "hub-refused"), (3, "hub-revision")])
+        for _, out in found[:11]:
             self.assertIn("hf auth login", out)
 
 
