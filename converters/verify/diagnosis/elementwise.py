@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from apr_jax.converters.formats import casts
 from apr_jax.converters.verify.diagnosis import pair as pairs
-from apr_jax.converters.verify.diagnosis.causes import Found
+from apr_jax.converters.verify.diagnosis.causes import CAUSES, Found
 from apr_jax.converters.verify.diagnosis.pair import Bits, Pair, Select
 
 _ROUNDINGS = ("nearest-even", "truncated", "half-away")
@@ -111,8 +113,12 @@ def mantissas(pair: Pair) -> Iterator[Found]:
     fraction = _FRACTIONS.get(pair.type)
     if fraction is None or not pair.sample.size:
         return
-    # What no sampled element has: the lowest bits of their union are zero.
-    union = int(np.bitwise_or.reduce(pair.y[pair.sample]))
+    # What no sampled element has: the lowest bits of their union are zero. Subnormal ones have their own lowest bit.
+    some = pair.y[pair.sample]
+    normal = some[
+        np.abs(pairs.values_of(some, pair.type)) >= ml_dtypes.finfo(pairs.numpy_type(pair.type)).smallest_normal
+    ]
+    union = int(np.bitwise_or.reduce(normal)) if normal.size else 0
     kept = fraction - min(fraction, (union & -union).bit_length() - 1 if union else 0)
     if not 0 < kept < fraction:
         return
@@ -177,7 +183,10 @@ def misread(pair: Pair) -> Iterator[Found]:
                 return pairs.bits_of(pairs.values_of(bits, wrong), pair.type, rounding)
 
             if pair.plausible(predict) and (explained := pair.explained(predict)):
-                yield _misread(source, wrong, pair.type, explained)
+                found = _misread(source, wrong, pair.type, explained)
+                # Misread values may have become too small for their type: then zeros are what there is to say.
+                zeros = not pairs.values_of(pair.y[pair.sample], pair.type).any()
+                yield dataclasses.replace(found, rank=CAUSES.index("zeroed") + 0.5) if zeros else found
                 return
 
 

@@ -23,6 +23,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 # Elements of each group that a candidate for its scale is tried on: first a few, at last all.
 _STAGES = (6, 24, 96)
+_CANDIDATES_AT_ONCE = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,21 +239,18 @@ def _refine(
     grid: Grid,
 ) -> None:
     """Narrows candidates for scales down (`step`, those of each `group` in turn), and keeps the first that fits."""
-    while group.size:
-        _, first = np.unique(group, return_index=True)
-        chosen = group[first]
+    at_once = max(1, _CANDIDATES_AT_ONCE // max(1, groups[0].shape[1]))
+    for begin in range(0, len(group), at_once):
+        chosen = group[begin : begin + at_once]
         values, error, new = (part[chosen] for part in groups)
-        good, *numbers = _narrowed(values, error, new, start[chosen], step[first], grid)
-        to = rows[chosen[good]]
-        found.fits[to] = True
+        good, *numbers = _narrowed(values, error, new, start[chosen], step[begin : begin + at_once], grid)
+        good &= ~found.fits[rows[chosen]]
+        some, first = np.unique(chosen[good], return_index=True)
+        found.fits[rows[some]] = True
         for target, source in zip(
             (found.scale, found.minimum, found.reach, found.highest, found.chance), numbers, strict=True
         ):
-            target[to] = source[good]
-        left = np.ones(len(group), bool)
-        left[first] = False
-        left &= ~found.fits[rows[group]]
-        group, step = group[left], step[left]
+            target[rows[some]] = source[good][first]
 
 
 def _narrowed(

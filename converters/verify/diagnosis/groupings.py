@@ -70,7 +70,8 @@ def groupings(shape: tuple[int, int]) -> list[Grouping]:
     found.append(Grouping("row", shape, (1, columns)))
     if rows >= _SMALLEST and columns > 1:
         found.append(Grouping("column", shape, (rows, 1)))
-    return sorted((*found, *_numbered(rows, columns)), key=lambda grouping: -grouping.size)
+    found = [grouping for grouping in (*found, *_numbered(rows, columns)) if grouping.count]
+    return sorted(found, key=lambda grouping: -grouping.size)
 
 
 def _numbered(rows: int, columns: int) -> Iterator[Grouping]:

@@ -112,7 +112,7 @@ def values_of(bits: Bits, name: str) -> np.ndarray:
         return wide.view("<f4")
     if name in ("f32", "f64"):
         return bits.view(f"<f{bits.itemsize}")
-    return bits.view(_numpy(name)).astype("<f8" if name in ("i32", "u32", "i64", "u64") else "<f4")
+    return bits.view(numpy_type(name)).astype("<f8" if name in ("i32", "u32", "i64", "u64") else "<f4")
 
 
 def bits_of(values: np.ndarray, name: str, rounding: str = "nearest-even") -> Bits:
@@ -152,11 +152,12 @@ def _nearest_even(values: np.ndarray, name: str) -> Bits:
     if name == "bf16":
         data, _ = casts.cast(values.astype("<f8", copy=False).tobytes(), "f64", "bf16")
         return np.frombuffer(data, "<u2").copy()
-    numpy = _numpy(name)
+    numpy = numpy_type(name)
     return values.astype(numpy, copy=False).view(f"<u{numpy.itemsize}")
 
 
-def _numpy(name: str) -> np.dtype[Any]:
+def numpy_type(name: str) -> np.dtype[Any]:
+    """Returns the numpy type of a type's name."""
     return dtypes.TYPES[name].numpy
 
 
@@ -178,7 +179,7 @@ def is_nan(bits: Bits, name: str) -> np.ndarray:
 
 def half_ulp(values: np.ndarray, name: str) -> np.ndarray:
     """Returns half the distance between neighbours of f64 values in a floating-point type."""
-    info = ml_dtypes.finfo(_numpy(name))
+    info = ml_dtypes.finfo(numpy_type(name))
     exponent = np.maximum(np.frexp(values)[1] - 1, int(info.minexp))
     return np.ldexp(0.5, exponent - int(info.nmant))
 

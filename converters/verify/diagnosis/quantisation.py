@@ -34,6 +34,8 @@ _HELD = 0.8
 _USUAL_GROUPS = (16, 32, 64, 128, 256)
 # An element is near its original within so many steps of the grid; clipped outliers and GPTQ's corrections are not.
 _NEAR_STEPS, _NEAR_SHARE = 2.0, 0.75
+# Cosine of original and suspect; two bits leave more.
+_ALIKE = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +201,9 @@ def _narrowest(pair: Pair) -> str:
 
 def _on_grid(pair: Pair, context: Context) -> Found | None:
     values = _Values.of(pair)
-    if not np.isfinite(values.after(pair.sample)).all():
+    before, after = values.before(pair.sample), values.after(pair.sample)
+    # Quantised weights still are what they were, more or less.
+    if not np.isfinite(after).all() or np.sum(before * after) < _ALIKE * np.sqrt(np.sum(before**2) * np.sum(after**2)):
         return None
     for down in (False, True):
         covers = _covers(values, down)
@@ -230,13 +234,14 @@ def _covers(values: _Values, down: bool) -> list[Grid]:
     after = values.after(index)
     told = np.argsort(-np.count_nonzero(after, 1), kind="stable")[:_RUNS]
     after = after[np.sort(told)]
-    found = []
-    for grid in _COVERS:
-        solved = _solved(after, values.rounded_to, grid)
-        fits = np.count_nonzero(solved.fits & solved.told)
-        if fits and fits >= _PROBED_SHARE * np.count_nonzero(solved.told):
-            found.append(grid)
-    return found
+    return [grid for grid in _COVERS if _holds(grid, after[::4], values) and _holds(grid, after, values)]
+
+
+def _holds(grid: Grid, runs: Floats, values: _Values) -> bool:
+    """Whether a grid holds most of some runs."""
+    solved = _solved(runs, values.rounded_to, grid)
+    fits = int(np.count_nonzero(solved.fits & solved.told))
+    return fits > 0 and fits >= _PROBED_SHARE * int(np.count_nonzero(solved.told))
 
 
 def _covered(codec: Codec, covers: Sequence[Grid]) -> bool:
@@ -371,9 +376,8 @@ def _told(values: _Values, match: _Match, table: Sequence[Grouping]) -> Found:
     codec, grouping, solved = match.codec, match.grouping, match.solved
     differs = values.pair.differs[match.index]
     explained = int(np.count_nonzero(differs & solved.fits[:, None])) / max(1, int(np.count_nonzero(differs)))
-    labels = [other.label for other in table if same_groups(other, grouping)]
-    preferred = [label for label in labels if isinstance(label, int) == _in_groups(codec, label, labels)]
-    readings = [codec.parameters(label) for label in dict.fromkeys((*preferred, *labels))]
+    labels = _labels(grouping, table, rows=codec.rows)
+    readings = [codec.parameters(label) for label in labels]
     alternatives: tuple[str, ...] = ()
     if codec.halves and 32 in labels and values.shape[1] % 32 == 0:
         halves = _are_halves(solved.scale[solved.told], solved.reach[solved.told])
@@ -385,9 +389,12 @@ def _told(values: _Values, match: _Match, table: Sequence[Grouping]) -> Found:
     return Found("quantised", readings[0], float(explained), evidence, None, alternatives, tuple(readings))
 
 
-def _in_groups(codec: Codec, label: str | int, labels: Sequence[str | int]) -> bool:
-    """Whether groups that are rows, too, would be called groups: with 4 bits, and of a usual size."""
-    return not codec.rows and any(label in _USUAL_GROUPS for label in labels)
+def _labels(grouping: Grouping, table: Sequence[Grouping], *, rows: bool = False) -> list[str | int]:
+    """Returns what a grouping may be called in this tensor, the likelier first: of a usual size, or else rows."""
+    labels = [other.label for other in table if same_groups(other, grouping)]
+    numbered = not rows and any(label in _USUAL_GROUPS for label in labels)
+    preferred = [label for label in labels if isinstance(label, int) == numbered]
+    return list(dict.fromkeys((*preferred, *labels)))
 
 
 # --- what scales tell
@@ -395,7 +402,10 @@ def _in_groups(codec: Codec, label: str | int, labels: Sequence[str | int]) -> b
 
 def _scales_stored(scales: Scales, grouping: Grouping, values: _Values, codec: Codec) -> bool:
     """Whether the scales of the groups (and their minima) lie on the grid of their format."""
-    shared = scales.shared or 256
+    # What the whole tensor shares, some of its groups show.
+    shared = scales.shared or min(256, grouping.count)
+    if grouping.count < shared:
+        return False
     most = max(2, _MEASURED // (shared * grouping.size))
     count = grouping.count // shared
     chosen = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
@@ -447,21 +457,27 @@ def _are_halves(scale: Floats, reach: Floats) -> bool | None:
 
 def _few_values(values: _Values) -> Found | None:
     """Groups that hold few different values, and in the original many: quantised, nobody knows how."""
+    table = [grouping for grouping in groupings(values.shape) if "column" not in str(grouping.label)]
+    counts = {}
+    for grouping in table:
+        index = grouping.indices(grouping.spread(_TRIED), 1 << 12)
+        found = _most_distinct(values.after(index))
+        if found <= min(256, grouping.size // 3):
+            counts[grouping] = found
+    # The fewest values, and the fewest scales for them.
     for most in (4, 8, 16, 32, 64, 256):
-        for grouping in groupings(values.shape):
-            if grouping.size < 3 * most or "column" in str(grouping.label):
-                continue
-            index = grouping.indices(grouping.spread(_TRIED), 1 << 14)
-            if _most_distinct(values.after(index)) > most:
+        for grouping, found in counts.items():
+            if found > most or grouping.size < 3 * most:
                 continue
             index = grouping.indices(grouping.spread(max(2, _MEASURED // grouping.size)), 1 << 16)
             found = _most_distinct(values.after(index))
             before = _most_distinct(values.before(index[:: max(1, len(index) // 64)]))
             if found > most or before < 1.5 * found or found < 2:
                 continue
-            parameters = {"type": "unknown grid", "values": most, "group": grouping.label}
+            labels = _labels(grouping, table)
+            readings = [{"type": "unknown grid", "values": most, "group": label} for label in labels]
             evidence = f"at most {found} different values in each group, and up to {before} in the original"
-            return Found("quantised", parameters, 1.0, evidence)
+            return Found("quantised", readings[0], 1.0, evidence, readings=tuple(readings))
     return None
 
 

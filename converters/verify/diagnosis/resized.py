@@ -23,7 +23,9 @@ def resized(pair: Pair, context: Context) -> Iterator[Found]:
         return
     if pair.size == 0:
         return
-    yield from _repeated(pair, context)
+    if (repeated := _repeated(pair, context)) is not None:
+        yield repeated
+        return
     before, after = (_matrix(bits, shape) for bits, shape in ((pair.x, pair.a.shape), (pair.y, pair.b.shape)))
     rows, columns = (min(sizes) for sizes in zip(before.shape, after.shape, strict=True))
     if 2 * rows < max(len(before), len(after)) and 4 * rows < len(before):
@@ -96,7 +98,7 @@ def _picked(before: Bits, after: Bits) -> Iterator[Found]:
     yield Found("rows-removed", parameters, 1.0, "the rows that are left are equal, and in order")
 
 
-def _repeated(pair: Pair, context: Context) -> Iterator[Found]:
+def _repeated(pair: Pair, context: Context) -> Found | None:
     """Every head several times, as tensor-parallel exports repeat KV heads."""
     name = pair.b.name
     role = projection(name)
@@ -106,7 +108,7 @@ def _repeated(pair: Pair, context: Context) -> Iterator[Found]:
         before, after = before.T, after.T
     times, rest = divmod(len(after), len(before))
     if role in (None, "qkv") or times < 2 or rest or before.shape[1] != after.shape[1]:
-        return
+        return None
     for heads, dim in context.head_sizes(name, len(before)):
         blocks = before.reshape(heads, dim, -1)
         for order, wanted in (
@@ -115,5 +117,5 @@ def _repeated(pair: Pair, context: Context) -> Iterator[Found]:
         ):
             if np.array_equal(wanted.reshape(after.shape), after):
                 parameters = {"times": times, "head_dim": dim, "order": order}
-                yield Found("heads-repeated", parameters, 1.0, f"each of {heads} heads of {dim} stands {times} times")
-                return
+                return Found("heads-repeated", parameters, 1.0, f"each of {heads} heads of {dim} stands {times} times")
+    return None

@@ -46,8 +46,11 @@ _VARIED = 256
 # Causes whose alternatives say nothing: the first kind explains by construction what the second kind also would.
 _IMPLIED = {
     "zero-signs": ("rows-permuted", "columns-permuted", "head-permuted", "quantised", "bit-flips", "shifted"),
-    "mantissa-cut": ("quantised",),
-    "zeroed": ("truncated", "zeroed-rows", "scaled"),
+    "mantissa-cut": ("quantised", "bit-flips"),
+    "rounded-cast": ("mantissa-cut", "quantised"),
+    "relabelled-dtype": ("quantised", "zeroed", "mantissa-cut", "rescaled-channels"),
+    "scaled": ("rescaled-channels", "scaled-rows"),
+    "zeroed": ("truncated", "zeroed-rows", "scaled", "rescaled-channels", "scaled-rows", "mantissa-cut", "quantised"),
     "head-permuted": ("rows-permuted", "columns-permuted"),
     "qkv-order": ("rows-permuted",),
 }
@@ -149,7 +152,8 @@ def _found(pair: Pair, context: Context) -> Iterator[Found]:
         for found in family:
             some = True
             yield found
-    if not some:
+    # A few lines that changed are of low rank, too, and easier to say.
+    if not some and channels.single_lines(pair) is None:
         yield from low_rank.low_rank(pair)
 
 
