@@ -353,9 +353,14 @@ def _rope(which: int, replay: Replay, layer: int | None) -> Value:
 def turn_sizes(replay: Replay, key: Key) -> tuple[Value, Value]:
     """Returns the sizes of what a rotation adds up, and of what angles that are off by themselves move, [B, T, C]."""
     which = 0 if key.stage == "q_post_rope" else 1
+    everywhere = tuple(mistake for mistake in replay.made if mistake.within is None)
     x, late = before_rotation(dataclasses.replace(replay, target=key), key.layer, which)
-    turn = replay.step("rotation", Rotation(), key.layer, QKV[which])
-    terms, moved = turn.sizes(x, replay.positions(), replay.config.rope_theta)
+    made = {everywhere, tuple(mistake.everywhere for mistake in replay.made)}  # some heads, or all of them
+    sizes = []
+    for mistakes in made:
+        turn = replay.under(mistakes).step("rotation", Rotation(), key.layer, QKV[which])
+        sizes.append(turn.sizes(x, replay.positions(), replay.config.rope_theta))
+    terms, moved = (np.maximum.reduce(each) for each in zip(*sizes, strict=True))
     return join_heads(terms + np.abs(late)), join_heads(moved)
 
 

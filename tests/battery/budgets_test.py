@@ -20,13 +20,13 @@ from tests.battery import budgets
 
 WIDTH, LENGTH, SEED = 64, 40, 0
 SEEN = {
-    "exact": ((1.1e-7, 3.2e-7), (3.5e-3, 1.1e-2), (5.0e-04, 1.6e-03)),
-    "sum": ((2.1e-7, 6.5e-7), (1.1e-2, 3.5e-2), (1.6e-03, 5.0e-03)),
-    "norm": ((5.1e-7, 1.6e-6), (2.3e-2, 7.0e-2), (3.3e-03, 1.0e-02)),
-    "product": ((1.9e-6, 5.5e-6), (1.5e-2, 5.0e-2), (2.1e-03, 7.1e-03)),
-    "rope": ((7.0e-6, 1.7e-5), (2.0e-2, 6.0e-2), (2.9e-03, 8.6e-03)),
-    "softmax": ((7.5e-7, 2.5e-6), (1.9e-2, 7.0e-2), (2.7e-03, 1.0e-02)),
-    "activation": ((4.1e-7, 1.3e-6), (1.5e-2, 5.0e-2), (2.1e-03, 7.1e-03)),
+    "exact": ((1.1e-7, 3.2e-7), (3.5e-3, 1.1e-2), (8.8e-04, 2.7e-03)),
+    "sum": ((2.1e-7, 6.5e-7), (1.1e-2, 3.5e-2), (2.7e-03, 8.8e-03)),
+    "norm": ((5.1e-7, 1.6e-6), (2.3e-2, 7.0e-2), (5.7e-03, 1.8e-02)),
+    "product": ((1.9e-6, 5.5e-6), (1.5e-2, 5.0e-2), (3.7e-03, 1.3e-02)),
+    "rope": ((7.0e-6, 1.7e-5), (2.0e-2, 6.0e-2), (5.0e-03, 1.5e-02)),
+    "softmax": ((7.5e-7, 2.5e-6), (1.9e-2, 7.0e-2), (4.7e-03, 1.8e-02)),
+    "activation": ((4.1e-7, 1.3e-6), (1.5e-2, 5.0e-2), (3.7e-03, 1.3e-02)),
 }
 """Class -> for float32, bfloat16 and float16 a relative L2 that has to be flagged, over a whole stage and in one
 position. Half as much again as the budgets are here, and not made from them: wider constants, or a wider formula, miss

@@ -48,24 +48,24 @@ class CleanRunsTest(absltest.TestCase):
         with mock.patch.object(hf_reference, "available", return_value=False):
             code, printed = main("--sides", "HuggingFace", "--only", "odd_sizes")
         self.assertEqual(code, 1)
-        self.assertIn("NOT RUN: HuggingFace, 2 runs: no torch", printed)
-        self.assertIn("0 clean runs, 0 findings; 2 runs missing", printed)
+        self.assertIn("NOT RUN: HuggingFace, 3 runs: no torch", printed)
+        self.assertIn("0 clean runs, 0 findings; 3 runs missing", printed)
 
     def test_findings_and_too_few_runs_fail(self):
-        for found, least, expected in (([], 2, 0), (["wrong"], 2, 1), ([], 3, 1)):
+        for found, least, expected in (([], 3, 0), (["wrong"], 3, 1), ([], 4, 1)):
             with (
                 mock.patch.object(clean_runs, "examine", lambda run, found=found: (37, 0.2, "logits", found)),
                 mock.patch.object(clean_runs, "LEAST", least),
             ):
                 self.assertEqual(main("--sides", "NumPy", "--only", "odd_sizes")[0], expected)
 
-    def test_there_are_more_than_twenty_runs_on_every_checkpoint_in_both_dtypes(self):
+    def test_there_are_more_than_twenty_runs_on_every_checkpoint_in_every_dtype(self):
         made = list(clean_runs.runs(list(clean_runs.SIDES)))
         self.assertLen(set(made), len(made))
         for side in ("ours", "NumPy", "HuggingFace", "CUDA"):
             mine = [run for run in made if run.side == side]
             self.assertGreaterEqual(len(mine), clean_runs.LEAST)
-            self.assertLen({(run.checkpoint, run.dtype) for run in mine}, 14)
+            self.assertLen({(run.checkpoint, run.dtype) for run in mine}, 21)
 
 
 if __name__ == "__main__":
