@@ -149,6 +149,28 @@ class Checkpoint:
         other.tensors = _by_name(tensor for name, tensor in self.tensors.items() if not name.startswith(prefix))
         return other
 
+    def replaced(
+        self,
+        *,
+        tensors: Iterable[Tensor],
+        files: SideFiles | None = None,
+        metadata: dict[str, Any] | None = None,
+        warnings: Iterable[str] | None = None,
+        sources: Iterable[SourceFile] = (),
+    ) -> Checkpoint:
+        """Returns a checkpoint of other tensors over the same files and these `sources`; closing either closes them."""
+        other = copy.copy(self)
+        other.tensors = _by_name(tensors)
+        other.sources = (*self.sources, *sources)
+        other.paths = tuple(dict.fromkeys((*self.paths, *(source.path for source in other.sources))))
+        if files is not None:
+            other.files, other.left_behind = files, files.left_behind
+        if metadata is not None:
+            other.metadata = metadata
+        if warnings is not None:
+            other.warnings = list(warnings)
+        return other
+
     def close(self) -> None:
         """Closes the files; tensors cannot be read afterwards."""
         for source in self.sources:
