@@ -36,8 +36,8 @@ def load_model(
     Args:
       source: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index; or an open checkpoint,
         which stays open. Published quantised forms (`checkpoint.packed_forms`) are decoded.
-      dtype: float32, bfloat16, float16 or float64, as a name ("bf16" is one) or as a type (`jnp.bfloat16`): of parameters
-        and of the computation.
+      dtype: float32, bfloat16, float16 or float64, as a name ("bf16" is one) or as a type (`jnp.bfloat16`): of
+        parameters and of the computation.
       device: "cpu", "cuda", "cuda:1", a jax.Device, or None for JAX's default device; or a Sharding that fits every
         parameter, such as one that replicates. Each by its own: `jax.device_put` on the state of `model.module`.
       ops: The table of operations.

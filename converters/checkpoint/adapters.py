@@ -24,9 +24,9 @@ from apr_jax.converters.checkpoint.decoded import DecodedTensor, DecoderCache, F
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.incomplete import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
+from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.checkpoint.tied_heads import TIED, is_tied
+from apr_jax.converters.checkpoint.tied_heads import is_tied
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, counted
 from apr_jax.converters.formats import dtypes, strict_json
 from apr_jax.converters.storage.source import SourceFile
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _MAX_CONFIG_BYTES = 16 << 20
 _SHOWN = 20
-# A pair of matrices, with the name of the adapter between them and "weight" in files that keep it.
-_LORA = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(?!weight$|bias$)\w+)?(\.weight|\.bias)?")
+# Matrices and magnitudes of an adapter; some files keep its name between these parts.
+_LORA = re.compile(
+    r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(?!weight$|bias$)\w+)?(\.weight|\.bias)?"
+)
 # What changes the function that an adapter computes, and is not computed here.
 _UNSUPPORTED = (
     "use_qalora",
@@ -136,7 +138,7 @@ class _Adapter:
     def number(self, key: str, module: str) -> float:
         """Returns `r` or `lora_alpha` for a module: what a pattern says, else what holds for all."""
         patterns = self.config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key])
-        value = self.config.get(key)
+        value: Any = self.config.get(key)
         for pattern, given in (patterns if isinstance(patterns, dict) else {}).items():
             if _matches(pattern, module):
                 value = given

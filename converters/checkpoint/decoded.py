@@ -97,12 +97,14 @@ class DecodedTensor(Tensor):
         make: Callable[[], Decoder],
         cache: DecoderCache,
     ) -> DecodedTensor:
-        """Makes one; its bytes follow from type and shape."""
+        """Makes one; its bytes follow from type and shape. What a thread will need to decode it is imported here."""
+        from apr_jax.converters.formats import packed_codecs  # noqa: F401
+
+        for each in (dtype, *(part.dtype for part in parts)):
+            _ = each.codec if each.is_block else each.numpy
         largest = max(parts, key=lambda part: part.nbytes)
         nbytes = dtype.nbytes(tuple(shape))
-        return cls(
-            name, dtype, tuple(shape), nbytes, largest.source, largest.offset, form, tuple(parts), make, cache
-        )
+        return cls(name, dtype, tuple(shape), nbytes, largest.source, largest.offset, form, tuple(parts), make, cache)
 
     def readinto_at(self, begin: int, buffer: bytearray | memoryview) -> None:
         import numpy as np

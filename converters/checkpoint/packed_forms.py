@@ -1,4 +1,4 @@
-"""Published quantised forms: which tensors of a checkpoint are the parts of one, and the dense checkpoint they stand for.
+"""Published quantised forms: which tensors are the parts of one, and the dense checkpoint that they stand for.
 
 Forms are known by the names and shapes of their tensors, as libraries write them; `quantization_config` in config.json
 says what those do not (which zero points a GPTQ file stores, block sizes). So modules that were left alone are dense
@@ -408,9 +408,7 @@ class _Search:
 
             scales = absmax.read()
             if nested:
-                scales = packed_codecs.nested_absmax(
-                    scales, nested_map.read(), nested_max.read(), inner, float(offset)
-                )
+                scales = packed_codecs.nested_absmax(scales, nested_map.read(), nested_max.read(), inner, float(offset))
             return packed_codecs.bitsandbytes(np.frombuffer(data.raw(), np.uint8), code.read(), scales, block)
 
         details = (("type", kind), ("block", block), *((("scales", "8 bits"),) if nested else ()))
@@ -452,7 +450,9 @@ class _Search:
         kind = weight.dtype.name if is_float else "int8"
         method = self._settings.method
         words = _scale_words(shape, by_rows, group, columns)
-        form = Form(method if method == "compressed-tensors" else "fp8" if is_float else "int8", (("type", kind), *words))
+        form = Form(
+            method if method == "compressed-tensors" else "fp8" if is_float else "int8", (("type", kind), *words)
+        )
 
         def make() -> Decoder:
             from apr_jax.converters.formats import packed_codecs as codecs
@@ -625,5 +625,3 @@ def _scale_words(matrix: tuple[int, int], by_rows: int, group: int, columns: int
     if by_rows > 1:
         return (("block", f"{by_rows} x {group}"),)
     return _group_words(group, columns)
-
-

@@ -343,9 +343,7 @@ def _is_copy(head: Tensor, embedding: Tensor) -> bool:
         return False
 
 
-def _choose_types(
-    tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path: str, dequantise: bool
-) -> _Chosen:
+def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path: str, dequantise: bool) -> _Chosen:
     unmatched: list[str] = []
     targets: dict[str, DType] = {}
     for rule in rules:
@@ -592,7 +590,9 @@ def _plan_safetensors(
         raise RefusedError(
             f"safetensors cannot hold these tensors, {len(unfit)} in all:\n  " + "\n  ".join(unfit),
             code="safetensors-unsupported",
-            hint="--dequantise decodes them; --cast bf16 beside it narrows them" if decoded else "Quantised types need --to apr",
+            hint="--dequantise decodes them; --cast bf16 beside it narrows them"
+            if decoded
+            else "Quantised types need --to apr",
         )
     shards = list(_cut_shards(chosen, max_shard_bytes))
     for number, shard in enumerate(shards, 1):

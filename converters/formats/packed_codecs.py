@@ -5,13 +5,13 @@ Whatever a library calls its tensors, a value is
     (code - zero point) * scale,
 
 where the code is a number of a few bits (or an index into a table of 16, or a float of 8 bits) and scale and zero point
-belong to a group of neighbours. `Grouped` decodes that; a function for each layout brings its tensors into the one order
-that `Grouped` reads: rows of the weight [out, in], codes packed from the lowest bits of a byte on.
+belong to a group of neighbours. `Grouped` decodes that; a function for each layout brings its tensors into the one
+order that `Grouped` reads: rows of the weight [out, in], codes packed from the lowest bits of a byte on.
 
 Values are float32: products of codes of at most 8 bits with half-precision scales are exact there, so that a library
 which computes in half precision gives the same numbers rounded. Sources: qlinear of GPTQModel and AutoGPTQ (`pack`,
 `dequantize_weight`, the zero point that version 1 stores less one); `awq/utils/packing_utils.py` of AutoAWQ;
-`functional.py` of bitsandbytes; `compressors/*/base.py` of compressed-tensors; OCP Microscaling Formats 1.0 (E2M1, E8M0).
+`functional.py` of bitsandbytes; `compressors/*/base.py` of compressed-tensors; OCP Microscaling Formats 1.0 (E2M1).
 """
 
 from __future__ import annotations
@@ -220,9 +220,7 @@ def awq(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: int)
       group: Inputs that share a scale.
     """
     codes = _awq_columns(qweight)
-    return Grouped(
-        codes, integers(8), _f32(scales.T), codes.shape[1], group, zeros=_f32(_awq_columns(qzeros))
-    )
+    return Grouped(codes, integers(8), _f32(scales.T), codes.shape[1], group, zeros=_f32(_awq_columns(qzeros)))
 
 
 def _awq_columns(packed: np.ndarray) -> np.ndarray:

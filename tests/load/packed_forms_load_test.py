@@ -35,7 +35,9 @@ class LoadTest(parameterized.TestCase):
         packer, config = packers.MEMBERS["awq_32"]
         dense = packers.pack_checkpoint(BASE, root / "packed", packer, config)
         model = load_model(root / "packed", "bfloat16", "cpu", fused=True)
-        (found,) = (value for name, value in named(model.parameters).items() if "layers.0" in name and "gate_up" in name)
+        (found,) = (
+            value for name, value in named(model.parameters).items() if "layers.0" in name and "gate_up" in name
+        )
         wanted = np.concatenate([dense[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")])
         np.testing.assert_array_equal(np.asarray(found), wanted.astype(jnp.bfloat16))
 

@@ -44,7 +44,7 @@ class LibrariesTest(parameterized.TestCase):
 class FormulasTest(parameterized.TestCase):
     @parameterized.parameters(sorted(packers.MEMBERS))
     def test_field_members_of_each_form(self, name):
-        """FIELD Forms: GPTQ, AWQ, FP8, NF4, FP4, int8, compressed-tensors: bits, groups, zero points, scale types, act-order -> the dense values"""
+        """FIELD Forms: every form: bits, groups, zero points, scale types, act-order -> dense values"""
         packer, config = packers.MEMBERS[name]
         folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
         dense = packers.pack_checkpoint(BASE, folder, packer, config, ignored=("layers.1.mlp",))

@@ -2,12 +2,12 @@
 
     python tests/data/packed/regenerate.py SITE AUTOGPTQ AUTOAWQ
 
-SITE: a folder with bitsandbytes 0.50.2, compressed-tensors 0.20.1, peft 0.21.2 and their small needs (pip install --target
-... --no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9. All compute on
-the CPU. Of the last two only the modules that pack are imported, since the rest wants CUDA.
+SITE: a folder with bitsandbytes 0.50.2, compressed-tensors 0.20.1, loguru and frozendict (pip install --target ...
+--no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9. All compute on the
+CPU. Of the last two only the modules that pack are imported, since the rest wants CUDA.
 
 NAME.safetensors holds the parts under the names that the library gives them, and in its metadata the
-`quantization_config`; dense.npz holds for each NAME what the library itself decodes, in float32 where it can compute so.
+`quantization_config`; dense.npz holds for each NAME what the library itself decodes, in float32 if it can.
 """
 
 from __future__ import annotations
@@ -187,8 +187,11 @@ def awq_forms(root: pathlib.Path) -> None:
         scales = ((high - low).clamp(min=1e-5) / 15).half().float()
         zeros = (-torch.round(low / scales)).clamp(0, 15)
         linear = torch.nn.Linear(IN, OUT, bias=False, dtype=torch.float32)
-        linear.weight.data = (torch.clamp(torch.round(grouped / scales[..., None]) + zeros[..., None], 0, 15)
-                              - zeros[..., None]).mul(scales[..., None]).reshape(OUT, IN)
+        linear.weight.data = (
+            (torch.clamp(torch.round(grouped / scales[..., None]) + zeros[..., None], 0, 15) - zeros[..., None])
+            .mul(scales[..., None])
+            .reshape(OUT, IN)
+        )
         layer = WQLinear_GEMM.from_linear(linear, 4, size, False, scales.T.contiguous(), zeros.T.contiguous())
         parts = {key: getattr(layer, key) for key in ("qweight", "qzeros", "scales")}
         dense = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), 4, size).T
