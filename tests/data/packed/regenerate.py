@@ -3,8 +3,8 @@
     python tests/data/packed/regenerate.py SITE AUTOGPTQ AUTOAWQ
 
 SITE: a folder with bitsandbytes 0.50.2, compressed-tensors 0.20.1, loguru and frozendict (pip install --target ...
---no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9. All compute on the
-CPU. Of the last two only the modules that pack are imported, since the rest wants CUDA.
+--no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9. All compute on
+the CPU. Of the last two only the modules that pack are imported, since the rest wants CUDA.
 
 NAME.safetensors holds the parts under the names that the library gives them, and in its metadata the
 `quantization_config`; dense.npz holds for each NAME what the library itself decodes, in float32 if it can.
