@@ -38,6 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     save.add_argument("--fused", action="store_true", help="one matrix for q, k and v, and one for gate and up")
     save.add_argument("--force", action="store_true", help="replace a prepared checkpoint that is there")
     cli.add_checkpoint_arguments(save)
+    cli.add_adapter_argument(save)
     restore = commands.add_parser("restore", help="restore one on a device and compare it with what was saved")
     restore.add_argument("folder", metavar="DIR", help="what save wrote")
     restore.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: JAX's own choice)")
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     if args.command == "save":
-        with cli.open_from(args, args.model) as checkpoint:
+        with cli.open_dense_from(args, args.model) as checkpoint:
             for warning in checkpoint.warnings:
                 cli.say(f"warning: {warning}")
             description = prepared.save(

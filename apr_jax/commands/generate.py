@@ -86,6 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="of weights and computation (default: float32)",
     )
     cli.add_checkpoint_arguments(parser)
+    cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     args = parser.parse_args(argv[1:])
     if args.system is not None and not args.chat:
@@ -114,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
         from apr_jax.generate.generator import load_generator
 
         begun = time.perf_counter()
-        with cli.open_from(args, args.model) as checkpoint:
+        with cli.open_dense_from(args, args.model) as checkpoint:
             for warning in checkpoint.warnings:
                 cli.say(f"warning: {warning}")
             config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)

@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
-    from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.converters.storage.output import check_target
     from apr_jax.trace import aprt, golden, stages
 
@@ -102,7 +102,7 @@ def _make(args: argparse.Namespace) -> int:
     if as_dump and not args.trace:
         raise UsageError("a folder of APRT files holds stages", code="aprt-trace", hint="Add --trace.")
     check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force)
-    with open_checkpoint(args.model) as checkpoint:
+    with open_dense(args.model, adapters=args.adapter) as checkpoint:
         config = checkpoint.model_config()
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
         inputs.check_vocabulary(config.vocab_size)
@@ -129,10 +129,10 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace import inputs
 
-    with open_checkpoint(args.model) as checkpoint:
+    with open_dense(args.model, adapters=args.adapter) as checkpoint:
         # One sequence, as most engines run: the first row of what a golden file is made from by default.
         batch = _inputs(args, checkpoint, batch=1)
         batch.check_vocabulary(checkpoint.model_config().vocab_size)
@@ -175,6 +175,7 @@ def _run_jax(
 
 
 def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
+    from apr_jax.converters.checkpoint.dense import is_computed
     from apr_jax.converters.checkpoint.naming import check_names
     from apr_jax.trace import hf_reference
 
@@ -182,11 +183,12 @@ def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) ->
     check_names(checkpoint.path, checkpoint.model_config(), shapes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.path
-        if checkpoint.kind != "safetensors" or not os.path.isdir(folder):
-            from apr_jax.converters.convert.run import convert
+        if checkpoint.kind != "safetensors" or not os.path.isdir(folder) or is_computed(checkpoint):
+            from apr_jax.converters.convert.plan import make_plan
+            from apr_jax.converters.convert.run import run
 
             folder = os.path.join(scratch, "hf")
-            convert(checkpoint.path, folder, to="safetensors")
+            run(make_plan(checkpoint, folder, to="safetensors", dequantise=True))
         # Its three casts to float32 would leave float64 a name (and give NaN behind padding on the left).
         whole = hf_reference.float64_patched() if args.dtype == "float64" else contextlib.nullcontext()
         with whole:
@@ -263,11 +265,11 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> _Report:
-    from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace import compare, golden, stages
     from apr_jax.trace.positions import find_columns
 
-    with open_checkpoint(args.model) as checkpoint:
+    with open_dense(args.model, adapters=args.adapter) as checkpoint:
         config = checkpoint.model_config()
         reference = _reference(args, checkpoint)
         inputs = reference.inputs
@@ -314,14 +316,14 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
 
 
 def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[str, np.ndarray]:
-    from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace.stages import Key
 
     settings = argparse.Namespace(**vars(args) | {"dtype": dtype})
     keys = [Key(key) for key in reference.values]
     settings.trace = any(key.is_inner for key in keys)
     settings.hidden_states = any(key.is_hidden for key in keys)
-    with open_checkpoint(args.model) as checkpoint:
+    with open_dense(args.model, adapters=args.adapter) as checkpoint:
         values, _, _ = (_run_hf if args.reference == "hf" else _run_jax)(settings, checkpoint, reference.inputs)
     return values
 

@@ -84,8 +84,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.converters.checkpoint.hub import located
-    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.generate import compilation_cache
     from apr_jax.load.load_model import load_model
     from apr_jax.model.parameters import DTYPES
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> int:
 
     compilation_cache.enable()
     args.model = located(args.model)
-    with open_checkpoint(args.model) as checkpoint:
+    with open_dense(args.model) as checkpoint:
         config = checkpoint.model_config()
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
@@ -184,7 +184,7 @@ def _huggingface(args: argparse.Namespace, batch: Inputs, dtype: Any) -> dict[st
 
 def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[str]:
     """What the reader of the answer has to know: what this comparison cannot see."""
-    from apr_jax.converters.checkpoint.openers import open_checkpoint
+    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace import golden, stages
     from apr_jax.trace.positions import shown_positions
 
@@ -208,7 +208,7 @@ def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[s
     if beyond := set(dump.values) - set(stages.trace_keys(exact.config.num_layers)):
         notes.append(f"the dump has a layer more than the model ({len(beyond)} stages)")
     if dump.weights_sha256 is not None:
-        with open_checkpoint(args.model) as checkpoint:
+        with open_dense(args.model) as checkpoint:
             if golden.weights_sha256(checkpoint) != dump.weights_sha256:
                 notes.append("the golden file was made from other weights than this model's (dtype, shape or bytes)")
     return notes

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Sharding
 
 from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
+from apr_jax.converters.checkpoint.dense import as_dense
 from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
@@ -28,18 +29,20 @@ def load_model(
     device: str | jax.Device | Sharding | None = None,
     ops: Ops = OPS,
     fused: bool = False,
+    adapters: Sequence[str | os.PathLike[str]] = (),
 ) -> LanguageModel:
     """Loads a Qwen2 model from anything that `apr_jax.open_checkpoint` opens.
 
     Args:
       source: An `.apr` file, a HuggingFace folder, a `.safetensors` file or a sharded index; or an open checkpoint,
-        which stays open.
-      dtype: float32, bfloat16, float16 or float64, as a name ("bf16" too) or a type (`jnp.bfloat16`): of the parameters
-        and of the computation.
+        which stays open. Published quantised forms (`checkpoint.packed_forms`) are decoded.
+      dtype: float32, bfloat16, float16 or float64, as a name ("bf16" is one) or as a type (`jnp.bfloat16`): of
+        parameters and of the computation.
       device: "cpu", "cuda", "cuda:1", a jax.Device, or None for JAX's default device; or a Sharding that fits every
         parameter, such as one that replicates. Each by its own: `jax.device_put` on the state of `model.module`.
       ops: The table of operations.
       fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
+      adapters: Folders of PEFT adapters (LoRA, DoRA) to add to the weights, one after the other.
 
     Returns:
       The model, its parameters on the device.
@@ -52,7 +55,7 @@ def load_model(
     target = find_device(device)
     placement = device if isinstance(device, Sharding) else target
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
-    with opened as checkpoint:
+    with opened as given, as_dense(given, adapters) as checkpoint:
         config = checkpoint.model_config()
         parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused)
         origin = origin_of(checkpoint)

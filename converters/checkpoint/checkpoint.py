@@ -151,6 +151,28 @@ class Checkpoint:
         other.placeholders = MappingProxyType({n: shape for n, shape in self.placeholders.items() if n not in left})
         return other
 
+    def replaced(
+        self,
+        *,
+        tensors: Iterable[Tensor],
+        files: SideFiles | None = None,
+        metadata: dict[str, Any] | None = None,
+        warnings: Iterable[str] | None = None,
+        sources: Iterable[SourceFile] = (),
+    ) -> Checkpoint:
+        """Returns a checkpoint of other tensors over the same files and these `sources`; closing either closes them."""
+        other = copy.copy(self)
+        other.tensors = _by_name(tensors)
+        other.sources = (*self.sources, *sources)
+        other.paths = tuple(dict.fromkeys((*self.paths, *(source.path for source in other.sources))))
+        if files is not None:
+            other.files, other.left_behind = files, files.left_behind
+        if metadata is not None:
+            other.metadata = metadata
+        if warnings is not None:
+            other.warnings = list(warnings)
+        return other
+
     def close(self) -> None:
         """Closes the files; tensors cannot be read afterwards."""
         for source in self.sources:

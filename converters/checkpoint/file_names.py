@@ -28,6 +28,8 @@ _KNOWN = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "quantize_config.json",
+    "quant_config.json",
     "chat_template.*",
     "README*",
     "LICENSE*",

@@ -23,6 +23,7 @@ from apr_jax.converters.checkpoint.checkpoint import (
     SideFiles,
 )
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME
+from apr_jax.converters.checkpoint.gguf import open_gguf
 from apr_jax.converters.checkpoint.incomplete import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
@@ -41,7 +42,7 @@ from apr_jax.converters.errors import (
     StorageError,
     counted,
 )
-from apr_jax.converters.formats import apr_format, prepared_format, safetensors_format, strict_json
+from apr_jax.converters.formats import apr_format, gguf_format, prepared_format, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import Legacy
 from apr_jax.converters.formats.foreign import refuse_foreign
 from apr_jax.converters.formats.prepared_format import PREPARED_NAME
@@ -62,8 +63,8 @@ def open_checkpoint(
     """Opens a checkpoint and reads its headers.
 
     Args:
-      path: A HuggingFace folder, a safetensors file, a `*.safetensors.index.json`, an `.apr` file, or a prepared
-        checkpoint (`prepared_format`); or a repository of the Hub (`hub`). What a file is, its content decides.
+      path: A HuggingFace folder, a safetensors file, a `*.safetensors.index.json`, an `.apr` file, a GGUF file, or a
+        prepared checkpoint (`prepared_format`); or a repository of the Hub (`hub`). The content decides what a file is.
       lenient: Whether to let oddities of `.apr` files pass with a warning: no footer, unaligned or unsorted parts, the
         magic of 2025, reserved bytes, unknown flags.
       legacy: Whether to read dtype ids of an `.apr` as older and other writers meant them, where the size leaves one
@@ -93,9 +94,11 @@ def _open(path: str, lenient: bool, legacy: Legacy, follow: bool) -> Checkpoint:
         source = opened.enter_context(SourceFile(path))
         first = source.read_at(0, min(source.size, apr_format.HEADER_BYTES))
         if not _looks_like_safetensors(first, source.size):
+            if first[: len(gguf_format.MAGIC)] == gguf_format.MAGIC:
+                return open_gguf(path, source)
             if first[:3] == b"APR" or path.endswith(".apr"):
                 return _open_apr(path, source, first, lenient, legacy)
-            refuse_foreign(first, wanted="safetensors or an .apr container", file=path)
+            refuse_foreign(first, wanted="safetensors, a GGUF file or an .apr container", file=path)
         folder = os.path.dirname(path) or os.curdir
         in_huggingface_folder = os.path.basename(path) == SINGLE_NAME and os.path.exists(
             os.path.join(folder, CONFIG_NAME)

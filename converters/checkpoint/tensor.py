@@ -37,6 +37,11 @@ class Tensor:
     source: SourceFile
     offset: int
 
+    @property
+    def written_as(self) -> DType:
+        """The type in which a conversion writes it unless another one is asked for."""
+        return self.dtype
+
     def readinto(self, buffer: bytearray | memoryview) -> None:
         """Reads all bytes into a writable, C-contiguous buffer of exactly `nbytes` bytes (of an array: its u1 view).
 

@@ -82,14 +82,32 @@ def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
       AprJaxError: As `open_checkpoint`; UsageError if --legacy says what cannot be.
     """
     from apr_jax.converters.checkpoint.openers import open_checkpoint
+
+    return open_checkpoint(path, **_opening(args))
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names PEFT adapters; `open_dense_from` obeys it."""
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="add a PEFT adapter (LoRA, DoRA) to the weights (repeatable: one after the other)",
+    )
+
+
+def open_dense_from(args: argparse.Namespace, path: str) -> Checkpoint:
+    """Opens a checkpoint as a model takes it (`dense.open_dense`), as the options of both functions above say."""
+    from apr_jax.converters.checkpoint.dense import open_dense
+
+    return open_dense(path, adapters=args.adapter, **_opening(args))
+
+
+def _opening(args: argparse.Namespace) -> dict[str, Any]:
     from apr_jax.converters.formats.dtypes import parse_legacy
 
-    return open_checkpoint(
-        path,
-        lenient=args.lenient,
-        legacy=parse_legacy(args.legacy),
-        follow_links=args.follow_links,
-    )
+    return {"lenient": args.lenient, "legacy": parse_legacy(args.legacy), "follow_links": args.follow_links}
 
 
 def print_json(value: Any) -> None:

@@ -54,6 +54,13 @@ names
   that fit a name the longest FROM counts, once. --rename lm_head.=lm_head. leaves a name as it is. verify says which
   renaming gives the names that HuggingFace has for the model.
 
+quantised forms
+  GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors and GGML blocks are carried over bit for bit, configuration included.
+  --dequantise decodes them (`gptq`'s qweight, scales and zero points become one float32 matrix) and takes
+  quantization_config out of config.json; --cast bf16 beside it rounds once, from the exact values.
+  --adapter DIR adds a PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of
+  the weight that it changes; a quantised base is decoded.
+
 older files
   An .apr whose dtype ids are not those of today (2 was bf16, 8 and 9 were q4 and q8; other programs used others) is
   refused, with what they may mean. --legacy takes what the size of every tensor decides; --legacy 8=q4_k says what it
@@ -77,6 +84,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         help="cast tensors (repeatable)",
     )
+    parser.add_argument(
+        "--dequantise", "--dequantize", action="store_true", help="decode quantised tensors and write them dense"
+    )
+    cli.add_adapter_argument(parser)
     parser.add_argument("--allow-overflow", action="store_true", help="let a cast turn finite values into infinities")
     parser.add_argument("--tied-head", choices=("absent", "copy"), help="how to write a head that is the embedding")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="split a folder's tensors, e.g. 5GB, 500MB, 2GiB")
@@ -115,7 +126,8 @@ def main(args: argparse.Namespace) -> int:
 
     rules = [CastRule.parse(text) for text in args.cast]
     shard_bytes = None if args.max_shard_size is None else parse_size(args.max_shard_size)
-    with cli.open_from(args, args.source) as checkpoint:
+    opener = cli.open_dense_from if args.dequantise or args.adapter else cli.open_from
+    with opener(args, args.source) as checkpoint:
         plan = make_plan(
             checkpoint,
             args.output,
@@ -127,6 +139,7 @@ def main(args: argparse.Namespace) -> int:
             rename=[Rename.parse(text) for text in args.rename],
             leave_out=args.leave_out,
             as_is=args.as_is,
+            dequantise=args.dequantise,
         )
         for warning in plan.warnings:
             cli.say(f"warning: {warning}")

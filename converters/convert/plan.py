@@ -189,6 +189,7 @@ def make_plan(
     rename: Sequence[Rename] = (),
     leave_out: Sequence[str] = (),
     as_is: bool = False,
+    dequantise: bool = False,
 ) -> Plan:
     """Decides what a conversion is going to write.
 
@@ -206,6 +207,8 @@ def make_plan(
       rename: Rules for the names of tensors; casts and everything else go by the new names.
       leave_out: Globs of tensors, by their new names, that the output is not to have.
       as_is: Whether to convert what is not what the configuration asks for, or only a part of a model.
+      dequantise: Whether quantised blocks become float32 where no cast says otherwise. Published forms of several
+        tensors are decoded by `dense.open_dense`, which gives a dense checkpoint.
 
     Raises:
       UsageError: Code "output-name", "shards-need-folder", "cast-matches-nothing", "leave-out-matches-nothing"; or as
@@ -225,7 +228,7 @@ def make_plan(
     warnings = list(checkpoint.warnings)
     dropped = dict.fromkeys(_matched(checkpoint, leave_out), "it was asked for")
     checkpoint = checkpoint.without(dropped)
-    chosen = _choose_types(_choose_tensors(checkpoint, to, tied_head, dropped), cast, checkpoint.path)
+    chosen = _choose_types(_choose_tensors(checkpoint, to, tied_head, dropped), cast, checkpoint.path, dequantise)
     if to == "apr":
         files = [_plan_apr(checkpoint, chosen, warnings, as_is)]
         side_files: dict[str, bytes] = {}
@@ -359,7 +362,7 @@ def _is_copy(head: Tensor, embedding: Tensor) -> bool:
         return False
 
 
-def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path: str) -> _Chosen:
+def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path: str, dequantise: bool) -> _Chosen:
     unmatched: list[str] = []
     targets: dict[str, DType] = {}
     for rule in rules:
@@ -385,7 +388,12 @@ def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path
             file=path,
             expected=f"one of {', '.join(castable)}",
         )
-    return [(name, tensor, targets.get(name, tensor.dtype)) for name, tensor in tensors.items()]
+    f32 = dtypes.by_name("f32")
+
+    def usual(tensor: Tensor) -> DType:
+        return f32 if dequantise and tensor.dtype.is_block else tensor.written_as
+
+    return [(name, tensor, targets.get(name) or usual(tensor)) for name, tensor in tensors.items()]
 
 
 def _target(tensor: Tensor, name: str, wanted: DType) -> DType:
@@ -601,7 +609,9 @@ def _plan_safetensors(
         raise RefusedError(
             f"safetensors cannot hold these tensors, {len(unfit)} in all:\n  " + "\n  ".join(unfit),
             code="safetensors-unsupported",
-            hint="--cast f32 decodes them (so do --cast bf16 and f16)" if decoded else "Quantised types need --to apr",
+            hint="--dequantise decodes them; --cast bf16 beside it narrows them"
+            if decoded
+            else "Quantised types need --to apr",
         )
     shards = list(_cut_shards(chosen, max_shard_bytes))
     for number, shard in enumerate(shards, 1):

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.checkpoint.decoded import DecodedTensor
+from apr_jax.converters.checkpoint.dense import open_dense
 from apr_jax.converters.checkpoint.file_names import CHECKPOINT
 from apr_jax.converters.checkpoint.naming import Rename
 from apr_jax.converters.checkpoint.openers import open_checkpoint
@@ -65,6 +67,8 @@ def convert(
     lenient: bool = False,
     legacy: Legacy = False,
     follow_links: bool = False,
+    dequantise: bool = False,
+    adapters: Sequence[str | os.PathLike[str]] = (),
 ) -> Outcome:
     """Converts a checkpoint.
 
@@ -75,11 +79,17 @@ def convert(
       cast, allow_overflow, tied_head, max_shard_bytes, rename, leave_out, as_is: As `make_plan`.
       force: Whether to replace an output that exists.
       lenient, legacy, follow_links: As `open_checkpoint`.
+      dequantise: Whether what is quantised is written dense.
+      adapters: Folders of PEFT adapters to add to the weights; a quantised base is decoded.
 
     Raises:
       AprJaxError: Any of the family; then there is no output.
     """
-    with open_checkpoint(source, lenient=lenient, legacy=legacy, follow_links=follow_links) as checkpoint:
+    if dequantise or adapters:
+        opened = open_dense(source, adapters=adapters, lenient=lenient, legacy=legacy, follow_links=follow_links)
+    else:
+        opened = open_checkpoint(source, lenient=lenient, legacy=legacy, follow_links=follow_links)
+    with opened as checkpoint:
         plan = make_plan(
             checkpoint,
             os.fspath(output),
@@ -91,6 +101,7 @@ def convert(
             rename=rename,
             leave_out=leave_out,
             as_is=as_is,
+            dequantise=dequantise,
         )
         return run(plan, force=force)
 
@@ -189,7 +200,7 @@ def _write(
             tensor.cast,
             again,
         )
-        parts.append(_recoded(part, tensor) if tensor.cast and _is_quantised(tensor) else part)
+        parts.append(_recoded(part, tensor) if _is_computed(tensor) else part)
     blocks = streaming.move(
         streaming.coalesce(parts), output, summed=source_summed or file.has_footer, progress=progress
     )
@@ -199,8 +210,10 @@ def _write(
     return blocks
 
 
-def _is_quantised(tensor: PlannedTensor) -> bool:
-    return tensor.dtype.is_block or tensor.source.dtype.is_block
+def _is_computed(tensor: PlannedTensor) -> bool:
+    """Whether its bytes come from values, not from bytes one by one."""
+    quantised = tensor.dtype.is_block or tensor.source.dtype.is_block
+    return isinstance(tensor.source, DecodedTensor) or (tensor.cast is not None and quantised)
 
 
 def _recoded(part: streaming.Part, tensor: PlannedTensor) -> streaming.Part:

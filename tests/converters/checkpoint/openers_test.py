@@ -458,7 +458,6 @@ class FilesTest(CheckpointTestCase):
                 self.assertEqual(opened.tensors["a"].raw(), b"\7")
 
     @parameterized.parameters(
-        (b"GGUF\3\0\0\0" + bytes(100), "GGUF"),
         (b"PK\3\4" + bytes(100), "ZIP"),
         (b"\x80\2}q" + bytes(100), "pickle"),
         (b"\x1f\x8b\x08" + bytes(100), "gzip"),

@@ -273,7 +273,7 @@ class IdentityTest(ConversionTestCase):
         with self.raises(RefusedError, "safetensors-unsupported") as caught:
             self.convert(source, "hf")
         self.assertIn("model.embed_tokens.weight is apr_q8", str(caught.error))
-        self.assertIn("--cast f32", caught.error.hint)
+        self.assertIn("--dequantise", caught.error.hint)
 
     @parameterized.parameters("golden_v2.apr", "golden_v2_skip_none.apr", "tiny_bf16_tied-int4.apr")
     def test_apr_to_apr_keeps_metadata_to_the_byte(self, name):

@@ -1,0 +1,158 @@
+"""Published quantised forms: what the libraries wrote decodes to what they decode it to, and every member of each form
+to what plain formulas say; what does not fit is refused.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from apr_jax.converters.checkpoint.decoded import DecodedTensor
+from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.checkpoint.packed_forms import dense_view, packed_forms
+from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from tests import packers
+
+DATA = pathlib.Path(__file__).parents[2] / "data"
+BASE = DATA / "checkpoints" / "gqa_tied_bf16"
+LIBRARIES = DATA / "packed"
+Q = "model.layers.0.self_attn.q_proj"
+
+
+class LibrariesTest(parameterized.TestCase):
+    @parameterized.parameters(sorted(path.stem for path in LIBRARIES.glob("*.safetensors")))
+    def test_field_what_a_library_wrote(self, name):
+        """FIELD Forms: a matrix packed by bitsandbytes, AutoGPTQ, AutoAWQ, compressed-tensors -> their own values"""
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        (folder / "model.safetensors").write_bytes((LIBRARIES / f"{name}.safetensors").read_bytes())
+        with open_checkpoint(folder) as raw:
+            config = {"quantization_config": json.loads(raw.metadata["quantization_config"])}
+        (folder / "config.json").write_text(json.dumps(config))
+        wanted = np.load(LIBRARIES / "dense.npz")[name]
+        with open_checkpoint(folder) as raw:
+            (tensor,) = dense_view(raw).tensors.values()
+            self.assertEqual(tensor.name, "layer.weight")
+            found = tensor.read().astype(np.float32)
+        # Exact but for LLM.int8, whose two products we join.
+        np.testing.assert_allclose(found, wanted, rtol=2e-7 if name == "bnb_int8" else 0, atol=0)
+
+    def test_there_are_enough_of_them(self):
+        self.assertGreaterEqual(len(list(LIBRARIES.glob("*.safetensors"))), 22)
+
+
+class FormulasTest(parameterized.TestCase):
+    @parameterized.parameters(sorted(packers.MEMBERS))
+    def test_field_members_of_each_form(self, name):
+        """FIELD Forms: every form: bits, groups, zero points, scale types, act-order -> dense values"""
+        packer, config = packers.MEMBERS[name]
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        dense = packers.pack_checkpoint(BASE, folder, packer, config, ignored=("layers.1.mlp",))
+        with open_checkpoint(folder) as raw:
+            view = dense_view(raw)
+            self.assertEqual(set(view.tensors), set(dense))
+            decoded = [tensor for tensor in view.tensors.values() if isinstance(tensor, DecodedTensor)]
+            self.assertLen(decoded, 2 * 7 - 3)
+            for tensor in decoded:
+                wanted = dense[tensor.name]
+                tolerance = {"rtol": 3e-7, "atol": 0}
+                np.testing.assert_allclose(tensor.read().astype("f4"), wanted, **tolerance, err_msg=tensor.name)
+                # Rows, columns and odd byte ranges are the same values.
+                part = tensor.read((slice(3, 17), slice(5, 41))).astype("f4")
+                np.testing.assert_allclose(part, wanted[3:17, 5:41], **tolerance)
+                whole, cut = tensor.raw(), bytearray(1001)
+                tensor.readinto_at(333, cut)
+                self.assertEqual(bytes(cut), whole[333:1334])
+            self.assertNotIn("quantization_config", view.config)
+            view.model_config()
+            self.assertIs(dense_view(view), view)
+
+    def test_a_dense_checkpoint_stays_what_it_is(self):
+        with open_checkpoint(BASE) as checkpoint:
+            self.assertIs(dense_view(checkpoint), checkpoint)
+            self.assertEqual(packed_forms(checkpoint), {})
+
+    def test_without_a_configuration_the_names_tell(self):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        dense = packers.pack_checkpoint(BASE, folder, *packers.MEMBERS["awq_32"])
+        lone = folder / "lone.safetensors"
+        (folder / "model.safetensors").rename(lone)
+        with open_checkpoint(lone) as raw:
+            np.testing.assert_array_equal(dense_view(raw).tensors[f"{Q}.weight"].read(), dense[f"{Q}.weight"])
+            self.assertEqual(packed_forms(raw), {"awq int4, group 32": 14})
+
+    def test_scales_of_activations_are_said_and_left_out(self):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, *packers.MEMBERS["fp8_tensor"])
+        tensors = packers.read(folder / "model.safetensors")
+        tensors[f"{Q}.input_scale"] = np.array(0.5, np.float32)
+        packers.write(folder / "model.safetensors", tensors)
+        with open_checkpoint(folder) as raw:
+            view = dense_view(raw)
+            self.assertNotIn(f"{Q}.input_scale", view.tensors)
+            self.assertIn("scale of activations", " ".join(view.warnings))
+
+
+class RefusalsTest(parameterized.TestCase):
+    @parameterized.parameters(
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "aqlm", "in_group_size": 8}, "aqlm"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "marlin"),
+        ({"quant_method": "awq", "version": "gemv"}, "gemv"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round"}, "auto_round"),
+    )
+    def test_field_what_nothing_decodes_is_refused_by_name(self, config, name):
+        """FIELD Forms: HQQ, AQLM, Marlin, AWQ gemv -> refused by name; convert carries them as they are"""
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, packers.gptq(), config)
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, name) as caught:
+            dense_view(raw)
+        self.assertEqual(caught.exception.code, "quantisation-unsupported")
+
+    def test_a_configuration_that_is_no_object(self):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, packers.gptq(), [4, 128])
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(BrokenContainerError, "no object"):
+            dense_view(raw)
+
+    @parameterized.parameters(
+        ("gptq_int4_32", "scales", lambda t: t[:, :-8]),
+        ("gptq_int4_32", "scales", lambda t: t.astype(np.int32)),
+        ("gptq_int4_32", "qzeros", lambda t: t[:1]),
+        ("gptq_int4_32", "qzeros", None),
+        ("gptq_int4_32", "g_idx", lambda t: t[:-1]),
+        ("awq_32", "qzeros", lambda t: t[:, :1]),
+        ("fp8_block_128", "weight_scale_inv", lambda t: np.ones((3, 5), np.float32)),
+        ("bnb_nf4_64", "weight.absmax", lambda t: t[:-1]),
+        ("bnb_nf4_64", "weight", lambda t: t[:-1]),
+        ("bnb_nf4_64", "weight.quant_map", lambda t: t[:-1]),
+        ("bnb_nf4_64", "weight.quant_state.bitsandbytes__nf4", lambda t: np.frombuffer(b'{"shape": 4}', np.uint8)),
+        ("ct_int4_32", "weight_shape", lambda t: np.array([64, 1 << 40], np.int64)),
+        ("ct_int4_32", "weight_scale", lambda t: t[:, :0]),
+        ("ct_nvfp4", "weight_scale", lambda t: t[:-1]),
+    )
+    def test_parts_that_do_not_fit(self, member, part, change):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, *packers.MEMBERS[member])
+        tensors = packers.read(folder / "model.safetensors")
+        held = tensors.pop(f"{Q}.{part}")
+        if change is not None:
+            tensors[f"{Q}.{part}"] = np.ascontiguousarray(change(held))
+        packers.write(folder / "model.safetensors", tensors)
+        with open_checkpoint(folder) as raw, self.assertRaises(RefusedError) as caught:
+            dense_view(raw)
+        self.assertEqual(caught.exception.code, "quantised-tensor")
+        self.assertIn(Q, caught.exception.tensor)
+
+    def test_an_index_that_leads_out_of_the_groups(self):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, *packers.MEMBERS["gptq_int4_act_order"])
+        tensors = packers.read(folder / "model.safetensors")
+        tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"] + 1
+        packers.write(folder / "model.safetensors", tensors)
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "leads out"):
+            dense_view(raw).tensors[f"{Q}.weight"].read()
+
+
+if __name__ == "__main__":
+    absltest.main()
