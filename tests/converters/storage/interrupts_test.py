@@ -99,7 +99,7 @@ class BoundedTest(parameterized.TestCase):
     def test_a_process_that_does_not_notice_is_ended_and_leaves_no_temporary(self, number):
         # Two locks of one mutex: a call into C that never returns, like a long compilation or product.
         code = """
-import ctypes, os, sys
+import ctypes, os, sys, threading
 from apr_jax.converters.storage import interrupts, output
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
 kind = output.FolderKind("kind", lambda name: True, lambda name: True)
@@ -112,7 +112,7 @@ with (
     interrupts.last_act(lambda: print("last words", os.listdir(sys.argv[1]).__len__())),
 ):
     libc.pthread_mutex_lock(mutex)
-    print("stuck", flush=True)
+    threading.Timer(0.3, print, ("stuck",), {"flush": True}).start()
     libc.pthread_mutex_lock(mutex)
 """
         folder = self.create_tempdir().full_path
