@@ -157,6 +157,7 @@ def _tokenizer(
         warnings.append("there is no tokenizer, so `apr` cannot take text with this file")
         return {}
     ids, merges = found
+    ids |= _configured(files, ids)
     length = max(vocab_size, max(ids.values(), default=-1) + 1)
     if length > _LARGEST_SHARE * max(vocab_size, len(ids)):
         # Most of the list would be holes, for rows that the embedding does not have.
@@ -206,6 +207,19 @@ def _read_tokenizer(files: Mapping[str, bytes]) -> tuple[dict[str, int], list[st
     except UnicodeDecodeError:
         raise _NotUnderstood("merges.txt is not UTF-8") from None
     return tokens, [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _configured(files: Mapping[str, bytes], known: Mapping[str, int]) -> dict[str, int]:
+    """Returns the added tokens that tokenizer_config.json alone names, where their ids are free."""
+    try:
+        config = _object(files, "tokenizer_config.json") if "tokenizer_config.json" in files else {}
+        added = {str(token["content"]): int(number) for number, token in config["added_tokens_decoder"].items()}
+    except (AprJaxError, _NotUnderstood, LookupError, TypeError, ValueError, AttributeError):
+        return {}
+    taken = set(known.values())
+    return {
+        token: number for token, number in added.items() if token not in known and number >= 0 and number not in taken
+    }
 
 
 def _parse(files: Mapping[str, bytes], name: str) -> Any:

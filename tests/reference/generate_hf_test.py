@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.run import convert
+from apr_jax.converters.errors import RefusedError
 from apr_jax.generate import sampling
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.generator import load_generator
@@ -169,6 +170,63 @@ class ProcessorsAgainstHuggingFaceTest(parameterized.TestCase):
             theirs, ours = (side(scores, [[0]] * 8, top_k=0, top_p=top_p) for side in (self.theirs, self.ours))
             np.testing.assert_array_equal((ours > 0).sum(axis=1), (theirs > 0).sum(axis=1))
             np.testing.assert_allclose(np.sort(ours), np.sort(theirs), rtol=3e-6, atol=1e-9)
+
+
+@absltest.skipUnless(hf_reference.available(), "torch and transformers are not installed (extra: reference)")
+class SettingsAgainstHuggingFaceTest(parameterized.TestCase):
+    """Which generation settings go through: those that live HuggingFace generates with, and ours."""
+
+    CONFIGS = (
+        {"do_sample": False, "temperature": 0.0},
+        {"do_sample": False, "temperature": -1, "top_k": -1, "top_p": 1.7},
+        {"temperature": "hot"},
+        {"top_p": -1, "min_p": 0.1, "typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.2, "top_h": 0.4},
+        {"do_sample": True, "temperature": 0.0},
+        {"do_sample": True, "temperature": -0.5},
+        {"do_sample": True, "top_k": -1},
+        {"do_sample": True, "top_k": 1, "top_p": 1.5, "min_p": 0.0, "epsilon_cutoff": 1.5, "typical_p": 1.5},
+        {"do_sample": True, "top_p": -0.1},
+        {"do_sample": True, "top_k": 1, "top_p": 0.0},
+        {"do_sample": 1, "top_k": 1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": -1.0},
+        {"penalty_alpha": 0.6, "top_k": 1},
+        {"num_beam_groups": 2, "diversity_penalty": 0.5, "length_penalty": 2.0, "early_stopping": True},
+        {"renormalize_logits": True, "no_repeat_ngram_size": -1, "min_length": -1, "prompt_lookup_num_tokens": 3},
+        {"num_return_sequences": 3},
+        {"max_new_tokens": 0},
+        {"max_length": -1, "max_new_tokens": 3},
+        {"eos_token_id": -1},
+        {"eos_token_id": None, "min_new_tokens": 2},
+    )
+
+    def test_field_settings_go_through_where_transformers_generates_and_greedy_is_greedy(self):
+        """FIELD Configurations: 21 generation_config.json with odd values -> taken or refused as by transformers"""
+        generator, model = (load(paths.checkpoint("gqa_tied_bf16")) for load in (load_generator, hf_reference.load))
+        ids = torch.tensor([[5, 6, 7]])
+        (plain,) = generator.generate([[5, 6, 7]], do_sample=False, repetition_penalty=1.0, max_new_tokens=3)
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        taken = 0
+        for config in self.CONFIGS:
+            with self.subTest(config):
+                (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, **config}))
+                try:
+                    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+                    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0)[0, 3:].tolist()
+                except ValueError:
+                    theirs = None
+                with open_checkpoint(paths.checkpoint("gqa_tied_bf16")) as checkpoint:
+                    content = (folder / "generation_config.json").read_bytes()
+                    object.__setattr__(checkpoint, "files", {**checkpoint.files, "generation_config.json": content})
+                    ours = GenerationConfig.of(checkpoint)
+                if theirs is None:
+                    self.assertRaisesRegex(RefusedError, "--", ours.checked)
+                    continue
+                ours.checked()
+                # A draw from one token is no draw.
+                self.assertEqual(theirs, list(plain.token_ids))
+                taken += 1
+        self.assertBetween(taken, 10, len(self.CONFIGS) - 5)
 
 
 @absltest.skipUnless(hf_reference.available(), "torch and transformers are not installed (extra: reference)")

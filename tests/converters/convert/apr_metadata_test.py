@@ -126,6 +126,17 @@ class TokenizerTest(parameterized.TestCase):
         for key in ("tokenizer.vocabulary", "tokenizer.merges", "tokenizer.eos_token_id"):
             self.assertEqual(found[key], expected[key])
 
+    def test_field_added_tokens_that_the_configuration_alone_names_are_in_the_list_for_apr(self):
+        """FIELD Text: added tokens only in tokenizer_config.json -> in the .apr's vocabulary too, where ids are free"""
+        bare = {"tokenizer.json": json.dumps(TOKENIZER | {"added_tokens": []}).encode()}
+        decoder = {"5": "<|endoftext|>", "6": "<|im_end|>", "1": "taken", "9": "ab", "-1": "none"}
+        config = {"added_tokens_decoder": {number: {"content": token} for number, token in decoder.items()}}
+        found = build(files=bare | {"tokenizer_config.json": json.dumps(config).encode()})
+        self.assertEqual(found["tokenizer.vocabulary"], build()["tokenizer.vocabulary"])
+        for broken in (b"{", b"[]", b'{"added_tokens_decoder": {"x": {}}}', b'{"added_tokens_decoder": [1]}'):
+            found = build(files=bare | {"tokenizer_config.json": broken})
+            self.assertEqual(found["tokenizer.vocabulary"][5:], ["<unk>"] * 3)
+
     @parameterized.parameters(
         b"{",
         b"[]",
