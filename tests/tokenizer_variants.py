@@ -187,6 +187,11 @@ ADDED: Kind = {
     "roles spelt as objects": lambda: _config(
         bos_token={"__type": "AddedToken", **_token("<new>", normalized=True)}, mask_token="[MASK]"
     ),
+    "tokenizer.json alone, its added tokens out of order and with a gap": lambda: changed(
+        "tokenizer.json",
+        lambda content: content.update(added_tokens=[{**_NEW, "id": 290}, *reversed(content["added_tokens"])]),
+        _without("tokenizer_config.json", "vocab.json", "merges.txt"),
+    ),
     "tokenizer.json alone": lambda: _without("tokenizer_config.json", "vocab.json", "merges.txt"),
 }
 SLOW: Kind = {
@@ -241,6 +246,11 @@ OVERRIDDEN: Kind = {
         }
     ),
     "no normaliser, and one that lowers": lambda: _whole(normalizer={"type": "Lowercase"}),
+    "a model with dropout, ignore_merges, byte_fallback and an unknown token": lambda: changed(
+        "tokenizer.json",
+        lambda content: content["model"].update(dropout=0.5, ignore_merges=True, byte_fallback=True, unk_token="!"),
+    ),
+    "a pre-tokenizer that puts a space in front": lambda: _whole(pre_tokenizer=_BYTE_LEVEL),
     "merges as pairs": lambda: _merges(lambda merge: merge.split(" ") if isinstance(merge, str) else merge),
     "merges as text": lambda: _merges(lambda merge: merge if isinstance(merge, str) else " ".join(merge)),
     "tokenizer_class LlamaTokenizerFast": lambda: _config(
