@@ -72,9 +72,15 @@ def read(files: Mapping[str, bytes], model_type: str | None, path: str) -> Token
     if WHOLE not in files and not (VOCABULARY in files and MERGES in files):
         return None
     config = _object(files, CONFIG, path)
+    is_qwen2 = _is_qwen2(config, model_type)
     try:
-        backend = _backend(files, config, model_type, path)
-        tokens = _Tokens.of(files, config, is_qwen2=_is_qwen2(config, model_type))
+        if WHOLE not in files:
+            backend = _of_lists(files, config, path)
+        elif is_qwen2:
+            backend = _rebuilt(_object(files, WHOLE, path), config, path)
+        else:
+            backend = _as_it_stands(files[WHOLE], path)
+        tokens = _Tokens.of(files, config, is_qwen2=is_qwen2)
         warnings = tokens.add_to(backend)
         if WHOLE not in files:
             backend.post_processor = _ends(backend, config, tokens.named)
@@ -112,42 +118,38 @@ def _is_qwen2(config: Mapping[str, Any], model_type: str | None) -> bool:
     return named == _CLASS or (model_type == _MODEL_TYPE and not (has_code and named))
 
 
-def _backend(
-    files: Mapping[str, bytes], config: Mapping[str, Any], model_type: str | None, path: str
-) -> tokenizers.Tokenizer:
-    """Returns the tokenizer before anything is added to it."""
-    if WHOLE in files and not _is_qwen2(config, model_type):
-        backend = tokenizers.Tokenizer.from_str(files[WHOLE].decode())
-        if not _is_byte_level(backend.decoder):
-            raise _refused(
-                "the tokenizer is not byte-level BPE, as Qwen2's are",
-                path,
-                code="tokenizer-decoder",
-                found=type(backend.decoder).__name__,
-                expected="the decoder ByteLevel",
-            )
-        # transformers encodes each text whole and alone, whatever the file asks for.
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
-    if WHOLE in files:
-        whole = _object(files, WHOLE, path)
-        model = whole.get("model")
-        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-            raise _refused(
-                "the tokenizer is not byte-level BPE, as Qwen2's are",
-                path,
-                code="tokenizer-model",
-                found=str(model.get("type")) if isinstance(model, dict) else "no model",
-                expected="the model BPE",
-            )
-        backend = _qwen2(model["vocab"], apr_tokenizer.pairs(model.get("merges", ()), WHOLE), config)
-        if whole.get("post_processor") is not None:
-            backend.post_processor = _post_processor(whole["post_processor"])
-        return backend
+def _of_lists(files: Mapping[str, bytes], config: Mapping[str, Any], path: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of vocab.json and merges.txt, before anything is added to it."""
     lines = [line.rstrip("\r") for line in files[MERGES].decode().split("\n")]
     merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     return _qwen2(_object(files, VOCABULARY, path), apr_tokenizer.pairs(merges, MERGES), config)
+
+
+def _rebuilt(whole: Mapping[str, Any], config: Mapping[str, Any], path: str) -> tokenizers.Tokenizer:
+    """Returns the Qwen2Tokenizer with what transformers takes from tokenizer.json."""
+    model = whole.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        found = str(model.get("type")) if isinstance(model, dict) else "no model"
+        raise _no_byte_level(path, found, "the model BPE")
+    backend = _qwen2(model["vocab"], apr_tokenizer.pairs(model.get("merges", ()), WHOLE), config)
+    if whole.get("post_processor") is not None:
+        backend.post_processor = _post_processor(whole["post_processor"])
+    return backend
+
+
+def _as_it_stands(content: bytes, path: str) -> tokenizers.Tokenizer:
+    """Returns what tokenizer.json describes, but that texts are encoded whole and alone."""
+    backend = tokenizers.Tokenizer.from_str(content.decode())
+    if not _is_byte_level(backend.decoder):
+        raise _no_byte_level(path, type(backend.decoder).__name__, "the decoder ByteLevel")
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _no_byte_level(path: str, found: str, expected: str) -> RefusedError:
+    message = "the tokenizer is not byte-level BPE, as Qwen2's are"
+    return _refused(message, path, code="tokenizer-kind", found=found, expected=expected)
 
 
 def _qwen2(vocabulary: dict[str, int], merges: list[list[str]], config: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -241,18 +243,16 @@ class _Tokens:
         if self.again:
             special = [_text(token) for token in (*self.named.values(), *self.extra) if token is not None]
             backend.add_tokens([AddedToken(text, special=True) for text in dict.fromkeys(special)])
-        moved = [
-            f"{token.content} {index} -> {number}"
-            for index, token in sorted(self.added.items())
-            if (number := backend.token_to_id(token.content)) not in (index, None)
-        ]
+        return self._moved(backend)
+
+    def _moved(self, backend: tokenizers.Tokenizer) -> tuple[str, ...]:
+        ids = {token.content: (index, backend.token_to_id(token.content)) for index, token in self.added.items()}
+        moved = [f"{text} {index} -> {number}" for text, (index, number) in sorted(ids.items()) if index != number]
         if not moved:
             return ()
-        return (
-            "added tokens have other ids than the files say, since transformers gives the next free one: "
-            + ", ".join(moved[:5])
-            + (f" and {len(moved) - 5} more" if len(moved) > 5 else ""),
-        )
+        more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
+        said = "added tokens have other ids than the files say, since transformers gives the next free one"
+        return (f"{said}: {', '.join(moved[:5])}{more}",)
 
 
 def _merge_special_map(settings: dict[str, Any], special_map: Mapping[str, Any]) -> None:

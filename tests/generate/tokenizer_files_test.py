@@ -102,8 +102,14 @@ class VariantsTest(parameterized.TestCase):
 
     def test_ids_that_transformers_gives_against_the_files_are_said(self):
         warned = tokenizer_of(VARIANTS["added_tokens_decoder with gaps"]()).warnings
-        self.assertIn("<other> 286 -> 282, <new> 290 -> 283", warned[0])
+        self.assertIn("<new> 290 -> 283, <other> 286 -> 282", warned[0])
         self.assertEqual(tokenizer_of(base_files()).warnings, ())
+
+    def test_another_decoder_is_refused_where_the_file_counts_whole(self):
+        files = VARIANTS["code beside another class"]()
+        whole = json.loads(files["tokenizer.json"]) | {"decoder": {"type": "ByteFallback"}}
+        with self.assertRaisesRegex(RefusedError, "not byte-level.*ByteFallback.*--input-ids"):
+            tokenizer_of(files | {"tokenizer.json": json.dumps(whole).encode()})
 
     @parameterized.parameters(
         ({"tokenizer_config.json": b'{"eos_token": 5}'}, "a special token is 5"),
