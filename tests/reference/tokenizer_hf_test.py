@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ class VariantsTest(parameterized.TestCase):
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        os.link(paths.checkpoint(tokenizer_variants.BASE) / "model.safetensors", folder / "model.safetensors")
+        shutil.copy(paths.checkpoint(tokenizer_variants.BASE) / "model.safetensors", folder / "model.safetensors")
         theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with open_checkpoint(folder) as checkpoint:
             return theirs, Tokenizer.of(checkpoint)
@@ -85,7 +86,9 @@ class ImportedByAprTest(parameterized.TestCase):
         (folder / "hf").mkdir()
         for name, content in files.items():
             (folder / "hf" / name).write_bytes(content)
-        os.link(paths.checkpoint(tokenizer_variants.BASE) / "model.safetensors", folder / "hf" / "model.safetensors")
+        shutil.copy(
+            paths.checkpoint(tokenizer_variants.BASE) / "model.safetensors", folder / "hf" / "model.safetensors"
+        )
         subprocess.run([APR, "import", folder / "hf", "-o", folder / "m.apr"], capture_output=True, check=True)
         convert(folder / "m.apr", folder / "back", to="safetensors")
         theirs, back = (transformers.AutoTokenizer.from_pretrained(folder / name) for name in ("hf", "back"))
