@@ -34,7 +34,7 @@ class VariantsTest(parameterized.TestCase):
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        shutil.copy(paths.checkpoint(tokenizer_variants.BASE) / "model.safetensors", folder / "model.safetensors")
+        shutil.copy(paths.checkpoint(tokenizer_variants.BASE) / "model.safetensors", folder)
         theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with open_checkpoint(folder) as checkpoint:
             return theirs, Tokenizer.of(checkpoint)
