@@ -2,7 +2,7 @@
 
     python tests/field_cases.py [--report FILE] [PATH ...]
 
-A case is a test whose name begins with `test_field_`; its docstring begins "FIELD Kind: input -> right outcome". Runs
+A case is a test whose name begins with `test_field_`; its docstring has "FIELD Kind: input -> right outcome". Runs
 them all, prints the table, and exits 1 if one fails, if one was skipped, or if there is none.
 """
 
@@ -33,7 +33,7 @@ class Collector:
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items[:] = [item for item in items if item.name.startswith("test_field_")]
         for item in items:
-            case = _CASE.match(" ".join((item.obj.__doc__ or "").split()))
+            case = _CASE.search(" ".join((item.obj.__doc__ or "").split()))
             if case is None:
                 self.unlabelled.append(item.nodeid)
             else:

@@ -67,8 +67,7 @@ class ImportedByAprTest(parameterized.TestCase):
         (("[INST]", "<|user|>", "日本"), False),
         (("<｜Assistant｜>", "  ", "né"), False),
     )
-    def test_field_what_apr_import_drops_is_recovered(self, added, beside_apr):
-        """FIELD Text: apr import of a folder with added tokens -> transformers' ids, from the .apr and its folder"""
+    def test_what_apr_import_drops_is_recovered(self, added, beside_apr):
         folder = pathlib.Path(self.create_tempdir().full_path)
         tokens = {
             str(283 + number): {"content": token, "special": False, "normalized": False}

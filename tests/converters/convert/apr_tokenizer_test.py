@@ -156,7 +156,7 @@ class AprTokenizerTest(parameterized.TestCase):
         self.assertEqual(list(plan.side_files), ["config.json"])
 
     def test_field_a_folder_made_of_it_has_the_tokenizer_and_becomes_the_same_apr(self):
-        """FIELD Text: .apr of apr import -> folder -> the tokenizer is written; back -> the same metadata"""
+        """FIELD Text: an .apr of apr import to a folder and back -> with its tokenizer, and the same bytes again"""
         path = imported(self.folder, tokenizer__chat_template="{{ messages[0].content }}{{ eos_token }}")
         convert(path, self.folder / "hf", to="safetensors")
         config = json.loads((self.folder / "hf" / "tokenizer_config.json").read_text())
