@@ -105,13 +105,13 @@ def read_rope(
     found: dict[str, tuple[Any, RopeScaling | None]] = {}
     for key in OBJECTS:
         value = config.get(key)
-        if not isinstance(value, Mapping):
-            if value is not None:
-                problems.append(Problem(key, f"{key} is {value!r}, expected an object"))
+        if not value:
+            # Empty, false and the like ask for nothing.
             continue
-        if value:
-            reader = _Reader(key, value, config, problems)
-            found[key] = value.get("rope_theta"), reader.rule(max_positions, head_dim)
+        if not isinstance(value, Mapping):
+            problems.append(Problem(key, f"{key} is {value!r}, expected an object"))
+            continue
+        found[key] = value.get("rope_theta"), _Reader(key, value, config, problems).rule(max_positions, head_dim)
     bases = {"rope_theta": config.get("rope_theta")} | {f"{key}.rope_theta": base for key, (base, _) in found.items()}
     given = {name: base for name, base in bases.items() if base is not None}
     if len({_number(base) if _is_number(base) else repr(base) for base in given.values()}) > 1:

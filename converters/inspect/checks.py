@@ -242,7 +242,8 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
         problems = error.message.split("\n  ")[1:]
         # Another model than those that are known here is nothing that is wrong with the file.
         broken = not problems or any(not any(words in problem for words in _UNSUPPORTED) for problem in problems)
-        yield Check("configuration", False if broken else None, error.message.replace("\n  ", " "))
+        said = ". ".join(filter(None, (error.message.replace("\n  ", " "), error.hint)))
+        yield Check("configuration", False if broken else None, said)
         return
     yield Check("configuration", True, _described(config))
     if any(name.startswith("blk.") for name in checkpoint.tensors):

@@ -69,6 +69,7 @@ class KnownKeysTest(parameterized.TestCase):
         {"partial_rotary_factor": 1.0},
         {"rope_scaling": {"type": "linear", "factor": 1.0}},
         {"rope_scaling": {}},
+        {"rope_scaling": False},
         {"rope_scaling": {"rope_type": None}},
         {"is_causal": True},
         {"num_experts": 0, "use_qk_norm": False, "logit_scale": 1.0, "pruned_heads": []},
