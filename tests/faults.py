@@ -42,7 +42,7 @@ def adjacent_pairs(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape)
 
 
-def not_causal(scores: Array, q_positions: Array, kv_positions: Array) -> Array:
+def not_causal(scores: Array, q_positions: Array, kv_positions: Array, window: int | None = None) -> Array:
     """Softmax over all keys that are no padding."""
     del q_positions
     wide = at_least_float32(scores)

@@ -5,7 +5,7 @@ T query position, S key position, K key/value head, G query heads per key/value 
 
 Rotary angles are part of the definition, not of the arithmetic under test: `inv_freq` is torch's float32 value, an
 angle is float32(position) * inv_freq in float32, its cosine and sine are rounded to float32 once; from there on all is
-float64.
+float64. Rules that stretch the context are written from their papers, in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ def forward(
     batch, length = ids.shape
     mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0) if position_ids is None else np.asarray(position_ids)
-    n_q, n_kv = config["num_attention_heads"], config["num_key_value_heads"]
+    n_q, n_kv = config["num_attention_heads"], config["num_key_value_heads"] or config["num_attention_heads"]
     dim = config.get("head_dim") or config["hidden_size"] // n_q
-    theta = (config.get("rope_parameters") or config)["rope_theta"]
-    angles = positions.astype(f32)[..., None] * inv_freq(theta, dim)
-    cos, sin = (f(angles.astype(f64)).astype(f32).astype(f64)[:, :, None] for f in (np.cos, np.sin))
+    frequencies, factor = rope(config, dim, int(positions.max()) + 1)
+    angles = positions.astype(f32)[..., None] * frequencies
+    cos, sin = ((f(angles.astype(f64)).astype(f32) * f32(factor)).astype(f64)[:, :, None] for f in (np.cos, np.sin))
     # A padded query sees at least itself, so that no row is empty; that changes nothing for the others.
-    visible = np.tril(np.ones((length, length), bool)) & (mask[:, None, :] | np.eye(length, dtype=bool))
+    causal = np.tril(np.ones((length, length), bool)) & (mask[:, None, :] | np.eye(length, dtype=bool))
+    behind = np.arange(length)[:, None] - np.arange(length)
     stages: dict[str, np.ndarray] = {}
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -82,6 +83,7 @@ def forward(
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         s = {}
+        visible = causal & (behind < window(config, layer))
         s["attn_norm"] = norm(x, p + "input_layernorm")
         qkv = [p + f"self_attn.{name}_proj" for name in "qkv"]
         s["qkv_matmul"] = np.concatenate([s["attn_norm"] @ w(name).T for name in qkv], -1)
@@ -109,6 +111,67 @@ def forward(
     stages["final_norm"] = norm(x, "model.norm")
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
     return stages["final_norm"] @ w(head).T, stages
+
+
+def window(config: dict[str, Any], layer: int) -> float:
+    """Returns how many keys a query of a layer sees, itself included; infinite is all before it."""
+    types = config.get("layer_types")
+    has = layer >= config.get("max_window_layers", 28) if types is None else types[layer] == "sliding_attention"
+    return config["sliding_window"] if config.get("use_sliding_window") and has else np.inf
+
+
+def base(config: dict[str, Any]) -> float:
+    """Returns the rotary base, wherever it stands."""
+    rule = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return rule.get("rope_theta") or config.get("rope_theta") or 1e4
+
+
+def rope(config: dict[str, Any], dim: int, length: int) -> tuple[np.ndarray, float]:
+    """Returns the rotary frequencies of a batch of this length, float32 [dim / 2], and what cos and sin are times.
+
+    The formulas of the papers, in float64: position interpolation (arXiv:2306.15595), NTK-aware scaling by the length,
+    YaRN (arXiv:2309.00071, section 3.2 and equation 22), LongRoPE (arXiv:2402.13753, with the attention of its Phi-3),
+    Llama 3.1 (`apply_scaling` of its reference code). Plain RoPE is torch's bit for bit.
+    """
+    rule = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rule.get("rope_type") or rule.get("type") or "default"
+    theta = base(config)
+    if kind == "default":
+        return inv_freq(theta, dim), 1.0
+    longest = config["max_position_embeddings"]
+    original = config.get("original_max_position_embeddings") or rule.get("original_max_position_embeddings") or longest
+    s = rule.get("factor") or longest / original
+    plain, attention = f64(theta) ** (-np.arange(0, dim, 2) / dim), 1.0
+    if kind == "linear":
+        made = plain / s
+    elif kind == "dynamic":
+        grown = theta * (s * max(length, longest) / longest - (s - 1)) ** (dim / (dim - 2))
+        made = grown ** (-np.arange(0, dim, 2) / dim)
+    elif kind == "yarn":
+        bounds = [
+            dim * np.log(original / (2 * np.pi * turns)) / (2 * np.log(theta))
+            for turns in (rule.get("beta_fast") or 32, rule.get("beta_slow") or 1)
+        ]
+        if rule.get("truncate", True):
+            bounds = [np.floor(bounds[0]), np.ceil(bounds[1])]
+        low, high = max(bounds[0], 0), min(bounds[1], dim - 1)
+        gamma = np.clip((np.arange(dim // 2) - low) / (high - low or 1e-3), 0, 1)
+        made = plain * (1 - gamma) + plain / s * gamma
+        top, bottom = rule.get("mscale") or 0, rule.get("mscale_all_dim") or 0
+        top, bottom = (top, bottom) if top and bottom else (1, 0)
+        attention = (0.1 * top * np.log(s) + 1) / (0.1 * bottom * np.log(s) + 1) if s > 1 else 1.0
+    elif kind == "longrope":
+        made = plain / np.array(rule["long_factor" if length > original else "short_factor"])
+        attention = np.sqrt(1 + np.log(s) / np.log(original)) if s > 1 else 1.0
+    elif kind == "llama3":
+        turns = original * plain / (2 * np.pi)
+        low, high = rule["low_freq_factor"], rule["high_freq_factor"]
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        made = (1 - smooth) * plain / s + smooth * plain
+    else:
+        share = int((rule.get("partial_rotary_factor") or 1) * dim // 2)
+        made = np.where(np.arange(dim // 2) < share, plain / (rule.get("factor") or 1), 0)
+    return made.astype(f32), float(rule.get("attention_factor") or attention)
 
 
 def loss_nats(logits: np.ndarray, input_ids: np.ndarray, attention_mask: np.ndarray | None = None) -> float:

@@ -51,6 +51,7 @@ class Settings:
       seconds: No case begins later than this; None means no end.
       quick: One short turn each.
       scratch: Folder for checkpoints of a shape; None means the system's.
+      ignore_config: Keys of a checkpoint's configuration that change nothing.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Settings:
     seconds: float | None
     quick: bool
     scratch: str | None
+    ignore_config: tuple[str, ...] = ()
 
 
 Say = Callable[[str], None]
@@ -149,7 +151,8 @@ def _model(settings: Settings, device: jax.Device) -> LanguageModel:
         config = SAMPLES[SHAPES[settings.model]].config
         model = LanguageModel(config, random_parameters(config, settings.dtype, fused, device), device)
     else:
-        model = load_model(settings.model, settings.dtype, device, fused=fused)
+        ignored = settings.ignore_config
+        model = load_model(settings.model, settings.dtype, device, fused=fused, ignore_config=ignored)
     return model.with_ops(fastest_ops.ops_for(model.config, model.dtype, device, fused))
 
 
@@ -226,7 +229,9 @@ def _measure_files(settings: Settings, results: dict[str, Any], late: Callable[[
         if settings.start_up and not late(START_UP):
             rounds = 1 if settings.quick else _START_UP_ROUNDS
             peers = settings.peers and hf_reference.available() and os.path.isdir(path)
-            results["start_up"] = start_up.run(path, settings.device, settings.dtype, rounds, peers)
+            results["start_up"] = start_up.run(
+                path, settings.device, settings.dtype, rounds, peers, settings.ignore_config
+            )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from typing import Any
 
 _PROMPT = 16
@@ -28,7 +29,14 @@ print(json.dumps({"load_seconds": loaded, "token": made[0, -1].item()}))
 """
 
 
-def run(model: str, device: str, dtype: str, rounds: int, with_huggingface: bool) -> list[dict[str, Any]]:
+def run(
+    model: str,
+    device: str,
+    dtype: str,
+    rounds: int,
+    with_huggingface: bool,
+    ignore_config: Iterable[str] = (),
+) -> list[dict[str, Any]]:
     """Measures whole processes: interpreter, imports, load, compile, prompt of 16 tokens, one token.
 
     Args:
@@ -37,6 +45,7 @@ def run(model: str, device: str, dtype: str, rounds: int, with_huggingface: bool
       dtype: Of parameters and computation.
       rounds: Turns with a warm cache, alternating with HuggingFace's; the fastest counts.
       with_huggingface: Whether transformers is there.
+      ignore_config: Keys of the configuration that change nothing.
 
     Returns:
       A row for each contestant, `seconds` and `load_seconds`, and `compile_seconds` of ours, which has one row for the
@@ -50,6 +59,7 @@ def run(model: str, device: str, dtype: str, rounds: int, with_huggingface: bool
         ids = pathlib.Path(scratch, "ids.json")
         ids.write_text(json.dumps([list(range(100, 100 + _PROMPT))]))
         arguments = ["generate", model, "--input-ids", str(ids), "--max-new-tokens", "1", "--greedy", "--json"]
+        arguments += [f"--ignore-config={key}" for key in ignore_config]
         arguments += ["--device", device, "--dtype", dtype]
         ours = [sys.executable, "-c", _OURS, *arguments]
         theirs = [sys.executable, "-c", _HUGGINGFACE, model, str(ids), device, dtype]

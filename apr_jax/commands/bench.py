@@ -49,6 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", metavar="S", type=float, help="begin no case after so long")
     parser.add_argument("--quick", action="store_true", help="one short turn each: to see that it works")
     parser.add_argument("--scratch", metavar="DIR", help="where checkpoints of a shape are written (default: /tmp)")
+    cli.add_configuration_arguments(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="write the results as JSON, after every case")
     parser.add_argument("--svg", metavar="FILE", help="draw the roofline picture")
     parser.add_argument("--json", action="store_true", help="print JSON at the end, progress on stderr")
@@ -106,4 +107,5 @@ def _settings(args: argparse.Namespace) -> Any:
         seconds=args.seconds,
         quick=args.quick,
         scratch=args.scratch,
+        ignore_config=tuple(args.ignore_config),
     )

@@ -42,6 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     restore = commands.add_parser("restore", help="restore one on a device and compare it with what was saved")
     restore.add_argument("folder", metavar="DIR", help="what save wrote")
     restore.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: JAX's own choice)")
+    cli.add_configuration_arguments(restore)
     for each in (save, restore):
         each.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv[1:])
@@ -58,14 +59,13 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     if args.command == "save":
         with cli.open_dense_from(args, args.model) as checkpoint:
-            for warning in checkpoint.warnings:
-                cli.say(f"warning: {warning}")
             description = prepared.save(
                 checkpoint, args.folder, dtype=args.dtype, fused=args.fused, force=args.force, notice=cli.say
             )
+            cli.say_warnings(checkpoint)
         done = "saved"
     else:
-        description = prepared.check(args.folder, args.device)
+        description = prepared.check(args.folder, args.device, args.ignore_config)
         done = "restored, every parameter as it was saved"
     result = _summary(description) | {"folder": args.folder, "seconds": round(time.perf_counter() - started, 3)}
     if args.json:

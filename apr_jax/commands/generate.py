@@ -116,12 +116,11 @@ def main(args: argparse.Namespace) -> int:
 
         begun = time.perf_counter()
         with cli.open_dense_from(args, args.model) as checkpoint:
-            for warning in checkpoint.warnings:
-                cli.say(f"warning: {warning}")
             config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)
             config.but(**settings).checked()
             with _said():
                 generator = load_generator(checkpoint, args.dtype, args.device, text=not args.input_ids)
+            cli.say_warnings(checkpoint)
         generator.generation_config = config
         for warning in generator.tokenizer.warnings if generator.tokenizer else ():
             cli.say(f"warning: {warning}")

@@ -68,6 +68,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--hidden-states", action="store_true", help="store the input of every layer as well")
     parser.add_argument("--trace", action="store_true", help="store every stage as well")
+    cli.add_checkpoint_arguments(parser)
+    cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv[1:])
@@ -94,7 +96,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
-    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.converters.storage.output import check_target
     from apr_jax.trace import aprt, golden, stages
 
@@ -102,8 +103,9 @@ def _make(args: argparse.Namespace) -> int:
     if as_dump and not args.trace:
         raise UsageError("a folder of APRT files holds stages", code="aprt-trace", hint="Add --trace.")
     check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force)
-    with open_dense(args.model, adapters=args.adapter) as checkpoint:
+    with cli.open_dense_from(args, args.model) as checkpoint:
         config = checkpoint.model_config()
+        cli.say_warnings(checkpoint)
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
         inputs.check_vocabulary(config.vocab_size)
         made = _compute(args, checkpoint, inputs)
@@ -129,10 +131,9 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace import inputs
 
-    with open_dense(args.model, adapters=args.adapter) as checkpoint:
+    with cli.open_dense_from(args, args.model) as checkpoint:
         # One sequence, as most engines run: the first row of what a golden file is made from by default.
         batch = _inputs(args, checkpoint, batch=1)
         batch.check_vocabulary(checkpoint.model_config().vocab_size)
@@ -265,20 +266,19 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> _Report:
-    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace import compare, golden, stages
     from apr_jax.trace.positions import find_columns
 
-    with open_dense(args.model, adapters=args.adapter) as checkpoint:
+    with cli.open_dense_from(args, args.model) as checkpoint:
         config = checkpoint.model_config()
         reference = _reference(args, checkpoint)
         inputs = reference.inputs
         inputs.check_vocabulary(config.vocab_size)
-        warnings = _warnings(reference, checkpoint)
+        warnings = checkpoint.warnings + _warnings(reference, checkpoint)
         ours = _recompute(args, args.dtype, reference)
         bar = _bar(args, reference)
         columns = None if reference.positions is None else find_columns(reference.positions, inputs)
-        comparisons = compare.compare(ours, reference.values, inputs, bar, columns)
+        comparisons = compare.compare(ours, reference.values, inputs, bar, columns, config)
     ours_summary, theirs_summary = (
         golden.summary(values.get(stages.LOGITS), inputs, config) for values in (ours, reference.values)
     )
@@ -316,14 +316,13 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
 
 
 def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[str, np.ndarray]:
-    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace.stages import Key
 
     settings = argparse.Namespace(**vars(args) | {"dtype": dtype})
     keys = [Key(key) for key in reference.values]
     settings.trace = any(key.is_inner for key in keys)
     settings.hidden_states = any(key.is_hidden for key in keys)
-    with open_dense(args.model, adapters=args.adapter) as checkpoint:
+    with cli.open_dense_from(args, args.model) as checkpoint:
         values, _, _ = (_run_hf if args.reference == "hf" else _run_jax)(settings, checkpoint, reference.inputs)
     return values
 

@@ -69,6 +69,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         " or a JSON file",
     )
     parser.add_argument("--check-upload", action="store_true", help="read every parameter back and compare it")
+    cli.add_checkpoint_arguments(parser)
+    cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv[1:])
     computed = args.right in _SIDES
@@ -84,21 +86,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
-    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.generate import compilation_cache
-    from apr_jax.load.load_model import load_model
     from apr_jax.model.parameters import DTYPES
     from apr_jax.parity.diagnose import diagnose
     from apr_jax.parity.localise import infer_dtype
 
     compilation_cache.enable()
     args.model = located(args.model)
-    with open_dense(args.model) as checkpoint:
+    with cli.open_dense_from(args, args.model) as checkpoint:
         config = checkpoint.model_config()
+        cli.say_warnings(checkpoint)
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
-    exact = load_model(args.model, "float64", "cpu")
+    exact = _load(args, "float64", "cpu")
     dtype = args.right_dtype or dump.dtype or infer_dtype(dump.values)
     if dtype not in DTYPES:
         raise UsageError(
@@ -108,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
             found=dtype,
             hint="Say with --right-dtype as what it shall be judged.",
         )
-    same = load_model(args.model, dtype, args.left)
+    same = _load(args, dtype, args.left)
     notes = _notes(args, dump, exact)
     diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns)
     diagnosis = _without_expected(args, diagnosis, notes)
@@ -122,13 +123,19 @@ def main(args: argparse.Namespace) -> int:
     return cli.EXIT_DIFFERS if report["verdict"] == "mistake" else 0
 
 
+def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
+    from apr_jax.load.load_model import load_model
+
+    with cli.open_dense_from(args, args.model) as checkpoint:
+        return load_model(checkpoint, dtype, device)
+
+
 def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: list[str]) -> Diagnosis:
     """Takes out what belongs to a quantised file: engines round activations beside Q4_K weights, by design."""
-    from apr_jax.converters.checkpoint.openers import open_checkpoint
     from apr_jax.parity.diagnose import Diagnosis
     from apr_jax.parity.faults.table import FAULTS
 
-    with open_checkpoint(args.model) as checkpoint:
+    with cli.open_dense_from(args, args.model) as checkpoint:
         quantised = any(tensor.dtype.is_block for tensor in checkpoint.tensors.values())
     by_design = [finding for finding in diagnosis.findings if FAULTS[finding.fault].beside_blocks]
     if not quantised or not by_design:
@@ -161,9 +168,7 @@ def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
     if args.right == "hf":
         values = _huggingface(args, batch, dtype)
     else:
-        from apr_jax.load.load_model import load_model
-
-        values = golden.stored(load_model(args.model, dtype, args.right).trace(batch))
+        values = golden.stored(_load(args, dtype, args.right).trace(batch))
     return dumps.Dump(batch, values, dtype)
 
 
@@ -184,7 +189,6 @@ def _huggingface(args: argparse.Namespace, batch: Inputs, dtype: Any) -> dict[st
 
 def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[str]:
     """What the reader of the answer has to know: what this comparison cannot see."""
-    from apr_jax.converters.checkpoint.dense import open_dense
     from apr_jax.trace import golden, stages
     from apr_jax.trace.positions import shown_positions
 
@@ -208,7 +212,7 @@ def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[s
     if beyond := set(dump.values) - set(stages.trace_keys(exact.config.num_layers)):
         notes.append(f"the dump has a layer more than the model ({len(beyond)} stages)")
     if dump.weights_sha256 is not None:
-        with open_dense(args.model) as checkpoint:
+        with cli.open_dense_from(args, args.model) as checkpoint:
             if golden.weights_sha256(checkpoint) != dump.weights_sha256:
                 notes.append("the golden file was made from other weights than this model's (dtype, shape or bytes)")
     return notes
@@ -219,13 +223,12 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import jax
     import numpy as np
 
-    from apr_jax.load.load_model import load_model
     from apr_jax.parity.faults.seen import UPLOAD
     from apr_jax.parity.findings import Finding
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
-    there = jax.tree.leaves(load_model(args.model, dtype, device).parameters)
-    here = jax.tree.leaves(load_model(args.model, dtype, "cpu").parameters)
+    there = jax.tree.leaves(_load(args, dtype, device).parameters)
+    here = jax.tree.leaves(_load(args, dtype, "cpu").parameters)
     same = sum(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
     text = f"upload to {device}: {same} of {len(here)} parameters read back bit for bit"
     notes.append(text)

@@ -14,7 +14,7 @@ import numbers
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,6 +116,7 @@ def load_generator(
     device: str | jax.Device | None = None,
     *,
     text: bool = True,
+    ignore_config: Iterable[str] = (),
 ) -> Generator:
     """Loads a model with its tokenizer and its generation_config.json, and with the operations that run it fastest.
 
@@ -126,6 +127,7 @@ def load_generator(
       dtype: As for `load_model`.
       device: As for `load_model`; one device.
       text: Whether text is needed. Without it a tokenizer that cannot be used is warned of, and token ids work.
+      ignore_config: As for `load_model`.
 
     Raises:
       RefusedError: As `load_model`; or a tokenizer that is not supported.
@@ -138,7 +140,11 @@ def load_generator(
         target = find_device(device)
         # The kernels for CUDA are made for bfloat16 and read fused leaves.
         model = load_model(
-            checkpoint, dtype, target, fused=target.platform == "gpu" and dtype_name(dtype) == "bfloat16"
+            checkpoint,
+            dtype,
+            target,
+            fused=target.platform == "gpu" and dtype_name(dtype) == "bfloat16",
+            ignore_config=ignore_config,
         )
     model = model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
     return Generator(model, tokenizer, settings)
@@ -288,7 +294,7 @@ class Stream:
         self._chunk = generator.prefill_chunk(len(prompts))
         self._inputs = inputs
         self.settings = config
-        self._new_tokens = _room(config, inputs.input_ids.shape[1], self._model.config.max_position_embeddings)
+        self._new_tokens = _room(config, inputs.input_ids.shape[1], self._model.config.context_length)
         self._method = Method.of(config, self._model.config.vocab_size)
         stop = np.full(bucket(max(1, len(config.eos_token_id)), _LEAST_STOP), -1, np.int32)
         stop[: len(config.eos_token_id)] = config.eos_token_id
@@ -317,7 +323,8 @@ class Stream:
 
     def _blocks(self) -> Iterator[np.ndarray]:
         """Yields new tokens, int32 [B, n]; while a block is looked at, the device makes the next one."""
-        state, tables = self._prefilled()
+        state = self._prefilled()
+        tables = self._model.step_tables(np.asarray(state.position), state.cache.positions.shape[1])
         waiting: list[tuple[jax.Array, int]] = []
         try:
             yield np.asarray(state.token)[:, None]
@@ -344,7 +351,7 @@ class Stream:
             # An interpreter that ends while a program still holds its arguments is aborted.
             jax.block_until_ready(state.done)
 
-    def _prefilled(self) -> tuple[State, Any]:
+    def _prefilled(self) -> State:
         """Takes the prompts through the model, chunk by chunk, and picks the first tokens."""
         ids, positions = self._inputs.input_ids, self._inputs.positions()
         lengths = self._inputs.attention_mask.sum(axis=1, dtype=np.int32)
@@ -352,7 +359,7 @@ class Stream:
         padded, capacity = rounded(length, self._new_tokens, self._chunk)
         ids = np.pad(ids, ((0, 0), (0, padded - length)))
         positions = np.pad(positions, ((0, 0), (0, padded - length)), constant_values=NO_POSITION)
-        parameters, tables = self._parameters, self._model.rotary_tables(capacity)
+        parameters, tables = self._parameters, self._model.rotary_tables(capacity, reach=length)
         cache: Cache | None = None
         for begin in range(0, length, self._chunk):
             part = slice(begin, min(begin + self._chunk, padded))
@@ -368,7 +375,7 @@ class Stream:
         cache = cache._replace(length=jax.device_put(np.asarray(length, np.int32), self._model.device))
         told = self._seen() if self._method.penalised else None
         token, done, seen = self._programs.first_token(parameters, hidden, told, self._choice, self._method)
-        return State(cache, token, lengths, np.asarray(1, np.int32), done, seen), tables
+        return State(cache, token, lengths, np.asarray(1, np.int32), done, seen)
 
     def _seen(self) -> np.ndarray:
         """Returns which tokens the prompts hold, bool [B, V]."""
@@ -468,7 +475,7 @@ def _room(config: GenerationConfig, longest: int, positions: int) -> int:
             "the prompt is longer than the model was made for",
             code="prompt-length",
             found=f"{longest} tokens",
-            expected=f"at most {positions} (max_position_embeddings)",
+            expected=f"at most {positions} (max_position_embeddings, extended by the RoPE rule if there is one)",
         )
     wanted = config.max_new_tokens
     if wanted is None:

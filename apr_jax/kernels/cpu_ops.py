@@ -29,7 +29,16 @@ def linear(ops: Ops, x: Array, weight: Array, dtype: Any = None) -> Array:
     return jnp.moveaxis(ops.dot("oi,bti->obt", weight, x, dtype or x.dtype), 0, -1)
 
 
-def attention(ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array, tap: Tap) -> Array:
+def attention(
+    ops: Ops,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    kv_positions: Array,
+    tap: Tap,
+    window: int | None = None,
+) -> Array:
     """As `qwen2.attention`, for a prompt in blocks of queries that leave out the keys behind them.
 
     Where there are as many keys as queries, they are the same tokens in the same order: positions rise along a row, so
@@ -38,13 +47,12 @@ def attention(ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_pos
     length = q.shape[1]
     block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
     if k.shape[1] != length or block >= length or tap is not qwen2.pass_on:
-        return qwen2.attention(ops, q, k, v, q_positions, kv_positions, tap)
+        return qwen2.attention(ops, q, k, v, q_positions, kv_positions, tap, window)
     parts = []
     for start in range(0, length, block):
         here, seen = slice(start, start + block), slice(0, start + block)
-        parts.append(
-            qwen2.attention(ops, q[:, here], k[:, seen], v[:, seen], q_positions[:, here], kv_positions[:, seen], tap)
-        )
+        positions = q_positions[:, here], kv_positions[:, seen]
+        parts.append(qwen2.attention(ops, q[:, here], k[:, seen], v[:, seen], *positions, tap, window))
     return jnp.concatenate(parts, axis=1)
 
 

@@ -83,8 +83,12 @@ def cuda_ops(multiprocessors: int, rotation: str = SPLIT_HALVES) -> Ops:
 
 
 def prompts_keep_no_scores(config: Qwen2Config, ops: Ops) -> bool:
-    """Whether the first chunk of a prompt goes through flash attention, which has no scores [N, T, S] in memory."""
-    return getattr(ops.layers, "func", None) is cuda_layers and config.head_dim >= _LEAST_CUDNN_HEAD
+    """Whether the first chunk of a prompt goes through flash attention, which has no scores [N, T, S] in memory.
+
+    Layers with a window do not: their mask is more than causal.
+    """
+    plain = config.sliding_window is None and config.head_dim >= _LEAST_CUDNN_HEAD
+    return plain and getattr(ops.layers, "func", None) is cuda_layers
 
 
 def cuda_layers(
@@ -103,7 +107,8 @@ def cuda_layers(
     config = layers[0].self_attn.config
     one_token = x.shape[1] == 1 and step.slot is not None and not isinstance(step.slot, int)
     held = [cache for cache in caches if cache is not None]
-    if one_token and x.shape[0] == 1 and decode_layers.supports(config, multiprocessors):
+    windowed = any(window_bites(layer.self_attn.window, step) for layer in layers)
+    if one_token and x.shape[0] == 1 and not windowed and decode_layers.supports(config, multiprocessors):
         return decode_layers.decode(x, layers, step, held, multiprocessors, rotation)
     table = dataclasses.replace(
         ops,
@@ -113,6 +118,11 @@ def cuda_layers(
     if one_token or x.shape[0] * x.shape[1] < _PROMPT_ROWS:
         return decoder_layers(table, x, layers, step, caches, layer_ops)
     return _prompt_layers(dataclasses.replace(ops, qkv=qkv, glu=fused_glu), x, layers, step, caches)
+
+
+def window_bites(window: int | None, step: Step) -> bool:
+    """Whether there may be keys behind a layer's window: the kernels know none and see all."""
+    return window is not None and step.kv_positions.shape[1] > window
 
 
 def _prompt_layers(
@@ -148,7 +158,8 @@ def token_attention(
 ) -> tuple[Array, LayerCache | None]:
     """`qwen2.attention_block` for one token a row, with one kernel between the two products."""
     config, batch, projection = layer.self_attn.config, x.shape[0], layer.self_attn.qkv_proj
-    if cache.keys.shape[1] > _MOST_SLOTS and batch * config.num_heads < multiprocessors:
+    few = cache.keys.shape[1] > _MOST_SLOTS and batch * config.num_heads < multiprocessors
+    if few or window_bites(layer.self_attn.window, step):
         return attention_block(ops, x, layer, step, cache, tap)
     product = ops.linear(ops, layer.input_layernorm(x, ops), projection.weight[...], jnp.float32)
     values, cache = kernels.attend(config, ops.add_bias(product, projection.bias[...]), step, cache, rotation)
@@ -182,14 +193,21 @@ def qkv(ops: Ops, x: Array, weights: Attention, tap: Tap) -> tuple[Array, Array,
 
 
 def causal_attention(
-    ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array, tap: Tap
+    ops: Ops,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    kv_positions: Array,
+    tap: Tap,
+    window: int | None = None,
 ) -> Array:
     """cuDNN's flash attention of the first tokens of a cache over themselves: q [B, T, N, H], k, v [B, T, K, H].
 
     Padding stands behind a row's tokens, so that a causal mask alone hides it from them. Where one query of each row is
     kept it is not the first token, which cuDNN would take it for: `qwen2.attention` has positions.
     """
-    if q.shape[1] != k.shape[1]:
-        return attention(ops, q, k, v, q_positions, kv_positions, tap)
+    if q.shape[1] != k.shape[1] or window is not None:
+        return attention(ops, q, k, v, q_positions, kv_positions, tap, window)
     values = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return values.reshape(*values.shape[:2], -1)

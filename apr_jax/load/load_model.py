@@ -30,6 +30,7 @@ def load_model(
     ops: Ops = OPS,
     fused: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
+    ignore_config: Iterable[str] = (),
 ) -> LanguageModel:
     """Loads a Qwen2 model from anything that `apr_jax.open_checkpoint` opens.
 
@@ -43,6 +44,8 @@ def load_model(
       ops: The table of operations.
       fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
       adapters: Folders of PEFT adapters (LoRA, DoRA) to add to the weights, one after the other.
+      ignore_config: Keys of the configuration that change nothing, to go on as if they were not there where it is
+        refused for them: ["some_key", "rope_scaling.some_key"].
 
     Returns:
       The model, its parameters on the device.
@@ -55,10 +58,12 @@ def load_model(
     target = find_device(device)
     placement = device if isinstance(device, Sharding) else target
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
-    with opened as given, as_dense(given, adapters) as checkpoint:
-        config = checkpoint.model_config()
-        parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused)
-        origin = origin_of(checkpoint)
+    with opened as given:
+        given.ignored |= frozenset(ignore_config)
+        with as_dense(given, adapters) as checkpoint:
+            config = checkpoint.model_config()
+            parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused)
+            origin = origin_of(checkpoint)
     return LanguageModel(config, parameters, target, ops, origin=origin)
 
 

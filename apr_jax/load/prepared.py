@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -93,8 +93,13 @@ def save(
     return description
 
 
-def check(folder: str, device: str | jax.Device | None = None) -> Description:
+def check(folder: str, device: str | jax.Device | None = None, ignore_config: Iterable[str] = ()) -> Description:
     """Restores a prepared checkpoint on a device and compares every parameter there with what was saved.
+
+    Args:
+      folder: Its folder.
+      device: As for `load_model`.
+      ignore_config: As for `load_model`.
 
     Returns:
       What is in it.
@@ -117,7 +122,7 @@ def check(folder: str, device: str | jax.Device | None = None) -> Description:
     description = prepared_format.read(folder)
     for parameter in description.parameters:
         prepared_format.check_layout(folder, description, parameter)
-    model = load_model(folder, description.dtype, device, fused=description.fused)
+    model = load_model(folder, description.dtype, device, fused=description.fused, ignore_config=ignore_config)
     found = hashes(named(model.parameters))
     differing = [
         parameter.name for parameter in description.parameters if found.get(parameter.name) != parameter.sha256

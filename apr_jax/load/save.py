@@ -192,4 +192,5 @@ def _config(config: Qwen2Config) -> bytes:
             "rms_norm_eps": config.rms_norm_eps,
             "tie_word_embeddings": config.tie_word_embeddings,
         }
+        | config.arithmetic_to_hf()
     )

@@ -24,7 +24,17 @@ from apr_jax.model import rotary
 from apr_jax.model.describing import placed, sizes
 from apr_jax.model.origin import Origin
 from apr_jax.model.parameters import Parameters, nested, parameter_sources
-from apr_jax.model.qwen2 import NO_OVERRIDES, OPS, Cache, Ops, Qwen2ForCausalLM, Step, make_step, visible
+from apr_jax.model.qwen2 import (
+    NO_OVERRIDES,
+    OPS,
+    Cache,
+    DecoderLayer,
+    Ops,
+    Qwen2ForCausalLM,
+    Step,
+    make_step,
+    visible,
+)
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, refuse_traced
 
@@ -193,7 +203,8 @@ class LanguageModel:
             names = {stage: stages.Key.of(layer, stage) for stage in stages.LAYER_STAGES}
             forced = {stage: jnp.asarray(force[key], wide) for stage, key in names.items() if key in force}
             record = frozenset(stage for stage, key in names.items() if key in wanted)
-            program = _layer_program(config, self.dtype, self.fused, self.layer_ops.get(layer, self.ops), record)
+            ops, window = self.layer_ops.get(layer, self.ops), config.window_of(layer)
+            program = _layer_program(config, self.dtype, self.fused, ops, record, window)
             x, values = program(self.parameters["model"]["layers"][layer], x, step, forced)
             recorded |= {names[stage]: np.asarray(value) for stage, value in values.items()}
         x = keep(stages.FINAL_NORM, outer["norm"](self.parameters, x))
@@ -215,17 +226,36 @@ class LanguageModel:
         with jax.default_device(self.device), jax.enable_x64(self.dtype == "float64"):
             yield
 
-    def rotary_tables(self, length: int) -> tuple[Array, Array]:
-        """Returns cos and sin for at least `length` positions, float32 [P, H/2], P a power of two."""
-        return _rotary_tables(self.config.rope_theta, self.config.head_dim, _round_up(length), self.device)
+    def rotary_tables(self, length: int, reach: int | None = None) -> tuple[Array, Array]:
+        """Returns cos and sin for at least `length` positions, float32 [P, H/2], P a power of two.
+
+        `reach` is how many positions the longest sequence of the call has, which some RoPE rules ask for; None means
+        `length`.
+        """
+        reach = rotary.relevant_length(self.config, length if reach is None else reach)
+        return _rotary_tables(self.config, _round_up(length), reach, self.device)
+
+    def step_tables(self, lengths: np.ndarray, capacity: int) -> tuple[Array, Array]:
+        """Returns cos and sin for tokens that are made one by one behind rows of these lengths, int [B].
+
+        As `rotary_tables(capacity)`; under a RoPE rule that depends on the length of the sequence [B, P, H/2], turned
+        by what the sequence has become when the token is made, as in HuggingFace's `generate`.
+        """
+        rule = self.config.rope_scaling
+        if rule is None or not rule.depends_on_length:
+            return self.rotary_tables(capacity)
+        cos, sin = rotary.step_tables(self.config, _round_up(capacity), lengths.max() - lengths)
+        with jax.default_device(self.device):
+            return jnp.asarray(cos), jnp.asarray(sin)
 
     def _rotary(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
-        return self.rotary_tables(max(at_least, int(inputs.positions().max()) + 1))
+        reach = int(inputs.positions().max()) + 1
+        return self.rotary_tables(max(at_least, reach), reach)
 
 
 @functools.lru_cache(maxsize=8)
-def _rotary_tables(theta: float, head_dim: int, length: int, device: jax.Device) -> tuple[Array, Array]:
-    cos, sin = rotary.tables(theta, head_dim, length)
+def _rotary_tables(config: Qwen2Config, length: int, reach: int, device: jax.Device) -> tuple[Array, Array]:
+    cos, sin = rotary.tables(config, length, reach)
     # Not bound to the device, so that they go where the parameters are, be it several.
     with jax.default_device(device):
         return jnp.asarray(cos), jnp.asarray(sin)
@@ -251,8 +281,8 @@ def model_graph(config: Qwen2Config, dtype: str, fused: bool) -> nnx.GraphDef:
 
 
 @functools.cache
-def _layer_graph(config: Qwen2Config, dtype: str, fused: bool) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)).model.layers[0])
+def _layer_graph(config: Qwen2Config, dtype: str, fused: bool, window: int | None) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: DecoderLayer(config, jnp.dtype(dtype), fused, window)))
 
 
 LayerOps = tuple[tuple[int, Ops], ...]
@@ -296,13 +326,15 @@ def _outer_programs(config: Qwen2Config, dtype: str, fused: bool, ops: Ops) -> d
 
 
 @functools.cache
-def _layer_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, record: frozenset[str]) -> Any:
-    """One layer that records and forces: compiled once, called for every layer.
+def _layer_program(
+    config: Qwen2Config, dtype: str, fused: bool, ops: Ops, record: frozenset[str], window: int | None
+) -> Any:
+    """One layer that records and forces: compiled once, called for every layer of its window.
 
     Each stage is fenced off from the next, so that its rounding depends neither on what is recorded nor on what is
     forced: without the fence XLA fuses across stages and contracts products into sums.
     """
-    graph = _layer_graph(config, dtype, fused)
+    graph = _layer_graph(config, dtype, fused, window)
 
     def layer(
         parameters: Parameters, x: Array, step: Step, forced: Mapping[str, Array]
@@ -318,7 +350,7 @@ def _layer_program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, recor
 
         x, _ = nnx.merge(graph, parameters)(x, step, ops=ops, tap=tap)
         if "attn_scores" in recorded:
-            seen = visible(step.q_positions, step.kv_positions)[:, None]
+            seen = visible(step.q_positions, step.kv_positions, window)[:, None]
             recorded["attn_scores"] = jnp.where(seen, recorded["attn_scores"], jnp.zeros((), x.dtype))
         return x, {stage: value for stage, value in recorded.items() if stage in record}
 

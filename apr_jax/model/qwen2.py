@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (dense, full attention) in Flax NNX.
+"""Qwen2 and Qwen2.5 (dense) in Flax NNX.
 
 Covers the family of "Qwen2 Technical Report" (arXiv:2407.10671): pre-norm decoder, RMSNorm, rotary positions on split
 halves, grouped-query attention with biases on q, k and v only, SwiGLU, head tied to the embedding or not. The order of
@@ -119,22 +119,24 @@ def attention_scores(ops: Ops, q: Array, k: Array) -> Array:
     return scores.reshape(batch, heads, length, k.shape[1])
 
 
-def visible(q_positions: Array, kv_positions: Array) -> Array:
+def visible(q_positions: Array, kv_positions: Array, window: int | None = None) -> Array:
     """Which keys each query sees: q_positions [B, T], kv_positions [B, S] -> bool [B, T, S].
 
-    A key is seen at the query's own position and before it; position -1 (padding, unfilled cache) is never seen.
+    A key is seen at the query's own position and before it, with a window at that many positions in all; position -1
+    (padding, unfilled cache) is never seen.
     """
     keys, queries = kv_positions[:, None, :], q_positions[:, :, None]
-    return (keys >= 0) & (keys <= queries)
+    seen = (keys >= 0) & (keys <= queries)
+    return seen if window is None else seen & (keys > queries - window)
 
 
-def attention_softmax(scores: Array, q_positions: Array, kv_positions: Array) -> Array:
+def attention_softmax(scores: Array, q_positions: Array, kv_positions: Array, window: int | None = None) -> Array:
     """Masked softmax of scores [B, N, T, S] over the last axis, in f32, cast back.
 
     The mask value is finite, so that a row which sees nothing (padding) gives a uniform row and not NaN.
     """
     wide = at_least_float32(scores)
-    seen = visible(q_positions, kv_positions)[:, None, :, :]
+    seen = visible(q_positions, kv_positions, window)[:, None, :, :]
     return jax.nn.softmax(jnp.where(seen, wide, jnp.finfo(wide.dtype).min), axis=-1).astype(scores.dtype)
 
 
@@ -146,10 +148,22 @@ def attention_values(ops: Ops, weights: Array, v: Array) -> Array:
     return ops.dot("bkgts,bskh->btkgh", grouped, v).reshape(batch, length, heads, head_dim)
 
 
-def attention(ops: Ops, q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array, tap: Tap) -> Array:
-    """Grouped-query attention (arXiv:2305.13245) of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N * H]."""
+def attention(
+    ops: Ops,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    kv_positions: Array,
+    tap: Tap,
+    window: int | None = None,
+) -> Array:
+    """Grouped-query attention (arXiv:2305.13245) of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N * H].
+
+    With a window a query sees the keys at that many positions, its own the last.
+    """
     scores = tap("attn_scores", ops.attention_scores(ops, q, k))
-    weights = tap("attn_softmax", ops.attention_softmax(scores, q_positions, kv_positions))
+    weights = tap("attn_softmax", ops.attention_softmax(scores, q_positions, kv_positions, window))
     values = ops.attention_values(ops, weights, v)
     return tap("attention", values.reshape(*values.shape[:2], -1))
 
@@ -241,9 +255,9 @@ class Ops:
     qkv: Callable[[Ops, Array, Attention, Tap], tuple[Array, Array, Array]] = qkv
     rope: Callable[[Array, Array, Array], Array] = rope
     attention_scores: Callable[[Ops, Array, Array], Array] = attention_scores
-    attention_softmax: Callable[[Array, Array, Array], Array] = attention_softmax
+    attention_softmax: Callable[[Array, Array, Array, int | None], Array] = attention_softmax
     attention_values: Callable[[Ops, Array, Array], Array] = attention_values
-    attention: Callable[[Ops, Array, Array, Array, Array, Array, Tap], Array] = attention
+    attention: Callable[[Ops, Array, Array, Array, Array, Array, Tap, int | None], Array] = attention
     residual: Callable[[Array, Array], Array] = residual
     activation: Callable[[Array], Array] = silu
     multiply: Callable[[Array, Array], Array] = multiply
@@ -337,10 +351,16 @@ class Step(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Self-attention: q, k and v with bias, as three projections or fused into one; o without."""
+    """Self-attention: q, k and v with bias, as three projections or fused into one; o without.
 
-    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False):
+    Attributes:
+      config: The model's configuration.
+      window: How many keys a query sees, its own included; None is all before it.
+    """
+
+    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False, window: int | None = None):
         self.config = config
+        self.window = window
         self.fused = fused
         q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         if fused:
@@ -368,7 +388,8 @@ class Attention(nnx.Module):
             )
             if not isinstance(step.slot, int):
                 k, v = cache
-        values = ops.attention(ops, step.keep(q), k, v, step.keep(step.q_positions), step.kv_positions, tap)
+        positions = step.keep(step.q_positions), step.kv_positions
+        values = ops.attention(ops, step.keep(q), k, v, *positions, tap, self.window)
         return tap("attn_out", ops.linear(ops, values, self.o_proj.weight[...])), cache
 
 
@@ -392,9 +413,9 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One layer: attention and MLP, each behind a norm and beside the residual stream."""
 
-    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False):
+    def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False, window: int | None = None):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype, fused)
+        self.self_attn = Attention(config, dtype, fused, window)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype, fused)
 
@@ -439,7 +460,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Qwen2Config, dtype: Any, fused: bool = False):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([DecoderLayer(config, dtype, fused) for _ in range(config.num_layers)])
+        layers = range(config.num_layers)
+        self.layers = nnx.List([DecoderLayer(config, dtype, fused, config.window_of(layer)) for layer in layers])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
 
@@ -474,7 +496,8 @@ class Qwen2ForCausalLM(nnx.Module):
           `config.max_position_embeddings` on where the positions are traced: nothing can be raised there.
 
         Raises:
-          ValueError: The ids have another number of axes than two.
+          ValueError: The ids have another number of axes than two; or RoPE is of the rule "dynamic", the tokens may
+            reach beyond `config.max_position_embeddings`, and how far is traced.
         """
         step = self.place(input_ids, positions, attention_mask)
         x = self.embed(jnp.asarray(input_ids))
@@ -501,8 +524,7 @@ class Qwen2ForCausalLM(nnx.Module):
         positions = jnp.broadcast_to(jnp.asarray(positions, jnp.int32), shape)
         if attention_mask is not None:
             positions = jnp.where(jnp.asarray(attention_mask) != 0, positions, NO_POSITION)
-        cos, sin = _tables(self.config.rope_theta, self.config.head_dim, max(length, 1))
-        return make_step(positions, cos, sin)[0]
+        return make_step(positions, *_tables_for(self.config, max(length, 1), positions))[0]
 
     def forward(
         self,
@@ -520,7 +542,8 @@ class Qwen2ForCausalLM(nnx.Module):
         Args:
           input_ids: Token ids, int32 [B, T].
           positions: Position of each token in its sequence, int32 [B, T], rising along a row; -1 is padding.
-          cos: cos of the rotary angles of positions 0 .. P-1, float32 [P, H/2] (`rotary.tables`).
+          cos: cos of the rotary angles of positions 0 .. P-1, float32 [P, H/2] (`rotary.tables`), or for each row its
+            own [B, P, H/2].
           sin: sin of the same.
           cache: Keys and values of earlier tokens; the new ones are added.
           ops: The table of operations.
@@ -575,6 +598,24 @@ class Qwen2ForCausalLM(nnx.Module):
 _tables = functools.lru_cache(maxsize=4)(rotary.tables)
 
 
+def _tables_for(config: Qwen2Config, length: int, positions: Array) -> tuple[Any, Any]:
+    """Returns rotary tables of `length` positions for tokens at `positions`, which may be traced."""
+    rule, cut = config.rope_scaling, rotary.relevant_length(config, 0)
+    if rule is None or not rule.depends_on_length or length <= cut:
+        return _tables(config, length, 0)
+    reach = jnp.max(positions) + 1
+    if not isinstance(reach, jax.core.Tracer):
+        return _tables(config, length, rotary.relevant_length(config, int(reach)))
+    if rule.rule == "dynamic":
+        raise ValueError(
+            f"the RoPE rule 'dynamic' has another base for each length beyond {cut}, and under jit the length of the "
+            "tokens is not known: give positions that are not traced"
+        )
+    short, long = (_tables(config, length, rotary.relevant_length(config, reach)) for reach in (0, length))
+    cos, sin = (jnp.where(reach > cut, *pair) for pair in zip(long, short, strict=True))
+    return cos, sin
+
+
 def make_step(
     positions: Array,
     cos: Array | np.ndarray,
@@ -583,19 +624,25 @@ def make_step(
     first: bool = False,
     kept: Array | None = None,
 ) -> tuple[Step, Array]:
-    """Gathers the rotary tables [P, H/2] at `positions` [B, T] and places the tokens in the cache, empty if `first`.
+    """Gathers the rotary tables at `positions` [B, T] and places the tokens in the cache, empty if `first`.
+
+    The tables are [P, H/2], or for each row its own [B, P, H/2].
 
     Returns:
       The step, and the positions of all keys after it, int32 [B, S].
     """
     rows = jnp.maximum(positions, 0)
+    if cos.ndim == 3:
+        cos, sin = (jnp.take_along_axis(table, rows[..., None], axis=1) for table in (cos, sin))
+    else:
+        cos, sin = (jnp.take(table, rows, axis=0) for table in (cos, sin))
     slot: Array | int | None = None
     filled = positions
     if cache is not None:
         slot = 0 if first else cache.length
         filled = lax.dynamic_update_slice_in_dim(cache.positions, positions, slot, axis=1)
     keys = positions if first else filled
-    return Step(jnp.take(cos, rows, axis=0), jnp.take(sin, rows, axis=0), positions, keys, slot, kept), filled
+    return Step(cos, sin, positions, keys, slot, kept), filled
 
 
 def _tap_heads(tap: Tap, stage: str, x: Array) -> Array:

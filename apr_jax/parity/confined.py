@@ -42,7 +42,8 @@ def regions(question: Question) -> Iterator[Region]:
     site, theirs, right = question.site, question.theirs, question.right
     if site is None or not np.isfinite(theirs[question.tokens] if theirs.ndim == 3 else theirs).all():
         return
-    mask = compared_positions(question.key, question.replay.inputs, theirs.shape)
+    window = question.replay.config.window_of(question.layer)
+    mask = compared_positions(question.key, question.replay.inputs, theirs.shape, window=window)
     counted = question.tokens[:, None, :, None] if theirs.ndim == 4 else question.tokens
     mask = np.logical_and(mask, counted)
     difference = theirs.astype(np.float64) - right

@@ -165,8 +165,9 @@ def localise(
     own = same.trace(inputs, keys, force=_to_force({key: rounded[key] for key in keys}))
     sites, judged, replay = [], inputs, Replay(exact.config, exact.parameters, inputs, theirs)
     for key in keys:
-        part, each = dumped.columns.get(key), turn_budgets(replay, key, same.dtype)
-        sites.append(judge(key, theirs[key], reference[key], own[key], judged, same.dtype, part, each))
+        values, part = (theirs[key], reference[key], own[key]), dumped.columns.get(key)
+        each, window = turn_budgets(replay, key, same.dtype), exact.config.window_of(Key(key).layer)
+        sites.append(judge(key, *values, judged, same.dtype, part, each, window))
         judged = _before_the_first_nan(key, judged, theirs[key])
     return Localisation(tuple(sites), reference, same.dtype, theirs, dumped.columns)
 
@@ -178,9 +179,9 @@ class _WithAnotherPow(LanguageModel):
     it, and what the next layers make of that.
     """
 
-    def rotary_tables(self, length: int) -> tuple[jax.Array, jax.Array]:
+    def rotary_tables(self, length: int, reach: int | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns cos and sin of the other rotation, as the model's own."""
-        tables = rotary.tables(self.config.rope_theta, self.config.head_dim, length, another_pow=True)
+        tables = rotary.tables(self.config, length, reach, another_pow=True)
         cos, sin = (jax.device_put(table, self.device) for table in tables)
         return cos, sin
 
@@ -220,14 +221,16 @@ def judge(
     dtype: str,
     columns: np.ndarray | None = None,
     each: np.ndarray | None = None,
+    window: int | None = None,
 ) -> Site:
     """Judges one stage: theirs [B, T, ...] against float64, with our own error in their dtype as the measure.
 
     With `columns` [B, R] only those positions are judged; values may be whole or hold just them. `each` is what every
-    value may be off, where that is known.
+    value may be off, where that is known; `window` is the layer's.
     """
     axis, positions = position_axis(key), inputs.positions()
-    mask = compared_positions(key, inputs, (*theirs.shape[:axis], positions.shape[1], *theirs.shape[axis + 1 :]))
+    whole = (*theirs.shape[:axis], positions.shape[1], *theirs.shape[axis + 1 :])
+    mask = compared_positions(key, inputs, whole, window=window)
     if columns is None:
         columns = dumped_columns(key, theirs.shape[axis], inputs, None)
     if columns is not None:

@@ -87,7 +87,7 @@ class Question:
 
     def seen(self) -> np.ndarray:
         """Which scores a right engine shows of the probe's positions, bool [B, 1, T, S]."""
-        return (self.probe.visible() & self.their_tokens()[:, :, None])[:, None]
+        return (self.probe.visible(self.layer) & self.their_tokens()[:, :, None])[:, None]
 
     def _their_rows(self) -> Value:
         return self._part(self.probe.look(self.stage, self.theirs))
@@ -122,6 +122,6 @@ class Question:
         """The largest difference of each of their positions from the right values, [B, T]; 0 elsewhere."""
         difference = np.abs(self.theirs - self.right)
         if self.key.per_pair:
-            difference = difference * self.replay.visible()[:, None]
+            difference = difference * self.replay.visible(self.layer)[:, None]
         axes = tuple(axis for axis in range(1, difference.ndim) if axis != position_axis(self.key))
         return difference.max(axis=axes) * self.tokens

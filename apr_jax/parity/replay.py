@@ -20,7 +20,7 @@ import numpy as np
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model.parameters import Parameters
 from apr_jax.parity.faults.record import Mistakes
-from apr_jax.parity.rope_fit import Rotation
+from apr_jax.parity.rope_fit import Right, Rotation
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import last_columns, token_mask, visible
@@ -217,12 +217,18 @@ class Replay:
         heads, kv = self.config.num_heads, self.config.num_kv_heads
         return self.step("kv_heads", np.arange(heads) // (heads // kv))
 
-    def visible(self) -> np.ndarray:
-        """Which keys each query sees, bool [B, T, S]: by column, as engines build it."""
+    def right_rotation(self) -> Right:
+        """Returns what the configuration asks for, in a batch of this length."""
+        return Right(self.config, int(self.inputs.positions().max()) + 1)
+
+    def visible(self, layer: int | None) -> np.ndarray:
+        """Which keys each query of a layer sees, bool [B, T, S]: by column, as engines build it."""
         tokens = self.step("real_keys", token_mask(self.inputs))
         queries = np.broadcast_to(self.columns() + self.step("last_key", 0), (len(tokens), len(self.columns())))
         keys = np.where(tokens, np.arange(tokens.shape[1]), -1)
-        return self.step("seen", visible(queries, keys))
+        seen, window = visible(queries, keys), self.step("window", self.config.window_of(layer), layer)
+        # A mistake in the last key moves no window.
+        return seen if window is None else seen & (keys[:, None] > self.columns()[:, None] - window)
 
 
 class At(NamedTuple):
@@ -347,7 +353,7 @@ def _bias_was_added(replay: Replay, layer: int | None, which: int) -> bool:
 def _rope(which: int, replay: Replay, layer: int | None) -> Value:
     x, late = before_rotation(replay, layer, which)
     turn = replay.step("rotation", Rotation(), layer, QKV[which])
-    return join_heads(turn.apply(x, replay.positions(), replay.config.rope_theta) + late)
+    return join_heads(turn.apply(x, replay.positions(), replay.right_rotation()) + late)
 
 
 def turn_sizes(replay: Replay, key: Key) -> tuple[Value, Value]:
@@ -359,7 +365,7 @@ def turn_sizes(replay: Replay, key: Key) -> tuple[Value, Value]:
     sizes = []
     for mistakes in made:
         turn = replay.under(mistakes).step("rotation", Rotation(), key.layer, QKV[which])
-        sizes.append(turn.sizes(x, replay.positions(), replay.config.rope_theta))
+        sizes.append(turn.sizes(x, replay.positions(), replay.right_rotation()))
     terms, moved = (np.maximum.reduce(each) for each in zip(*sizes, strict=True))
     return join_heads(terms + np.abs(late)), join_heads(moved)
 
@@ -374,12 +380,12 @@ def _scores(replay: Replay, layer: int | None) -> Value:
     if tokens is not None:
         raw = np.where(tokens >= 0, np.take_along_axis(raw, np.maximum(tokens, 0)[None, None], axis=-1), 0.0)
     # An engine that masks scores shows nothing where its own mask hides.
-    return np.where(replay.visible()[:, None], raw, 0.0)
+    return np.where(replay.visible(layer)[:, None], raw, 0.0)
 
 
 def _softmax(replay: Replay, layer: int | None) -> Value:
     """Over the keys seen; what a query gets that sees none depends on how an engine masks, uniform here."""
-    raw, seen = replay.step("softmax_input", replay.get(layer, "attn_scores")), replay.visible()[:, None]
+    raw, seen = replay.step("softmax_input", replay.get(layer, "attn_scores")), replay.visible(layer)[:, None]
     summed = replay.step("summed", seen)
     top = np.where(summed, raw, -np.inf).max(axis=-1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):

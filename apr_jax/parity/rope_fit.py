@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model import rotary
 from apr_jax.parity import rope_rules, round_numbers
 from apr_jax.parity.rope_rules import Rule
@@ -20,8 +21,34 @@ from apr_jax.parity.rope_rules import Rule
 _LOGARITHMS = (0.5, 30.0)
 """Bases between 1.6 and 1e13 are told from noise."""
 _NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+BASES = (1e3, 3e3, 1e4, 2e4, 3e4, 5e4, 1e5, 1.5e5, 2e5, 3e5, 5e5, 7e5, 1e6, 1.5e6, 2e6, 3e6, 5e6, 8e6, 1e7, 3e7, 1e8)
+"""Customary bases."""
+UNSCALED = Rule("linear", 1.0)
+"""Plain RoPE, where the configuration asks for a rule."""
 ROUNDED = ("inv_freq", "positions", "angles", "tables")
 """What a rotation is computed from, in order: each may be held in fewer bits than float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Right:
+    """The rotation that a configuration asks for, in a batch whose longest row has `reach` positions."""
+
+    config: Qwen2Config
+    reach: int
+
+    @property
+    def theta(self) -> float:
+        """Its base."""
+        return self.config.rope_theta
+
+    def frequencies(self, width: int, theta: float | None = None) -> tuple[np.ndarray, float]:
+        """Returns what the pairs of a head turn by, and what cos and sin are multiplied by; in place of its own the
+        head's width and the base may be others."""
+        base, rule = self.theta if theta is None else theta, self.config.rope_scaling
+        if rule is not None and rule.rule == "longrope" and width != self.config.head_dim:
+            # It has a number for each frequency of a whole head.
+            return rotary.inverse_frequencies(base, width), 1.0
+        return rotary.frequencies(dataclasses.replace(self.config, rope_theta=base, head_dim=width), self.reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +63,7 @@ class Rotation:
       shift: Added to every position.
       restart: Positions start again every so many; 0 never.
       none: Nothing is rotated.
-      scaling: The rule that stretches the frequencies.
+      scaling: The rule that stretches the frequencies, `UNSCALED` for none; None is the configuration's.
       rounded: A dtype ("bfloat16", "float16") and which of `ROUNDED` are rounded to it.
     """
 
@@ -50,49 +77,45 @@ class Rotation:
     scaling: Rule | None = None
     rounded: tuple[str, ...] = ()
 
-    def apply(self, x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-        """Rotates x [B, T, heads, H] at positions [B, T]; `theta` is the configuration's.
+    def apply(self, x: np.ndarray, positions: np.ndarray, right: Right) -> np.ndarray:
+        """Rotates x [B, T, heads, H] at positions [B, T]; `right` is what the configuration asks for.
 
         cos and sin are rounded to float32, as engines and `rotary.tables` hold them.
         """
         if self.none:
             return x
         rotated, rest = self._parts(x)
-        angles, gain = self.angles(positions, rotated.shape[-1], theta), self._frequencies(rotated.shape[-1], theta)[1]
-        cos, sin = (self._held("tables", (gain * f(angles)).astype(np.float32)) for f in (np.cos, np.sin))
+        angles, gain = self.angles(positions, rotated.shape[-1], right), self._frequencies(rotated.shape[-1], right)[1]
+        cos, sin = (self._held("tables", f(angles).astype(np.float32) * np.float32(gain)) for f in (np.cos, np.sin))
         turns = (cos + 1j * sin.astype(np.float64))[:, :, None]
         return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
 
-    def sizes(self, x: np.ndarray, positions: np.ndarray, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    def sizes(self, x: np.ndarray, positions: np.ndarray, right: Right) -> tuple[np.ndarray, np.ndarray]:
         """Returns |x cos| + |y sin|, and (|x sin| + |y cos|) times the angle, of every value of x [B, T, heads, H]."""
         if self.none:
             return np.abs(x), np.zeros_like(x)
         rotated, rest = self._parts(np.abs(x))
-        angles = self.angles(positions, rotated.shape[-1], theta)[:, :, None]
-        gain, pairs = self._frequencies(rotated.shape[-1], theta)[1], _pairs(rotated, self.adjacent)
+        angles = self.angles(positions, rotated.shape[-1], right)[:, :, None]
+        gain, pairs = self._frequencies(rotated.shape[-1], right)[1], _pairs(rotated, self.adjacent)
         cos, sin = np.abs(gain * np.cos(angles)), np.abs(gain * np.sin(angles))
         first, second = pairs.real * cos + pairs.imag * sin, pairs.real * sin + pairs.imag * cos
         terms = _from_pairs(first + 1j * second, self.adjacent)
         moved = _from_pairs(np.abs(angles) * (second + 1j * first), self.adjacent)
         return np.concatenate([terms, rest], axis=-1), np.concatenate([moved, np.zeros_like(rest)], axis=-1)
 
-    def angles(self, positions: np.ndarray, width: int, theta: float) -> np.ndarray:
+    def angles(self, positions: np.ndarray, width: int, right: Right) -> np.ndarray:
         """Angles [B, T, width / 2] in float32 steps as engines compute them, float64."""
         moved = np.maximum(positions, 0) + self.shift
         if self.restart:
             moved = moved % self.restart
-        frequencies, steps = self._held("inv_freq", self._frequencies(width, theta)[0]), moved.astype(np.float32)
+        frequencies, steps = self._held("inv_freq", self._frequencies(width, right)[0]), moved.astype(np.float32)
         angles = self._held("angles", self._held("positions", steps)[..., None] * frequencies).astype(np.float64)
         return -angles if self.negated else angles
 
-    def _frequencies(self, width: int, theta: float) -> tuple[np.ndarray, float]:
+    def _frequencies(self, width: int, right: Right) -> tuple[np.ndarray, float]:
         """The inverse frequencies, float32, and what cos and sin are multiplied by."""
-        base = theta if self.theta is None else self.theta
-        return (
-            (rotary.inverse_frequencies(base, width), 1.0)
-            if self.scaling is None
-            else self.scaling.frequencies(base, width)
-        )
+        base = right.theta if self.theta is None else self.theta
+        return right.frequencies(width, base) if self.scaling is None else self.scaling.frequencies(base, width)
 
     def _held(self, what: str, values: np.ndarray) -> np.ndarray:
         """Values as they are held: float32, or rounded to fewer bits."""
@@ -106,19 +129,18 @@ class Rotation:
         return x[..., :width], x[..., width:]
 
 
-def candidates(
-    before: np.ndarray, after: np.ndarray, positions: np.ndarray, theta: float, longest: int = 32768
-) -> list[Rotation]:
+def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, right: Right) -> list[Rotation]:
     """Returns the rotations that may turn `before` into `after`, [B, T, heads, H] each; fewest deviations first.
 
     Args:
       before: Vectors before rotation.
       after: The other side's vectors.
       positions: int [B, T], -1 at padding.
-      theta: The right base.
-      longest: What the model says of the length of its context.
+      right: What the configuration asks for.
     """
     found = [Rotation(none=True)]
+    if right.config.rope_scaling is not None:
+        found.append(Rotation(scaling=UNSCALED))
     for adjacent in (False, True):
         for half in (False, True):
             shape = Rotation(adjacent=adjacent, half=half)
@@ -127,10 +149,13 @@ def candidates(
             if rotated.shape[-1] % 2:
                 continue
             turn = _measure(_pairs(rotated, adjacent), _pairs(target, adjacent), positions)
-            found += _explain(turn, positions, theta, shape)
+            found += _explain(turn, positions, right, shape)
+            if right.config.rope_scaling is not None:
+                # Under a rule the turns of the pairs are no powers, from which a base could be solved.
+                found += [dataclasses.replace(shape, theta=base) for base in BASES if base != right.theta]
             if not half:
                 found += _less_precise(shape)
-                found += _stretched(turn, _gain(rotated, target, positions), positions, theta, shape, longest)
+                found += _stretched(turn, _gain(rotated, target, positions), positions, right, shape)
     # Not a set: its order hangs on the last bits of a base, and rounder ones have to stay before it.
     return sorted(dict.fromkeys(found), key=lambda turn: (deviations(turn), not _is_round(turn.theta)))
 
@@ -180,26 +205,25 @@ def _less_precise(shape: Rotation) -> list[Rotation]:
     ]
 
 
-def _stretched(
-    turn: np.ndarray, gain: float, positions: np.ndarray, theta: float, shape: Rotation, longest: int
-) -> list[Rotation]:
+def _stretched(turn: np.ndarray, gain: float, positions: np.ndarray, right: Right, shape: Rotation) -> list[Rotation]:
     """Rotations by frequencies that a rule has stretched: with the factor that was measured, or a customary one."""
     factors: tuple[float, ...] = rope_rules.FACTORS
     if gain > 1.005:
         factors = tuple(round_numbers.near(float(np.exp((gain - 1) / 0.1)), *rope_rules.FACTORS))
-    rules = sorted(rope_rules.customary(longest, factors), key=lambda rule: -_aligned(turn, positions, theta, rule))
-    if (factor := _fit_factor(turn, positions, theta)) is not None:
+    customary = rope_rules.customary(right.config.max_position_embeddings, factors)
+    rules = sorted(customary, key=lambda rule: -_aligned(turn, positions, right, rule))
+    if (factor := _fit_factor(turn, positions, right.theta)) is not None:
         rules = [*(Rule("linear", each) for each in round_numbers.near(factor)), *rules]
     base, width = _fit_theta(turn, positions, 0), 2 * turn.shape[-1]
-    if base is not None and width > 2 and base > theta:
-        raised = (base / theta) ** ((width - 2) / width)
+    if base is not None and width > 2 and base > right.theta:
+        raised = (base / right.theta) ** ((width - 2) / width)
         rules += [Rule("ntk", each) for each in rope_rules.FACTORS if abs(raised / each - 1) < 0.02]
     return [dataclasses.replace(shape, scaling=rule) for rule in rules]
 
 
-def _aligned(turn: np.ndarray, positions: np.ndarray, theta: float, rule: Rule) -> float:
+def _aligned(turn: np.ndarray, positions: np.ndarray, right: Right, rule: Rule) -> float:
     """How well the measured turns line up with a rule's; to some digits, so that a tie hangs on no last bit."""
-    angles = Rotation(scaling=rule).angles(positions, 2 * turn.shape[-1], theta)
+    angles = Rotation(scaling=rule).angles(positions, 2 * turn.shape[-1], right)
     return float(f"{(turn * np.exp(-1j * angles)).real.sum():.9e}")
 
 
@@ -222,20 +246,20 @@ def _fit_factor(turn: np.ndarray, positions: np.ndarray, theta: float) -> float 
     return 1 / ratio if 1e-3 < ratio < 100 and abs(ratio - 1) > 1e-4 else None
 
 
-def _explain(turn: np.ndarray, positions: np.ndarray, theta: float, shape: Rotation) -> list[Rotation]:
+def _explain(turn: np.ndarray, positions: np.ndarray, right: Right, shape: Rotation) -> list[Rotation]:
     """Fits base, direction and positions to measured turns of one pairing."""
     found = []
     for negated in (False, True):
         plain, bases = dataclasses.replace(shape, negated=negated), _bases(turn, positions, 0)
-        found += [plain, *_with_bases(turn, positions, plain, bases)]
+        found += [plain, *_with_bases(turn, positions, plain, bases, right)]
         for base in (None, *bases):
-            for moved in _fit_positions(turn, positions, theta, dataclasses.replace(plain, theta=base)):
+            for moved in _fit_positions(turn, positions, right, dataclasses.replace(plain, theta=base)):
                 found.append(moved)
                 if moved.restart and base is not None:
                     # Jumps back spoil the fit of the base: once they are known, it is fitted between them.
-                    found += _with_bases(turn, positions, moved, _bases(turn, positions, moved.restart))
+                    found += _with_bases(turn, positions, moved, _bases(turn, positions, moved.restart), right)
                 elif bases and base == bases[-1]:
-                    found += _with_bases(turn, positions, moved, bases)
+                    found += _with_bases(turn, positions, moved, bases, right)
     return found
 
 
@@ -245,17 +269,19 @@ def _bases(turn: np.ndarray, positions: np.ndarray, period: int) -> list[float]:
     return [] if fitted is None else round_numbers.near(fitted)
 
 
-def _with_bases(turn: np.ndarray, positions: np.ndarray, rotation: Rotation, bases: Sequence[float]) -> list[Rotation]:
+def _with_bases(
+    turn: np.ndarray, positions: np.ndarray, rotation: Rotation, bases: Sequence[float], right: Right
+) -> list[Rotation]:
     """Returns a rotation with each of the bases, and with what the last of them, which was fitted, is refined to."""
     if not bases:
         return []
     fitted = dataclasses.replace(rotation, theta=bases[-1])
-    refined = _refined(turn, positions, fitted, bases[-1])
+    refined = _refined(turn, positions, fitted, bases[-1], right)
     better = (*bases[:-1], *round_numbers.near(refined), bases[-1])
     return [dataclasses.replace(rotation, theta=base) for base in better]
 
 
-def _refined(turn: np.ndarray, positions: np.ndarray, rotation: Rotation, base: float) -> float:
+def _refined(turn: np.ndarray, positions: np.ndarray, rotation: Rotation, base: float, right: Right) -> float:
     """Returns the base near `base` that leaves least squares of angles at the positions themselves, if they are right.
 
     They know it better than distances between them do: eight decoding steps are no farther than 7 apart.
@@ -263,7 +289,7 @@ def _refined(turn: np.ndarray, positions: np.ndarray, rotation: Rotation, base: 
     pairs = turn.shape[-1]
     exponents, logarithm = np.arange(pairs) / pairs, float(np.log(base))
     for _ in range(3):
-        angles = rotation.angles(positions, 2 * pairs, base)
+        angles = rotation.angles(positions, 2 * pairs, right)
         missing, slope, weight = np.angle(turn * np.exp(-1j * angles)), -exponents * angles, np.abs(turn)
         power = float((weight * slope**2).sum())
         if power == 0:
@@ -317,10 +343,10 @@ def _fit_theta(turn: np.ndarray, positions: np.ndarray, period: int) -> float | 
     return float(np.exp(np.clip(logarithm, *_LOGARITHMS)))
 
 
-def _fit_positions(turn: np.ndarray, positions: np.ndarray, theta: float, rotation: Rotation) -> list[Rotation]:
+def _fit_positions(turn: np.ndarray, positions: np.ndarray, right: Right, rotation: Rotation) -> list[Rotation]:
     """Finds a shift or a restart of the positions under which the measured turns line up best."""
     pairs, length = turn.shape[-1], turn.shape[1]
-    frequencies = rotary.inverse_frequencies(theta if rotation.theta is None else rotation.theta, 2 * pairs)
+    frequencies, _ = right.frequencies(2 * pairs, rotation.theta)
     speeds = (-1.0 if rotation.negated else 1.0) * frequencies.astype(np.float64)
     steps = np.maximum(positions, 0)
     by_step = np.zeros((int(steps.max()) + 1, pairs), complex)

@@ -136,7 +136,8 @@ class _Look:
         self.replay, self._site, self._dtype = replay, site, located.dtype
         self.theirs = replay.look(site.stage, located.theirs[site.key])
         columns, axis = replay.columns(), position_axis(site.key)
-        mask = compared_positions(site.key, replay.inputs, located.theirs[site.key].shape)
+        window = replay.config.window_of(site.layer)
+        mask = compared_positions(site.key, replay.inputs, located.theirs[site.key].shape, window=window)
         counted = dumped_tokens(replay.inputs, located.columns.get(site.key))[:, columns]
         self._mask = mask.take(columns, axis) & (counted[:, None, :, None] if axis == 2 else counted)
         self._positions = replay.positions()

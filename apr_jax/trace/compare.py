@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
@@ -78,6 +79,7 @@ def compare(
     inputs: Inputs,
     bar: Callable[[str], float],
     columns: np.ndarray | None = None,
+    config: Qwen2Config | None = None,
 ) -> list[Comparison]:
     """Compares every tensor of the reference; the left side may hold more.
 
@@ -87,6 +89,7 @@ def compare(
       inputs: The batch that both were computed from; positions with mask 1 are compared.
       bar: Gives the largest relative L2 that is let through for a key.
       columns: Columns of the batch, [B, R].
+      config: The model's, for the windows of its layers; None is a model without.
 
     Raises:
       RefusedError: The reference is empty, holds a tensor that the left side lacks, or shapes differ: what is not
@@ -116,7 +119,8 @@ def compare(
             raise RefusedError(
                 "shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape
             )
-        chosen = compared_positions(key, inputs, ours.shape, part)
+        window = None if config is None else config.window_of(stages.Key(key).layer)
+        chosen = compared_positions(key, inputs, ours.shape, part, window)
         results.append(_compare_one(key, ours[chosen], theirs[chosen], bar(key)))
     return results
 

@@ -133,6 +133,7 @@ def float64_patched() -> Iterator[None]:
     value into -inf, and the NaN of a padded row reaches every other row of its sequence.
     """
     torch = _torch()
+    from transformers.modeling_rope_utils import dynamic_rope_update
     from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
     softmax = torch.nn.functional.softmax
@@ -141,10 +142,11 @@ def float64_patched() -> Iterator[None]:
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
+    @dynamic_rope_update
     def rotary(self: Any, x: Any, position_ids: Any) -> Any:
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
         angles = torch.cat((angles, angles), dim=-1).double()
-        return tuple(f(angles).float().to(x.dtype) for f in (torch.cos, torch.sin))
+        return tuple((f(angles).float() * self.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
 
     def wide_softmax(values: Any, dim: int | None = None, dtype: Any = None, **rest: Any) -> Any:
         return softmax(values, dim=dim, dtype=None if values.dtype == torch.float64 else dtype, **rest)

@@ -268,17 +268,22 @@ def dumped_tokens(inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
     return tokens & dumped
 
 
-def visible(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def visible(queries: np.ndarray, keys: np.ndarray, window: int | None = None) -> np.ndarray:
     """Which keys each query sees: positions [B, R] and [B, T], -1 at padding -> bool [B, R, T].
 
-    A key is seen at the query's own position and before it; padding is never seen and sees nothing. In programs the
-    same is `qwen2.visible`.
+    A key is seen at the query's own position and before it, with a window at that many positions in all; padding is
+    never seen and sees nothing. In programs the same is `qwen2.visible`.
     """
-    return (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
+    seen = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
+    return seen if window is None else seen & (keys[:, None, :] > queries[:, :, None] - window)
 
 
 def compared_positions(
-    key: str, inputs: Inputs, shape: tuple[int, ...], columns: np.ndarray | None = None
+    key: str,
+    inputs: Inputs,
+    shape: tuple[int, ...],
+    columns: np.ndarray | None = None,
+    window: int | None = None,
 ) -> np.ndarray:
     """Which entries of a stage's values count.
 
@@ -287,6 +292,7 @@ def compared_positions(
       inputs: The batch.
       shape: Shape of the values: [B, T, ...], or of rows [B, R, ...].
       columns: Which columns of the batch the rows stand for, [B, R]; None where they are all there.
+      window: How many keys a query of the stage's layer sees; None is all before it.
 
     Returns:
       bool [B, T or R] for stages with rows, the whole `shape` for attention stages.
@@ -295,4 +301,4 @@ def compared_positions(
     queries = positions if columns is None else np.take_along_axis(positions, columns, axis=1)
     if not Key(key).per_pair:
         return queries >= 0
-    return np.broadcast_to(visible(queries, positions)[:, None], shape)
+    return np.broadcast_to(visible(queries, positions, window)[:, None], shape)

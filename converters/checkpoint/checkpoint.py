@@ -46,6 +46,7 @@ class Checkpoint:
       warnings: What was let through and is worth saying.
       incomplete: Why it is no model of its own; None if it may be one.
       apr: The header of an `.apr`, with metadata and index as they stand there; None for safetensors.
+      ignored: Keys of the configuration that `model_config` leaves out, since somebody said that they change nothing.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Checkpoint:
         self.incomplete = incomplete
         self.warnings = [*([incomplete.sentence] if incomplete else []), *warnings]
         self.apr = apr
+        self.ignored: frozenset[str] = frozenset()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class Checkpoint:
         return self._json_file("generation_config.json")
 
     def model_config(self) -> Qwen2Config:
-        """Returns the configuration of the model, through its allow-list.
+        """Returns the configuration of the model, through its allow-list; what it opens with a word joins `warnings`.
 
         Raises:
           RefusedError: There is none, or it is not supported; or the checkpoint is no model of its own.
@@ -127,8 +129,13 @@ class Checkpoint:
         if self.incomplete is not None:
             raise self.incomplete.error(self.path)
         if self.kind == "apr" and not self.has_config:
-            return Qwen2Config.from_apr(self.metadata, tied=HEAD not in self.tensors, file=self.path)
-        return Qwen2Config.from_hf(self.config, file=self.path)
+            tied = HEAD not in self.tensors
+            return Qwen2Config.from_apr(self.metadata, tied, self.path, self.ignored)
+        said: list[str] = []
+        try:
+            return Qwen2Config.from_hf(self.config, self.path, self.ignored, said)
+        finally:
+            self.warnings += [warning for warning in said if warning not in self.warnings]
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """Returns the same checkpoint, open files shared, with tensors under other names; missing ones keep theirs."""
@@ -265,7 +272,7 @@ def _made_config(
         "rope_theta": float(model.rope_theta),
         "rms_norm_eps": float(model.rms_norm_eps),
         "tie_word_embeddings": HEAD not in held,
-    }
+    } | model.arithmetic_to_hf()
     if model.head_dim * model.num_heads != model.hidden_size:
         config["head_dim"] = model.head_dim
     for key in ("bos_token_id", "eos_token_id"):

@@ -59,6 +59,7 @@ def open_checkpoint(
     lenient: bool = False,
     legacy: Legacy = False,
     follow_links: bool = False,
+    ignore_config: Iterable[str] = (),
 ) -> Checkpoint:
     """Opens a checkpoint and reads its headers.
 
@@ -70,6 +71,8 @@ def open_checkpoint(
       legacy: Whether to read dtype ids of an `.apr` as older and other writers meant them, where the size leaves one
         type; or {id: "type"} to say besides what an id means.
       follow_links: Whether to open links that lead out of a folder; those into HuggingFace's cache are opened anyway.
+      ignore_config: Keys of its configuration that change nothing and are left out where the model is asked for, as if
+        they were not there; "rope_scaling.factor" is one within an object.
 
     Returns:
       The checkpoint, to be closed or used as a context manager.
@@ -80,7 +83,9 @@ def open_checkpoint(
       RefusedError: It is, and cannot be handled rightly.
       StorageError: The system cannot read it.
     """
-    return _open(hub.located(path), lenient, legacy, follow_links)
+    checkpoint = _open(hub.located(path), lenient, legacy, follow_links)
+    checkpoint.ignored = frozenset(ignore_config)
+    return checkpoint
 
 
 def _open(path: str, lenient: bool, legacy: Legacy, follow: bool) -> Checkpoint:

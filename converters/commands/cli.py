@@ -73,6 +73,18 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="read dtype ids of older .apr files, by size; with ID=TYPE where the size does not decide (repeatable)",
     )
     parser.add_argument("--follow-links", action="store_true", help="open links that lead out of a checkpoint's folder")
+    add_configuration_arguments(parser)
+
+
+def add_configuration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how the configuration of a model is read."""
+    parser.add_argument(
+        "--ignore-config",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="go on as if the configuration had no such key: it changes nothing (repeatable)",
+    )
 
 
 def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
@@ -107,7 +119,18 @@ def open_dense_from(args: argparse.Namespace, path: str) -> Checkpoint:
 def _opening(args: argparse.Namespace) -> dict[str, Any]:
     from apr_jax.converters.formats.dtypes import parse_legacy
 
-    return {"lenient": args.lenient, "legacy": parse_legacy(args.legacy), "follow_links": args.follow_links}
+    return {
+        "lenient": args.lenient,
+        "legacy": parse_legacy(args.legacy),
+        "follow_links": args.follow_links,
+        "ignore_config": args.ignore_config,
+    }
+
+
+def say_warnings(checkpoint: Checkpoint) -> None:
+    """Prints on stderr what a checkpoint was opened in spite of."""
+    for warning in checkpoint.warnings:
+        say(f"warning: {warning}")
 
 
 def print_json(value: Any) -> None:

@@ -69,6 +69,7 @@ def convert(
     follow_links: bool = False,
     dequantise: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
+    ignore_config: Iterable[str] = (),
 ) -> Outcome:
     """Converts a checkpoint.
 
@@ -78,17 +79,17 @@ def convert(
       to: "apr" or "safetensors".
       cast, allow_overflow, tied_head, max_shard_bytes, rename, leave_out, as_is: As `make_plan`.
       force: Whether to replace an output that exists.
-      lenient, legacy, follow_links: As `open_checkpoint`.
+      lenient, legacy, follow_links, ignore_config: As `open_checkpoint`.
       dequantise: Whether what is quantised is written dense.
       adapters: Folders of PEFT adapters to add to the weights; a quantised base is decoded.
 
     Raises:
       AprJaxError: Any of the family; then there is no output.
     """
-    if dequantise or adapters:
-        opened = open_dense(source, adapters=adapters, lenient=lenient, legacy=legacy, follow_links=follow_links)
-    else:
-        opened = open_checkpoint(source, lenient=lenient, legacy=legacy, follow_links=follow_links)
+    opening: dict[str, Any] = {"lenient": lenient, "legacy": legacy, "follow_links": follow_links}
+    opening["ignore_config"] = ignore_config
+    dense = dequantise or adapters
+    opened = open_dense(source, adapters=adapters, **opening) if dense else open_checkpoint(source, **opening)
     with opened as checkpoint:
         plan = make_plan(
             checkpoint,

@@ -18,7 +18,7 @@ from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.incomplete import TRAINING, is_adapters
 from apr_jax.converters.checkpoint.naming import Naming, expected_names, is_no_weight, recognise
-from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
+from apr_jax.converters.checkpoint.qwen2 import CHECKED_IN_APR, EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
@@ -44,8 +44,9 @@ _EMBEDDINGS = (EMBEDDING, "token_embd.weight", "tok_embeddings.weight")
 _FINAL_NORMS = (FINAL_NORM, "output_norm.weight")
 _HEADS = (HEAD, "output.weight")
 _QWEN2 = "qwen2"
-_UNSUPPORTED = ("not supported", "not known to leave")
+_UNSUPPORTED = ("not supported", "not known to leave", "not a rule that is known")
 _FIELDS = dataclasses.fields(Qwen2Config)
+_WITHOUT_APR_KEY = ("rope_scaling", "sliding_window", "window_layers")
 _FAMILIES = ("qwen2", "qwen3", "llama")
 _PUBLISHED_THETA = 1e6
 _PUBLISHED_EPS = (1e-6, 1e-5)
@@ -240,10 +241,11 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
     except AprJaxError as error:
         problems = error.message.split("\n  ")[1:]
         # Another model than those that are known here is nothing that is wrong with the file.
-        known = not problems or any(not any(words in problem for words in _UNSUPPORTED) for problem in problems)
-        yield Check("configuration", False if known else None, error.message.replace("\n  ", " "))
+        broken = not problems or any(not any(words in problem for words in _UNSUPPORTED) for problem in problems)
+        said = ". ".join(filter(None, (error.message.replace("\n  ", " "), error.hint)))
+        yield Check("configuration", False if broken else None, said)
         return
-    yield Check("configuration", True, f"{_QWEN2}, {config.num_layers} layers, hidden size {config.hidden_size}")
+    yield Check("configuration", True, _described(config))
     if any(name.startswith("blk.") for name in checkpoint.tensors):
         yield Check("tensor-set", None, "the tensors have GGUF's names, which are not known here")
     else:
@@ -263,6 +265,18 @@ def _no_configuration(checkpoint: Checkpoint) -> str:
     if CONFIG_NAME not in checkpoint.files:
         return "no configuration"
     return f"no configuration that says what model_type it is for, in {CONFIG_NAME}"
+
+
+def _described(config: Qwen2Config) -> str:
+    """Says in a line what model a configuration is of, and what about it other programs may not know."""
+    said = [_QWEN2, f"{config.num_layers} layers", f"hidden size {config.hidden_size}"]
+    if config.rope_scaling is not None:
+        said.append(f"RoPE scaled by {config.rope_scaling}")
+    if config.window_layers:
+        first, last = config.window_layers[0], config.window_layers[-1]
+        where = f"layers {first} to {last}" if len(config.window_layers) == last - first + 1 else "some layers"
+        said.append(f"a sliding window of {config.sliding_window} in {where}")
+    return ", ".join(said)
 
 
 def _family_said(checkpoint: Checkpoint) -> str | None:
@@ -330,7 +344,10 @@ def _typed_metadata(checkpoint: Checkpoint, config: Qwen2Config) -> Iterator[Che
     except RefusedError as error:
         yield Check("metadata", False, error.message.replace("\n  ", " "))
         return
-    values = {field.name: (getattr(typed, field.name), getattr(config, field.name)) for field in _FIELDS}
+    # What `.apr` has no key of its own for is in config.json alone.
+    said = any(checkpoint.metadata.get(key) is not None for key in CHECKED_IN_APR if key != "rope_theta")
+    fields = [field for field in _FIELDS if said or field.name not in _WITHOUT_APR_KEY]
+    values = {field.name: (getattr(typed, field.name), getattr(config, field.name)) for field in fields}
     differing = [name for name, (found, expected) in values.items() if not _same(found, expected)]
     if checkpoint.metadata.get("head_dim") is None and len(differing) > 1:
         # Not said, but computed from one of the others.

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from tests.battery.quantisers import QUANTISERS
-from tests.oracle import inv_freq
+from tests.oracle import base, inv_freq, rope, window
 
 f32, f64 = np.float32, np.float64
 REQUIRED = object()
@@ -55,6 +55,7 @@ class Kind:
 
 _NORMS = {"norms": NORMS}
 _MASK = {"scores": "own"}
+_MASKS = ("mask-not-causal", "mask-off-by-one", "mask-without-window", "mask-window")
 _TENSOR = {"tensor": REQUIRED}
 _PART = {"heads": None, "channels": None, "positions": None}
 
@@ -69,6 +70,7 @@ FAULTS: Mapping[str, Kind] = {
         "0.1 ln(factor) + 1) or llama3, with `factor` and `original` positions",
         {"rule": "linear", "factor": 4.0, "original": 32768},
     ),
+    "rope-unscaled": Kind("plain RoPE, whatever rule the configuration asks for"),
     "rope-precision": Kind(
         "`what` (inv_freq, angles or tables), and `besides` (positions too), rounded to `dtype` bfloat16 or float16",
         {"what": "angles", "dtype": "bfloat16", "besides": ()},
@@ -99,6 +101,7 @@ FAULTS: Mapping[str, Kind] = {
         "mask value), self (its own key), or zero",
         {"last": -1, "empty": "uniform", **_MASK},
     ),
+    "mask-without-window": Kind("the window of the configuration is not there", _MASK),
     "mask-window": Kind("key columns i - `window` < j <= i, its own key counted", {"window": 16, **_MASK}),
     "softmax-scale": Kind("`scale` in place of D^-1/2, in attn_scores", {"scale": 1.0}),
     "softmax-soft-cap": Kind("scores are `cap` tanh(scores / cap), in attn_scores", {"cap": 50.0}),
@@ -651,17 +654,22 @@ class _Engine:
         return np.where(np.isin(np.arange(x.shape[2]), heads)[:, None], x, rotated)
 
     def _rotated(self, x: np.ndarray, layer: int) -> np.ndarray:
-        theta = (self.config.get("rope_parameters") or self.config)["rope_theta"]
-        theta = (self._of("rope-theta", layer) or {"theta": theta})["theta"]
+        config = self.config
+        if other := self._of("rope-theta", layer):
+            rules = [key for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+            config = config | {"rope_theta": other["theta"]}
+            config |= {key: config[key] | {"rope_theta": other["theta"]} for key in rules}
         positions = self.positions
         if where := self._of("rope-position", layer):
             positions = positions % where["restart"] if where["restart"] else positions + where["shift"]
         width = self.dim // 2 if self._has("rope-half-dims", layer) else self.dim
         if width % 2:
             raise ValueError(f"{width} dimensions make no pairs")
-        frequencies, gain = inv_freq(theta, width), 1.0
+        frequencies, gain = rope(config, width, int(self.positions.max()) + 1)
+        if self._has("rope-unscaled", layer):
+            frequencies, gain = inv_freq(base(config), width), 1.0
         if scaled := self._of("rope-scaling", layer):
-            frequencies, gain = scaled_frequencies(theta, width, **scaled)
+            frequencies, gain = scaled_frequencies(base(config), width, **scaled)
         less = self._of("rope-precision", layer) or {"what": "", "besides": ()}
 
         def held(what: str, values: np.ndarray) -> np.ndarray:
@@ -669,7 +677,7 @@ class _Engine:
 
         steps = held("positions", positions.astype(f32))
         angles = held("angles", steps[..., None] * held("inv_freq", frequencies)).astype(f64)
-        tables = (held("tables", (gain * f(angles)).astype(f32)) for f in (np.cos, np.sin))
+        tables = (held("tables", f(angles).astype(f32) * f32(gain)) for f in (np.cos, np.sin))
         cos, sin = (self.rounded(table)[:, :, None] for table in tables)
         sin = -sin if self._has("rope-sign", layer) else sin
         adjacent = self._has("rope-adjacent-pairs", layer)
@@ -702,7 +710,7 @@ class _Engine:
         if tokens is not None:  # a slot of the cache that holds nothing is zero, and so are its scores
             scores = np.where(tokens >= 0, scores[:, :, np.arange(self.length)[:, None], tokens], self.wide(0))
         seen = self._visible(layer)[:, None]
-        masks = [self._of(name, layer) for name in ("mask-not-causal", "mask-off-by-one", "mask-window")]
+        masks = [self._of(name, layer) for name in _MASKS]
         everywhere = any(mask is not None and mask["scores"] == "all" for mask in masks)
         s["attn_scores"] = scores if everywhere else np.where(seen, scores, self.wide(0))
         scores = np.where(seen, s["attn_scores"], scores)
@@ -725,8 +733,9 @@ class _Engine:
         seen = key <= query + (self._of("mask-off-by-one", layer) or {"last": 0})["last"]
         if self._has("mask-not-causal", layer):
             seen = np.ones_like(seen)
-        if window := self._of("mask-window", layer):
-            seen &= key > query - window["window"]
+        within = (self._of("mask-window", layer) or {"window": window(self.config, layer)})["window"]
+        if not self._has("mask-without-window", layer):
+            seen &= key > query - within
         keys = np.ones_like(self.mask) if self._has("padding-attended", layer) else self.mask
         return seen & (keys[:, None, :] | (key == query))  # padding sees itself, so that no row of a right run is empty
 

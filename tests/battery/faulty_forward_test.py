@@ -759,6 +759,10 @@ class InvisibleTest(Case):
         for name in ("mask-not-causal", "mask-window", "softmax-partial-warp", "cache-position"):
             self.assert_invisible(planted(name))
 
+    def test_what_the_configuration_does_not_ask_for_cannot_be_left_out(self) -> None:
+        for name in ("mask-without-window", "rope-unscaled"):
+            self.assert_invisible(planted(name))
+
     def test_short_sequences(self) -> None:
         self.assert_invisible(planted("mask-window", window=80))
         self.assert_invisible(planted("rope-position", restart=80))

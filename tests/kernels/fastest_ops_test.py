@@ -134,6 +134,25 @@ class ProgramTest(parameterized.TestCase):
         self.assertIn("swiglu", kernels_of(TINY, 65_535, 4, 0)[0])
         self.assertNotIn("swiglu", kernels_of(TINY, 65_536, 4, 0)[0])
 
+    def test_windows_are_kept_from_kernels_that_know_none_where_they_bite(self):
+        config = dataclasses.replace(TINY, sliding_window=48, window_layers=(1,))
+        self.assertEqual(kernels_of(config, 1, 1, 48)[0], ["decode"])
+        self.assertEqual(kernels_of(config, 1, 1, 64)[0], ["attention"])
+        self.assertEqual(kernels_of(config, 3, 1, 48)[0], ["attention"] * 2)
+        self.assertEqual(kernels_of(config, 3, 1, 64)[0], ["attention"])
+
+    def test_flash_attention_takes_no_layer_with_a_window(self):
+        q, k, v = (jnp.zeros((1, 64, heads, 16), jnp.bfloat16) for heads in (4, 2, 2))
+        positions = jnp.arange(64)[None]
+        for window, expected in ((None, True), (48, False)):
+            with mock.patch.object(jax.nn, "dot_product_attention", return_value=q) as flash:
+                fastest_ops.causal_attention(OPS, q, k, v, positions, positions, qwen2.pass_on, window)
+            self.assertEqual(flash.called, expected)
+        windowed = dataclasses.replace(TINY, sliding_window=48, window_layers=(1,))
+        table = fastest_ops.cuda_ops(132)
+        self.assertTrue(fastest_ops.prompts_keep_no_scores(TINY, table))
+        self.assertFalse(fastest_ops.prompts_keep_no_scores(windowed, table))
+
     def test_a_short_prompt_stays_with_xla(self):
         self.assertEqual(kernels_of(TINY, 2, 16, 64, first=True)[0], [])
 

@@ -114,17 +114,17 @@ class LoadingTest(parameterized.TestCase):
     def test_every_unsupported_attribute_is_named_at_once(self):
         folder = self.copy(
             {
-                "use_sliding_window": True,
-                "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+                "use_sliding_window": "yes",
+                "rope_scaling": {"rope_type": "mrope", "factor": 4.0},
                 "hidden_act": "gelu",
                 "model_type": "qwen3",
-                "attention_bias": False,
+                "is_causal": False,
             }
         )
         with self.assertRaises(RefusedError) as caught:
             load_model(folder)
         self.assertEqual(caught.exception.code, "config-unsupported")
-        for part in ("use_sliding_window", "yarn", "gelu", "qwen3", "attention_bias"):
+        for part in ("use_sliding_window", "mrope", "gelu", "qwen3", "is_causal"):
             self.assertIn(part, str(caught.exception))
 
     def test_a_tied_head_may_be_a_copy_and_nothing_else(self):

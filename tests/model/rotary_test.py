@@ -1,5 +1,6 @@
 """The rotary tables against values that torch computed (tests/data/torch_inverse_frequencies.json)."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -9,9 +10,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model import rotary
 from tests import paths
 
+CONFIG = Qwen2Config.from_hf(json.loads((paths.checkpoint("gqa_tied_bf16") / "config.json").read_text()))
 RECORDED = json.loads((paths.DATA / "torch_inverse_frequencies.json").read_text())
 
 
@@ -32,7 +35,8 @@ class RotaryTest(parameterized.TestCase):
         self.assertEqual(np.flatnonzero(rounded != rotary.inverse_frequencies(1e6, 128)).tolist(), [37])
 
     def test_tables_are_the_correctly_rounded_cosine_and_sine_of_float32_angles(self):
-        cos, sin = rotary.tables(1e6, 64, 300)
+        config = dataclasses.replace(CONFIG, rope_theta=1e6, head_dim=64)
+        cos, sin = rotary.tables(config, 300)
         angles = np.float32(299) * rotary.inverse_frequencies(1e6, 64)
         np.testing.assert_array_equal(cos[299], np.cos(np.longdouble(angles)).astype(np.float32))
         np.testing.assert_array_equal(sin[299], np.sin(np.longdouble(angles)).astype(np.float32))

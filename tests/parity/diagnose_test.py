@@ -270,16 +270,16 @@ class DecodingStepsTest(absltest.TestCase):
             self.assertBetween(findings[0].residual_after, 5e-7, 1e-5)
 
     def test_an_engine_whose_pow_differs_in_the_last_bit_is_right_over_a_cache_that_was_not_dumped_too(self):
-        ours = faulty_forward.inv_freq
+        ours = faulty_forward.rope
         for seed in range(2):
             up = np.random.default_rng(seed).random(8) < 0.5
 
             def theirs(*args, up=up):
-                frequencies = ours(*args)
+                frequencies, factor = ours(*args)
                 moved = np.nextafter(frequencies, np.where(up, 2, 0).astype(frequencies.dtype))
-                return np.where(np.arange(len(moved)) == 0, frequencies, moved)
+                return np.where(np.arange(len(moved)) == 0, frequencies, moved), factor
 
-            with mock.patch.object(faulty_forward, "inv_freq", theirs):
+            with mock.patch.object(faulty_forward, "rope", theirs):
                 diagnosis = self.diagnose(400)
             self.assertEqual(diagnosis.findings, ())
             self.assertLess(max(site.share for site in diagnosis.localisation.sites), 0.7)

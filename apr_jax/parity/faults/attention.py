@@ -24,7 +24,8 @@ def _last_keys(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     replay = question.replay
     for last in (-1, 1):
         yield {"last": last}
-        if not replay.under((OFF_BY_ONE.made(last=last),)).visible()[replay.tokens()].any(axis=-1).all():
+        seen = replay.under((OFF_BY_ONE.made(last=last),)).visible(node.layer)
+        if not seen[replay.tokens()].any(axis=-1).all():
             # What a query that sees nothing gets depends on how the engine masks.
             yield from ({"last": last, "empty": empty} for empty in ("self", "zero"))
 
@@ -36,27 +37,30 @@ def _empty_row(row: np.ndarray, at: At, last: int, empty: str = "uniform") -> np
     return np.eye(length)[at.replay.columns()] if empty == "self" else np.array(0.0)
 
 
-def _window(seen: np.ndarray, at: At, window: int) -> np.ndarray:
-    query, key = at.replay.columns()[:, None], np.arange(seen.shape[-1])
-    return seen & (key > query - window)
-
-
 def _windows(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
     """How wide a window is: read off the pairs that are not zero or, behind a gap, as wide as the tokens before the
     first one that is off; beside another mistake, which hides that, powers of two."""
+    right = question.replay.config.window_of(node.layer)
     if node == question.nodes[-1] and node.stage in _MASKED:
         columns = question.replay.columns()
-        seen = question.replay.visible() & question.tokens[:, :, None]
-        shown = (np.abs(question.theirs).max(axis=1) > 0) & seen
+        causal = question.replay.under((WITHOUT_WINDOW.made(),)).visible(node.layer)
+        shown = (np.abs(question.theirs).max(axis=1) > 0) & causal & question.tokens[:, :, None]
         width = int(np.where(shown, columns[:, None] - columns + 1, 0).max(initial=0))
-        return [{"window": width}] if 0 < width < len(columns) else []
+        return [{"window": width}] if 0 < width < len(columns) and width != right else []
     last = int(question.replay.inputs.positions().max())
     wrong = question.off() > max(1e-3, question.nothing) * np.abs(question.right).max()
     before = int(np.where(wrong, question.replay.positions(), last + 1).min())
     windows = dict.fromkeys((before, *(1 << power for power in range(2, (last + 1).bit_length()))))
-    return [{"window": window} for window in windows if 0 < window <= last]
+    return [{"window": window} for window in windows if 0 < window <= last and window != right]
 
 
+WITHOUT_WINDOW = Fault(
+    "mask-without-window",
+    "the sliding window is not applied: all keys before are seen",
+    _MASKED,
+    {"window": lambda right, at: None},
+    variants=lambda question, node: [{}] if question.replay.config.window_of(node.layer) is not None else [],
+)
 OFF_BY_ONE = Fault(
     "mask-off-by-one",
     "the last visible key is i {last:+d}, not i",
@@ -80,7 +84,14 @@ _MASKS = (
         {"real_keys": lambda real, at: np.ones_like(real)},
         variants=lambda question, node: [{}] if (question.replay.inputs.attention_mask == 0).any() else [],
     ),
-    Fault("mask-window", "only the last {window} keys are seen", _MASKED, {"seen": _window}, variants=_windows),
+    Fault(
+        "mask-window",
+        "only the last {window} keys are seen",
+        _MASKED,
+        {"window": lambda right, at, window: window},
+        variants=_windows,
+    ),
+    WITHOUT_WINDOW,
 )
 
 # --- Scores and shares -----------------------------------------------------------------------------------------------

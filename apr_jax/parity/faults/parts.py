@@ -80,7 +80,7 @@ def _blocks(question: Question, values: np.ndarray, width: int) -> Value:
     few = np.argwhere(question.tokens)
     few = few[np.unique(np.linspace(0, len(few) - 1, _MOST_COMPARED).astype(int))]
     if values.ndim == 4:
-        shown = np.where(question.replay.visible()[:, None], values, 0.0)
+        shown = np.where(question.replay.visible(question.layer)[:, None], values, 0.0)
         return np.ascontiguousarray(shown[few[:, 0], :, few[:, 1]].swapaxes(0, 1)).reshape(values.shape[1], -1)
     rows = np.asarray(values[few[:, 0], few[:, 1]], np.float64)
     return np.ascontiguousarray(rows.reshape(len(rows), -1, width).swapaxes(0, 1)).reshape(-1, len(rows) * width)
@@ -90,7 +90,11 @@ def _inside(question: Question, region: Region) -> tuple[Value, Value]:
     """The right values and theirs that are in a region and count, flat."""
     right, theirs = question.right, question.theirs
     chosen = region.chosen(right, np.arange(right.shape[2 if right.ndim == 4 else 1]), question.replay.config.head_dim)
-    counted = question.replay.visible()[:, None] & question.tokens[:, None, :, None] if right.ndim == 4 else None
+    counted = (
+        question.replay.visible(question.layer)[:, None] & question.tokens[:, None, :, None]
+        if right.ndim == 4
+        else None
+    )
     chosen = np.broadcast_to(chosen, right.shape) & (question.tokens[..., None] if counted is None else counted)
     return right[chosen], np.asarray(theirs[chosen], np.float64)
 

@@ -28,8 +28,7 @@ def rotations(question: Question) -> Iterator[Mistakes]:
     before, late = before_rotation(replay, question.layer, which)
     after = unjoin(np.asarray(question.theirs, np.float64), replay.config) - late
     positions = np.where(question.tokens, replay.positions(), -1)
-    config = replay.config
-    for turn in rope_fit.candidates(before, after, positions, config.rope_theta, config.max_position_embeddings):
+    for turn in rope_fit.candidates(before, after, positions, replay.right_rotation()):
         yield tuple(_named(turn, QKV[which]))
 
 
@@ -50,7 +49,9 @@ def _named(turn: rope_fit.Rotation, projection: str) -> Iterator[Mistake]:
         yield POSITION.made(shift=turn.shift)
     if turn.restart:
         yield POSITION.made(restart=turn.restart)
-    if turn.scaling is not None:
+    if turn.scaling == rope_fit.UNSCALED:
+        yield NOT_SCALED.made()
+    elif turn.scaling is not None:
         yield _scaling(turn.scaling)
     if turn.rounded:
         yield PRECISION.made(dtype=turn.rounded[0], what=turn.rounded[1])
@@ -105,8 +106,6 @@ def _precisions(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     yield from ({"what": what, "dtype": dtype} for what in _WITH for dtype in ("bfloat16", "float16"))
 
 
-_BASES = (1e3, 3e3, 1e4, 2e4, 3e4, 5e4, 1e5, 1.5e5, 2e5, 3e5, 5e5, 7e5, 1e6, 1.5e6, 2e6, 3e6, 5e6, 8e6, 1e7, 3e7, 1e8)
-
 ADJACENT_PAIRS = Fault(
     "rope-adjacent-pairs",
     "yours equals adjacent-pair RoPE (2i, 2i+1); the checkpoint needs split halves (i, i + d/2)",
@@ -129,7 +128,7 @@ THETA = Fault(
     _STAGES,
     {"rotation": lambda turn, at, theta: dataclasses.replace(turn, theta=theta)},
     solve=rotations,
-    grid=Grid("theta", _BASES, round_numbers.near),
+    grid=Grid("theta", rope_fit.BASES, round_numbers.near),
 )
 POSITION = Fault(
     "rope-position",
@@ -166,6 +165,15 @@ SCALING = Fault(
     merge={"original": IGNORED},
     alone=True,
 )
+NOT_SCALED = Fault(
+    "rope-unscaled",
+    "RoPE is plain; the configuration asks for a rule that scales it",
+    _STAGES,
+    _set(scaling=rope_fit.UNSCALED),
+    solve=rotations,
+    variants=lambda question, node: [{}] if question.replay.config.rope_scaling is not None else [],
+    alone=True,
+)
 PRECISION = Fault(
     "rope-precision",
     "RoPE is less precise than float32: {what} in {dtype}",
@@ -187,4 +195,16 @@ BIAS_AFTER_ROPE = Fault(
     variants=lambda question, node: [{}] if node.stage in _STAGES else [],
     hides=("q-bias-missing", "k-bias-missing"),
 )
-FAULTS = (ADJACENT_PAIRS, HALF_DIMS, SIGN, THETA, POSITION, NOT_ON_Q, NOT_ON_K, SCALING, PRECISION, BIAS_AFTER_ROPE)
+FAULTS = (
+    ADJACENT_PAIRS,
+    HALF_DIMS,
+    SIGN,
+    THETA,
+    POSITION,
+    NOT_ON_Q,
+    NOT_ON_K,
+    SCALING,
+    NOT_SCALED,
+    PRECISION,
+    BIAS_AFTER_ROPE,
+)

@@ -96,17 +96,40 @@ class FromHfTest(parameterized.TestCase):
     @parameterized.parameters(
         ({"rope_parameters": {"rope_theta": 5e5}}, "contradict"),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_theta": 5e5}}, "contradict"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        (
+            {"rope_parameters": {"type": "yarn", "factor": 4.0}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+            "yarn",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_type": "linear"}}, "'yarn' and rope_type is 'linear'"),
+        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_scaling.rope_type is 'su'"),
+        ({"rope_scaling": {"type": ["yarn"], "factor": 4.0}}, "rope_scaling.rope_type is ['yarn']"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "rope_scaling.factor is '4'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "rope_scaling.factor is 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -1}}, "rope_scaling.beta_fast is -1"),
+        ({"rope_scaling": {"type": "yarn", "factor": float("inf")}}, "rope_scaling.factor is inf"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "unheard_of": 1}}, "--ignore-config rope_scaling.unheard_of"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 4}}, "more than"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": None}}, "of 32 frequencies"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_theta is 1.0, expected more than 1",
+        ),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": [1]}, "expected an object"),
-        ({"use_sliding_window": True}, "sliding"),
-        ({"layer_types": ["sliding_attention"] * 24}, "layer_types"),
+        ({"use_sliding_window": "yes"}, "use_sliding_window is 'yes'"),
+        ({"use_sliding_window": True, "max_window_layers": 2.5}, "max_window_layers is 2.5"),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "sliding_window is 0"),
+        ({"layer_types": ["sliding_attention"] * 24}, "layer_types asks for sliding windows"),
+        ({"layer_types": ["full_attention"] * 23}, "names 23 layers, num_hidden_layers 24"),
+        ({"layer_types": ["linear_attention"] * 24}, "layer_types holds 'linear_attention'"),
+        ({"layer_types": [["full_attention"]] * 24}, "layer_types holds ['full_attention']"),
+        ({"layer_types": "full_attention"}, "expected a list"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"model_type": "qwen3"}, "qwen3"),
         ({"pruned_heads": {"0": [1]}}, "pruned"),
-        ({"attention_bias": False}, "attention_bias"),
-        ({"num_key_value_heads": ...}, "num_key_value_heads is missing"),
+        ({"num_key_value_heads": ...}, "num_key_value_heads is 32, expected a divisor of num_attention_heads 14"),
         ({"num_key_value_heads": 3}, "divisor"),
         ({"hidden_size": 900}, "no multiple"),
         ({"head_dim": 63}, "even"),
@@ -137,9 +160,10 @@ class FromHfTest(parameterized.TestCase):
         self.assertIn(f"{name} is {size}, expected a positive integer", self.problems(**{"head_dim": 64, name: size}))
 
     def test_everything_wrong_is_said_at_once(self):
-        text = self.problems(use_sliding_window=True, hidden_act="gelu", unheard_of=1)
-        for part in ("sliding", "gelu", "unheard_of"):
-            self.assertIn(part, text)
+        text = self.problems(use_sliding_window=1, hidden_act="gelu", unheard_of=1)
+        for key in ("use_sliding_window", "hidden_act", "unheard_of"):
+            self.assertIn(f"{key} ", text)
+            self.assertIn(f"--ignore-config {key}", text)
 
     @parameterized.parameters(paths.NAMES)
     def test_every_committed_checkpoint_is_read(self, name):
@@ -159,10 +183,10 @@ class FromAprTest(parameterized.TestCase):
     @parameterized.parameters(
         ({"architecture": "llama"}, "llama"),
         ({"rope_type": 0}, "rope_type"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "yarn"),
+        ({"rope_scaling": {"type": "mrope", "factor": 4}}, "mrope"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "contradict"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"use_sliding_window": True}, "sliding"),
+        ({"use_sliding_window": 1}, "sliding"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"n_embd": 65}, "contradict"),
         ({"hidden_size": None}, "hidden_size is missing"),

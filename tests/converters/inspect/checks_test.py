@@ -225,11 +225,11 @@ class InspectionTest(parameterized.TestCase):
     def test_a_configuration_that_is_not_supported_is_no_fault_of_the_file(self):
         metadata, tensors = self.sample()
         files = metadata["source_files"]
-        config = json.loads(files["config.json"]) | {"use_sliding_window": True}
+        config = json.loads(files["config.json"]) | {"unheard_of": True}
         metadata |= {"source_files": files | {"config.json": json.dumps(config)}}
         checks = {check.name: check for check in self.inspect(self.write(metadata, tensors))}
         self.assertIsNone(checks["configuration"].passed)
-        self.assertIn("sliding", checks["configuration"].sentence)
+        self.assertIn("unheard_of", checks["configuration"].sentence)
 
     def test_oddities_are_notes_and_no_failures(self):
         metadata, tensors = self.sample()
