@@ -68,6 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--hidden-states", action="store_true", help="store the input of every layer as well")
     parser.add_argument("--trace", action="store_true", help="store every stage as well")
+    cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv[1:])

@@ -453,10 +453,10 @@ class _Search:
         def make() -> Decoder:
             from apr_jax.converters.formats import packed_codecs as codecs
 
-            table = codecs.floats(weight.dtype.numpy) if is_float else codecs.signed_bytes()
+            table = codecs.floats(weight.dtype.numpy) if is_float else None
             zeros = None if zero is None else _floats(zero).reshape(shape)
             return codecs.Grouped(
-                _bytes(weight),
+                _bytes(weight) if is_float else weight.read(),
                 table,
                 _floats(scale).reshape(shape),
                 columns,

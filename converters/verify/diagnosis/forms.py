@@ -18,7 +18,7 @@ _SCALES = {"per row": "row", "per tensor": "tensor"}
 
 
 def form_cause(pair: Pair) -> Cause | None:
-    """Returns the form that B is stored in, if A is not stored so and B's values are A's, as near as the form allows."""
+    """Returns the form that B is stored in, if A is not and B's values are A's, as near as the form allows."""
     if not isinstance(pair.b, DecodedTensor) or isinstance(pair.a, DecodedTensor) or pair.sums is None:
         return None
     parameters = _parameters(pair.b.form)
@@ -52,9 +52,10 @@ _PIECE = 1 << 20
 
 
 def is_sum(pair: Pair) -> bool:
-    """Whether B is what adding an adapter gives: A's float32 sum, rounded, as PEFT does, once or together with the change.
+    """Whether B is what adding an adapter gives: A's float32 sum, rounded.
 
     PEFT rounds what is added to the type of the base, and then the sum: each costs half a unit in its own last place.
+    A conversion here rounds once.
     """
     if pair.b.dtype.name not in _ROUNDING or not isinstance(pair.a, DecodedTensor):
         return False
