@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint, SideFiles
-from apr_jax.converters.checkpoint.decoded import DecodedTensor, DecoderCache, Form
+from apr_jax.converters.checkpoint.decoded import ADAPTER, DecodedTensor, DecoderCache, Form
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.incomplete import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from apr_jax.converters.checkpoint.openers import open_checkpoint
@@ -259,7 +259,7 @@ class _Merge:
             self._problems.append(f"{parts.module}: {problem}")
             return
         scale = self._adapter.scale(parts.module)
-        form = Form("adapter", (("rank", a.shape[0]),))
+        form = Form(ADAPTER, (("rank", a.shape[0]),))
         needed = [part for part in (base, a, b, magnitude) if part is not None]
 
         def make() -> Decoder:

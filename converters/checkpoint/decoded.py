@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # A decoder holds what its tensor is made of: as many are kept as threads may be reading.
 _KEPT = 8
 _PIECE_ELEMENTS = 1 << 18
+ADAPTER = "adapter"
+"""The form of a tensor to which an adapter was added; the first of its parts is what it was added to."""
 
 
 @dataclasses.dataclass(frozen=True)

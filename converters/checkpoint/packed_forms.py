@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY, Checkpoint, SideFiles
-from apr_jax.converters.checkpoint.decoded import DecodedTensor, DecoderCache, Form
+from apr_jax.converters.checkpoint.decoded import ADAPTER, DecodedTensor, DecoderCache, Form
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
+from apr_jax.converters.errors import BrokenContainerError, RefusedError, counted
 from apr_jax.converters.formats import dtypes, strict_json
 
 if TYPE_CHECKING:
@@ -84,20 +84,16 @@ def dense_view(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def is_packed(checkpoint: Checkpoint) -> bool:
-    """Whether some of the tensors are parts of packed ones."""
-    return bool(packed_forms(checkpoint))
-
-
 def packed_forms(checkpoint: Checkpoint) -> dict[str, int]:
-    """Returns what packed forms there are, in words, and how many tensors of each; none where they cannot be told."""
-    try:
-        tensors = dense_view(checkpoint).tensors.values()
-    except AprJaxError:
-        return {}
+    """Returns what packed forms there are, in words, and how many tensors of each.
+
+    Raises:
+      As `dense_view`.
+    """
+    tensors = dense_view(checkpoint).tensors.values()
     forms: dict[str, int] = {}
     for tensor in tensors:
-        if isinstance(tensor, DecodedTensor):
+        if isinstance(tensor, DecodedTensor) and tensor.form.name != ADAPTER:
             forms[str(tensor.form)] = forms.get(str(tensor.form), 0) + 1
     return forms
 
@@ -457,10 +453,10 @@ class _Search:
         def make() -> Decoder:
             from apr_jax.converters.formats import packed_codecs as codecs
 
-            table = codecs.floats(weight.dtype.numpy) if is_float else codecs.signed_bytes()
+            table = codecs.floats(weight.dtype.numpy) if is_float else None
             zeros = None if zero is None else _floats(zero).reshape(shape)
             return codecs.Grouped(
-                _bytes(weight),
+                _bytes(weight) if is_float else weight.read(),
                 table,
                 _floats(scale).reshape(shape),
                 columns,

@@ -35,6 +35,9 @@ tokenizer, chat template or generation setting, a file of these that is broken, 
 prefix in front of all). Each is named, and the verdict is "different" (--json tells the weights' own in "weights").
 Bookkeeping (transformers_version, torch_dtype, spelling) and files that one side lacks do not count.
 
+Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors) are compared by what they decode to, and
+named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is both together.
+
 With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, names, side files,
 vocabulary, and whether the values look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.
 
@@ -47,6 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = cli.make_parser(argv[0], "Compare two checkpoints and say what happened, or check one.", _EPILOG)
     parser.add_argument("a", metavar="A", help=cli.CHECKPOINT_HELP)
     parser.add_argument("b", metavar="B", nargs="?", help="the checkpoint to hold against A")
+    cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     cli.add_checkpoint_arguments(parser)
     return parser.parse_args(argv[1:])
@@ -62,7 +66,8 @@ def main(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from apr_jax.converters.verify.comparison import compare
 
-    with cli.open_from(args, args.a) as a, cli.open_from(args, args.b) as b:
+    opener = cli.open_dense_from if args.adapter else cli.open_from
+    with opener(args, args.a) as a, cli.open_from(args, args.b) as b:
         _warn(a, b)
         with _progress() as progress:
             comparison = compare(a, b, progress)

@@ -440,14 +440,16 @@ def _apr_metadata(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str], 
         )
     if config is None:
         warnings.append("there is no config.json: `apr` cannot run the file without an architecture")
-    order = _source_order(checkpoint)
-    usual = safetensors_format.data_order((name, tensor.dtype) for name, tensor in checkpoint.tensors.items())
+    order = None if _is_cast(chosen) else _source_order(checkpoint)
+    if order is not None:
+        tensors = ((name, tensor.dtype) for name, tensor in checkpoint.tensors.items())
+        order = None if order == safetensors_format.data_order(tensors) else order
     return apr_metadata.from_huggingface(
         config,
         model,
         checkpoint.files,
         strings,
-        order=None if order == usual or _is_cast(chosen) else order,
+        order=order,
         name=_model_name(checkpoint.path),
         **_counts(chosen),
         warnings=warnings,

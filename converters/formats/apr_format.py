@@ -260,7 +260,8 @@ def lay_out(
         raise RefusedError(
             f"an .apr file cannot hold these tensors, {len(problems)} in all:\n  " + "\n  ".join(problems),
             code="apr-unsupported",
-            hint="--cast [GLOB=]TYPE can give floating-point and quantised tensors another type",
+            hint="--cast [GLOB=]TYPE can give floating-point and quantised tensors another type; --dequantise decodes "
+            "quantised ones, those of several parts (FP8 and its scales) included",
         )
     sizes = {name: size for name, _, _, size in given}
     offsets, position = {}, 0

@@ -86,7 +86,8 @@ class DType:
         name), or None where bytes have to be decoded first.
       exact_casts: Names of the other types that hold every value of this one, infinities, NaN and -0 included.
       packing: How elements are gathered in blocks.
-      codec_name: The class of `codecs` that turns its bytes into values, or None if nothing does.
+      codec_name: The class of `codecs` (or, with its name in front, `grid_codecs`) that turns its bytes into values,
+        or None if nothing does.
     """
 
     name: str
@@ -125,9 +126,10 @@ class DType:
                 expected=f"one of {' '.join(dtype.name for dtype in TYPES.values() if dtype.codec_name)}",
                 hint="Its bytes can be read as they are (raw, stream)",
             )
-        from apr_jax.converters.formats import codecs
+        from apr_jax.converters.formats import codecs, grid_codecs
 
-        codec: Codec = getattr(codecs, self.codec_name)()
+        module, _, name = self.codec_name.rpartition(".")
+        codec: Codec = getattr(grid_codecs if module else codecs, name)()
         return codec
 
     @property
@@ -401,19 +403,19 @@ _ROWS_OF_THE_TABLE = (
         codec="Q6_K",
     ),
     _block("q8_k", 256, 292, ggml=15),
-    _block("iq2_xxs", 256, 66, ggml=16, apr={ENGINE: 16}),
-    _block("iq2_xs", 256, 74, ggml=17, apr={ENGINE: 17}),
-    _block("iq3_xxs", 256, 98, ggml=18),
-    _block("iq1_s", 256, 50, ggml=19),
-    _block("iq4_nl", 32, 18, ggml=20),
-    _block("iq3_s", 256, 110, ggml=21),
-    _block("iq2_s", 256, 82, ggml=22),
-    _block("iq4_xs", 256, 136, ggml=23),
-    _block("iq1_m", 256, 56, ggml=29),
-    _block("tq1_0", 256, 54, ggml=34),
-    _block("tq2_0", 256, 66, ggml=35),
-    _block("mxfp4", 32, 17, ggml=39),
-    _block("nvfp4", 64, 36, ggml=40),
+    _block("iq2_xxs", 256, 66, ggml=16, apr={ENGINE: 16}, codec="grid_codecs.IQ2_XXS"),
+    _block("iq2_xs", 256, 74, ggml=17, apr={ENGINE: 17}, codec="grid_codecs.IQ2_XS"),
+    _block("iq3_xxs", 256, 98, ggml=18, codec="grid_codecs.IQ3_XXS"),
+    _block("iq1_s", 256, 50, ggml=19, codec="grid_codecs.IQ1_S"),
+    _block("iq4_nl", 32, 18, ggml=20, codec="grid_codecs.IQ4_NL"),
+    _block("iq3_s", 256, 110, ggml=21, codec="grid_codecs.IQ3_S"),
+    _block("iq2_s", 256, 82, ggml=22, codec="grid_codecs.IQ2_S"),
+    _block("iq4_xs", 256, 136, ggml=23, codec="grid_codecs.IQ4_XS"),
+    _block("iq1_m", 256, 56, ggml=29, codec="grid_codecs.IQ1_M"),
+    _block("tq1_0", 256, 54, ggml=34, codec="grid_codecs.TQ1_0"),
+    _block("tq2_0", 256, 66, ggml=35, codec="grid_codecs.TQ2_0"),
+    _block("mxfp4", 32, 17, ggml=39, codec="grid_codecs.MXFP4"),
+    _block("nvfp4", 64, 36, ggml=40, codec="grid_codecs.NVFP4"),
     _block("q1_0", 128, 18, ggml=41),
 )
 

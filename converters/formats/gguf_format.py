@@ -1,6 +1,6 @@
 """The GGUF container (llama.cpp), versions 2 and 3, little-endian: its metadata, and where its tensors lie.
 
-    "GGUF" | u32 version | u64 tensors | u64 pairs | key, value ... | name, dimensions, type, offset ... | pad | data
+    "GGUF" | u32 version | u64 tensors | u64 pairs | key, value ... | name, shape, type, offset ... | padding | data
 
 Everything is bounded before it is believed: counts by the bytes that are left, sizes by the file. Dimensions stand
 innermost first in the file and outermost first here. Format: docs/gguf.md of ggml-org/ggml.

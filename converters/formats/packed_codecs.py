@@ -51,8 +51,8 @@ class Grouped:
     """Codes in rows, with a scale for each group of columns of some rows.
 
     Attributes:
-      codes: uint8 [rows, bytes].
-      table: float32 [256, k]: the values of the k codes in a byte.
+      codes: uint8 [rows, bytes]; int8 or uint8 [rows, columns] where they are the values themselves.
+      table: float32 [256, k]: the values of the k codes in a byte; None: the codes are their values.
       scales: float32 [ceil(rows / rows_per_scale), groups].
       columns: Values of one row; bytes that are left over are padding.
       group: Columns that share a scale, in order; the last group may be shorter.
@@ -62,7 +62,7 @@ class Grouped:
     """
 
     codes: np.ndarray
-    table: np.ndarray
+    table: np.ndarray | None
     scales: np.ndarray
     columns: int
     group: int
@@ -82,8 +82,10 @@ class Grouped:
                 self._decode_tile(begin, end, out[begin - first : end - first])
 
     def _decode_tile(self, begin: int, end: int, out: np.ndarray) -> None:
-        codes, per_byte = self.codes[begin:end], self.table.shape[1]
-        if codes.shape[1] * per_byte == self.columns:
+        codes, per_byte = self.codes[begin:end], 1 if self.table is None else self.table.shape[1]
+        if self.table is None:
+            out[:] = codes
+        elif codes.shape[1] * per_byte == self.columns:
             np.take(self.table, codes, axis=0, out=out.reshape(*codes.shape, per_byte), mode="clip")
         else:
             out[:] = np.take(self.table, codes, axis=0).reshape(len(codes), -1)[:, : self.columns]
@@ -146,11 +148,6 @@ def integers(bits: int, offset: int = 0) -> np.ndarray:
     return ((bytes_ >> np.arange(0, 8, bits) & (1 << bits) - 1) - offset).astype(np.float32)
 
 
-def signed_bytes() -> np.ndarray:
-    """Returns float32 [256, 1]: int8."""
-    return np.arange(256).astype(np.uint8).view(np.int8).astype(np.float32)[:, None]
-
-
 def indexed(values: np.ndarray, high_first: bool) -> np.ndarray:
     """Returns float32 [256, 2]: each half of a byte is an index into 16 values."""
     bytes_ = np.arange(256)
@@ -199,15 +196,12 @@ def gptq(
     zeros = unpacked(qzeros, bits, scales.shape[1])
     if zeros_less_one and bits not in _ONES:
         zeros = zeros + 1 & (1 << bits) - 1
-    return Grouped(
-        codes,
-        table,
-        _f32(scales.T),
-        inputs,
-        group,
-        zeros=_f32(zeros.T),
-        group_of_column=group_of_column,
-    )
+    if table is not None and (zeros == zeros[0, 0]).all():
+        # As symmetric quantisation has them: one pass less.
+        return Grouped(
+            codes, table - np.float32(zeros[0, 0]), _f32(scales.T), inputs, group, group_of_column=group_of_column
+        )
+    return Grouped(codes, table, _f32(scales.T), inputs, group, zeros=_f32(zeros.T), group_of_column=group_of_column)
 
 
 def awq(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: int) -> Grouped:
@@ -220,7 +214,7 @@ def awq(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: int)
       group: Inputs that share a scale.
     """
     codes = _awq_columns(qweight)
-    return Grouped(codes, integers(8), _f32(scales.T), codes.shape[1], group, zeros=_f32(_awq_columns(qzeros)))
+    return Grouped(codes, None, _f32(scales.T), codes.shape[1], group, zeros=_f32(_awq_columns(qzeros)))
 
 
 def _awq_columns(packed: np.ndarray) -> np.ndarray:
@@ -247,8 +241,10 @@ def packed_rows(
     """
     codes, table = _byte_codes(words, bits, columns)
     half = 1 << bits - 1
-    if zeros is None:
+    if zeros is None and table is not None:
         table = table - np.float32(half)
+    elif zeros is None:
+        codes = (codes ^ 128 if bits == 8 else codes - half).view(np.int8)
     else:
         zeros = _f32(unpacked(np.ascontiguousarray(zeros.T), bits, len(words)).T)
     return Grouped(codes, table, _f32(scales), columns, group, zeros=zeros)
@@ -277,14 +273,15 @@ def nested_absmax(codes: np.ndarray, code: np.ndarray, absmax: np.ndarray, block
 def int8_rows(codes: np.ndarray, absmax: np.ndarray) -> Grouped:
     """LLM.int8: uint8 [rows, columns] (int8 bytes), float32 [rows]: the largest magnitude of each row."""
     scales = (_f32(absmax) * _INT8_STEP)[:, None]
-    return Grouped(codes, signed_bytes(), scales, codes.shape[1], codes.shape[1])
+    return Grouped(codes.view(np.int8), None, scales, codes.shape[1], codes.shape[1])
 
 
-def _byte_codes(words: np.ndarray, bits: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns codes as `Grouped` has them, and their table, from rows of densely packed little-endian words."""
+def _byte_codes(words: np.ndarray, bits: int, columns: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns codes and table as `Grouped` has them, from rows of densely packed little-endian words."""
     if 8 % bits:
-        return unpacked(words, bits, columns).astype(np.uint8), integers(8)
-    return words.view(np.uint8).reshape(len(words), -1), integers(bits)
+        return unpacked(words, bits, columns).astype(np.uint8), None
+    codes = words.view(np.uint8).reshape(len(words), -1)
+    return (codes[:, :columns], None) if bits == 8 else (codes, integers(bits))
 
 
 def unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:

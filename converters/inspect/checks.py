@@ -18,6 +18,7 @@ from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.incomplete import TRAINING, is_adapters
 from apr_jax.converters.checkpoint.naming import Naming, expected_names, is_no_weight, recognise
+from apr_jax.converters.checkpoint.packed_forms import dense_view, packed_forms
 from apr_jax.converters.checkpoint.qwen2 import CHECKED_IN_APR, EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
@@ -101,8 +102,10 @@ def inspect(
     Raises:
       StorageError: A file cannot be read.
     """
-    naming = _naming(checkpoint)
+    dense, quantised = _decoded(checkpoint)
+    naming = _naming(dense)
     if naming is not None:
+        dense = dense.renamed(naming.names)
         # What is looked at by name goes by the names of HuggingFace.
         checkpoint = checkpoint.renamed(naming.names)
     screened = first_pass.screen(checkpoint, progress)
@@ -112,11 +115,27 @@ def inspect(
         *_sizes(checkpoint),
         *_names(naming),
         *_side_files(checkpoint),
-        *_configuration(checkpoint),
-        *_head(checkpoint),
+        *quantised,
+        *_configuration(dense),
+        *_head(dense),
         *_metadata(checkpoint),
         *_data(checkpoint, values),
     ]
+
+
+def _decoded(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Check]]:
+    """Returns the dense checkpoint that a quantised one stands for, and what is to be said of the quantisation."""
+    try:
+        dense = dense_view(checkpoint)
+        forms = packed_forms(dense)
+    except AprJaxError as error:
+        # A method that is not known here is nothing that is wrong with the file.
+        unknown = error.code == "quantisation-unsupported"
+        return checkpoint, [Check("quantisation", None if unknown else False, error.message)]
+    listed = ", ".join(f"{counted(count, 'tensor')} by {form}" for form, count in forms.items())
+    checks = [Check("quantisation", True, f"{listed}: the parts of each fit together")] if forms else []
+    said = dense.warnings[len(checkpoint.warnings) :]
+    return dense, [*checks, *(Check("warning", True, warning, note=True) for warning in said)]
 
 
 # --- container

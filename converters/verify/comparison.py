@@ -13,11 +13,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.checkpoint.decoded import ADAPTER, DecodedTensor
 from apr_jax.converters.checkpoint.naming import Naming, recognise
+from apr_jax.converters.checkpoint.packed_forms import dense_view, packed_forms
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.convert import streaming
-from apr_jax.converters.errors import BrokenContainerError
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, counted
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.configurations import Difference, compare_configurations
 from apr_jax.converters.verify.diagnosis.causes import Cause
@@ -151,6 +153,7 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None, *, d
     Raises:
       StorageError: A file cannot be read, or changed meanwhile.
     """
+    a, b, packed = _decoded(a, b)
     naming = recognise(b.tensors, a.tensors)
     if naming is not None:
         b = b.renamed(naming.names)
@@ -160,7 +163,9 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None, *, d
     if unequal:
         compare_values(unequal, progress)
     only_in_a, only_in_b, notes = _compare_names(a, b)
+    notes = packed + notes
     findings = _exact_casts(pairs)
+    findings += _merged_adapters([pair for pair in unequal if pair.verdict != IDENTICAL])
     wrong = [pair for pair in pairs if pair.verdict in (CLOSE, DIFFERENT)]
     if diagnose and wrong:
         findings += _diagnose(a, b, wrong, progress)
@@ -184,6 +189,31 @@ def compare(a: Checkpoint, b: Checkpoint, progress: Progress | None = None, *, d
         naming=naming,
         side_files=tuple(compare_side_files(a, b)),
     )
+
+
+# --- published quantised forms
+
+
+def _decoded(a: Checkpoint, b: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """Returns both as what their quantised tensors stand for, and what is to be said of that.
+
+    Where both are packed alike they are compared as they are, byte for byte.
+    """
+    if set(a.tensors) == set(b.tensors):
+        return a, b, []
+    notes, views = [], []
+    for label, checkpoint in (("A", a), ("B", b)):
+        try:
+            view = dense_view(checkpoint)
+        except AprJaxError as error:
+            notes.append(f"{label} is compared as it is stored: {error.message}")
+            view = checkpoint
+        forms = packed_forms(view)
+        listed = ", ".join(f"{form} ({counted(count, 'tensor')})" for form, count in forms.items())
+        if forms:
+            notes.append(f"{label} is quantised and compared by what it decodes to: {listed}")
+        views.append(view)
+    return views[0], views[1], notes
 
 
 # --- names and heads
@@ -247,7 +277,7 @@ _NAMINGS = (
 def _exact_casts(pairs: Sequence[Pair]) -> list[Finding]:
     groups: dict[tuple[str, str], list[str]] = {}
     for pair in pairs:
-        if pair.verdict == EQUAL_VALUES:
+        if pair.verdict == EQUAL_VALUES and not pair.rounded:
             groups.setdefault((pair.a.dtype.name, pair.b.dtype.name), []).append(pair.name)
     return [
         Finding(EXACT_CAST, tuple(names), {"from": source, "to": target}, 1.0)
@@ -255,9 +285,29 @@ def _exact_casts(pairs: Sequence[Pair]) -> list[Finding]:
     ]
 
 
+def _merged_adapters(pairs: Sequence[Pair]) -> list[Finding]:
+    """Finds tensors that are those of A with its adapter added, rounded to their own type."""
+    computed = [pair for pair in pairs if isinstance(pair.a, DecodedTensor) and pair.a.form.name == ADAPTER]
+    if not computed:
+        return []
+    from apr_jax.converters.verify.diagnosis.forms import is_sum
+
+    groups: dict[tuple[int, str], list[str]] = {}
+    for pair in computed:
+        pair.rounded = is_sum(pair)
+        if pair.rounded:
+            rank = int(dict(pair.a.form.details)["rank"]) if isinstance(pair.a, DecodedTensor) else 0
+            groups.setdefault((rank, pair.b.dtype.name), []).append(pair.name)
+    return [
+        Finding("merged-adapter", tuple(names), {"rank": rank, "type": kind}, 1.0)
+        for (rank, kind), names in groups.items()
+    ]
+
+
 def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Progress | None) -> list[Finding]:
     """Searches for the causes, tensor by tensor, and gathers equal ones."""
     from apr_jax.converters.verify.diagnosis.context import Context
+    from apr_jax.converters.verify.diagnosis.forms import form_cause
     from apr_jax.converters.verify.diagnosis.search import diagnose
     from apr_jax.converters.verify.diagnosis.story import one_story
 
@@ -266,7 +316,9 @@ def _diagnose(a: Checkpoint, b: Checkpoint, pairs: Sequence[Pair], progress: Pro
     causes: list[tuple[Pair, Cause]] = []
 
     def step(pair: Pair) -> None:
-        if pair.same_bytes and pair.a.dtype != pair.b.dtype:
+        if (form := form_cause(pair)) is not None:
+            causes.append((pair, form))
+        elif pair.same_bytes and pair.a.dtype != pair.b.dtype:
             # The comparison has read it all: nothing is left to search for.
             parameters = {"from": pair.a.dtype.name, "to": pair.b.dtype.name, "values_converted": False}
             causes.append((pair, Cause("relabelled-dtype", parameters, 1.0)))

@@ -87,6 +87,8 @@ class Pair:
         # Until a byte is found that differs.
         self.same_bytes = a.nbytes == b.nbytes
         self.sums: distance.Sums | None = None
+        # Whether B is A rounded: A was computed, and no file holds it.
+        self.rounded = False
         self.lock = threading.Lock()
 
     @property
@@ -99,6 +101,8 @@ class Pair:
             return IDENTICAL
         if self.sums is None:
             return DIFFERENT
+        if self.rounded:
+            return EQUAL_VALUES
         # In one type, another spelling (of a NaN, say) is a difference; between types it is what a cast does.
         if not self.sums.differing and (self.a.dtype != self.b.dtype or self.a.dtype.is_block):
             return EQUAL_VALUES
@@ -176,8 +180,8 @@ def compare_bytes(pairs: Sequence[Pair], progress: Progress | None) -> None:
 
 def _equal(pair: Pair, position: int, nbytes: int, buffers: _Buffers) -> bool:
     a, b = memoryview(buffers.a)[:nbytes], memoryview(buffers.b)[:nbytes]
-    pair.a.source.readinto_at(pair.a.offset + position, a)
-    pair.b.source.readinto_at(pair.b.offset + position, b)
+    pair.a.readinto_at(position, a)
+    pair.b.readinto_at(position, b)
     # Whole byte arrays are compared by memcmp, memoryviews element by element.
     if nbytes == _CHUNK_BYTES:
         return buffers.a == buffers.b

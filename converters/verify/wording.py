@@ -205,11 +205,14 @@ _TYPES = {
 
 def _quantised(p: Parameters) -> str:
     group = p.get("group")
-    grouped = _GROUPS.get(str(group), f"in groups of {group}")
+    blocks = f"with a scale for each block of {str(group).replace('x', ' x ')}"
+    grouped = _GROUPS.get(str(group), blocks if "x" in str(group) else f"in groups of {group}")
     if p["type"] == "unknown grid":
         return f"quantised to a grid of no known type: at most {p['values']} values {_each(group)}"
     text = f"quantised to {p['type']}"
-    if p["type"] in _TYPES and "padding" not in p:
+    if "form" in p:
+        text = f"quantised by {p['form']} to {p['type']}"
+    elif p["type"] in _TYPES and "padding" not in p:
         text += f" ({_TYPES[p['type']]})"
     if "scheme" in p:
         text += f" {p['scheme']}"
@@ -249,6 +252,7 @@ def _different_weights(p: Parameters) -> str:
 
 _WORDS: dict[str, Callable[[Parameters], str]] = {
     "exact-cast": _exact_cast,
+    "merged-adapter": lambda p: f"the adapter (rank {p['rank']}) added to A, rounded to {p['type']}: no difference",
     "relabelled-dtype": _relabelled,
     "rounded-cast": _rounded_cast,
     "byte-swapped": lambda p: f"the {p['element_bytes']} bytes of every element are in the other order (big-endian)",

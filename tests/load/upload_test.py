@@ -25,7 +25,8 @@ from apr_jax.load.parameters import read_as
 from apr_jax.model.parameters import parameter_sources
 from tests import paths
 
-BLOCKS = [dtype.name for dtype in dtypes.TYPES.values() if dtype.codec_name]
+# What `block_decoding` leaves to the host are codes of grids and tables.
+BLOCKS = [name for name, dtype in dtypes.TYPES.items() if dtype.codec_name and "grid" not in dtype.codec_name]
 put = jax.device_put
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # others are its alternatives.
 CAUSES = (
     "exact-cast",
+    "merged-adapter",
     "relabelled-dtype",
     "byte-swapped",
     "swapped-tensors",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.decoded import DecodedTensor
 from apr_jax.converters.verify.diagnosis import pair as pairs
 from apr_jax.converters.verify.diagnosis.causes import CAUSES, Found
 from apr_jax.converters.verify.diagnosis.context import Context, split_layer
@@ -214,7 +215,8 @@ def _fill(pair: Pair, suspect: np.ndarray, data: np.ndarray, fill: slice, shift:
     around = data[-shift:] if shift > 0 else data[:-shift]
     if np.array_equal(found, around):
         return "wrapped"
-    if pair.original.dtype.name == pair.type and not pair.original.decoded:
+    in_a_file = not pair.original.decoded and not isinstance(pair.a, DecodedTensor)
+    if pair.original.dtype.name == pair.type and in_a_file:
         before = pair.a.offset - shift if shift > 0 else pair.a.offset + pair.a.nbytes
         inside = before >= 0 and before + found.size <= pair.a.source.size and fill.start in (0, data.size + shift)
         if inside and bytes(pair.a.source.read_at(before, int(found.size))) == found.tobytes():

@@ -20,7 +20,8 @@ from tests import quantiser_cases
 from tests.paths import checkpoint
 
 DECODED = sorted(name for name, dtype in dtypes.TYPES.items() if dtype.codec_name)
-BY_GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
+BY_GGUF = """q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s iq1_s iq1_m iq4_nl
+    iq4_xs tq1_0 tq2_0 mxfp4 nvfp4""".split()
 ENCODED = [name for _, name in quantiser_cases.KINDS.values()]
 MILLION = 1 << 20
 

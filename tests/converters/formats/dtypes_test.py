@@ -73,8 +73,8 @@ WIDTHS = {
         q4_k 256 144 both codec
         q5_k 256 176 rows codec
         q6_k 256 210 both codec
-        iq2_xxs 256 66 rows bytes
-        iq2_xs 256 74 rows bytes""".strip().splitlines()
+        iq2_xxs 256 66 rows codec
+        iq2_xs 256 74 rows codec""".strip().splitlines()
     )
 }
 # The same of every safetensors code.
