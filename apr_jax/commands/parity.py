@@ -7,7 +7,8 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
         )
     same = _load(args, dtype, args.left)
     notes = _notes(args, dump, exact)
-    diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns)
+    diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told())
     diagnosis = _without_expected(args, diagnosis, notes)
     if args.check_upload:
         diagnosis = _with_upload(args, dtype, diagnosis, notes)
@@ -128,6 +129,23 @@ def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
 
     with cli.open_dense_from(args, args.model) as checkpoint:
         return load_model(checkpoint, dtype, device)
+
+
+_FIRST, _BETWEEN = 5.0, 5.0
+"""Seconds before the first word of progress, and from one to the next."""
+
+
+def _told() -> Callable[[str], None]:
+    """Returns what says on stderr what is going on: not at once, and not often."""
+    due = time.monotonic() + _FIRST
+
+    def say(text: str) -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + _BETWEEN
+            print(f"... {text}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: list[str]) -> Diagnosis:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,18 +18,35 @@ from apr_jax.converters.storage.workers import Workers
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.faults.record import Mistake, Mistakes
 from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, PERMUTED, UNKNOWN
-from apr_jax.parity.findings import Explanation, Finding, gather, layout_findings, order_finding
+from apr_jax.parity.faults.table import FAULTS
+from apr_jax.parity.findings import Explanation, Finding, cannot_show, gather, layout_findings, order_finding
 from apr_jax.parity.layer_order import execution_order, reordered
 from apr_jax.parity.layouts import undo
-from apr_jax.parity.localise import Localisation, Site, judge, localise, turn_budgets
+from apr_jax.parity.localise import (
+    Localisation,
+    Site,
+    judge,
+    localise,
+    row_norms,
+    turn_budgets,
+    worst_share,
+)
 from apr_jax.parity.replay import Replay
-from apr_jax.parity.search import Answer, Known, Search
+from apr_jax.parity.search import Answer, Known, Search, silent
 from apr_jax.parity.wording import description, places, where_not_finite
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import complete, gather_positions, scatter_positions
+from apr_jax.trace.positions import (
+    compared_positions,
+    complete,
+    gather_positions,
+    position_axis,
+    scatter_positions,
+)
 from apr_jax.trace.stages import Key
 
+_SHOWN_BY = 32
+"""Positions by which it is judged whether a stage can show a mistake."""
 _THREADS = 8
 """At how many stages at a time what is known is tried: each takes some copies of the stage."""
 
@@ -55,6 +72,7 @@ def diagnose(
     inputs: Inputs,
     theirs: Mapping[str, np.ndarray],
     columns: np.ndarray | None = None,
+    progress: Callable[[str], None] = silent,
 ) -> Diagnosis:
     """Localises and explains.
 
@@ -64,24 +82,57 @@ def diagnose(
       inputs: The batch.
       theirs: Trace key -> array [B, T, ...], or rows [B, R, ...]; stages may be missing.
       columns: Which columns of the batch such rows stand for, [B, R].
+      progress: Is told what is going on, often.
     """
     dumped, layouts = undo(exact, inputs, complete(theirs, inputs, columns, lambda: exact.trace(inputs)))
     order, mistake = execution_order(exact, inputs, dumped.rows())
     if mistake is not None:
         exact, same = (reordered(model, order) for model in (exact, same))
         dumped = dumped.over(exact.trace(inputs)) if dumped.partial else dumped
+    progress(f"{len(dumped.values)} stages are judged")
     located = localise(exact, same, inputs, dumped)
     replay = Replay(exact.config, exact.parameters, inputs, located.theirs)
-    explained = _explain_all(replay, located)
+    explained = _explain_all(replay, located, progress)
     if dumped.partial and _unknown(explained) and all(site.finite for site in located.sites):
-        located, explained = min((located, explained), _explain_in_order(replay, located), key=lambda e: _unknown(e[1]))
-    findings = gather(explained, exact.config.num_layers)
+        located, explained = min(
+            (located, explained), _explain_in_order(replay, located, progress), key=lambda e: _unknown(e[1])
+        )
+    findings = [_with_unshown(finding, replay, located) for finding in gather(explained, exact.config.num_layers)]
     if mistake is not None:
         findings = [order_finding(mistake), *findings]
     return Diagnosis((*findings, *layout_findings(layouts, exact.config.num_layers)), located)
 
 
-def _explain_all(replay: Replay, located: Localisation) -> list[Explanation]:
+def _with_unshown(finding: Finding, replay: Replay, located: Localisation) -> Finding:
+    """Says which right stages could not show a mistake with a number, were it made there too."""
+    fault = FAULTS[finding.fault]
+    if fault.grid is None or callable(fault.stages) or finding.layers == ():
+        return finding
+    unshown, few = [], _few(located)
+    for site in located.sites:
+        if site.stage not in fault.stages or site.wrong or not site.elements:
+            continue
+        number = {fault.grid.parameter: finding.parameters[fault.grid.parameter]}
+        mistake = fault.made(**{**next(iter(fault.variants(None, site.key)), {}), **number})
+        some = dataclasses.replace(replay, rows=few)
+        made, right = some.under((mistake,)).compute(site.key), some.look(site.stage, located.reference[site.key])
+        counted = compared_positions(site.key, replay.inputs, located.theirs[site.key].shape)
+        counted = counted.take(few, position_axis(site.key))
+        moved = row_norms(made - right, counted)
+        share = len(few) / replay.inputs.input_ids.shape[1]
+        rows = site.row_budgets.take(few, position_axis(site.key))
+        if float(np.linalg.norm(moved)) <= site.budget * share**0.5 and worst_share(moved, rows) <= 1.0:
+            unshown.append(site.key)
+    return cannot_show(finding, unshown)
+
+
+def _few(located: Localisation) -> np.ndarray:
+    """Some columns that every stage was dumped at."""
+    lengths = [value.shape[position_axis(key)] for key, value in located.theirs.items()]
+    return np.unique(np.linspace(0, min(lengths) - 1, _SHOWN_BY).astype(int))
+
+
+def _explain_all(replay: Replay, located: Localisation, progress: Callable[[str], None]) -> list[Explanation]:
     """Explains every wrong stage, in order of execution.
 
     The first of each kind is searched among all hypotheses. What is found there is then tried at the others, several at
@@ -89,7 +140,7 @@ def _explain_all(replay: Replay, located: Localisation) -> list[Explanation]:
     """
     wrong = [site for site in located.sites if site.wrong]
     found: dict[str, Explanation] = {}
-    known, firsts = Known(), {site.stage: site for site in reversed(wrong)}
+    known, firsts = Known(progress=progress), {site.stage: site for site in reversed(wrong)}
     for site in (site for site in wrong if firsts[site.stage] is site):
         found[site.key] = explain(replay, site, located, known)
     others = [site for site in wrong if site.key not in found and site.finite and known.at(site.stage)]
@@ -112,7 +163,7 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
     """Finds the mistakes that reproduce one wrong stage; what was found at others before is in `known`."""
     theirs = np.asarray(located.theirs[site.key])
     if not site.finite:
-        return Explanation(site, (NON_FINITE.made(),), None, note=where_not_finite(theirs))
+        return Explanation(site, (NON_FINITE.made(),), None, note=where_not_finite(theirs, located.reference[site.key]))
     search = Search(replay, site, located)
     if answer := search.recall(known) or search.run(known):
         return _explained(site, answer, search)
@@ -143,7 +194,9 @@ def _unknown(explained: Iterable[Explanation]) -> int:
     return sum(mistake.fault is UNKNOWN for explanation in explained for mistake in explanation.mistakes)
 
 
-def _explain_in_order(replay: Replay, located: Localisation) -> tuple[Localisation, list[Explanation]]:
+def _explain_in_order(
+    replay: Replay, located: Localisation, progress: Callable[[str], None]
+) -> tuple[Localisation, list[Explanation]]:
     """Explains a dump of some positions with the mistakes that are found made at the others too.
 
     What was not dumped is first taken for right, as in an engine that only decodes wrongly. Where that leaves stages
@@ -158,7 +211,7 @@ def _explain_in_order(replay: Replay, located: Localisation) -> tuple[Localisati
     doubted = values
     sites: list[Site] = []
     explained: list[Explanation] = []
-    known, order = Known(), list(stages.trace_keys(replay.config.num_layers))
+    known, order = Known(progress=progress), list(stages.trace_keys(replay.config.num_layers))
     for before in located.sites:
         key, part = before.key, located.columns.get(before.key)
         here, there = (dataclasses.replace(replay, theirs=each, memo={}) for each in (values, doubted))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from apr_jax.parity.faults.outside import LAYOUT
-from apr_jax.parity.faults.record import IGNORED, LEAST, UNION, Fault, Mistake
+from apr_jax.parity.faults.record import IGNORED, LEAST, UNION, Fault, Mistake, ranges
 from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.layouts import Layout
 from apr_jax.parity.localise import Site
 from apr_jax.parity.wording import sentence
+from apr_jax.trace.stages import Key
 
 _SAME = 0.01
 """Solved numbers that agree to this are one."""
@@ -32,6 +33,7 @@ class Finding:
       alternatives: Mistakes that give the same values here.
       certainty: "certain", "ambiguous" (see alternatives) or "unexplained".
       sentence: All of it in a line.
+      cannot_show: Right stages that could not show it, were it made there too; of mistakes with a number.
     """
 
     fault: str
@@ -43,6 +45,7 @@ class Finding:
     alternatives: tuple[str, ...]
     certainty: str
     sentence: str
+    cannot_show: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +183,21 @@ def _finding(group: list[Sighting], num_layers: int) -> Finding:
     certainty = "unexplained" if fault.unexplained else ("ambiguous" if alternatives else "certain")
     text = sentence(fault, layers, stage, parameters, before, after, note)
     return Finding(fault.name, layers, stage, parameters, before, after, alternatives, certainty, text)
+
+
+def cannot_show(finding: Finding, keys: Sequence[Key]) -> Finding:
+    """Returns a finding that says which right stages could not show it: layers in which it was not found, and norms."""
+    layers = {key.layer for key in keys if key.layer is not None}
+    layers -= set() if isinstance(finding.layers, str) else set(finding.layers)
+    if finding.layers == "all":
+        layers = set()
+    unshown = tuple(key for key in keys if key.layer is None or key.layer in layers)
+    if not unshown:
+        return finding
+    said = [f"layer{'s' if len(layers) > 1 else ''} {ranges(sorted(layers))}"] if layers else []
+    said += [key.stage for key in unshown if key.layer is None]
+    text = f"{finding.sentence}; {' and '.join(said)} cannot show it"
+    return dataclasses.replace(finding, sentence=text, cannot_show=tuple(map(str, unshown)))
 
 
 def order_finding(mistake: Mistake) -> Finding:

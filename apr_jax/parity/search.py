@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -65,15 +65,21 @@ class Answer:
     alternatives: tuple[str, ...] = ()
 
 
+def silent(text: str) -> None:
+    """Tells nobody."""
+
+
 @dataclasses.dataclass
 class Known:
     """What explained the stages before.
 
     Attributes:
       answers: By stage name, the answers that a search among all hypotheses gave.
+      progress: Is told what is going on, often.
     """
 
     answers: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
+    progress: Callable[[str], None] = silent
 
     def at(self, stage: str) -> list[Answer]:
         """Returns what explained this stage in other layers, the last first."""
@@ -212,7 +218,8 @@ class Search:
     def run(self, known: Known) -> Answer | None:
         """Looks among all hypotheses, and keeps what it finds in `known`; None if nothing explains the stage."""
         accepted: list[tuple[Mistakes, Fit]] = []
-        for mistakes in hypotheses(self._question(), self._left, accepted):
+        for tried, mistakes in enumerate(hypotheses(self._question(), self._left, accepted)):
+            known.progress(f"{self.site.key}: {tried} explanations tried")
             if accepted and len(mistakes) > len(accepted[0][0]):
                 break
             if not mistakes or (fit := self._judge(mistakes)) is None:

@@ -43,10 +43,17 @@ def sentence(
 # --- What can be said where nothing fits -----------------------------------------------------------------------------
 
 
-def where_not_finite(theirs: np.ndarray) -> str:
+_LARGEST_HALF = 65504.0
+
+
+def where_not_finite(theirs: np.ndarray, right: np.ndarray) -> str:
     bad = ~np.isfinite(theirs)
     first = tuple(int(index) for index in np.argwhere(bad)[0])
-    return f"{int(bad.sum())} of {theirs.size} values are NaN or infinite, the first at {list(first)}"
+    text = f"{int(bad.sum())} of {theirs.size} values are NaN or infinite, the first at {list(first)}"
+    infinite = np.isinf(theirs)
+    if infinite.any() and (np.abs(right[infinite]) >= _LARGEST_HALF).all():
+        text += f"; the right values there pass {_LARGEST_HALF:.0f}, the largest of float16"
+    return text
 
 
 def places(moved: np.ndarray, columns: np.ndarray) -> str:

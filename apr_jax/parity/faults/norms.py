@@ -46,6 +46,10 @@ def _solve_eps(x: Value, weight: Value, theirs: Value, right: float, nothing: fl
     solved = float(np.average(eps[good], weights=weights[good]))
     if solved > 10 or abs(solved / right - 1) < 0.005:
         return []
+    # What the rows leave open: values that they do not tell from the right one are no finding.
+    spread = float(np.sqrt(np.average((eps[good] - solved) ** 2, weights=weights[good]) / good.sum()))
+    if abs(solved - right) <= 3 * spread:
+        return []
     return round_numbers.epsilons(solved, 2 * nothing * float(np.average(square[good], weights=weights[good])))
 
 
