@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint, SideFiles
 from apr_jax.converters.checkpoint.decoded import ADAPTER, DecodedTensor, DecoderCache, Form
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.hub import located
 from apr_jax.converters.checkpoint.incomplete import ADAPTER_CONFIG_NAME, ADAPTER_NAME
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, TIED
@@ -60,7 +61,7 @@ def with_adapter(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Chec
 
     Args:
       checkpoint: A dense one (`packed_forms.dense_view`).
-      folder: Holds adapter_config.json and adapter_model.safetensors.
+      folder: Holds adapter_config.json and adapter_model.safetensors; or a repository of the Hub that does (`hub`).
 
     Returns:
       A checkpoint over the files of both; closing it closes them. Where a tied head and the embedding become two
@@ -72,7 +73,7 @@ def with_adapter(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Chec
         "adapter-tensors": tensors that belong to nothing in the checkpoint, or do not fit it.
       BrokenContainerError: A file is broken.
     """
-    adapter = _Adapter.open(os.fspath(folder))
+    adapter = _Adapter.open(located(folder))
     try:
         merged = _Merge(checkpoint, adapter).tensors()
     except BaseException:

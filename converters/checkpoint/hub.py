@@ -26,6 +26,7 @@ _BARE = re.compile(rf"(?P<repository>{_PART}/{_PART})(?:@(?P<revision>{_REVISION
 _URL = re.compile(rf"{SCHEME}{_BARE.pattern}(?:/(?P<file>.+))?")
 # What ends like a file is a file that is missing.
 _FILES = (".apr", ".safetensors", ".json", ".gguf", ".bin", ".pt", ".pth")
+_GGUF_PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
 _MAIN = "main"
 _SHOWN = 8
 
@@ -120,14 +121,14 @@ def needed(files: Sequence[str], name: HubName, path: str) -> list[str]:
             raise MissingFileError(
                 "the repository has no such file", code="hub-file", file=path, found=", ".join(files[:_SHOWN])
             )
-        return [name.file]
+        return _parts(name.file, files)
     here = [file for file in files if "/" not in file]
     beside = [file for file in files if file_names.is_side_file(file)]
     tensors = _tensors(here)
     if tensors:
         return tensors + beside
     single = [file for file in files if file.endswith((".apr", ".gguf"))]
-    if len(single) == 1:
+    if single and len(_parts(single[0], files)) == len(single):
         return single
     raise MissingFileError(
         "the repository holds no checkpoint that can be told apart",
@@ -137,6 +138,15 @@ def needed(files: Sequence[str], name: HubName, path: str) -> list[str]:
         expected=f"{file_names.SINGLE_NAME} or {file_names.INDEX_NAME}",
         hint=f"Name the file: {SCHEME}{name.repository}/{single[0]}" if single else None,
     )
+
+
+def _parts(file: str, files: Sequence[str]) -> list[str]:
+    """Returns a file, and the others of a split GGUF file behind it."""
+    part = _GGUF_PART.fullmatch(file)
+    if part is None:
+        return [file]
+    others = (other for other in files if (match := _GGUF_PART.fullmatch(other)) and match[1] == part[1])
+    return [file, *(other for other in others if other != file)]
 
 
 def _tensors(here: Sequence[str]) -> list[str]:

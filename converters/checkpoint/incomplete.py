@@ -101,7 +101,7 @@ def recognise_apr(
         "adapter",
         f"this is no model but {what}{f' ({_joined(details)})' if details else ''}"
         + (f" of {base}" if base else ", and it does not say of which model"),
-        f"Give {base or 'the model that it belongs to'}, and this with --adapter",
+        f"aprender's own programs take it beside {base or 'its model'}; --adapter is for PEFT's",
     )
 
 
@@ -147,7 +147,7 @@ def _adapter(content: bytes | None) -> Incomplete:
     return Incomplete(
         "adapter",
         f"this is no model but a {what}" + (f" of {base}" if base else ", and it does not say of which model"),
-        f"Give {base or 'the model that it belongs to'}, and this with --adapter",
+        f"Give {base or 'the model that it belongs to'}, and the folder of this with --adapter",
     )
 
 

@@ -506,7 +506,7 @@ class AprenderTest(FieldTestCase):
         ):
             for word in (*words, self.BASE, "adapter of aprender"):
                 self.assertIn(word, said)
-        self.assertIn("--adapter", self.convert(path, code=5, to="safetensors"))
+        self.assertIn("--as-is", self.convert(path, code=5, to="safetensors"))
         self.convert(path, "--as-is", to="safetensors")
 
     @parameterized.parameters(

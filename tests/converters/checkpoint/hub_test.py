@@ -106,11 +106,16 @@ class NeededTest(parameterized.TestCase):
             ["optimizer.pt", "checkpoint-5/x.safetensors"],
         ),
         ("apr", ["model.apr"], ["model.onnx", "notes.txt"]),
+        ("split_gguf", ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], ["notes.txt"]),
     )
     def test_only_what_is_needed(self, wanted, left):
-        beside = [] if "model.apr" in wanted else ["config.json", "tokenizer.json"]
+        beside = [] if wanted[0].endswith((".apr", ".gguf")) else ["config.json", "tokenizer.json"]
         self.assertCountEqual(self.needed(*left, *wanted, *beside), [*wanted, *beside])
         self.assertEqual(self.needed(*left, *wanted, *beside)[0], wanted[0])
+
+    def test_a_part_of_a_split_file_brings_the_others(self):
+        files = ("q4-00001-of-00002.gguf", "q4-00002-of-00002.gguf", "q8-00001-of-00002.gguf", "q8-00002-of-00002.gguf")
+        self.assertEqual(needed(files, HubName("a/b", file=files[3]), "a/b"), [files[3], files[2]])
 
     @parameterized.parameters(((),), (("pytorch_model.bin",),), (("a.apr", "b.apr"),))
     def test_nothing_that_can_be_told_apart(self, files):
