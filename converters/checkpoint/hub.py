@@ -71,16 +71,19 @@ class HubName:
 def located(path: str | os.PathLike[str]) -> str:
     """Returns the path on this machine of what `path` stands for: itself, or what was downloaded from the Hub.
 
+    The folder that a repository has in the cache stands for its snapshot.
+
     Raises:
       UsageError: As `HubName.parse`.
-      MissingFileError: Codes "hub-not-installed", "hub-repository", "hub-revision", "hub-file", "no-checkpoint".
+      MissingFileError: Codes "hub-not-installed", "hub-repository", "hub-revision", "hub-file", "no-checkpoint",
+        "no-snapshot".
       RefusedError: Code "hub-gated": its owner has to be asked.
       StorageError: Code "hub-unreachable".
     """
     path = os.fspath(path)
     name = HubName.parse(path)
     if name is None:
-        return path
+        return folders.snapshot(path) if os.path.isdir(path) and folders.is_cache(path) else path
     try:
         import huggingface_hub
     except ImportError:

@@ -301,6 +301,8 @@ def _rules(pairs: Sequence[tuple[str, str]]) -> list[Rename]:
         usual: dict[str, Rename] = {}
         for rule, _ in Counter(own.values()).most_common():
             usual.setdefault(rule.before, rule)
+        if len(usual) > 2 * _MOST_RULES:
+            return []
         rules = sorted(usual.values(), key=_by_length)
         longer = set()
         for pair in pairs:

@@ -90,7 +90,7 @@ def open_checkpoint(
 
 def _open(path: str, lenient: bool, legacy: Legacy, follow: bool) -> Checkpoint:
     if os.path.isdir(path):
-        return _open_folder(folders.snapshot(path) if folders.is_cache(path) else path, follow)
+        return _open_folder(path, follow)
     if path.endswith(".json"):
         with SourceFile(path) as source:
             index = _parse_index(source)
