@@ -84,7 +84,7 @@ class Checkpoint:
         """The content of config.json; for an `.apr` without one, its `hf_config`, else one made from its metadata.
 
         Raises:
-          RefusedError: Code "config-missing".
+          RefusedError: Code "config-missing"; or that of what is no model of its own.
           BrokenContainerError: It is no JSON object.
         """
         return self.config_for((tensor.name, tensor.dtype) for tensor in self.tensors.values())
@@ -104,6 +104,8 @@ class Checkpoint:
                 return given
             if self.metadata.get("architecture") is not None:
                 return _made_config(self.model_config(), self.metadata, tensors)
+        if self.incomplete is not None:
+            raise self.incomplete.error(self.path)
         raise RefusedError("there is no config.json", code="config-missing", file=self.path)
 
     @property
