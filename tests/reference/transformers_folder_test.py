@@ -1,6 +1,7 @@
 """transformers opens the folders that we write, and computes the same logits from them bit for bit."""
 
 import importlib.util
+import json
 import pathlib
 import shutil
 import sys
@@ -54,6 +55,21 @@ class TransformersFolderTest(parameterized.TestCase):
         ids = torch.arange(2 * 70).reshape(2, 70) * 7 % model.config.vocab_size
         with torch.no_grad():
             return model.eval()(ids).logits
+
+    def test_transformers_opens_an_index_that_lists_what_no_shard_holds_as_we_do(self):
+        import torch
+
+        source = SOURCES["gqa_tied_bf16"]
+        convert(source, self.folder / "sharded", to="safetensors", max_shard_bytes=limit_for_three(source))
+        path = self.folder / "sharded" / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        last = max(index["weight_map"].values())
+        needless = ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
+        index["weight_map"] |= dict.fromkeys(needless, last)
+        path.write_text(json.dumps(index))
+        with open_checkpoint(self.folder / "sharded") as opened:
+            self.assertEqual(len(opened.tensors), len(index["weight_map"]) - len(needless))
+        self.assertTrue(torch.equal(self.logits(self.folder / "sharded"), self.logits(source)))
 
     def test_transformers_finds_the_names_that_we_say_it_finds_and_no_others(self):
         import safetensors.torch
