@@ -317,7 +317,9 @@ def check_tensors(config: Qwen2Config, found: Mapping[str, tuple[int, ...]], fil
         elif tuple(shape) != wanted:
             problems.append(f"shape: {name} is {list(shape)}, the configuration needs {list(wanted)}")
     if problems:
-        listed = problems[:_SHOWN] + ([f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
+        # Of many, what is there beside what is not: names of another kind show themselves.
+        shown = problems if len(problems) <= _SHOWN else [*problems[: _SHOWN // 2], *problems[-_SHOWN // 2 :]]
+        listed = shown + ([f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])
         raise RefusedError(
             f"the tensors do not match the configuration, {len(problems)} of them:\n  " + "\n  ".join(listed),
             code="tensors-mismatch",

@@ -204,6 +204,12 @@ class TensorsTest(absltest.TestCase):
         self.assertIn("290 of them", str(caught.exception))
         self.assertIn("and 250 more", str(caught.exception))
 
+    def test_what_is_there_is_named_beside_all_that_is_missing(self):
+        with self.assertRaises(RefusedError) as caught:
+            check_tensors(Qwen2Config.from_hf(PUBLISHED), {"transformer.h.0.attn.c_attn.weight": (3, 3)})
+        self.assertIn("missing: model.embed_tokens.weight", str(caught.exception))
+        self.assertIn("unexpected: transformer.h.0.attn.c_attn.weight", str(caught.exception))
+
 
 if __name__ == "__main__":
     absltest.main()
