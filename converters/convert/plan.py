@@ -22,6 +22,7 @@ from apr_jax.converters.checkpoint.checkpoint import (
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, shard_name
 from apr_jax.converters.checkpoint.naming import Rename, check_names, renamed
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
+from apr_jax.converters.checkpoint.side_files import broken
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import is_tied, same_values
 from apr_jax.converters.convert import apr_metadata, apr_tokenizer
@@ -30,6 +31,7 @@ from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_fo
 from apr_jax.converters.formats.dtypes import DType
 
 _SHOWN_NAMES = 10
+_LOOKED_AT_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +247,7 @@ def make_plan(
         if len(files) > 1:
             side_files[INDEX_NAME] = _index_json(files)
         warnings += _contradictions(checkpoint, chosen)
+    warnings += _broken(checkpoint)
     if checkpoint.left_behind:
         warnings.append(_left_behind(checkpoint.left_behind))
     if cast and CONFIG_NAME in checkpoint.files:
@@ -299,6 +302,13 @@ def _check_output_name(output: str, to: str) -> None:
             file=output,
             hint="Name a folder or FILE.safetensors, or ask for --to apr",
         )
+
+
+def _broken(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yields what is wrong with side files that go along; of a large tokenizer.json who reads it tells."""
+    small = {name: content for name, content in checkpoint.files.items() if len(content) <= _LOOKED_AT_BYTES}
+    for name, problem in broken(small).items():
+        yield f"{name} {problem}: it goes along as it is"
 
 
 def _left_behind(names: Sequence[str]) -> str:

@@ -29,6 +29,7 @@ def check(name: str, *, max_bytes: int) -> None:
             tensor=name[:300],
             found=f"{length} bytes of UTF-8",
             expected=f"at most {max_bytes}",
+            hint="`convert --rename FROM=TO` gives it another",
         )
     if _DECEPTIVE.search(name):
         raise BrokenContainerError(

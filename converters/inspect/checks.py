@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from apr_jax.converters.checkpoint import side_files
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.incomplete import TRAINING, is_adapters
@@ -24,7 +25,7 @@ from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
 from apr_jax.converters.formats.dtypes import element_count
-from apr_jax.converters.inspect import first_pass, side_files, statistics
+from apr_jax.converters.inspect import first_pass, statistics
 from apr_jax.converters.inspect.statistics import Statistics
 
 EMBEDDING_MEAN = 0.05

@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.checkpoint import side_files
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.errors import AprJaxError
-from apr_jax.converters.inspect import side_files
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
