@@ -72,7 +72,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-    cli.add_adapter_argument(parser)
     args = parser.parse_args(argv[1:])
     if args.check and (args.hidden_states or args.trace or args.prompt or args.force):
         parser.error("--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace and --force out")
