@@ -261,8 +261,8 @@ def lay_out(
             f"an .apr file cannot hold these tensors, {len(problems)} in all:\n  " + "\n  ".join(problems),
             code="apr-unsupported",
             hint="--cast [GLOB=]TYPE can give floating-point and quantised tensors another type; --dequantise decodes "
-            "quantised ones, those of several parts (FP8 and its scales) included; --rename FROM=TO gives another name, "
-            "--leave-out GLOB leaves tensors out",
+            "quantised ones, those of several parts (FP8 and its scales) included; --rename FROM=TO gives another "
+            "name, --leave-out GLOB leaves tensors out",
         )
     sizes = {name: size for name, _, _, size in given}
     offsets, position = {}, 0

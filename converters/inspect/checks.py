@@ -46,7 +46,10 @@ _EMBEDDINGS = (EMBEDDING, "token_embd.weight", "tok_embeddings.weight")
 _FINAL_NORMS = (FINAL_NORM, "output_norm.weight")
 _HEADS = (HEAD, "output.weight")
 _QWEN2 = "qwen2"
-_UNSUPPORTED = ("not supported", "not known to leave", "not a rule that is known")
+_UNSUPPORTED = (
+    *("not supported", "not known to leave", "not a rule that is known"),
+    *("hidden_act is '", "layer_types holds '"),
+)
 _FIELDS = dataclasses.fields(Qwen2Config)
 _WITHOUT_APR_KEY = ("rope_scaling", "sliding_window", "window_layers")
 _FAMILIES = ("qwen2", "qwen3", "llama")

@@ -746,6 +746,20 @@ class AnyArchitectureTest(FieldTestCase):
         safetensors.numpy.save_file(kept, source / "model.safetensors", {"format": "pt"})
         self.assertIn(kind, self.verify(source))
 
+    @parameterized.parameters(
+        {"hidden_act": "gelu"},
+        {"num_experts": 8},
+        {"layer_types": ["linear_attention", "full_attention"]},
+        {"rope_scaling": {"rope_type": "unheard-of"}},
+    )
+    def test_field_what_the_model_could_not_run_is_no_failure(self, **change):
+        """FIELD Configurations: verify of a Qwen2 with what is not computed here -> passes, and says it"""
+        source = self.copy()
+        self.edit(source, "config.json", **change)
+        self.assertRegex(self.verify(source), f"skipped +configuration: .*{next(iter(change))}")
+        self.edit(source, "config.json", hidden_size="wide")
+        self.assertRegex(self.verify(source, code=1), "failure +configuration: .*hidden_size")
+
     def test_a_llama_with_biases_is_no_qwen2_if_its_configuration_asks_for_them(self):
         source = self.copy()
         self.edit(source, "config.json", model_type="llama")
