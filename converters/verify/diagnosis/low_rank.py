@@ -65,8 +65,11 @@ def _change(pair: Pair, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the difference at flat indices, and how far rounding may have moved it."""
     before = pairs.values_of(pair.original.bits[index], pair.original.dtype.name).astype("<f8")
     after = pairs.values_of(pair.y[index], pair.type).astype("<f8")
+    # NaN and infinities change nothing here, and are known to within nothing.
+    finite = np.isfinite(after - before)
+    after = np.where(finite, after, 0)
     error = np.maximum(pairs.half_ulp(after, pair.type), np.abs(after) * 2.0**-23)
-    return np.where(np.isfinite(after - before), after - before, 0), error
+    return np.where(finite, after - before, 0), error
 
 
 def _levelled(error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +84,8 @@ def _rank(change: np.ndarray, error: np.ndarray) -> int | None:
     level = change * rows * columns
     # Eigenvalues of the smaller product: a tenth of the time of singular values, several threads at once.
     product = level @ level.T if len(level) <= level.shape[1] else level.T @ level
+    if not np.isfinite(product).all():
+        return None
     values = np.sqrt(np.maximum(np.linalg.eigvalsh(product)[::-1], 0))
     noise = _largest_of_rounding(error * rows * columns)
     rank = int(np.count_nonzero(values > max(_ABOVE * noise, _EIGENVALUES * values[0])))
