@@ -226,6 +226,19 @@ class AdapterTest(FieldTestCase):
         self.assertEqual((finding.cause, finding.parameters), ("low-rank", {"rank": rank}))
         self.assertIn("singular value", finding.sentence)
 
+    def test_field_lora_whose_smallest_values_are_lost_in_rounding(self):
+        """FIELD verify: a LoRA of rank 4, in one tensor of which rounding hides two -> one finding, rank 4"""
+        before = base("BF16")
+        names = sorted(name for name in projections(before) if "q_proj" in name or "o_proj" in name)
+        changed = {}
+        for index, name in enumerate(names):
+            random = np.random.default_rng(index)
+            left, _ = np.linalg.qr(random.normal(0, 1, (64, 4)))
+            right, _ = np.linalg.qr(random.normal(0, 1, (64, 4)))
+            sizes = [1, 0.8, 1e-5, 1e-5] if index == 0 else [1, 0.8, 0.6, 0.5]
+            changed[name] = stored(before[name].f32 + left * sizes @ right.T, "BF16")
+        self.assertEqual(self.only(before, changed).parameters, {"rank": 4})
+
     def test_field_lora_in_all_projections(self):
         """FIELD verify: a LoRA of rank 4 merged into every projection -> one finding over all of them"""
         self.assertEqual(self.merged(projections(base("BF16")), 4).parameters, {"rank": 4})
