@@ -22,7 +22,7 @@ from apr_jax.converters.verify.diagnosis.groupings import Grouping, groupings, s
 from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Pair
 
 # Elements of a run that lies within one group of whatever size, runs, and the share of them that must fit.
-_RUN, _RUNS, _PROBED_SHARE = 16, 12, 0.5
+_RUN, _RUNS, _PROBED_SHARE, _INHERITED_SHARE = 16, 12, 0.5, 0.85
 # Groups and elements of each that are tried first, and elements of all groups at the end.
 _TRIED, _TRIED_ELEMENTS, _MEASURED, _GROUPS = 6, 1 << 11, 1 << 17, 1 << 10
 _SOLVED_AT_ONCE = 1 << 16
@@ -138,10 +138,13 @@ def quantised(pair: Pair, context: Context) -> Iterator[Found]:
     if pair.differing < pair.size // 4:
         return
     found = replays.replayed(pair)
-    if found is None and pair.b.dtype.is_block:
-        found = replays.stored(pair)
-    if found is None and not pair.b.dtype.is_block:
-        found = _on_grid(pair, context)
+    if pair.b.dtype.is_block:
+        found = found or replays.stored(pair)
+    elif (found is None or found.explained < 1) and len(pair.b.shape) > 1:
+        # A codec that leaves elements over is another one, if that leaves fewer.
+        other = _on_grid(pair, context)
+        if found is None or (other is not None and other.explained > found.explained):
+            found = other
     if found is not None:
         yield found
 
@@ -234,14 +237,23 @@ def _covers(values: _Values, down: bool) -> list[Grid]:
     after = values.after(index)
     told = np.argsort(-np.count_nonzero(after, 1), kind="stable")[:_RUNS]
     after = after[np.sort(told)]
-    return [grid for grid in _COVERS if _holds(grid, after[::4], values) and _holds(grid, after, values)]
+    before = values.before(index[np.sort(told)])
+    found = [grid for grid in _COVERS if _held(grid, after[::4], values.rounded_to) >= _PROBED_SHARE]
+    shares = {grid: _held(grid, after, values.rounded_to) for grid in found}
+    # What lay on a grid and was trained on still lies there in part.
+    name = values.pair.original.dtype.name
+    return [
+        grid
+        for grid, share in shares.items()
+        if share >= _INHERITED_SHARE or (share >= _PROBED_SHARE and _held(grid, before, name) < _PROBED_SHARE)
+    ]
 
 
-def _holds(grid: Grid, runs: Floats, values: _Values) -> bool:
-    """Whether a grid holds most of some runs."""
-    solved = _solved(runs, values.rounded_to, grid)
-    fits = int(np.count_nonzero(solved.fits & solved.told))
-    return fits > 0 and fits >= _PROBED_SHARE * int(np.count_nonzero(solved.told))
+def _held(grid: Grid, runs: Floats, name: str) -> float:
+    """Returns the share of some runs that lie on a grid."""
+    solved = _solved(runs, name, grid)
+    told = int(np.count_nonzero(solved.told))
+    return int(np.count_nonzero(solved.fits & solved.told)) / told if told else 0.0
 
 
 def _covered(codec: Codec, covers: Sequence[Grid]) -> bool:

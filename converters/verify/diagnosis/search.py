@@ -143,7 +143,7 @@ def _found(pair: Pair, context: Context) -> Iterator[Found]:
     varied = len(np.unique(pair.x[pair.sample])) >= _VARIED and len(np.unique(pair.y[pair.sample])) >= _VARIED
     settled = some = False
     for found in _cheaper(pair, context):
-        settled |= varied and found.explained == 1.0
+        settled |= found.explained == 1.0 and (varied or found.cause == "mantissa-cut")
         some = True
         yield found
     if not pair.differing or settled:

@@ -223,6 +223,19 @@ class DiagnosisTest(parameterized.TestCase):
         (first, *_) = self.diagnose(stored(_random(16, 16)), stored(np.full((16, 16), np.nan, "<f4")))
         self.assertEqual((first.cause, first.parameters), ("non-finite", {"nan": 256, "first": [0, 0]}))
 
+    @parameterized.parameters(np.nan, np.inf, 3e38)
+    def test_a_change_beside_nan_infinities_and_huge_values_is_looked_for_all_the_same(self, value):
+        before = _random(64, 48)
+        after = before + np.outer(_random(64, seed=1), _random(48, seed=2))
+        before[3, 4] = after[3, 4] = value
+        after[5, 6] = np.nan
+        (first, *_) = self.diagnose(stored(before), stored(after))
+        # Each element that is out of line may count as a rank of its own.
+        self.assertEqual(first.cause, "low-rank")
+        self.assertLessEqual(first.parameters["rank"], 3)
+        (first, *_) = self.diagnose(stored(before), stored(before + _random(64, 48, seed=3)))
+        self.assertEqual(first.cause, "different-weights")
+
     # --- two things at once in one tensor, and casts along the way
 
     def test_a_transpose_is_found_behind_a_cast(self):
