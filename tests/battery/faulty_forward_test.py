@@ -42,6 +42,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "weights-relabelled": {"tensor": "mlp.down_proj.weight"},
     "weights-from-another-layer": {"tensor": "self_attn.o_proj.weight", "layer": 0},
     "weights-quantised": {"tensor": "mlp.gate_proj.weight", "codec": "q4_k"},
+    "weights-permuted": {"tensor": "self_attn.q_proj.weight"},
+    "weights-interleaved": {"tensor": "mlp.gate_proj.weight"},
+    "part-scaled": {"stage": "ffn_out", "channels": (17,)},
+    "part-zeroed": {"stage": "attention", "heads": (1, 2)},
+    "part-exchanged": {"stage": "attn_scores", "heads": (0, 3)},
     "layout": {"kind": "transposed"},
 }
 
@@ -75,6 +80,14 @@ ACTS_AT: dict[str, tuple[str, ...]] = {
         ("rope-adjacent-pairs", "rope-theta", "rope-position", "rope-half-dims", "rope-sign"),
         ("q_post_rope", "k_post_rope"),
     ),
+    **dict.fromkeys(("rope-scaling", "rope-precision"), ("q_post_rope", "k_post_rope")),
+    **dict.fromkeys(("softmax-soft-cap", "scores-precision", "cache-precision", "part-exchanged"), ("attn_scores",)),
+    **{f"{name}-bias-twice": (name,) for name in "qkv"},
+    "qkv-bias-twice": ("q", "k", "v"),
+    "weights-interleaved": ("ffn_gate",),
+    "activations-quantised": ("qkv_matmul",),
+    "part-scaled": ("ffn_out",),
+    "part-zeroed": ("attention",),
     "rope-not-on-q": ("q_post_rope",),
     "rope-not-on-k": ("k_post_rope",),
     **dict.fromkeys(

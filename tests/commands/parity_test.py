@@ -104,6 +104,7 @@ class ParityCommandTest(ParityTestCase):
             "alternatives": list,
             "certainty": str,
             "sentence": str,
+            "cannot_show": list,
         }
         for finding in report["findings"]:
             self.assertEqual({key: type(value) for key, value in finding.items()}, kinds)
@@ -116,7 +117,7 @@ class ParityCommandTest(ParityTestCase):
     def test_one_layer_is_a_list_and_what_nothing_explains_has_no_residual_after(self):
         dump, values = self.dump(64)
         wrong = values["stage.1.ffn_out"][0].copy()
-        wrong[40] *= 1.01
+        wrong[40] *= 1 + 0.01 * np.random.default_rng(0).standard_normal(64)
         (dump / "layer-1" / "ffn_out.bin").write_bytes(aprt.encode(1, wrong))
         findings = self.report(SAMPLE, "--right", dump, code=1)["findings"]
         self.assertEqual([f["stage"] for f in findings], ["ffn_out", "post_ffn_residual"])
@@ -126,6 +127,22 @@ class ParityCommandTest(ParityTestCase):
                 ("unknown", [1], None, "unexplained"),
             )
             self.assertIn("row 0 position 40", finding["sentence"])
+
+    def test_field_a_right_float16_engine(self):
+        """FIELD parity: a right engine's dump of float16 values, declared and not -> rounding, as float16, rc 0"""
+        ids = seeded(288, 1, 80).input_ids
+        write_aprt(self.folder / "half", forward(*oracle.load(SAMPLE), ids, dtype="float16"), ids)
+        for declared in ([], ["--right-dtype", "float16"]):
+            report = self.report(SAMPLE, "--right", self.folder / "half", *declared, code=0)
+            self.assertEqual((report["verdict"], report["dtype"], report["findings"]), ("rounding", "float16", []))
+
+    def test_field_rotation_in_bfloat16_is_no_rounding(self):
+        """FIELD parity: bfloat16 engine whose RoPE angles are bfloat16, 80 positions -> rope-precision, rc 1"""
+        ids, angles = seeded(288, 1, 80).input_ids, Planted("rope-precision", None, {"what": "angles"})
+        write_aprt(self.folder / "narrow", forward(*oracle.load(SAMPLE), ids, faults=[angles], dtype="bfloat16"), ids)
+        printed, _ = self.ran(SAMPLE, "--right", self.folder / "narrow", code=1)
+        self.assertIn("all layers, q_post_rope: RoPE is less precise than float32: angles in bfloat16", printed)
+        self.assertIn("judged as bfloat16", printed)
 
     def test_a_right_engine_is_rounding_and_its_last_positions_logits_suffice(self):
         dump, _ = self.dump(64)

@@ -1,13 +1,17 @@
 """What people report of engines, rebuilt with the NumPy engine: each mistake gets its true name, with its numbers."""
 
+import json
 import pathlib
 import sys
+import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.load.load_model import load_model
 from apr_jax.parity.localise import infer_dtype
 from apr_jax.trace import stages
 from tests.battery.faulty_forward import Planted
@@ -226,6 +230,23 @@ class FieldTest(parameterized.TestCase):
         """FIELD parity: attn_softmax dumped without attn_scores, wrong masks -> named, no traceback"""
         findings = self.found(planted, shown=lambda key: stages.Key(key).stage != "attn_scores")
         self.assert_named(findings, planted.name)
+
+    def test_field_layers_that_cannot_show_an_eps(self):
+        """FIELD parity: eps where later activations are large -> no number from noise, and which layers cannot tell"""
+        bench = self.bench()
+        weights = dict(bench.weights)
+        for suffix in ("mlp.down_proj.weight", "self_attn.o_proj.weight"):
+            weights[f"model.layers.0.{suffix}"] = 1000 * weights[f"model.layers.0.{suffix}"]
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = pathlib.Path(scratch)
+            safetensors.numpy.save_file(weights, folder / "model.safetensors")
+            (folder / "config.json").write_text(json.dumps(bench.config))
+            exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
+        loud = Bench("loud", weights, bench.config, bench.inputs, exact, same)
+        (finding,) = loud.diagnose(loud.dump([everywhere("rms-norm-eps", eps=1e-5)])).findings
+        self.assertEqual((finding.fault, finding.layers, finding.parameters["eps"]), ("rms-norm-eps", (0,), 1e-5))
+        self.assertIn("layer 1 and final_norm cannot show it", finding.sentence)
+        self.assertIn("stage.1.ffn_norm", finding.cannot_show)
 
     def test_field_what_it_takes_to_be_rounding(self):
         """FIELD parity: one channel half a percent off in bfloat16, five in float16 -> rounding; its factor"""
