@@ -63,13 +63,14 @@ class RecordedRenderingsTest(parameterized.TestCase):
         template = (TEMPLATES / f"{RECORDED[sha]}.jinja").read_text()
         if RECORDED[sha].startswith("qwen2"):
             self.assertStartsWith(hashlib.sha256(template.encode()).hexdigest(), sha)
-        reference = json.loads((TEMPLATES / "aprender_reference.json").read_text())
+        reference = json.loads((TEMPLATES / "renderings.json").read_text())
         self.assertLen(reference["message_sets"], 3)
         for name, messages in reference["message_sets"].items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 text = chat_template.render(template, messages, True, {}, arguments=THINKING[thinking])
-            self.assertEqual(text, reference["cases"][f"{sha}/{name}/{thinking}"])
+            recorded = reference["sha256"][f"{sha}/{name}/{thinking}"]
+            self.assertEqual(hashlib.sha256(text.encode()).hexdigest(), recorded, text)
 
 
 class ChoiceTest(parameterized.TestCase):
