@@ -116,7 +116,8 @@ def _with_unshown(finding: Finding, replay: Replay, located: Localisation) -> Fi
         mistake = fault.made(**{**next(iter(fault.variants(None, site.key)), {}), **number})
         some = dataclasses.replace(replay, rows=few)
         made, right = some.under((mistake,)).compute(site.key), some.look(site.stage, located.reference[site.key])
-        counted = compared_positions(site.key, replay.inputs, located.theirs[site.key].shape)
+        window = replay.config.window_of(site.layer)
+        counted = compared_positions(site.key, replay.inputs, located.theirs[site.key].shape, window=window)
         counted = counted.take(few, position_axis(site.key))
         moved = row_norms(made - right, counted)
         share = len(few) / replay.inputs.input_ids.shape[1]
