@@ -100,6 +100,9 @@ def _read_into(out: np.ndarray, tensor: Tensor) -> None:
     if not tensor.dtype.is_block and tensor.dtype.numpy == out.dtype:
         tensor.readinto(out.reshape(-1).view("u1").data)
         return
+    if tensor.dtype.is_block and out.dtype == np.float32:
+        tensor.decode_into(out)
+        return
     # Quantised tensors are read as float32: their values need more room than their bytes.
     nbytes = max(tensor.nbytes, 4 * out.size)
     rows = max(1, _CHUNK_BYTES // max(1, nbytes // max(1, tensor.shape[0]))) if tensor.shape else 1

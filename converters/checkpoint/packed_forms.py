@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY, Checkpoint, SideFiles
 from apr_jax.converters.checkpoint.decoded import ADAPTER, DecodedTensor, DecoderCache, Form
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import BrokenContainerError, RefusedError, counted
+from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
 from apr_jax.converters.formats import dtypes, strict_json
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ def dense_view(checkpoint: Checkpoint) -> Checkpoint:
     used = {part.name for tensor in found.decoded for part in tensor.parts} | found.unused
     tensors = [tensor for name, tensor in checkpoint.tensors.items() if name not in used]
     warnings = list(checkpoint.warnings)
+    if found.zero_biases:
+        warnings.append(
+            f"left out: {counted(len(found.zero_biases), 'vector')} of zeros ({found.zero_biases[0]}, ...), biases "
+            "that the model does not have; AutoGPTQ writes one for each matrix"
+        )
     if found.activations:
         warnings.append(
             f"{counted(len(found.activations), 'scale')} of activations or of the key-value cache "
@@ -241,6 +247,7 @@ class _Search:
     Attributes:
       decoded: The tensors that packed ones stand for.
       activations: Names of scales that concern no weight.
+      zero_biases: Names of biases that AutoGPTQ wrote for matrices which have none in the model.
       unused: Names that go into no tensor of the dense checkpoint: those, and parts that say nothing of the values.
     """
 
@@ -250,10 +257,23 @@ class _Search:
         self._cache = DecoderCache()
         self.unused: set[str] = set()
         self.activations: list[str] = []
+        self.zero_biases: list[str] = []
         self.decoded = list(self._found())
         if self.decoded:
             self.activations = [name for name in self._tensors if name.rpartition(".")[2] in _ACTIVATION_PARTS]
-            self.unused |= set(self.activations)
+            self.zero_biases = list(self._needless_biases(checkpoint))
+            self.unused |= {*self.activations, *self.zero_biases}
+
+    def _needless_biases(self, checkpoint: Checkpoint) -> Iterator[str]:
+        """Yields the biases of packed matrices that are zero throughout and no part of the model, where it is known."""
+        try:
+            expected = Qwen2Config.from_hf(_dense_object(checkpoint.config)).tensor_shapes()
+        except AprJaxError:
+            return
+        for tensor in self.decoded:
+            bias = self._tensors.get(tensor.name.removesuffix("weight") + "bias")
+            if bias is not None and tensor.name in expected and bias.name not in expected and not any(bias.raw()):
+                yield bias.name
 
     def _found(self) -> Iterator[DecodedTensor]:
         for name, tensor in self._tensors.items():

@@ -147,6 +147,16 @@ class Tensor:
             self._read_range(values, begin)
         return self._checked(values)
 
+    def decode_into(self, values: np.ndarray) -> None:
+        """Decodes all of a quantised tensor into float32 of its shape, contiguous: `read` without an array of its own.
+
+        Raises:
+          As `read`.
+        """
+        _ = self.dtype.codec
+        if values.size:
+            self._read_range(values.reshape(-1), 0)
+
     def _values_dtype(self) -> np.dtype:
         if not self.dtype.is_block:
             return self.dtype.numpy

@@ -101,7 +101,7 @@ class Grouped:
         if rows.shape[1] == 1:
             operation(out, rows, out=out)
         elif self.group_of_column is not None:
-            operation(out, np.take(rows, self.group_of_column, axis=1), out=out)
+            operation(out, np.take(rows, self.group_of_column, axis=1, mode="clip"), out=out)
         elif self.columns % self.group:
             operation(out, np.repeat(rows, self.group, axis=1)[:, : self.columns], out=out)
         else:

@@ -133,13 +133,14 @@ def _decoded(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Check]]:
         dense = dense_view(checkpoint)
         forms = packed_forms(dense)
     except AprJaxError as error:
-        # A method that is not known here is nothing that is wrong with the file.
-        unknown = error.code == "quantisation-unsupported"
-        return checkpoint, [Check("quantisation", None if unknown else False, error.message)]
+        # A method that is not known here is nothing wrong with the file; a broken config.json is said elsewhere.
+        passed = {"quantisation-unsupported": None, "quantised-tensor": False}
+        said = [Check("quantisation", passed[error.code], error.message)] if error.code in passed else []
+        return checkpoint, said
     listed = ", ".join(f"{counted(count, 'tensor')} by {form}" for form, count in forms.items())
     checks = [Check("quantisation", True, f"{listed}: the parts of each fit together")] if forms else []
-    said = dense.warnings[len(checkpoint.warnings) :]
-    return dense, [*checks, *(Check("warning", True, warning, note=True) for warning in said)]
+    more = dense.warnings[len(checkpoint.warnings) :]
+    return dense, [*checks, *(Check("warning", True, warning, note=True) for warning in more)]
 
 
 # --- container

@@ -92,6 +92,24 @@ class FormulasTest(parameterized.TestCase):
             self.assertNotIn(f"{Q}.input_scale", view.tensors)
             self.assertIn("scale of activations", " ".join(view.warnings))
 
+    def test_field_biases_of_zeros_as_autogptq_writes_them(self):
+        """FIELD Forms: Qwen's own GPTQ files, a zero bias beside every matrix -> loads, said; others are refused"""
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, *packers.MEMBERS["gptq_int4_32"])
+        tensors = packers.read(folder / "model.safetensors")
+        for name in [name for name in tensors if name.endswith(".scales")]:
+            bias = name.replace(".scales", ".bias")
+            tensors.setdefault(bias, np.zeros(tensors[name].shape[1], np.float16))
+        packers.write(folder / "model.safetensors", tensors)
+        with open_checkpoint(folder) as raw:
+            view = dense_view(raw)
+            self.assertEqual(set(view.tensors), set(view.model_config().tensor_shapes()))
+            self.assertIn("8 vectors of zeros", " ".join(view.warnings))
+        tensors["model.layers.0.mlp.up_proj.bias"] = np.ones(160, np.float16)
+        packers.write(folder / "model.safetensors", tensors)
+        with open_checkpoint(folder) as raw:
+            self.assertIn("model.layers.0.mlp.up_proj.bias", dense_view(raw).tensors)
+
 
 class RefusalsTest(parameterized.TestCase):
     @parameterized.parameters(
