@@ -194,8 +194,10 @@ class Q4_0(Codec):
     layout = _layout(("d", "<f2", 1), ("qs", "u1", 16))
 
     def _decode(self, blocks: np.ndarray, out: np.ndarray) -> None:
-        q = _nibbles(blocks["qs"]).reshape(len(blocks), 32).view("i1") - np.int8(8)
-        np.multiply(_f32(blocks["d"]), q, out=out)
+        np.bitwise_and(blocks["qs"], 15, out=out[:, :16], casting="unsafe")
+        np.right_shift(blocks["qs"], 4, out=out[:, 16:], casting="unsafe")
+        out -= np.float32(8)
+        out *= _f32(blocks["d"])
 
 
 class Q4_1(Codec):
@@ -244,7 +246,8 @@ class Q8_0(Codec):
     layout = _layout(("d", "<f2", 1), ("qs", "i1", 32))
 
     def _decode(self, blocks: np.ndarray, out: np.ndarray) -> None:
-        np.multiply(_f32(blocks["d"]), blocks["qs"], out=out)
+        out[:] = blocks["qs"]
+        out *= _f32(blocks["d"])
 
 
 class Q8_1(Codec):
