@@ -53,7 +53,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     cli.add_checkpoint_arguments(parser)
-    return parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:])
+    if args.adapter and args.b is None:
+        parser.error("--adapter belongs to a comparison: give B too")
+    return args
 
 
 def main(args: argparse.Namespace) -> int:
