@@ -35,6 +35,7 @@ _ENOUGH, _SHARE = 3, 0.5
 # Beyond so many times the largest distance of trained tensors a change is another one.
 _FARTHER = 2.0
 _LOW_RANK_SHARE = 0.2
+_MOST = 0.6
 
 
 def one_story(causes: Told, context: Context) -> Told:
@@ -78,7 +79,7 @@ def _common_rank(causes: Told) -> Told:
         return causes
     common, count = max(ranks.items(), key=lambda item: (item[1], item[0]))
     parameters = json.loads(common)
-    if count < _SHARE * sum(ranks.values()) or parameters["rank"] == 1:
+    if count <= _MOST * sum(ranks.values()) or parameters["rank"] == 1:
         return causes
     return [
         (pair, dataclasses.replace(cause, parameters=parameters))

@@ -15,6 +15,7 @@ from apr_jax.converters.verify.findings import Finding
 SAID = (
     ("exact-cast", {"from": "bf16", "to": "f32"}, "cast from bf16 to f32, every value exactly: no difference"),
     ("exact-cast", {"from": "q4_k", "to": "q4_k"}, "other q4_k bytes with the same values"),
+    ("merged-adapter", {"rank": 8, "type": "bf16"}, "the adapter (rank 8) added to A, rounded to bf16: no difference"),
     (
         "relabelled-dtype",
         {"from": "bf16", "to": "f16", "values_converted": False},
