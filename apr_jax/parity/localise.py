@@ -25,6 +25,9 @@ from apr_jax.trace.stages import Key
 EPSILON = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}
 """Half a unit in the last place, relative: the largest error of one rounding."""
 
+# Values below the smallest normal number lose bits; only float16's is as large as values are.
+_SMALLEST_NORMAL = {"float64": 0.0, "float32": 2.0**-126, "bfloat16": 2.0**-126, "float16": 2.0**-14}
+
 # How many times the larger of our own error and one rounding another right implementation may be off, over a whole
 # stage and at its worst position. Measured: tests/battery/RESULTS.md.
 _CLASSES = {
@@ -349,7 +352,7 @@ def turn_budgets(replay: Replay, key: str, dtype: str) -> np.ndarray | None:
     key = Key(key)
     if CLASS_OF[key.stage] != "rope" or not replay.dumped(Key.of(key.layer, "qkv_bias")):
         return None
-    terms, moved = turn_sizes(replay, key)
+    terms, moved = turn_sizes(replay, key, _SMALLEST_NORMAL[dtype])
     return TURN_FACTOR * (3 * EPSILON[dtype] * terms + (2.0**-23 if dtype != "float64" else 0.0) * moved)
 
 

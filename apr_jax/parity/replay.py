@@ -356,8 +356,11 @@ def _rope(which: int, replay: Replay, layer: int | None) -> Value:
     return join_heads(turn.apply(x, replay.positions(), replay.right_rotation()) + late)
 
 
-def turn_sizes(replay: Replay, key: Key) -> tuple[Value, Value]:
-    """Returns the sizes of what a rotation adds up, and of what angles that are off by themselves move, [B, T, C]."""
+def turn_sizes(replay: Replay, key: Key, least: float) -> tuple[Value, Value]:
+    """Returns the sizes of what a rotation adds up, and of what angles that are off by themselves move, [B, T, C].
+
+    What is below `least`, the smallest normal number of the dtype, is rounded as that is.
+    """
     which = 0 if key.stage == "q_post_rope" else 1
     everywhere = tuple(mistake for mistake in replay.made if mistake.within is None)
     x, late = before_rotation(dataclasses.replace(replay, target=key), key.layer, which)
@@ -365,7 +368,7 @@ def turn_sizes(replay: Replay, key: Key) -> tuple[Value, Value]:
     sizes = []
     for mistakes in made:
         turn = replay.under(mistakes).step("rotation", Rotation(), key.layer, QKV[which])
-        sizes.append(turn.sizes(x, replay.positions(), replay.right_rotation()))
+        sizes.append(turn.sizes(x, replay.positions(), replay.right_rotation(), least))
     terms, moved = (np.maximum.reduce(each) for each in zip(*sizes, strict=True))
     return join_heads(terms + np.abs(late)), join_heads(moved)
 

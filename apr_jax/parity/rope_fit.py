@@ -90,16 +90,21 @@ class Rotation:
         turns = (cos + 1j * sin.astype(np.float64))[:, :, None]
         return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
 
-    def sizes(self, x: np.ndarray, positions: np.ndarray, right: Right) -> tuple[np.ndarray, np.ndarray]:
-        """Returns |x cos| + |y sin|, and (|x sin| + |y cos|) times the angle, of every value of x [B, T, heads, H]."""
+    def sizes(
+        self, x: np.ndarray, positions: np.ndarray, right: Right, least: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns |x cos| + |y sin|, and (|x sin| + |y cos|) times the angle, of every value of x [B, T, heads, H].
+
+        What is below `least`, the smallest normal number of the dtype, is rounded as that is.
+        """
         if self.none:
             return np.abs(x), np.zeros_like(x)
         rotated, rest = self._parts(np.abs(x))
         angles = self.angles(positions, rotated.shape[-1], right)[:, :, None]
         gain, pairs = self._frequencies(rotated.shape[-1], right)[1], _pairs(rotated, self.adjacent)
-        cos, sin = np.abs(gain * np.cos(angles)), np.abs(gain * np.sin(angles))
+        cos, sin = (np.maximum(np.abs(gain * f(angles)), least) for f in (np.cos, np.sin))
         first, second = pairs.real * cos + pairs.imag * sin, pairs.real * sin + pairs.imag * cos
-        terms = _from_pairs(first + 1j * second, self.adjacent)
+        terms = np.maximum(_from_pairs(first + 1j * second, self.adjacent), least)
         moved = _from_pairs(np.abs(angles) * (second + 1j * first), self.adjacent)
         return np.concatenate([terms, rest], axis=-1), np.concatenate([moved, np.zeros_like(rest)], axis=-1)
 
