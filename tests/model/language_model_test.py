@@ -332,7 +332,7 @@ class ModelTest(parameterized.TestCase):
             with self.assertRaises(UsageError, msg=str(ids)):
                 model(ids)
         with self.assertRaises(UsageError):
-            load_model(paths.checkpoint("gqa_tied_bf16"), "float16")
+            load_model(paths.checkpoint("gqa_tied_bf16"), "int8")
         with self.assertRaises(UsageError):
             load_model(paths.checkpoint("gqa_tied_bf16"), device="no-such-device")
         with self.assertRaises(UsageError):

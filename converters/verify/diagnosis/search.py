@@ -23,6 +23,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.ma  # np.unique imports it when it is first called, which would be in a thread.
+import numpy.random  # So does whatever draws.
 
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.verify.diagnosis import (
