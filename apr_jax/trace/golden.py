@@ -90,9 +90,14 @@ def provenance(
         "device": device,
         "precision": precision,
         "versions": json.dumps(versions),
-        "config": json.dumps(dataclasses.asdict(config)),
+        "config": json.dumps(_stated(config)),
         "weights_sha256": weights_sha256(checkpoint),
     }
+
+
+def _stated(config: Qwen2Config) -> dict[str, Any]:
+    """Returns the numbers of a configuration, without rules and windows that it does not have."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if value not in (None, ())}
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:

@@ -181,8 +181,8 @@ class HfReferenceTest(parameterized.TestCase):
             hf_reference.run("Qwen/Qwen2.5-0.5B", [[1, 2, 3]])
 
     def test_an_unknown_dtype_is_refused(self) -> None:
-        with self.assertRaisesRegex(UsageError, "float16"):
-            hf_reference.run(CHECKPOINTS / "mqa_f16", [[1]], dtype="float16")  # type: ignore[arg-type]
+        with self.assertRaisesRegex(UsageError, "int8"):
+            hf_reference.run(CHECKPOINTS / "mqa_f16", [[1]], dtype="int8")  # type: ignore[arg-type]
 
     @parameterized.parameters(*NAMES)
     def test_the_tokenizer_and_its_chat_template_work_in_transformers(self, name: str) -> None:
