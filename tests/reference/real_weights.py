@@ -169,8 +169,8 @@ def conversion(work: Work) -> Iterator[Line]:
 
 
 def quantisation(work: Work) -> Iterator[Line]:
-    for codec, kind in (("q8", "int8"), ("q4", "int4"), ("q4k", "q4k")):
-        quantised = work.folder / f"{codec}.apr"
+    for codec, kind in (("apr_q8", "int8"), ("apr_q4", "int4"), ("q4_k", "q4k")):
+        quantised = work.folder / f"{kind}.apr"
         if not quantised.exists():
             apr("import", work.float32, "-o", quantised, "--quantize", kind)
         yield named_quantised(f"`apr import --quantize {kind}`", work.float32, quantised, codec)
@@ -204,12 +204,10 @@ def jittered(work: Work) -> pathlib.Path:
 def named_quantised(what: str, original: pathlib.Path, quantised: pathlib.Path, codec: str) -> Line:
     report = json.loads(ran(verify, original, quantised, "--json", code=None))
     named = [finding for finding in report["findings"] if finding["cause"] == "quantised"]
-    codecs = sorted({finding.get("parameters", finding).get("codec", "?") for finding in named})
+    codecs = sorted({finding["parameters"]["type"] for finding in named})
     others = sorted({finding["cause"] for finding in report["findings"]} - {"quantised"})
-    seen = f"quantised by {', '.join(codecs)}" + (f"; also {', '.join(others)}" if others else "")
-    return Line(
-        f"verify: {what}", codec, seen, bool(codecs) and not others and all(c.startswith(codec[:2]) for c in codecs)
-    )
+    seen = f"quantised to {', '.join(codecs)}" + (f"; also {', '.join(others)}" if others else "")
+    return Line(f"verify: {what}", codec, seen, codecs == [codec] and not others)
 
 
 # --- Values ----------------------------------------------------------------------------------------------------------
