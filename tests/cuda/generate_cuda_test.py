@@ -6,6 +6,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -62,10 +63,12 @@ class GenerateCudaTest(parameterized.TestCase):
         generator = load_generator(paths.checkpoint("mha_untied_f32_sharded"), device="cuda")
         long = [np.zeros(3000, np.int64).tolist()]
         generator.generate(long, do_sample=False, max_new_tokens=1000)
-        before = generator.model.device.memory_stats()["bytes_in_use"]
+        before, arrays = generator.model.device.memory_stats()["bytes_in_use"], len(jax.live_arrays())
         for _ in range(3):
             generator.generate(long, do_sample=False, max_new_tokens=1000)
-        self.assertEqual(generator.model.device.memory_stats()["bytes_in_use"], before)
+        self.assertLen(jax.live_arrays(), arrays)
+        # The allocator's smallest blocks (256 bytes) are given back when a stream comes to it; a cache is a megabyte.
+        self.assertLess(generator.model.device.memory_stats()["bytes_in_use"], before + 4096)
 
 
 if __name__ == "__main__":
