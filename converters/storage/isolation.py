@@ -29,7 +29,7 @@ SECONDS = 1.0
 MEMORY_BYTES = 128 << 20
 """Memory for a call beyond what the child has, and eight times the bytes that it is given."""
 _BYTES_A_SECOND = 16 << 20
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS, _LAST_SECONDS = 120.0, 10.0
 _LENGTH_BYTES = 8
 
 
@@ -86,7 +86,8 @@ class Isolated:
 
     def _ask(self, request: bytes) -> tuple[str, Any]:
         child = self._running()
-        assert child.stdin is not None and child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout is not None
         deadline = time.monotonic() + _PATIENCE_SECONDS
         try:
             _send(child.stdin, request)
@@ -94,8 +95,13 @@ class Isolated:
         except BrokenPipeError:
             answer = None
         if answer is None:
+            late = time.monotonic() >= deadline
+            if not late:
+                # It is about to end by itself: how, its status will say.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(_LAST_SECONDS)
             self.close()
-            raise self._not_bounded({-signal.SIGPROF: "time", -signal.SIGKILL: "time"}.get(child.returncode, "died"))
+            raise self._not_bounded("time" if late or child.returncode == -signal.SIGPROF else "died")
         status, value = json.loads(answer)
         if status == "memory":
             self.close()

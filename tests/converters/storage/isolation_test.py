@@ -36,8 +36,8 @@ def spins() -> None:
         pass
 
 
-def forks() -> None:
-    return bytes(1 << 40) and None
+def fills() -> None:
+    bytes(1 << 40)
 
 
 def aborts() -> None:
@@ -79,12 +79,13 @@ class IsolationTest(parameterized.TestCase):
         self.assertEqual(self.child.call("doubled", [3]), [6])
 
     @parameterized.parameters(
-        ("spins", "does not end"), ("forks", "too much memory"), ("aborts", "ends the process"),
-        ("is_killed", "does not end"), ("leaves", "ends the process"), ("fails", "ends the process"),
+        ("spins", "does not end"), ("fills", "too much memory"), ("aborts", "ends the process"),
+        ("is_killed", "ends the process"), ("leaves", "ends the process"), ("fails", "ends the process"),
     )  # fmt: skip
     def test_what_ends_the_child_is_an_error_here(self, function, message):
+        child = Isolated(HERE, "the thing", seconds=0.2)
         with self.assertRaisesRegex(RefusedError, f"the thing .*{message}"):
-            Isolated.call(child := Isolated(HERE, "the thing", seconds=0.2), function)
+            child.call(function)
         self.assertEqual(child.call("doubled", [1]), [2], "another child serves the next call")
         child.close()
 
