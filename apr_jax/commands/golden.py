@@ -98,12 +98,15 @@ def main(args: argparse.Namespace) -> int:
 def _make(args: argparse.Namespace) -> int:
     from apr_jax.converters.storage.output import check_target
     from apr_jax.trace import aprt, golden, stages
+    from apr_jax.trace.inputs import paths_of
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
     if as_dump and not args.trace:
         raise UsageError("a folder of APRT files holds stages", code="aprt-trace", hint="Add --trace.")
-    check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force)
     with cli.open_dense_from(args, args.model) as checkpoint:
+        sources = [*checkpoint.paths, *paths_of(args.input_ids)]
+        # Before minutes are spent on computing.
+        check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force, sources=sources)
         config = checkpoint.model_config()
         cli.say_warnings(checkpoint)
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
@@ -112,10 +115,10 @@ def _make(args: argparse.Namespace) -> int:
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
     if as_dump:
         written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
-        aprt.write(args.output, inputs, written, force=args.force)
+        aprt.write(args.output, inputs, written, force=args.force, sources=sources)
     else:
         written = dict(made.values)
-        golden.write(args.output, made, force=args.force)
+        golden.write(args.output, made, force=args.force, sources=sources)
     if args.json:
         cli.print_json(
             {"output": args.output, "tensors": len(written), "loss": summary, "metadata": dict(made.metadata)}
@@ -137,7 +140,8 @@ def _export(args: argparse.Namespace) -> int:
         # One sequence, as most engines run: the first row of what a golden file is made from by default.
         batch = _inputs(args, checkpoint, batch=1)
         batch.check_vocabulary(checkpoint.model_config().vocab_size)
-    inputs.write_plain(args.export_inputs, batch, force=args.force)
+        sources = [*checkpoint.paths, *inputs.paths_of(args.input_ids)]
+    inputs.write_plain(args.export_inputs, batch, force=args.force, sources=sources)
     rows, length = batch.input_ids.shape
     if args.json:
         cli.print_json({"output": args.export_inputs, "shape": [rows, length], "tokens": batch.tokens})

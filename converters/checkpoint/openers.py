@@ -299,11 +299,14 @@ def _open_prepared(path: str) -> Checkpoint:
                 nbytes = description.stored.nbytes(shape)
                 tensors.append(Tensor(name, description.stored, shape, nbytes, source, begin))
                 begin += nbytes
+        files = _side_files(path)
+        # Orbax's own files describe the parameters.
+        files.paths += tuple(os.path.join(place, name) for place, _, names in os.walk(path) for name in names)
         return Checkpoint(
             path,
             "prepared",
             tensors=tensors,
-            files=_side_files(path),
+            files=files,
             metadata=dict(description.metadata or {}),
             sources=dict.fromkeys(tensor.source for tensor in tensors),
             warnings=(),
