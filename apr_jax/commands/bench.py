@@ -80,7 +80,8 @@ def main(args: argparse.Namespace) -> int:
             write(args.output, json.dumps(results, indent=1) + "\n")
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+        (cli.say if args.json else cli.show)(line)
+        sys.stdout.flush()
 
     results = session.run(_settings(args), say, keep)
     if args.json:

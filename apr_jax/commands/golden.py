@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,9 +86,9 @@ def main(args: argparse.Namespace) -> int:
 
     compilation_cache.enable()
     args.model = located(args.model)
-    if args.export_inputs:
+    if args.export_inputs is not None:
         return _export(args)
-    return _check(args) if args.check else _make(args)
+    return _check(args) if args.check is not None else _make(args)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def _make(args: argparse.Namespace) -> int:
         )
     else:
         rows, length = inputs.input_ids.shape
-        print(
+        cli.show(
             f"{args.output}: {len(made.values)} tensors of {rows} x {length} positions, {inputs.tokens} of them tokens"
         )
         if summary:
@@ -146,7 +145,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.json:
         cli.print_json({"output": args.export_inputs, "shape": [rows, length], "tokens": batch.tokens})
     else:
-        print(f"{args.export_inputs}: {rows} x {length} positions, {batch.tokens} of them tokens")
+        cli.show(f"{args.export_inputs}: {rows} x {length} positions, {batch.tokens} of them tokens")
     return 0
 
 
@@ -251,7 +250,7 @@ class _Report:
 def _check(args: argparse.Namespace) -> int:
     report = _compare(args)
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        cli.say(f"warning: {warning}")
     if args.json:
         cli.print_json(
             {
@@ -312,7 +311,7 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
     if os.path.isdir(args.check):
         inputs, values = aprt.read(args.check, checkpoint.model_config(), given)
         if unknown := aprt.unknown_files(args.check, checkpoint.model_config()):
-            print(f"warning: not compared, no stage of this model: {', '.join(unknown[:8])}", file=sys.stderr)
+            cli.say(f"warning: not compared, no stage of this model: {', '.join(unknown[:8])}")
         return golden.Golden(inputs, values, {})
     if given is not None:
         raise UsageError("a golden file brings its own inputs", code="input-ids", hint="Leave --input-ids out.")

@@ -445,7 +445,9 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
-        value = strict_json.loads(files[name], what=name, max_bytes=_MAX_BYTES, file=path)
+        value = strict_json.loads(
+            files[name], what=name, max_bytes=_MAX_BYTES, per_byte=strict_json.TOKENIZER, file=path
+        )
     except AprJaxError as error:
         error.hint = error.hint or _WITHOUT_TOKENIZER
         raise

@@ -418,6 +418,8 @@ def _parse_index(source: SourceFile) -> _ShardIndex:
             file=path,
             hint="Give the folder, or the path of an index of shards",
         )
+    if not weight_map:
+        raise BrokenContainerError("the index lists no tensors", code="index-weight-map", file=path, hint=_REPAIR)
     metadata = value.get("metadata")
     index = _ShardIndex(path, weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None)
     _check_shard_names(index)

@@ -18,10 +18,13 @@ _READ_BYTES = 1 << 30
 # A plain file name: no folder, no drive, nothing that another system would read differently.
 _PLAIN = re.compile(r"[^/\\:\x00-\x1f\x7f\ud800-\udfff]*[^/\\:\x00-\x1f\x7f\ud800-\udfff. ]")
 
+# What Windows takes for a device, whatever follows the first dot.
+_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+
 
 def is_plain_name(name: str) -> bool:
     """Whether a file of this name lies in the folder that it is looked for or written in, on every system."""
-    return _PLAIN.fullmatch(name) is not None
+    return _PLAIN.fullmatch(name) is not None and _DEVICE.match(name) is None
 
 
 class SourceFile:

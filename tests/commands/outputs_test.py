@@ -1,6 +1,7 @@
 """No command writes over what it reads: every output option of every command, every kind of input, links included."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import pathlib
@@ -48,11 +49,9 @@ def options(command: str) -> list[argparse.Action]:
     """What a command's parser takes, its subcommands' included."""
     made: list[argparse.ArgumentParser] = []
     make = cli.make_parser
-    with mock.patch.object(cli, "make_parser", lambda *args: made.append(make(*args)) or made[-1]):
-        try:
-            importlib.import_module(COMMANDS[command][0]).parse([command, "--help"])
-        except SystemExit:
-            pass
+    watched = mock.patch.object(cli, "make_parser", lambda *args: made.append(make(*args)) or made[-1])
+    with watched, contextlib.suppress(SystemExit):
+        importlib.import_module(COMMANDS[command][0]).parse([command, "--help"])
     (parser,) = made
     actions = list(parser._actions)
     for action in parser._actions:
