@@ -66,7 +66,7 @@ test-cuda:
 # Other shapes, cases and devices: `tools/bench.py --help`; the figures of an H200: `tests/bench/on_gpu.py DIR`.
 bench: $(VENV)/reference-installed
 	$(BIN)/python tools/bench.py 0.5b --cases decode-1x128,decode-4x128,prefill-1x128,prefill-1x512,decode-1x2048,start-up \
-	  -o tests/bench/results/cpu-0.5b-float32.json
+	  -o tests/bench/results/cpu-0.5b-float32.json --force
 
 # The README's performance tables and pictures, from tests/bench/results/*.json.
 bench-report: $(VENV)/installed

@@ -5,8 +5,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from apr_jax.commands import generate
-from apr_jax.converters.commands import cli
+from apr_jax.converters.storage.interrupts import end_at_once
 
 if __name__ == "__main__":
+    end_at_once()
+    from apr_jax.commands import generate
+    from apr_jax.converters.commands import cli
+
     cli.start(generate.parse, generate.main)

@@ -5,7 +5,10 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from apr_jax.converters.commands import cli, show
+from apr_jax.converters.storage.interrupts import end_at_once
 
 if __name__ == "__main__":
+    end_at_once()
+    from apr_jax.converters.commands import cli, show
+
     cli.start(show.parse, show.main)

@@ -52,6 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     cli.add_configuration_arguments(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="write the results as JSON, after every case")
     parser.add_argument("--svg", metavar="FILE", help="draw the roofline picture")
+    parser.add_argument("--force", action="store_true", help="replace outputs that exist")
     parser.add_argument("--json", action="store_true", help="print JSON at the end, progress on stderr")
     return parser.parse_args(argv[1:])
 
@@ -62,16 +63,25 @@ def main(args: argparse.Namespace) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from apr_jax.bench import report, roofline, session
     from apr_jax.converters.checkpoint.hub import located
+    from apr_jax.converters.storage import output
 
     args.model = located(args.model)
+    sources = _sources(args)
+    for path in filter(None, (args.output, args.svg)):
+        output.check_target(path, force=args.force, sources=sources)
+
+    def write(path: str, text: str) -> None:
+        # What an earlier case left, or what --force was said of.
+        with output.atomic_file(path, len(text.encode()), force=True, sources=sources) as file:
+            file.write_at(text.encode(), 0)
 
     def keep(results: dict[str, Any]) -> None:
         if args.output:
-            with open(args.output, "w", encoding="utf-8") as file:
-                file.write(json.dumps(results, indent=1) + "\n")
+            write(args.output, json.dumps(results, indent=1) + "\n")
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+        (cli.say if args.json else cli.show)(line)
+        sys.stdout.flush()
 
     results = session.run(_settings(args), say, keep)
     if args.json:
@@ -81,9 +91,19 @@ def main(args: argparse.Namespace) -> int:
             if table:
                 say("\n" + report.text(table))
     if args.svg and results["cases"]:
-        with open(args.svg, "w", encoding="utf-8") as file:
-            file.write(roofline.svg(results))
+        write(args.svg, roofline.svg(results))
     return 0 if session.agrees(results) else cli.EXIT_DIFFERS
+
+
+def _sources(args: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the files that the model consists of; a shape has none."""
+    from apr_jax.bench import session
+    from apr_jax.converters.checkpoint.openers import open_checkpoint
+
+    if args.model in session.SHAPES:
+        return ()
+    with open_checkpoint(args.model, ignore_config=args.ignore_config) as checkpoint:
+        return checkpoint.paths
 
 
 def _settings(args: argparse.Namespace) -> Any:

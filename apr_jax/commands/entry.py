@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from apr_jax.converters.commands import cli
+from apr_jax.converters.storage.interrupts import end_at_once
 
 COMMANDS = {
     "convert": ("apr_jax.converters.commands.convert", "convert between .apr and safetensors, bit for bit"),
@@ -22,6 +23,7 @@ COMMANDS = {
 
 def run() -> None:
     """Runs the command that sys.argv names."""
+    end_at_once()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "--helpfull"):
         print("usage: apr-jax COMMAND [ARGUMENT ...]\n\ncommands:")
@@ -30,7 +32,7 @@ def run() -> None:
         print("\n`apr-jax COMMAND --help` describes a command.")
         return
     if name not in COMMANDS:
-        print(f"error: no command '{name}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        cli.say(f"error: no command '{name}'; there are {', '.join(COMMANDS)}")
         sys.exit(2)
     module = importlib.import_module(COMMANDS[name][0])
     cli.start(module.parse, module.main, [f"apr-jax {name}", *sys.argv[2:]])

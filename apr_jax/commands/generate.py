@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
-from apr_jax.converters.errors import MissingFileError, UsageError, printable
+from apr_jax.converters.errors import AprJaxError, UsageError, printable
 
 if TYPE_CHECKING:
     from apr_jax.generate.generator import Delta, Generation, Generator, Stream
 
-_MAX_BYTES = 256 << 20
+_MAX_BYTES = 16 << 20
 _NO_VARIABLES = ("messages", "tools", "chat_template", "self")
 _EPILOG = """\
 examples:
@@ -209,26 +209,24 @@ def _template(wanted: str, generator: Generator) -> str:
         return wanted
     if wanted == "default" and isinstance(found, str):
         return found
+    from apr_jax.converters.storage.source import read_whole
+
     try:
-        with open(wanted, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_whole(wanted, _MAX_BYTES, "a chat template").decode()
+    except (AprJaxError, UnicodeDecodeError) as error:
         raise UsageError(
             "neither a chat template of the checkpoint nor a Jinja file",
             code="chat-template",
-            found=f"{wanted} ({error.strerror if isinstance(error, OSError) else 'not UTF-8'})",
+            found=f"{wanted} ({error.message if isinstance(error, AprJaxError) else 'not UTF-8'})",
             expected=", ".join(sorted(names)) or ("default" if found else "a file"),
         ) from None
 
 
 def _read_json(path: str, what: str) -> Any:
     from apr_jax.converters.formats import strict_json
+    from apr_jax.converters.storage.source import read_whole
 
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        raise MissingFileError("no such file", code="file-missing", file=path) from None
+    data = read_whole(path, _MAX_BYTES, what)
     return strict_json.loads(data, what=what, max_bytes=_MAX_BYTES, file=path)
 
 

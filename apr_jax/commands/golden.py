@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,9 +86,9 @@ def main(args: argparse.Namespace) -> int:
 
     compilation_cache.enable()
     args.model = located(args.model)
-    if args.export_inputs:
+    if args.export_inputs is not None:
         return _export(args)
-    return _check(args) if args.check else _make(args)
+    return _check(args) if args.check is not None else _make(args)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -98,12 +97,15 @@ def main(args: argparse.Namespace) -> int:
 def _make(args: argparse.Namespace) -> int:
     from apr_jax.converters.storage.output import check_target
     from apr_jax.trace import aprt, golden, stages
+    from apr_jax.trace.inputs import paths_of
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
     if as_dump and not args.trace:
         raise UsageError("a folder of APRT files holds stages", code="aprt-trace", hint="Add --trace.")
-    check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force)
     with cli.open_dense_from(args, args.model) as checkpoint:
+        sources = [*checkpoint.paths, *paths_of(args.input_ids)]
+        # Before minutes are spent on computing.
+        check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force, sources=sources)
         config = checkpoint.model_config()
         cli.say_warnings(checkpoint)
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
@@ -112,17 +114,17 @@ def _make(args: argparse.Namespace) -> int:
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
     if as_dump:
         written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
-        aprt.write(args.output, inputs, written, force=args.force)
+        aprt.write(args.output, inputs, written, force=args.force, sources=sources)
     else:
         written = dict(made.values)
-        golden.write(args.output, made, force=args.force)
+        golden.write(args.output, made, force=args.force, sources=sources)
     if args.json:
         cli.print_json(
             {"output": args.output, "tensors": len(written), "loss": summary, "metadata": dict(made.metadata)}
         )
     else:
         rows, length = inputs.input_ids.shape
-        print(
+        cli.show(
             f"{args.output}: {len(made.values)} tensors of {rows} x {length} positions, {inputs.tokens} of them tokens"
         )
         if summary:
@@ -137,12 +139,13 @@ def _export(args: argparse.Namespace) -> int:
         # One sequence, as most engines run: the first row of what a golden file is made from by default.
         batch = _inputs(args, checkpoint, batch=1)
         batch.check_vocabulary(checkpoint.model_config().vocab_size)
-    inputs.write_plain(args.export_inputs, batch, force=args.force)
+        sources = [*checkpoint.paths, *inputs.paths_of(args.input_ids)]
+    inputs.write_plain(args.export_inputs, batch, force=args.force, sources=sources)
     rows, length = batch.input_ids.shape
     if args.json:
         cli.print_json({"output": args.export_inputs, "shape": [rows, length], "tokens": batch.tokens})
     else:
-        print(f"{args.export_inputs}: {rows} x {length} positions, {batch.tokens} of them tokens")
+        cli.show(f"{args.export_inputs}: {rows} x {length} positions, {batch.tokens} of them tokens")
     return 0
 
 
@@ -247,7 +250,7 @@ class _Report:
 def _check(args: argparse.Namespace) -> int:
     report = _compare(args)
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        cli.say(f"warning: {warning}")
     if args.json:
         cli.print_json(
             {
@@ -308,7 +311,7 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
     if os.path.isdir(args.check):
         inputs, values = aprt.read(args.check, checkpoint.model_config(), given)
         if unknown := aprt.unknown_files(args.check, checkpoint.model_config()):
-            print(f"warning: not compared, no stage of this model: {', '.join(unknown[:8])}", file=sys.stderr)
+            cli.say(f"warning: not compared, no stage of this model: {', '.join(unknown[:8])}")
         return golden.Golden(inputs, values, {})
     if given is not None:
         raise UsageError("a golden file brings its own inputs", code="input-ids", hint="Leave --input-ids out.")

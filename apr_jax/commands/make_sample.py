@@ -58,7 +58,9 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         cli.print_json({"name": args.name, "output": args.output, "seed": args.seed, "files": written})
     else:
-        print(f"{args.output}: {args.name}, seed {args.seed}, {sum(written.values()):,} bytes in {len(written)} files")
+        cli.show(
+            f"{args.output}: {args.name}, seed {args.seed}, {sum(written.values()):,} bytes in {len(written)} files"
+        )
     return 0
 
 

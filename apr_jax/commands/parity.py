@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -143,7 +142,7 @@ def _told() -> Callable[[str], None]:
         nonlocal due
         if (now := time.monotonic()) >= due:
             due = now + _BETWEEN
-            print(f"... {text}", file=sys.stderr, flush=True)
+            cli.say(f"... {text}")
 
     return say
 
@@ -319,7 +318,7 @@ def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
     from apr_jax.parity.faults.table import FAULTS
 
     for note in report["notes"]:
-        print(f"note: {note}", file=sys.stderr)
+        cli.say(f"note: {note}")
     compared, dtype = report["compared"], report["dtype"]
     mistakes = sum(FAULTS[finding["fault"]].mistake for finding in report["findings"])
     words = {
@@ -334,11 +333,11 @@ def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
     )
     for finding in report["findings"]:
         also = f" [or: {', '.join(finding['alternatives'])}]" if finding["alternatives"] else ""
-        print(f"  - {finding['sentence']}{also}")
+        cli.show(f"  - {finding['sentence']}{also}")
     if report["unexamined"]:
         shown = ", ".join(report["unexamined"][:6])
         more = f" and {len(report['unexamined']) - 6} more" if len(report["unexamined"]) > 6 else ""
-        print(f"not examined on their own: {shown}{more}")
+        cli.show(f"not examined on their own: {shown}{more}")
     _print_grid(diagnosis)
 
 

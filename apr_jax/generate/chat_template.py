@@ -1,7 +1,8 @@
 """Chat templates: Jinja programs that come with a checkpoint, rendered in a sandbox as HuggingFace transformers does.
 
-A template is code by whoever made the checkpoint. It runs in jinja2's immutable sandbox and sees plain JSON values and
-the functions that `render_jinja_template` of transformers gives it, nothing else.
+A template is code by whoever made the checkpoint. It runs in jinja2's immutable sandbox, within a process of its own
+whose time and memory are bounded, and sees plain JSON values and the functions that `render_jinja_template` of
+transformers gives it, nothing else.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apr_jax.converters.checkpoint.file_names import CHAT_TEMPLATES_FOLDER
-from apr_jax.converters.errors import RefusedError, UsageError, printable
+from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError, printable
 from apr_jax.converters.formats import strict_json
+from apr_jax.converters.storage.isolation import Isolated
 
 Templates = str | Mapping[str, str] | None
 """One template, or several by name, as `tokenizer.chat_template` of transformers."""
@@ -25,6 +27,7 @@ _AT_LEAST = (3, 1, 6)
 _FILE, _LEGACY = "chat_template.jinja", "chat_template.json"
 _MAX_BYTES = 16 << 20
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
+_ANOTHER = "--chat-template FILE takes another one (in Python: chat_template=TEXT)"
 # Under any of these a message holds what was thought before it; the first is the one that templates read.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -119,9 +122,8 @@ def render(
 
     Raises:
       UsageError: The template refuses the messages (`raise_exception`), they are no JSON values, or jinja2 is missing.
-      RefusedError: The template does not work.
+      RefusedError: The template does not work, does not end, or takes too much memory.
     """
-    jinja2 = _jinja2()
     variables = {
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
@@ -132,30 +134,48 @@ def render(
     }
     given = [*(arguments or ()), *(["tools"] if tools is not None else [])]
     try:
+        text, unasked = _templates().call("rendered", template, variables, given)
+    except AprJaxError as error:
+        error.file = file
+        if isinstance(error, RefusedError):
+            error.code, error.hint = "chat-template-broken", _ANOTHER
+        raise
+    for name in unasked:
+        warnings.warn(f"the chat template does not ask for {name}: it changes nothing", stacklevel=3)
+    return str(text)
+
+
+@functools.cache
+def _templates() -> Isolated:
+    return Isolated(__name__, "the chat template")
+
+
+def rendered(template: str, variables: Mapping[str, Any], given: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns the text, and which of the `given` variables the template does not ask for; `render` calls it in a child.
+
+    Raises:
+      UsageError: The template refuses the messages, or jinja2 is missing.
+      RefusedError: The template does not work.
+    """
+    _jinja2()
+    try:
         asked_for = _variables(template) if given else frozenset()
         text: str = _compiled(template).render(**variables)
+        text.encode()
     except _Refusal as refusal:
         raise UsageError(
-            f"the chat template refuses the messages: {printable(str(refusal))}", code="chat-messages", file=file
+            f"the chat template refuses the messages: {printable(str(refusal))}", code="chat-messages"
         ) from None
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except RecursionError:
         raise RefusedError(
-            f"the chat template does not work: {printable(str(error))}",
-            code="chat-template-broken",
-            file=file,
-            hint="--chat-template FILE takes another one (in Python: chat_template=TEXT)",
+            "the chat template is nested too deeply, or does not end", code="chat-template-broken"
         ) from None
-    except (MemoryError, RecursionError):
-        raise RefusedError(
-            "the chat template does not end",
-            code="chat-template-broken",
-            file=file,
-            hint="--chat-template FILE takes another one (in Python: chat_template=TEXT)",
-        ) from None
-    for name in given:
-        if name not in asked_for:
-            warnings.warn(f"the chat template does not ask for {name}: it changes nothing", stacklevel=3)
-    return text
+    except Exception as error:  # a program can fail in any way, and so can Python's compiler on what jinja2 makes of it
+        said = printable(str(error)) or type(error).__name__
+        raise RefusedError(f"the chat template does not work: {said[:300]}", code="chat-template-broken") from None
+    return text, [name for name in given if name not in asked_for]
 
 
 def _plain(value: Any, what: str) -> Any:

@@ -11,8 +11,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tokenizers
-
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.convert import apr_tokenizer
@@ -35,18 +33,17 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        files: tokenizer_files.TokenizerFiles,
         template: chat_templates.Templates = None,
-        special_tokens: Mapping[str, str] | None = None,
         file: str | None = None,
         warnings: Sequence[str] = (),
     ):
-        self._backend = backend
-        self._special = {number for number in backend.get_added_tokens_decoder() if self._is_left_out(number)}
+        self._files, self._backend = files, files.backend
+        self._special = {number for number in self._backend.get_added_tokens_decoder() if self._is_left_out(number)}
         self._file = file
         self.chat_template = template
-        self.special_tokens = dict(special_tokens or {})
-        self.warnings = tuple(warnings)
+        self.special_tokens = dict(files.named)
+        self.warnings = (*warnings, *files.warnings)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Tokenizer | None:
@@ -67,7 +64,7 @@ class Tokenizer:
         if found is None:
             return None
         templates = chat_templates.of_files(files, found.config)
-        return cls(found.backend, templates, found.named, checkpoint.path, [*warnings, *found.warnings])
+        return cls(found, templates, checkpoint.path, warnings)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._backend.get_vocab_size()} tokens)"
@@ -81,13 +78,13 @@ class Tokenizer:
 
         Raises:
           UsageError: The text holds unpaired surrogates.
+          RefusedError: The tokenizer cannot encode it, or does not end.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError("the prompt is not UTF-8", code="prompt") from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=special_tokens).ids
-        return ids
+        return self._files.encode(text, special_tokens, self._file)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of tokens; bytes that are no UTF-8 become U+FFFD."""

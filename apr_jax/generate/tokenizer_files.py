@@ -13,9 +13,13 @@ Source: transformers 5.24, models/auto/tokenization_auto.py, models/qwen2/tokeni
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -24,11 +28,16 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from apr_jax.converters.convert import apr_tokenizer
 from apr_jax.converters.errors import AprJaxError, RefusedError
 from apr_jax.converters.formats import strict_json
+from apr_jax.converters.storage.isolation import Isolated
 
 CONFIG = "tokenizer_config.json"
 WHOLE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _ADDED, _SPECIAL_MAP = "added_tokens.json", "special_tokens_map.json"
+_ALL = (CONFIG, WHOLE, VOCABULARY, MERGES, _ADDED, _SPECIAL_MAP)
 _MAX_BYTES = 64 << 20
+# Far above what any tokenizer has; the package takes minutes for millions.
+_MAX_VOCABULARY, _MAX_ADDED, _MAX_PIECES = 1_000_000, 100_000, 64
+_CHILD_SECONDS, _CHILD_BYTES = 5.0, 512 << 20
 _WITHOUT_TOKENIZER = "Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python."
 _MODEL_TYPE, _CLASS = "qwen2", "Qwen2Tokenizer"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -46,12 +55,37 @@ class TokenizerFiles:
       named: Tokens that a chat template may name: "eos_token" and so on.
       config: tokenizer_config.json; empty if there is none.
       warnings: What is odd about the files.
+      is_strange: Whether the backend has parts that nobody has looked at, so that texts are encoded in a child.
     """
 
     backend: tokenizers.Tokenizer
     named: Mapping[str, str]
     config: Mapping[str, Any]
     warnings: tuple[str, ...] = ()
+    is_strange: bool = False
+
+    def encode(self, text: str, special_tokens: bool, path: str | None = None) -> list[int]:
+        """Returns the ids of a text.
+
+        Raises:
+          RefusedError: The tokenizer does not end, takes too much memory, or cannot encode it.
+        """
+        with _native(path):
+            if not self.is_strange:
+                ids: list[int] = self.backend.encode(text, add_special_tokens=special_tokens).ids
+                return ids
+            digest, text_of_all = self._serialised
+            arguments = (digest, text, special_tokens, bool(self.backend.encode_special_tokens))
+            found = _child().call("encoded", *arguments)
+            if found is None:
+                _child().call("kept", digest, text_of_all)
+                found = _child().call("encoded", *arguments)
+            return list(found)
+
+    @functools.cached_property
+    def _serialised(self) -> tuple[str, str]:
+        text = self.backend.to_str()
+        return hashlib.sha256(text.encode()).hexdigest(), text
 
 
 def read(files: Mapping[str, bytes], model_type: str | None, path: str) -> TokenizerFiles | None:
@@ -72,8 +106,19 @@ def read(files: Mapping[str, bytes], model_type: str | None, path: str) -> Token
     if WHOLE not in files and not (VOCABULARY in files and MERGES in files):
         return None
     config = _object(files, CONFIG, path)
+    is_strange = WHOLE in files and not _is_qwen2(config, model_type)
+    if is_strange:
+        with _native(path):
+            encoded = {name: base64.b64encode(files[name]).decode() for name in _ALL if name in files}
+            _child().call("tried", encoded, model_type, path)
+    return _built(files, config, model_type, path, is_strange)
+
+
+def _built(
+    files: Mapping[str, bytes], config: Mapping[str, Any], model_type: str | None, path: str, is_strange: bool
+) -> TokenizerFiles:
     is_qwen2 = _is_qwen2(config, model_type)
-    try:
+    with _native(path):
         if WHOLE not in files:
             backend = _of_lists(files, config, path)
         elif is_qwen2:
@@ -84,14 +129,67 @@ def read(files: Mapping[str, bytes], model_type: str | None, path: str) -> Token
         warnings = tokens.add_to(backend)
         if WHOLE not in files:
             backend.post_processor = _ends(backend, config, tokens.named)
-    except AprJaxError:
-        raise
-    except Exception as error:  # the package raises bare Exception for whatever it cannot take
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise _refused(f"the tokenizer cannot be used: {said}", path) from None
     backend.encode_special_tokens = config.get("split_special_tokens") is True
     named = {name: _text(token) for name, token in tokens.named.items() if token is not None}
-    return TokenizerFiles(backend, named, config, warnings)
+    return TokenizerFiles(backend, named, config, warnings, is_strange)
+
+
+@contextlib.contextmanager
+def _native(path: str | None) -> Iterator[None]:
+    """Makes an error of the family of whatever the package raises: bare Exception, and panics, which are not even that.
+
+    Raises:
+      RefusedError: Code "tokenizer-broken".
+    """
+    try:
+        yield
+    except AprJaxError as error:
+        if error.code == "not-bounded":
+            raise _refused(error.message, path) from None
+        error.file = error.file or path
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise _refused(f"the tokenizer cannot be used: {said}", path) from None
+
+
+# --- a tokenizer that tokenizer.json describes whole: regular expressions and replacements of whoever wrote it
+
+
+@functools.cache
+def _child() -> Isolated:
+    return Isolated(__name__, "the tokenizer", seconds=_CHILD_SECONDS, memory=_CHILD_BYTES)
+
+
+def tried(encoded: Mapping[str, str], model_type: str | None, path: str) -> None:
+    """Builds the tokenizer as `read` is about to, in a child: native code may end the process, or not end at all."""
+    files = {name: base64.b64decode(content) for name, content in encoded.items()}
+    built = _built(files, _object(files, CONFIG, path), model_type, path, is_strange=False)
+    with _native(path):
+        tokenizers.Tokenizer.from_str(built.backend.to_str()).encode("a")
+
+
+_kept: dict[str, tokenizers.Tokenizer] = {}
+
+
+def kept(digest: str, serialised: str) -> None:
+    """Makes a tokenizer ready for `encoded`, in a child."""
+    _kept.clear()
+    with _native(None):
+        _kept[digest] = tokenizers.Tokenizer.from_str(serialised)
+
+
+def encoded(digest: str, text: str, special_tokens: bool, split_special: bool) -> list[int] | None:
+    """Returns the ids of a text, in a child; None if this child does not have the tokenizer."""
+    if digest not in _kept:
+        return None
+    backend = _kept[digest]
+    backend.encode_special_tokens = split_special
+    with _native(None):
+        ids: list[int] = backend.encode(text, add_special_tokens=special_tokens).ids
+        return ids
 
 
 def missing(path: str | None = None) -> RefusedError:
@@ -133,6 +231,7 @@ def _rebuilt(whole: Mapping[str, Any], config: Mapping[str, Any], path: str) -> 
         raise _no_byte_level(path, found, "the model BPE")
     backend = _qwen2(model["vocab"], apr_tokenizer.pairs(model.get("merges", ()), WHOLE), config)
     if whole.get("post_processor") is not None:
+        _check_post_processor(whole["post_processor"], path)
         backend.post_processor = _post_processor(whole["post_processor"])
     return backend
 
@@ -153,6 +252,10 @@ def _no_byte_level(path: str, found: str, expected: str) -> RefusedError:
 
 
 def _qwen2(vocabulary: dict[str, int], merges: list[list[str]], config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    if len(vocabulary) > _MAX_VOCABULARY or len(merges) > _MAX_VOCABULARY:
+        found = f"{len(vocabulary)} tokens, {len(merges)} merges"
+        expected = f"at most {_MAX_VOCABULARY}"
+        raise RefusedError("the tokenizer is too large", code="tokenizer-size", found=found, expected=expected)
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges]))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(apr_tokenizer.QWEN2_WORDS), "isolated")
@@ -160,6 +263,38 @@ def _qwen2(vocabulary: dict[str, int], merges: list[list[str]], config: Mapping[
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, spelling])
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _check_post_processor(described: Any, path: str) -> None:
+    """Checks what the package does not: it panics at tokens that a template lacks, and repeats a text at will.
+
+    Raises:
+      RefusedError: Code "tokenizer-broken".
+    """
+    parts = described.get("processors") if isinstance(described, dict) else None
+    if isinstance(parts, list):
+        if len(parts) > _MAX_PIECES:
+            raise _refused("the post-processor has too many parts", path, found=len(parts))
+        for part in parts:
+            _check_post_processor(part, path)
+        return
+    pieces = described.get("single") if isinstance(described, dict) else None
+    if not isinstance(pieces, list):
+        return
+    special = described.get("special_tokens")
+    known = special if isinstance(special, dict) else {}
+    texts = 0
+    for piece in pieces[: _MAX_PIECES + 1]:
+        (kind, token), *others = piece.items() if isinstance(piece, dict) and piece else [("", None)]
+        name = token.get("id") if isinstance(token, dict) else None
+        entry = known.get(name) if isinstance(name, str) else None
+        ids = entry.get("ids") if isinstance(entry, dict) else None
+        texts += kind == "Sequence" and name == "A"
+        is_token = kind == "SpecialToken" and isinstance(ids, list) and len(ids) <= _MAX_PIECES
+        if others or not (is_token or (kind == "Sequence" and name == "A")):
+            raise _refused("the post-processor puts something into texts that it does not know", path, found=name)
+    if texts > 1 or len(pieces) > _MAX_PIECES:
+        raise _refused("the post-processor repeats texts", path, found=f"{len(pieces)} pieces")
 
 
 def _post_processor(described: Any) -> Any:
@@ -228,6 +363,11 @@ class _Tokens:
 
     def add_to(self, backend: tokenizers.Tokenizer) -> tuple[str, ...]:
         """Adds the tokens; returns what is odd about the ids that they got."""
+        if len(self.added) + len(self.named) + len(self.extra) > _MAX_ADDED:
+            found = len(self.added) + len(self.extra)
+            raise RefusedError(
+                "too many added tokens", code="tokenizer-size", found=found, expected=f"at most {_MAX_ADDED}"
+            )
         new: list[Any] = [token for _, token in sorted(self.added.items())]
         roles = {_text(token) for token in self.named.values() if token is not None}
         for token in new:
@@ -305,7 +445,9 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
-        value = strict_json.loads(files[name], what=name, max_bytes=_MAX_BYTES, file=path)
+        value = strict_json.loads(
+            files[name], what=name, max_bytes=_MAX_BYTES, per_byte=strict_json.TOKENIZER, file=path
+        )
     except AprJaxError as error:
         error.hint = error.hint or _WITHOUT_TOKENIZER
         raise
@@ -314,5 +456,5 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
     return value
 
 
-def _refused(message: str, path: str, code: str = "tokenizer-broken", **details: Any) -> RefusedError:
+def _refused(message: str, path: str | None, code: str = "tokenizer-broken", **details: Any) -> RefusedError:
     return RefusedError(message, code=code, file=path, hint=_WITHOUT_TOKENIZER, **details)

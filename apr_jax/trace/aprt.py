@@ -14,13 +14,14 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
 from apr_jax.converters.storage.output import FolderKind, atomic_folder
+from apr_jax.converters.storage.source import SourceFile
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import TOKEN_IDS, Inputs, beside
 from apr_jax.trace.positions import dumped_shape
@@ -71,24 +72,36 @@ def decode(data: bytes, file: str) -> tuple[int, np.ndarray]:
     Raises:
       BrokenContainerError: Wrong magic, or a length that is not what the header says.
     """
+    layer, _ = _parse_header(data, len(data), file)
+    return layer, np.frombuffer(data, "<f4", offset=_HEADER_BYTES)
+
+
+def _parse_header(data: bytes | bytearray, size: int, file: str) -> tuple[int, int]:
+    """Returns layer and count of a file of `size` bytes."""
     if data[:4] != MAGIC:
         raise BrokenContainerError(
-            "not an APRT dump", code="aprt-magic", file=file, offset=0, found=data[:4], expected=MAGIC
+            "not an APRT dump", code="aprt-magic", file=file, offset=0, found=bytes(data[:4]), expected=MAGIC
         )
     layer, count = (int.from_bytes(data[at : at + 4], "little") for at in (4, 8))
-    if len(data) != _HEADER_BYTES + 4 * count:
+    if size != _HEADER_BYTES + 4 * count:
         raise BrokenContainerError(
             "the length is not what the header says",
             code="aprt-length",
             file=file,
             offset=8,
-            found=f"{len(data)} bytes",
+            found=f"{size} bytes",
             expected=f"{_HEADER_BYTES + 4 * count} bytes for {count} elements",
         )
-    return layer, np.frombuffer(data, "<f4", offset=_HEADER_BYTES)
+    return layer, count
 
 
-def write(folder: str | os.PathLike[str], inputs: Inputs, trace: Mapping[str, np.ndarray], force: bool = False) -> None:
+def write(
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    trace: Mapping[str, np.ndarray],
+    force: bool = False,
+    sources: Iterable[str] = (),
+) -> None:
     """Writes a trace of one sequence as a folder of APRT files, atomically.
 
     Args:
@@ -96,6 +109,7 @@ def write(folder: str | os.PathLike[str], inputs: Inputs, trace: Mapping[str, np
       inputs: The sequence, one row without padding.
       trace: Keys and arrays as `LanguageModel.trace` returns them.
       force: Whether an existing dump may be replaced.
+      sources: Files and folders that it was made from; none of them is replaced.
 
     Raises:
       UsageError: More than one row, or padding: the format cannot hold them. Or the folder exists.
@@ -112,7 +126,7 @@ def write(folder: str | os.PathLike[str], inputs: Inputs, trace: Mapping[str, np
         row = values[0, -1] if key == stages.LOGITS else values[0]
         files[path_of(key)] = encode(_layer_of(key), row)
     size = sum(map(len, files.values()))
-    with atomic_folder(os.fspath(folder), size, kind=DUMP, force=force) as output:
+    with atomic_folder(os.fspath(folder), size, kind=DUMP, force=force, sources=sources) as output:
         for name, data in files.items():
             with output.create(name, len(data)) as file:
                 file.write_at(data, 0)
@@ -181,7 +195,11 @@ def unknown_files(folder: str | os.PathLike[str], config: Qwen2Config) -> list[s
 
 
 def _load(path: pathlib.Path, config: Qwen2Config, key: str, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
-    layer, values = decode(path.read_bytes(), str(path))
+    with SourceFile(path) as source:
+        # The header says how much there is, and the model how much there can be.
+        layer, count = _parse_header(source.read_at(0, min(source.size, _HEADER_BYTES)), source.size, str(path))
+        shape = dumped_shape(config, key, count, inputs, columns, path)
+        values = np.frombuffer(source.read_at(_HEADER_BYTES, 4 * count), "<f4")
     if layer != _layer_of(key):
         raise RefusedError(
             "the header names another layer",
@@ -191,4 +209,4 @@ def _load(path: pathlib.Path, config: Qwen2Config, key: str, inputs: Inputs, col
             found=layer,
             expected=_layer_of(key),
         )
-    return values.reshape(dumped_shape(config, key, values.size, inputs, columns, path))
+    return values.reshape(shape)

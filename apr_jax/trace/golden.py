@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,11 +110,17 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def write(path: str | os.PathLike[str], golden: Golden, force: bool = False) -> None:
+def write(path: str | os.PathLike[str], golden: Golden, force: bool = False, sources: Iterable[str] = ()) -> None:
     """Writes a golden file, atomically; `loss_nats` is computed from the logits where a token has a next one.
 
+    Args:
+      path: Where to.
+      golden: What to write.
+      force: Whether an existing file may be replaced.
+      sources: Files that it was made from; none of them is replaced.
+
     Raises:
-      UsageError: The file exists and `force` is not given.
+      UsageError: The file exists and `force` is not given, or is one of the sources.
       StorageError: The disk.
     """
     arrays = {name: getattr(golden.inputs, name) for name in _INPUTS} | dict(golden.values)
@@ -127,7 +133,7 @@ def write(path: str | os.PathLike[str], golden: Golden, force: bool = False) -> 
         ((name, types[name], arrays[name].shape) for name in order), dict(golden.metadata)
     )
     size = len(header) + sum(arrays[name].nbytes for name in order)
-    with atomic_file(os.fspath(path), size, force=force) as output:
+    with atomic_file(os.fspath(path), size, force=force, sources=sources) as output:
         output.write_at(header, 0)
         position = len(header)
         for name in order:

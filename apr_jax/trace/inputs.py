@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ import numpy as np
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.converters.formats import strict_json
 from apr_jax.converters.storage.output import FolderKind, atomic_folder
+from apr_jax.converters.storage.source import SourceFile, read_whole
 
-_MAX_BYTES = 256 << 20
+# Two million tokens, an id of seven digits each.
+_MAX_BYTES = 16 << 20
 TOKEN_IDS = "token_ids.json"
 """The token ids of one sequence as `apr` and others leave them beside a dump: a JSON list."""
 PLAIN = "inputs.json"
@@ -153,11 +155,7 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
       BrokenContainerError: It is not JSON.
       UsageError: It holds something else.
     """
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError("no such file", code="file-missing", file=path) from None
-    rows = strict_json.loads(data, what="input ids", max_bytes=_MAX_BYTES, file=os.fspath(path))
+    rows = _json(path, "input ids")
     if not isinstance(rows, list) or not all(
         isinstance(row, list) and all(type(token) is int for token in row) for row in rows
     ):
@@ -165,11 +163,19 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
     return Inputs.of(rows)
 
 
-def write_plain(folder: str | os.PathLike[str], inputs: Inputs, force: bool = False) -> None:
+def write_plain(
+    folder: str | os.PathLike[str], inputs: Inputs, force: bool = False, sources: Iterable[str] = ()
+) -> None:
     """Writes a batch as plain files, atomically.
 
+    Args:
+      folder: Where to.
+      inputs: The batch.
+      force: Whether an existing folder of inputs may be replaced.
+      sources: Files and folders that it was made from; none of them is replaced.
+
     Raises:
-      UsageError: The folder exists and `force` is not given, or it holds something else.
+      UsageError: The folder exists and `force` is not given, it holds something else, or it is one of the sources.
     """
     arrays = {name: getattr(inputs, name) for name in _NAMES}
     batch, length = inputs.input_ids.shape
@@ -178,10 +184,19 @@ def write_plain(folder: str | os.PathLike[str], inputs: Inputs, force: bool = Fa
     for name, array in arrays.items():
         for bits in (32, 64):
             files[f"{name}.{batch}x{length}.i{bits}"] = array.astype(f"<i{bits // 8}").tobytes()
-    with atomic_folder(os.fspath(folder), sum(map(len, files.values())), kind=PLAIN_FOLDER, force=force) as output:
+    size = sum(map(len, files.values()))
+    with atomic_folder(os.fspath(folder), size, kind=PLAIN_FOLDER, force=force, sources=sources) as output:
         for name, data in files.items():
             with output.create(name, len(data)) as file:
                 file.write_at(data, 0)
+
+
+def paths_of(path: str | os.PathLike[str] | None) -> list[str]:
+    """Returns what an input that was named consists of: a file, or a folder and the files in it."""
+    if path is None:
+        return []
+    within = os.listdir(path) if os.path.isdir(path) else []
+    return [os.fspath(path), *(os.path.join(path, name) for name in sorted(within))]
 
 
 def beside(folder: str | os.PathLike[str]) -> Inputs:
@@ -197,9 +212,7 @@ def beside(folder: str | os.PathLike[str]) -> Inputs:
     if (path := root / TOKEN_IDS).is_file():
         return _token_ids(path)
     if (path := root / PLAIN).is_file():
-        return from_mapping(
-            strict_json.loads(path.read_bytes(), what="inputs", max_bytes=_MAX_BYTES, file=os.fspath(path)), path
-        )
+        return from_mapping(_json(path, "inputs"), path)
     arrays = {}
     for path in sorted(root.iterdir()):
         if (found := _RAW.fullmatch(path.name)) and path.is_file():
@@ -226,22 +239,27 @@ def from_mapping(content: Any, file: str | os.PathLike[str]) -> Inputs:
 
 
 def _token_ids(path: pathlib.Path) -> Inputs:
-    ids = strict_json.loads(path.read_bytes(), what="token ids", max_bytes=_MAX_BYTES, file=os.fspath(path))
+    ids = _json(path, "token ids")
     if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
         raise BrokenContainerError("not a list of token ids", code="token-ids", file=path)
     return Inputs.of([ids])
 
 
+def _json(path: str | os.PathLike[str], what: str) -> Any:
+    return strict_json.loads(read_whole(path, _MAX_BYTES, what), what=what, max_bytes=_MAX_BYTES, file=os.fspath(path))
+
+
 def _raw(path: pathlib.Path, batch: int, length: int, width: int) -> np.ndarray:
-    data = path.read_bytes()
-    if len(data) != batch * length * width:
-        raise BrokenContainerError(
-            "the size is not what the name says",
-            code="inputs-size",
-            file=path,
-            found=f"{len(data)} bytes",
-            expected=f"{batch} x {length} integers of {width} bytes",
-        )
+    with SourceFile(path) as source:
+        if source.size != batch * length * width or source.size > _MAX_BYTES:
+            raise BrokenContainerError(
+                "the size is not what the name says",
+                code="inputs-size",
+                file=path,
+                found=f"{source.size} bytes",
+                expected=f"{batch} x {length} integers of {width} bytes, {_MAX_BYTES} bytes at most",
+            )
+        data = source.read_at(0, source.size)
     return np.frombuffer(data, f"<i{width}").reshape(batch, length)
 
 

@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import math
 import os
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,11 +22,12 @@ import numpy as np
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import strict_json
+from apr_jax.converters.storage.source import read_whole
 from apr_jax.trace import stages
-from apr_jax.trace.inputs import Inputs
+from apr_jax.trace.inputs import MAX_POSITIONS, Inputs
 from apr_jax.trace.stages import Key
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 16 << 20
 
 Positions = Sequence[int] | Sequence[Sequence[int]]
 """Positions of the dumped rows: one list for all rows of the batch, or one for each."""
@@ -46,6 +46,11 @@ def parse_positions(text: str) -> Positions:
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
+        # By their length first: Python refuses to read numbers of thousands of digits.
+        if max(len(first), len(last)) > 9 or int(last or first) >= MAX_POSITIONS or len(found) > MAX_POSITIONS:
+            raise UsageError(
+                "a position is out of range", code="positions", found=part[:80], expected=f"below {MAX_POSITIONS}"
+            )
         found += range(int(first), int(last or first) + 1)
     if not found:
         raise UsageError("a range of positions goes backwards", code="positions", found=text, expected="such as 64-71")
@@ -54,12 +59,11 @@ def parse_positions(text: str) -> Positions:
 
 def positions_from_json(path: str | os.PathLike[str]) -> Positions:
     """Reads a JSON list of positions, or a list of such lists, one for each row of the batch."""
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
+    if not os.path.exists(path) or os.path.isdir(path):
         raise MissingFileError(
             "neither a list of positions nor a file", code="positions", file=path, expected="64-71, or a JSON file"
-        ) from None
+        )
+    data = read_whole(path, _MAX_BYTES, "positions")
     return checked_positions(
         strict_json.loads(data, what="positions", max_bytes=_MAX_BYTES, file=os.fspath(path)), path
     )

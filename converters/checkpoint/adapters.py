@@ -87,7 +87,7 @@ def with_adapter(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Chec
         tensors=merged.values(),
         files=_configured(checkpoint.files, config),
         warnings=warnings,
-        sources=adapter.opened.sources,
+        beside=adapter.opened,
     )
 
 

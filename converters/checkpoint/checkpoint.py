@@ -167,13 +167,14 @@ class Checkpoint:
         files: SideFiles | None = None,
         metadata: dict[str, Any] | None = None,
         warnings: Iterable[str] | None = None,
-        sources: Iterable[SourceFile] = (),
+        beside: Checkpoint | None = None,
     ) -> Checkpoint:
-        """Returns a checkpoint of other tensors over the same files and these `sources`; closing either closes them."""
+        """Returns a checkpoint of other tensors over the same files and those of `beside`; closing it closes both."""
         other = copy.copy(self)
         other.tensors = _by_name(tensors)
-        other.sources = (*self.sources, *sources)
-        other.paths = tuple(dict.fromkeys((*self.paths, *(source.path for source in other.sources))))
+        if beside is not None:
+            other.sources = (*self.sources, *beside.sources)
+            other.paths = tuple(dict.fromkeys((*self.paths, *beside.paths)))
         if files is not None:
             other.files, other.left_behind = files, files.left_behind
         if metadata is not None:

@@ -299,11 +299,14 @@ def _open_prepared(path: str) -> Checkpoint:
                 nbytes = description.stored.nbytes(shape)
                 tensors.append(Tensor(name, description.stored, shape, nbytes, source, begin))
                 begin += nbytes
+        files = _side_files(path)
+        # Orbax's own files describe the parameters.
+        files.paths += tuple(os.path.join(place, name) for place, _, names in os.walk(path) for name in names)
         return Checkpoint(
             path,
             "prepared",
             tensors=tensors,
-            files=_side_files(path),
+            files=files,
             metadata=dict(description.metadata or {}),
             sources=dict.fromkeys(tensor.source for tensor in tensors),
             warnings=(),
@@ -415,6 +418,8 @@ def _parse_index(source: SourceFile) -> _ShardIndex:
             file=path,
             hint="Give the folder, or the path of an index of shards",
         )
+    if not weight_map:
+        raise BrokenContainerError("the index lists no tensors", code="index-weight-map", file=path, hint=_REPAIR)
     metadata = value.get("metadata")
     index = _ShardIndex(path, weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None)
     _check_shard_names(index)

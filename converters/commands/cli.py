@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import io
 import json
 import math
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +22,10 @@ from apr_jax.converters.storage.interrupts import EXIT_INTERRUPTED, bounded, ter
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF))
 EXIT_DIFFERS = 1
+EXIT_INTERNAL = 70
+"""Of BSD's sysexits: an error of the program itself."""
 CHECKPOINT_HELP = "HuggingFace folder, .safetensors file, index of shards, .apr, or OWNER/NAME[@REVISION] on the Hub"
 
 
@@ -34,7 +41,13 @@ def make_parser(program: str, description: str, epilog: str | None = None) -> ar
 
     class Parser(argparse_flags.ArgumentParser):
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-            return super().parse_known_args(None if args is None else list(_without_guessing(args)), namespace)
+            known, rest = super().parse_known_args(None if args is None else list(_without_guessing(args)), namespace)
+            for action in self._actions:
+                if _is_path(action) and getattr(known, action.dest, None) in ("", [""]):
+                    self.error(
+                        f"argument {'/'.join(action.option_strings) or action.metavar}: a name is needed, not ''"
+                    )
+            return known, rest
 
     return Parser(
         prog=os.path.basename(program),
@@ -42,6 +55,14 @@ def make_parser(program: str, description: str, epilog: str | None = None) -> ar
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+_PATHS = frozenset(("FILE", "DIR", "OUT", "PATH", "DUMP", "GOLDEN", "SRC", "MODEL", "A", "B"))
+
+
+def _is_path(action: argparse.Action) -> bool:
+    """Whether an argument names a file or a folder, by what its help calls it."""
+    return isinstance(action.metavar, str) and not _PATHS.isdisjoint(action.metavar.split("|"))
 
 
 def _without_guessing(args: Sequence[str]) -> Iterator[str]:
@@ -150,15 +171,38 @@ def _spelt(value: Any) -> Any:
 
 def say(message: str) -> None:
     """Prints a message that may hold names from files, and lines of its own, on stderr."""
-    print("\n".join(map(printable, message.split("\n"))), file=sys.stderr)
+    print(_escaped(message), file=sys.stderr, flush=True)
+
+
+def show(message: str) -> None:
+    """Prints a part of the result, which may hold names from files, and lines of its own, on stdout."""
+    print(_escaped(message))
+
+
+def _escaped(message: str) -> str:
+    return "\n".join(map(printable, message.split("\n")))
 
 
 def report(error: AprJaxError, as_json: bool) -> int:
     """Prints `error` (text on stderr, or JSON on stdout) and returns the command's exit code."""
     if as_json:
-        print_json({"error": error.to_json()})
+        # Where the error is that nothing can be written to stdout, this cannot be either.
+        with contextlib.suppress(OSError):
+            print_json({"error": error.to_json()})
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
+
+
+def _report_internal(error: Exception, as_json: bool) -> int:
+    """Says that the program itself is wrong, and where the traceback is; it stands for no verdict."""
+    with tempfile.NamedTemporaryFile("w", prefix="apr-jax-", suffix=".log", delete=False, errors="replace") as log:
+        log.write(f"{sys.argv}\n\n{''.join(traceback.format_exception(error))}")
+    said = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+    if as_json:
+        with contextlib.suppress(OSError):
+            print_json({"error": {"code": "internal", "message": said, "log": log.name}})
+    say(f"internal error: {said}. This is a mistake in apr_jax; the traceback is in {log.name}")
+    return EXIT_INTERNAL
 
 
 def start(
@@ -190,6 +234,22 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = io.TextIOWrapper(
+            _Unfailing(sys.stderr.fileno(), "w", closefd=False),
+            encoding=sys.stderr.encoding,
+            errors="backslashreplace",
+            write_through=True,
+        )
+
+
+class _Unfailing(io.FileIO):
+    """Where messages go: one that cannot be written is lost, and changes no exit code."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(data)
 
 
 def _run(
@@ -216,6 +276,16 @@ def _run(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
-            return report(StorageError(error.strerror or str(error), code="os-error", file=error.filename), as_json)
+            said, file = error.strerror or str(error), error.filename
+            if file is None and error.errno in _FULL:
+                # What is still to be written cannot be either, and would be tried at the end of the process.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                said, file = f"the output cannot be written: {said}", "stdout"
+            return report(StorageError(said, code="os-error", file=file), as_json)
+        except MemoryError:
+            return report(StorageError("there is not enough memory", code="no-memory"), as_json)
+        except Exception as error:
+            check_interrupted()
+            return _report_internal(error, as_json)
 
     app.run(guarded, argv=None if argv is None else list(argv), flags_parser=parse)

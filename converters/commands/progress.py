@@ -6,11 +6,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+from apr_jax.converters.commands.terminal import is_terminal
+
 
 @contextlib.contextmanager
 def byte_bar(total: int) -> Iterator[Callable[[int], None] | None]:
     """Yields what reports bytes done, from any thread, to a bar of `total` bytes; None if stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield None
         return
     from rich import console, progress

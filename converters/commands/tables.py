@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
+from apr_jax.converters.commands.terminal import has_colours
+from apr_jax.converters.errors import printable
+
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> None:
     """Prints a table.
 
     Args:
       columns: Their names.
-      rows: One value per column; text that comes from a file has to be escaped already (`errors.printable`).
+      rows: One value per column; control characters in them are escaped.
       right: Which columns hold numbers.
     """
-    cells = [[str(value) for value in row] for row in rows]
+    cells = [[printable(str(value)) for value in row] for row in rows]
     numbers = frozenset(right)
-    if sys.stdout.isatty():
+    if has_colours(sys.stdout):
         _print_rich(columns, cells, numbers)
         return
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]

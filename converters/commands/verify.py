@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from apr_jax.converters.commands import cli
+from apr_jax.converters.commands.terminal import has_colours, is_terminal
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _warn(*checkpoints: Checkpoint) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress | None]:
     """Yields what shows a bar for each phase on stderr; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield None
         return
     from rich import console, progress
@@ -186,9 +187,7 @@ def _headline(comparison: Comparison) -> str:
 
 
 def _colours(exit_code: int) -> tuple[str, str]:
-    import os
-
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+    if not has_colours(sys.stdout):
         return "", ""
     return ("\x1b[1;31m" if exit_code else "\x1b[1;32m"), "\x1b[0m"
 

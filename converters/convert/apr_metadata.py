@@ -223,7 +223,9 @@ def _configured(files: Mapping[str, bytes], known: Mapping[str, int]) -> dict[st
 
 
 def _parse(files: Mapping[str, bytes], name: str) -> Any:
-    return strict_json.loads(files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, file=name)
+    return strict_json.loads(
+        files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, per_byte=strict_json.TOKENIZER, file=name
+    )
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

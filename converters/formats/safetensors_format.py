@@ -113,8 +113,6 @@ def parse_header(header: Bytes, file_size: int, *, file: str | None = None) -> S
         what="the header",
         max_bytes=MAX_HEADER_BYTES,
         max_depth=3,
-        max_containers=3 * MAX_TENSORS + 2,
-        max_strings=6 * MAX_TENSORS,
         file=file,
         offset=PREFIX_BYTES,
     )

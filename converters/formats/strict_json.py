@@ -1,8 +1,9 @@
 """JSON as container headers need it: nothing is guessed, nothing is lost, and a hostile text costs little.
 
 Reading refuses what `json` lets through: duplicate keys, NaN and Infinity, byte-order marks, unpaired surrogates,
-numbers of absurd length, nesting and counts beyond a limit. It is the C scanner of the standard library that reads,
-between two cheap passes over the bytes, so 20 MB of tokenizer take a fraction of a second.
+numbers of absurd length, nesting beyond a limit. Everything has a price: what the objects of a text will take in memory
+is added up in one pass over its bytes, piece by piece, and a text beyond the budget is refused before anything is made
+of it. Then the C scanner of the standard library reads, so that 20 MB of tokenizer take a fraction of a second.
 
 Numbers keep their spelling (`SpeltFloat`): an object that `apr` wrote is written back byte for byte, `0.000001`
 included, where Python alone would print `1e-06`. Format: apr-v2-format section 3.2.
@@ -23,13 +24,21 @@ from apr_jax.converters.storage.crc import Bytes
 # Longest spelling of a number that is believed; a float64 needs 24 characters, an unsigned 64-bit integer 20.
 _MAX_NUMBER_CHARACTERS = 100
 _MAX_DEPTH = 64
-_MAX_CONTAINERS = 1_000_000
-_MAX_STRINGS = 4_000_000
+# What CPython takes for each, in bytes: an object or array, a key with its place in a table and what the scanner keeps
+# of it meanwhile, a string, a number or literal, and what a float adds that remembers its spelling.
+_CONTAINER, _KEY, _STRING, _SCALAR, _FLOAT = 96, 100, 56, 32, 110
+_BUDGET_BYTES = 48 << 20
+TOKENIZER = 3.0
+"""`per_byte` for tokenizers, whose merges are pairs of short texts: one of 260,000 tokens has 33 MB."""
+_PIECE_BYTES = 1 << 18
 # The C scanner recurses; below this many levels it is far from the interpreter's own limit.
 _SAFE_DEPTH = 200
 
-_NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"[]{}'))
-_BRACES_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"[]{},:.eE'))
+_BRACES_AS_BRACKETS, _NOT_BRACKETS = bytes.maketrans(b"{}", b"[]"), b",:.eE"
+_DIGITS_AS_ZEROS = bytes(ord("0") if byte in b"0123456789" else byte for byte in range(256))
+# Half of what is believed: wherever a text is cut into pieces, one of the two halves shows it.
+_LONG_NUMBER = b"0" * (_MAX_NUMBER_CHARACTERS // 2)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _encode_string = json.JSONEncoder(ensure_ascii=False).encode
 _encode_plain = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -67,8 +76,7 @@ def loads(
     what: str,
     max_bytes: int,
     max_depth: int = _MAX_DEPTH,
-    max_containers: int = _MAX_CONTAINERS,
-    max_strings: int = _MAX_STRINGS,
+    per_byte: float = 1.0,
     file: str | None = None,
     offset: int = 0,
 ) -> Any:
@@ -79,8 +87,7 @@ def loads(
       what: What the text is, for error messages ("the metadata").
       max_bytes: Longest text accepted.
       max_depth: Deepest nesting accepted; `[]` has depth 1.
-      max_containers: Most objects and arrays accepted.
-      max_strings: Most strings accepted, keys included.
+      per_byte: What the objects may take in memory for each byte of the text, beyond 48 MB.
       file: The file it comes from, for error messages.
       offset: Where it begins in that file, for error messages.
 
@@ -96,14 +103,15 @@ def loads(
         raise reader.error("is too large", "json-size", found=f"{len(data)} bytes", expected=f"at most {max_bytes}")
     if bytes(data[:3]) == b"\xef\xbb\xbf":
         raise reader.error("begins with a byte-order mark", "json-utf8")
-    too_deep = _check_structure(data, reader, max_depth, max_containers, max_strings)
+    census = _Census(reader, _BUDGET_BYTES + int(per_byte * len(data)), max_depth)
+    too_deep = census.take(data)
     try:
         text = str(data, "utf-8")
     except UnicodeDecodeError as error:
         raise reader.error(
             "is not UTF-8", "json-utf8", at=error.start, found=f"byte {data[error.start]:#04x}"
         ) from None
-    value = reader.parse(text)
+    value = reader.parse(text, plain_integers=not census.odd_integers)
     if too_deep:
         raise reader.error("is nested too deeply", "json-depth", expected=f"at most {max_depth} levels")
     if _SURROGATE_ESCAPE.search(data):
@@ -123,7 +131,7 @@ def check_limits(data: Bytes, *, what: str) -> None:
     """
     reader = _Reader(what, None, 0)
     try:
-        if _check_structure(data, reader, _MAX_DEPTH, _MAX_CONTAINERS, _MAX_STRINGS):
+        if _Census(reader, _BUDGET_BYTES + len(data), _MAX_DEPTH).take(data):
             raise reader.error("is nested too deeply", "json-depth", expected=f"at most {_MAX_DEPTH} levels")
     except BrokenContainerError as error:
         raise RefusedError(error.message, code=error.code, found=error.found, expected=error.expected) from None
@@ -162,17 +170,20 @@ class _Reader:
             expected=expected,
         )
 
-    def parse(self, text: str) -> Any:
+    def parse(self, text: str, *, plain_integers: bool) -> Any:
         decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
             parse_float=self._float,
-            parse_int=self._int,
+            # None is what the scanner does fastest.
+            parse_int=None if plain_integers else self._int,
             parse_constant=self._constant,
         )
         try:
             return decoder.decode(text)
         except json.JSONDecodeError as error:
-            at = len(text[: error.pos].encode("utf-8", "surrogatepass"))
+            at = sum(
+                len(text[i : min(i + _PIECE_BYTES, error.pos)].encode()) for i in range(0, error.pos, _PIECE_BYTES)
+            )
             raise self.error(f"is not valid JSON: {error.msg}", "json-syntax", at=at) from None
         except RecursionError:
             raise self.error("is nested too deeply", "json-depth") from None
@@ -200,35 +211,84 @@ class _Reader:
         raise self.error("has a number that JSON does not know", "json-number", found=text)
 
 
-def _check_structure(data: Bytes, reader: _Reader, max_depth: int, max_containers: int, max_strings: int) -> bool:
-    """Counts what stands outside strings before anything is built; returns whether the nesting exceeds `max_depth`.
+class _Census:
+    """Counts what stands outside strings, in pieces, before anything is built.
 
     Exact for valid JSON, where backslashes stand in strings only; any other text fails in the parser at its first
     fault, and has been counted rightly up to there.
+
+    Attributes:
+      odd_integers: Whether there may be integers that are too long, or a -0: they are looked at one by one.
     """
-    text = bytes(data)
-    if b"\\" in text:
-        text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    pieces = text.translate(None, _NOT_STRUCTURAL).split(b'"')
-    del text
-    if len(pieces) // 2 > max_strings:
-        raise reader.error(
-            "has too many strings", "json-count", found=len(pieces) // 2, expected=f"at most {max_strings}"
-        )
-    brackets = b"".join(pieces[::2]).translate(_BRACES_AS_BRACKETS)
-    del pieces
-    containers = brackets.count(b"[")
-    if containers > max_containers:
-        raise reader.error(
-            "has too many objects and arrays", "json-count", found=containers, expected=f"at most {max_containers}"
-        )
-    for _ in range(max_depth):
-        if not brackets:
-            break
-        brackets = brackets.replace(b"[]", b"")
-    if brackets.count(b"[") > _SAFE_DEPTH:
-        raise reader.error("is nested too deeply", "json-depth", expected=f"at most {max_depth} levels")
-    return bool(brackets)
+
+    def __init__(self, reader: _Reader, budget: int, max_depth: int):
+        self.odd_integers = False
+        self._reader, self._budget, self._max_depth = reader, budget, max_depth
+        self._quotes = self._commas = self._keys = self._floats = self._containers = 0
+        self._brackets: list[bytes] = []
+
+    def take(self, data: Bytes) -> bool:
+        """Returns whether the nesting exceeds what is accepted.
+
+        Raises:
+          BrokenContainerError: Code "json-count": the objects would take too much memory; "json-depth" where the
+            nesting exceeds what the parser can do.
+        """
+        at = 0
+        while at < len(data):
+            piece = bytes(data[at : at + _PIECE_BYTES])
+            # An escape is not cut in two: of the backslashes at the end, an odd one waits.
+            odd = (len(piece) - len(piece.rstrip(b"\\"))) % 2
+            if odd and at + len(piece) < len(data):
+                piece = piece[:-1]
+            at += len(piece)
+            self._look_at_integers(piece, bytes(data[at : at + 1]))
+            self._add(piece)
+        return self._is_deep()
+
+    def _look_at_integers(self, piece: bytes, following: bytes) -> None:
+        if not self.odd_integers:
+            self.odd_integers = b"-0" in piece + following or _LONG_NUMBER in piece.translate(_DIGITS_AS_ZEROS)
+
+    def _add(self, piece: bytes) -> None:
+        # A -0 is kept as a float, too; those within strings do no harm.
+        self._floats += piece.count(b"-0")
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+        parts = piece.translate(None, _NOT_STRUCTURAL).split(b'"')
+        outside = b"".join(parts[self._quotes % 2 :: 2])
+        self._quotes += len(parts) - 1
+        self._commas += outside.count(b",")
+        self._keys += outside.count(b":")
+        # Those with a point or an exponent; true and false have the letter as well.
+        self._floats += outside.count(b".") + outside.count(b"e") + outside.count(b"E")
+        brackets = outside.translate(_BRACES_AS_BRACKETS, _NOT_BRACKETS)
+        self._containers += brackets.count(b"[")
+        self._brackets.append(brackets)
+        strings = self._quotes // 2
+        # Every value but the first one of a container, and every member, has a comma before it.
+        scalars = max(0, self._commas + 1 - (strings - self._keys))
+        price = self._containers * _CONTAINER + self._keys * _KEY + strings * _STRING
+        price += scalars * _SCALAR + min(self._floats, scalars) * _FLOAT
+        if price > self._budget:
+            self._is_deep()
+            raise self._reader.error(
+                "has more objects, texts and numbers than such a file needs",
+                "json-count",
+                found=f"{self._containers} objects and arrays, {strings} texts, {scalars} numbers up to there",
+                expected=f"what fits into {self._budget >> 20} MB",
+            )
+
+    def _is_deep(self) -> bool:
+        brackets = b"".join(self._brackets)
+        for _ in range(self._max_depth):
+            if not brackets:
+                break
+            brackets = brackets.replace(b"[]", b"")
+        if brackets.count(b"[") > _SAFE_DEPTH:
+            expected = f"at most {self._max_depth} levels"
+            raise self._reader.error("is nested too deeply", "json-depth", expected=expected)
+        return bool(brackets)
 
 
 def _refuse_surrogates(value: Any, reader: _Reader) -> None:

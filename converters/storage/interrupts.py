@@ -19,6 +19,12 @@ GRACE_SECONDS = 1.0
 """How long the main thread has to end by itself; it does, unless it is inside a long call of a library."""
 
 
+def end_at_once() -> None:
+    """Lets Ctrl-C end a command that has done nothing yet, while its modules are imported, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+
+
 @contextlib.contextmanager
 def termination_as_interrupt(*, last: bool = False) -> Iterator[Callable[[], None]]:
     """Lets SIGTERM and SIGHUP end the block as Ctrl-C does (KeyboardInterrupt), so that temporaries are removed.

@@ -134,7 +134,8 @@ def atomic_file(
 ) -> Iterator[OutputFile]:
     """Opens the temporary sibling of `path`; the end of the block gives it its name, an exception removes it.
 
-    Permissions are the umask's, or those of the file that is replaced. A symbolic link is written through.
+    Permissions are the umask's, or those of the file that is replaced, without set-user-ID and set-group-ID; root keeps
+    its owner. A symbolic link is written through.
 
     Args:
       path: The final path.
@@ -211,7 +212,7 @@ def check_target(
 
     Raises:
       UsageError: Code "output-exists", "output-is-folder", "output-not-folder", "output-not-file", "same-file",
-        "output-holds-source" or "output-not-replaceable".
+        "output-holds-source", "output-not-replaceable" or "output-foreign".
       MissingFileError: The folder that is to hold the output does not exist.
       StorageError: The operating system refused to look.
     """
@@ -233,6 +234,13 @@ def check_target(
             raise UsageError("the output is a folder, a file is to be written", code="output-is-folder", file=path)
         elif not stat.S_ISREG(found.st_mode):
             raise UsageError("the output is not a regular file", code="output-not-file", file=path)
+        if found.st_uid != os.geteuid() and os.geteuid() != 0:
+            raise UsageError(
+                "the output belongs to another user, whose it would be no longer",
+                code="output-foreign",
+                file=path,
+                hint="Remove it yourself, or name another output",
+            )
         return final
 
 
@@ -327,7 +335,7 @@ def _temporary(final: str, path: str, folder: bool) -> Iterator[tuple[str, int]]
         try:
             fd = _create_locked(temporary, path, folder)
             if os.path.exists(final):
-                os.fchmod(fd, stat.S_IMODE(os.stat(final).st_mode))
+                _take_over(os.stat(final), fd)
             yield temporary, fd
         except BaseException:
             discard()
@@ -335,6 +343,14 @@ def _temporary(final: str, path: str, folder: bool) -> Iterator[tuple[str, int]]
         finally:
             if fd >= 0:
                 os.close(fd)
+
+
+def _take_over(before: os.stat_result, fd: int) -> None:
+    """Gives a temporary the owner and the permissions of what it replaces; other content is no longer set-user-ID."""
+    if os.geteuid() == 0:
+        os.fchown(fd, before.st_uid, before.st_gid)
+    kept = 0o7777 if stat.S_ISDIR(before.st_mode) else 0o777
+    os.fchmod(fd, stat.S_IMODE(before.st_mode) & kept)
 
 
 def _create_locked(temporary: str, path: str, folder: bool) -> int:

@@ -11,17 +11,20 @@ import re
 import stat
 from types import TracebackType
 
-from apr_jax.converters.errors import MissingFileError, RefusedError, StorageError
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError
 
 # One read of the kernel ends at 2 GiB; below that it is one call.
 _READ_BYTES = 1 << 30
 # A plain file name: no folder, no drive, nothing that another system would read differently.
 _PLAIN = re.compile(r"[^/\\:\x00-\x1f\x7f\ud800-\udfff]*[^/\\:\x00-\x1f\x7f\ud800-\udfff. ]")
 
+# What Windows takes for a device, whatever follows the first dot.
+_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+
 
 def is_plain_name(name: str) -> bool:
     """Whether a file of this name lies in the folder that it is looked for or written in, on every system."""
-    return _PLAIN.fullmatch(name) is not None
+    return _PLAIN.fullmatch(name) is not None and _DEVICE.match(name) is None
 
 
 class SourceFile:
@@ -139,6 +142,30 @@ class SourceFile:
 
     def __repr__(self) -> str:
         return f"SourceFile({self.path!r}, size={self.size})"
+
+
+def read_whole(path: str | os.PathLike[str], max_bytes: int, what: str) -> bytes:
+    """Returns the content of a small file, which is looked at before it is read.
+
+    Args:
+      path: The file.
+      max_bytes: The most that such a file can have.
+      what: What it is, for error messages ("token ids").
+
+    Raises:
+      BrokenContainerError: Code "file-size": it is larger.
+      MissingFileError, RefusedError, StorageError: As `SourceFile`.
+    """
+    with SourceFile(path) as source:
+        if source.size > max_bytes:
+            raise BrokenContainerError(
+                f"the file is too large for {what}",
+                code="file-size",
+                file=path,
+                found=f"{source.size} bytes",
+                expected=f"at most {max_bytes}",
+            )
+        return bytes(source.read_at(0, source.size))
 
 
 def _refuse_irregular(found: os.stat_result, path: str) -> None:

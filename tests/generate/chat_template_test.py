@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import shutil
+import subprocess
 import sys
+import time
 import warnings
 from unittest import mock
 
@@ -204,6 +207,79 @@ class ArgumentsTest(parameterized.TestCase):
     def test_dict_works_as_far_as_templates_need_it(self):
         template = "{{ dict(a=1)['a'] }}{{ dict.fromkeys('ab', 2)['b'] }}"
         self.assertEqual(tokenizer_with(chat_template__jinja=template).apply_chat_template(USER), "12")
+
+
+LOOP = "{% for i in range(99999) %}"
+HOSTILE = {
+    "break without a loop": "{% break %}",
+    "continue without a loop": "{% continue %}",
+    "21 nested loops": "{% for i in [1] %}" * 21 + "{% endfor %}" * 21,
+    "120 nested conditions": "{% if 1 %}" * 120 + "{% endif %}" * 120,
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "cycler of nothing": "{{ cycler() }}",
+    "cut to one": "{{ 'x' | truncate(1) }}",
+    "half a character": "{{ '\\ud800' }}",
+    "nested loops": LOOP * 3 + "{% endfor %}" * 3,
+    "macro that calls itself": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "repetition": "{{ 'a' * 10**9 }}",
+    "a list": "{{ [0] * 10**10 }}",
+    "doubling": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "filler": "{{ lipsum(n=99999) }}",
+    "indentation": "{{ messages | tojson(indent=10**9) }}",
+    "width": "{{ '%1000000000d' % 1 }}",
+    "lines": "{{ ('a ' * 1000000) | wordwrap(1) }}",
+    "dates": "{{ strftime_now('%c' * 10000000) }}",
+    "power": "{{ 9 ** (9 ** 9) }}",
+}
+
+
+class HostileTest(parameterized.TestCase):
+    @parameterized.named_parameters((name.replace(" ", "_"), name) for name in HOSTILE)
+    def test_a_template_that_fails_or_does_not_end_is_refused_within_bounds(self, name):
+        chat_template.render("warm", USER, True, {})
+        begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with self.assertRaisesRegex(RefusedError, "chat template .*--chat-template FILE") as caught:
+            chat_template.render(HOSTILE[name], USER, True, {}, "model.apr")
+        self.assertEqual((caught.exception.code, caught.exception.file), ("chat-template-broken", "model.apr"))
+        self.assertLen(str(caught.exception).splitlines(), 1)
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.assertLess(children.ru_utime + children.ru_stime - spent.ru_utime - spent.ru_stime, 2)
+        self.assertLess(time.process_time() - begun, 0.5)
+        self.assertLess(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 50 << 10)
+        self.assertEqual(chat_template.render("{{ messages[0].content }}", USER, True, {}), "Hi", "the next one works")
+
+    def test_the_memory_that_templates_take_is_bounded(self):
+        program = (
+            f"import resource, sys; sys.path = {sys.path!r}\n"
+            "from tests.generate import chat_template_test as hostile\n"
+            "for name in ('repetition', 'doubling', 'indentation', 'lines', 'dates', '120 nested conditions'):\n"
+            "    try: hostile.chat_template.render(hostile.HOSTILE[name], hostile.USER, True, {})\n"
+            "    except hostile.RefusedError: pass\n"
+            "hostile.chat_template._templates().close()\n"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        self.assertBetween(int(done.stdout), 50 << 10, 200 << 10)
+
+    @parameterized.parameters(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ strftime_now.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ ('%s' | format)['__class__'].x }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ ['{0.__class__.__mro__}'] | map('format', 1) | list }}",
+        "{{ (messages | map(attribute='__class__') | list)[0].x }}",
+        "{{ self._TemplateReference__context.environment }}",
+    )
+    def test_the_sandbox_holds(self, template):
+        try:
+            text = chat_template.render(template, USER, True, {})
+        except RefusedError:
+            return
+        self.assertNotRegex(text, "class|module|uid=|function|object at|Environment")
 
 
 if __name__ == "__main__":

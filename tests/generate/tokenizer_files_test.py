@@ -7,10 +7,12 @@ from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import tokenizers
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import AprJaxError, RefusedError
+from apr_jax.generate import tokenizer_files
 from apr_jax.generate.tokenizer import Detokenizer, Tokenizer
 from tests import paths
 from tests.tokenizer_variants import (
@@ -128,6 +130,95 @@ class VariantsTest(parameterized.TestCase):
     def test_a_file_that_is_broken_is_named_with_what_works_without_it(self, files, message):
         with self.assertRaisesRegex(AprJaxError, message):
             tokenizer_of(base_files() | files)
+
+
+def split(pattern: str) -> dict:
+    by = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [by, {"type": "ByteLevel", "add_prefix_space": False}]}
+
+
+def template(*pieces: dict, **special: dict) -> dict:
+    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [], "special_tokens": special}
+
+
+def model(**changes: object) -> dict:
+    return json.loads(base_files()["tokenizer.json"])["model"] | changes
+
+
+TEXT, X = ({kind: {"id": name, "type_id": 0}} for kind, name in (("Sequence", "A"), ("SpecialToken", "X")))
+OTHER = {"Sequence": {"id": "B", "type_id": 0}}
+REPEATED = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}
+CUT = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 9}
+PADDED = {
+    "strategy": {"Fixed": 2**31}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+    "pad_token": "a",
+}  # fmt: skip
+# What of tokenizer.json panics, aborts, multiplies or does not end; for Qwen2Tokenizer only post-processors count.
+HOSTILE = {
+    "a prefix longer than tokens": {"model": model(continuing_subword_prefix="abcdefgh")},
+    "a bad table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "an unknown token": {"post_processor": template(X)},
+    "a second text": {"post_processor": template(OTHER)},
+    "words that backtrack": {"pre_tokenizer": split("(.*a){25}b")},
+    "words that overlap": {"pre_tokenizer": split("(a|aa)+$")},
+    "words of nothing": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "letters that multiply": {"normalizer": {"type": "Sequence", "normalizers": [REPEATED] * 6}},
+}
+ONLY_QWEN2 = {
+    "texts that multiply": template(*[TEXT] * 100_000),
+    "texts within texts": {"type": "Sequence", "processors": [template(TEXT, TEXT)] * 60},
+    "an unknown token, inside": {"type": "Sequence", "processors": [template(TEXT, X)]},
+}
+HARMLESS = {"cut past its end": {"truncation": CUT}, "padded to gigabytes": {"padding": PADDED}}
+STRANGE = {"auto_map": {"AutoTokenizer": ["x", "y"]}, "tokenizer_class": "Own"}
+
+
+class HostileTest(parameterized.TestCase):
+    def tokenizer(self, changes: dict, config: dict) -> Tokenizer:
+        files = base_files()
+        for name, given in (("tokenizer.json", changes), ("tokenizer_config.json", config)):
+            files[name] = json.dumps(json.loads(files[name]) | given).encode()
+        return tokenizer_of(files)
+
+    @parameterized.parameters(*HOSTILE)
+    def test_native_code_that_fails_or_does_not_end_is_an_error_in_one_line(self, name):
+        with self.assertRaisesRegex(RefusedError, "token.*--input-ids") as caught:
+            self.tokenizer(HOSTILE[name], STRANGE).encode("a" * 40 + " hello")
+        self.assertEqual(caught.exception.exit_code, 5)
+        self.assertLen(str(caught.exception).splitlines(), 1)
+        self.assertLen(self.tokenizer({}, STRANGE).encode("hello"), len(self.tokenizer({}, {}).encode("hello")))
+
+    @parameterized.parameters(*HARMLESS)
+    def test_what_transformers_leaves_out_has_no_effect(self, name):
+        expected = self.tokenizer({}, {}).encode("hello world")
+        self.assertEqual(self.tokenizer(HARMLESS[name], STRANGE).encode("hello world"), expected)
+        self.assertEqual(self.tokenizer(HARMLESS[name], {}).encode("hello world"), expected)
+
+    @parameterized.parameters(*ONLY_QWEN2, "an unknown token", "a second text")
+    def test_post_processors_of_qwen2_are_looked_at_before(self, name):
+        with self.assertRaisesRegex(RefusedError, "post-processor"):
+            self.tokenizer({"post_processor": ONLY_QWEN2.get(name) or HOSTILE[name]["post_processor"]}, {})
+
+    def test_a_panic_is_an_error_wherever_it_comes_from(self):
+        tokenizer = self.tokenizer({}, {})
+        tokenizer._backend.post_processor = processors_that_panic()
+        with self.assertRaisesRegex(RefusedError, "cannot be used.*--input-ids"):
+            tokenizer.encode("hello")
+
+    def test_millions_of_tokens_are_refused_before_they_are_added(self):
+        many = {str(number): {"content": f"t{number}"} for number in range(100_001)}
+        with self.assertRaisesRegex(RefusedError, "too many added tokens"):
+            self.tokenizer({}, {"added_tokens_decoder": many})
+        with (
+            self.assertRaisesRegex(RefusedError, "too large"),
+            mock.patch.object(tokenizer_files, "_MAX_VOCABULARY", 9),
+        ):
+            self.tokenizer({}, {})
+
+
+def processors_that_panic() -> object:
+    empty = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": [], "post_processor": template(X)}
+    return tokenizers.Tokenizer.from_str(json.dumps(empty)).post_processor
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class RealTokenizersTest(parameterized.TestCase):
     def ours(self, name: str, form: str = "as published") -> Tokenizer:
         files = FORMS[form](side_files(name))
         found = tokenizer_files.read(files, "qwen2", name)
-        return Tokenizer(found.backend, chat_template.of_files(files, found.config), found.named)
+        return Tokenizer(found, chat_template.of_files(files, found.config))
 
     @parameterized.product(name=NAMES, form=tuple(FORMS))
     def test_10_000_lines_have_transformers_ids(self, name, form):

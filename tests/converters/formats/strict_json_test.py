@@ -1,5 +1,6 @@
 """What the JSON reader refuses, keeps and costs, and that the writer spells as `apr` does."""
 
+import contextlib
 import json
 import pathlib
 import random
@@ -105,7 +106,7 @@ class RefusalTest(parameterized.TestCase):
     def test_a_million_open_brackets_are_refused_without_recursion(self):
         for text in ("[" * 1_000_000, '{"a":' * 1_000_000, '[{"' * 300_000):
             with self.assertRaises(BrokenContainerError) as caught:
-                loads(text, max_containers=2_000_000)
+                loads(text)
             self.assertEqual(caught.exception.code, "json-depth")
 
     def test_brackets_and_quotes_in_strings_do_not_count(self):
@@ -116,22 +117,60 @@ class RefusalTest(parameterized.TestCase):
                 loads(hidden, max_depth=2)
             self.assertEqual(caught.exception.code, "json-depth")
 
-    def test_a_document_has_a_million_objects_and_arrays_at_most(self):
-        for count, code in ((1_000_000, "json-syntax"), (1_000_001, "json-count")):
+    @parameterized.parameters(
+        ("[", "[],", 402_000),
+        ("[", "{},", 402_000),
+        ("[", '"a",', 900_000),
+        ("[", "0.5,", 370_000),
+        ("[", "1e5,", 370_000),
+        ("[", "17,", 1_700_000),
+        ("{", '"%06d":1,', 280_000),
+        ("[", '{"a":[1]},', 160_000),
+    )
+    def test_what_objects_take_is_bounded_before_anything_is_built(self, opening, item, count):
+        """The largest number that is accepted takes 48 MB beyond the text; a tenth more is refused."""
+        for factor, code in ((0.85, "json-syntax"), (1.1, "json-count")):
+            items = (item % number if "%" in item else item for number in range(int(factor * count)))
             with self.assertRaises(BrokenContainerError) as caught:
-                loads("[" + "[]," * (count - 1) + "]")
-            self.assertEqual(caught.exception.code, code)
+                loads(opening + "".join(items) + "!")
+            self.assertEqual(caught.exception.code, code, f"{factor}: {caught.exception}")
 
-    def test_counts_are_limited_before_anything_is_built(self):
-        for text, limits in (
-            ("[" + "[]," * 100 + "0]", {"max_containers": 100}),
-            ('["a","b","c"]', {"max_strings": 2}),
-        ):
+    def test_the_price_is_what_the_objects_take(self):
+        """Measured: nothing that is accepted takes 25 % more than its price says."""
+        script = textwrap.dedent("""
+            import sys, tracemalloc
+            from apr_jax.converters.formats import strict_json
+            opening, item, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+            items = (item % number if "%" in item else item for number in range(count))
+            data = (opening + "".join(items)[:-1] + {"[": "]", "{": "}"}[opening]).encode()
+            tracemalloc.start()
+            strict_json.loads(data, what="x", max_bytes=1 << 26)
+            print(tracemalloc.get_traced_memory()[1] - len(data))
+        """)
+        for opening, item, count in (
+            ("[", "[],", 390_000), ("[", "[[[]]],", 160_000), ("[", "0.5,", 310_000), ("[", "1234567,", 1_450_000),
+            ("{", '"%06d":1,', 240_000), ("[", '{"a":[1]},', 136_000), ("[", '{"a":1,"b":2},', 95_000),
+            ("[", "-0,", 300_000),
+            ("[", '"abcdefg",', 800_000), ("[", "true,", 310_000),
+        ):  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-c", script, opening, item, str(count)], capture_output=True, check=True, cwd=ROOT
+            )
+            self.assertLess(int(done.stdout), 60 << 20, item)
+
+    @parameterized.parameters(2**18 - 3, 2**18 - 2, 2**18 - 1, 2**18, 2**18 + 1)
+    def test_texts_are_counted_alike_wherever_they_are_cut(self, at):
+        for text in (r'"\\"', r'"\\\"[["', r'"\"\\"', '"a"', "-0", "7" * 101, '{"a":[]}', r'"\\\\\\"', r'"\n\\\u0041"'):
+            padded = "[" + " " * (at - len(text) // 2) + text + ",[]]"
+            if text == "7" * 101:
+                self.assertRaisesRegex(BrokenContainerError, "out of range", loads, padded)
+                continue
+            value = loads(padded, max_depth=3)
+            self.assertEqual(value, json.loads(padded))
+            self.assertIsInstance(value[0], float if text == "-0" else object)
             with self.assertRaises(BrokenContainerError) as caught:
-                loads(text, **limits)
-            self.assertEqual(caught.exception.code, "json-count")
-        loads("[" + "[]," * 99 + "0]", max_containers=100)
-        loads('["a","b","c"]', max_strings=3)
+                loads(padded, max_depth=1)
+            self.assertEqual(caught.exception.code, "json-depth")
 
     def test_hostile_texts_of_20_mb_are_refused_quickly(self):
         for text in ("[]," * 7_000_000, '"":"",' * 3_500_000, "[" * 20_000_000):
@@ -139,6 +178,19 @@ class RefusalTest(parameterized.TestCase):
             with self.assertRaises(BrokenContainerError):
                 loads("[" + text + "0]")
             self.assertLess(time.perf_counter() - begin, 3)
+
+    def test_texts_are_read_at_50_mb_a_second(self):
+        entry = '"model.layers.%d.mlp.down_proj.weight":{"dtype":"BF16","shape":[4096,1024],"data_offsets":[%d,%d]},'
+        header = "{" + "".join(entry % (n, n << 23, (n + 1) << 23) for n in range(40_000))[:-1] + "}"
+        texts = {"header": header, "text": json.dumps({"a": "words " * 3_000_000}), "floats": "[" + "0.5," * 8_000_000}
+        for name, text in texts.items():
+            data, times = text.encode(), []
+            for _ in range(3):
+                begin = time.process_time()
+                with contextlib.suppress(BrokenContainerError):
+                    loads(data)
+                times.append(time.process_time() - begin)
+            self.assertGreater(len(data) / min(times), 50e6 / 4, (name, times))
 
     def test_error_says_where_in_the_file(self):
         with self.assertRaises(BrokenContainerError) as caught:

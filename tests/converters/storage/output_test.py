@@ -110,6 +110,24 @@ class AtomicFileTest(OutputTestCase):
         self.assertEqual(self.names(), ["a"])
         self.assertEqual((self.folder / "a").read_bytes(), b"old")
 
+    def test_set_user_id_does_not_pass_to_other_content(self):
+        path = self.folder / "a"
+        path.write_bytes(b"program")
+        path.chmod(0o6755)
+        write(path, b"new", force=True)
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o755)
+
+    @absltest.skipIf(os.geteuid() != 0, "needs another user")
+    def test_root_keeps_the_owner_and_others_leave_the_file_alone(self):
+        path = self.folder / "a"
+        path.write_bytes(b"theirs")
+        os.chown(path, 12345, 54321)
+        write(path, b"new", force=True)
+        self.assertEqual((path.stat().st_uid, path.stat().st_gid), (12345, 54321))
+        with self.raises("output-foreign"), mock.patch.object(os, "geteuid", return_value=999):
+            write(path, b"other", force=True)
+        self.assertEqual(path.read_bytes(), b"new")
+
     def test_existing_output_is_refused_without_force_and_replaced_with_it_keeping_its_mode(self):
         path = self.folder / "a"
         path.write_bytes(b"old")
