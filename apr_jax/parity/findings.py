@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from apr_jax.parity.faults.outside import LAYOUT
-from apr_jax.parity.faults.record import IGNORED, LEAST, UNION, Fault, Mistake, ranges
+from apr_jax.parity.faults.record import COMMON, IGNORED, LEAST, OR, UNION, Fault, Mistake, ranges
 from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.layouts import Layout
 from apr_jax.parity.localise import Site
@@ -93,7 +93,7 @@ def gather(explained: Iterable[Explanation], num_layers: int) -> list[Finding]:
     for explanation in explained:
         for mistake in explanation.mistakes:
             sighting = (mistake, explanation)
-            group = next((group for group in groups if _is_one(group[0], sighting)), None)
+            group = next((group for group in groups if all(_is_one(other, sighting) for other in group)), None)
             if group is None:
                 groups.append([sighting])
             else:
@@ -115,9 +115,15 @@ def _is_one(known: Sighting, other: Sighting) -> bool:
     if a.fault.unexplained:
         return where.site.stage == there.site.stage
     ours, theirs = ({k: v for k, v in m.pairs if k not in a.fault.merge} for m in (a, b))
-    if a.within != b.within or a.stage != b.stage:
+    if a.within != b.within or a.stage != b.stage or not _has_common(a, b):
         return False
     return ours.keys() == theirs.keys() and all(_same(ours[name], theirs[name]) for name in ours)
+
+
+def _has_common(a: Mistake, b: Mistake) -> bool:
+    """Whether what two sightings could be has something in common."""
+    names = (name for name, how in a.fault.merge.items() if how == COMMON)
+    return all(set(a.parameters[name].split(OR)) & set(b.parameters[name].split(OR)) for name in names)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -163,6 +169,9 @@ def _merged(group: Iterable[Sighting]) -> dict[str, Any]:
         values = [mistake.parameters[name] for mistake in mistakes if name in mistake.parameters]
         if how == IGNORED:
             parameters.pop(name, None)
+        elif how == COMMON:
+            left = [item for item in values[0].split(OR) if all(item in value.split(OR) for value in values)]
+            parameters[name] = OR.join(left)
         elif how == LEAST:
             parameters[name] = min(values)
         elif how == UNION and (isinstance(values[0], tuple) or len(set(values)) > 1):

@@ -63,6 +63,12 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Siz
     yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], left)
 
 
+def multiplications(question: Question) -> list[Mistakes]:
+    """Returns the ways of multiplying less precisely that the table has for a stage."""
+    faults = (fault for fault in FAULTS.values() if fault.multiplies and question.stage in fault.stages)
+    return [(fault.made(**each),) for fault in faults for each in fault.variants(question, question.nodes[-1])]
+
+
 def _is_numerical(mistake: Mistake) -> bool:
     return mistake.fault.in_weights or mistake.fault.multiplies
 

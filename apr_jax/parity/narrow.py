@@ -220,6 +220,10 @@ CACHES = tuple(_HEADED)
 """What caches of keys and values are held in."""
 
 
+Q8_K = 256
+"""Values that a block of Q8_K holds."""
+
+
 def _q8_k(groups: Values) -> Values:
     """GGML's Q8_K, as engines round what they multiply with K-quants."""
     step = _largest(groups) / 127
@@ -227,7 +231,7 @@ def _q8_k(groups: Values) -> Values:
 
 
 ACTIVATIONS: Mapping[str, Callable[[Values], Values]] = {
-    "q8_k": lambda values: _in_float64(values, 256, _q8_k),
+    "q8_k": lambda values: _in_float64(values, Q8_K, _q8_k),
     "int8 by row": CODECS["int8 by row"],
     "q8_0": CODECS["q8_0"],
     "fp8_e4m3": CODECS["fp8_e4m3"],

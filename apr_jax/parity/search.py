@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from apr_jax.parity.faults.products import TF32, drift
 from apr_jax.parity.faults.record import Mistake, Mistakes, names
-from apr_jax.parity.hypotheses import hypotheses
+from apr_jax.parity.hypotheses import hypotheses, multiplications
 from apr_jax.parity.localise import (
     Localisation,
     Site,
@@ -43,6 +43,8 @@ way moves a whole step, so that such mistakes are told by most values, not by al
 rounded was not dumped and is known nearly; elsewhere it has to fit and to leave no more than this."""
 _EQUAL = 1e-9
 """Relative difference of squares up to which two distances are equal."""
+_ROUND = 0.02
+"""As much a number that was solved for may be off its round neighbour."""
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
@@ -229,9 +231,18 @@ class Search:
                 break
         if not accepted:
             return None
+        if not any(fit.within(_SLACK) for _, fit in accepted):
+            accepted += self._multiplied(accepted)
         answer = self._choose(accepted, known)
         known.add(self.site.stage, answer)
         return answer
+
+    def _multiplied(self, accepted: Sequence[tuple[Mistakes, Fit]]) -> list[tuple[Mistakes, Fit]]:
+        """Returns what ways of multiplying make of mistakes that leave more than rounding: engines round activations
+        beside the weights that they quantise, and that is less than such mistakes may leave unexplained."""
+        stacks = ((*mistakes, *way) for mistakes, _ in accepted for way in multiplications(self._question()))
+        fits = ((stack, self._judge(stack)) for stack in stacks if len(set(mistake.fault for mistake in stack)) > 1)
+        return [(stack, fit) for stack, fit in fits if fit is not None and fit.within(_SLACK)]
 
     def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
         """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, the one before."""
@@ -270,14 +281,19 @@ class Search:
     def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]], known: Known) -> Answer:
         """The first that is about as near as the nearest; the others of its kind are alternatives.
 
-        Numbers are those that explained another stage, if these values cannot tell them from their own.
+        Of one mistake with several parameters the nearest is meant, and of its numbers the first that is nearly the
+        same: round ones come first. Numbers are those that explained another stage, if these values cannot tell them
+        from their own.
         """
         pairs = [(mistakes, fit.error) for mistakes, fit in accepted]
         least = min(error for _, error in pairs)
         near = [pair for pair in pairs if self._as_near(pair[1], least)]
         # How products are made concerns all of them: it goes before what explains this stage alone.
         blamed = [pair for pair in near if known.blames_precision(pair[0])]
-        chosen, error = (blamed or near)[0]
+        first = names((blamed or near)[0][0])
+        same = [pair for pair in blamed or near if names(pair[0]) == first]
+        nearest, _ = min(same, key=lambda pair: pair[1])
+        chosen, error = next(pair for pair in same if _nearly(pair[0], nearest))
         others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * self.site.budget}
         others = set() if blamed else others
         for mistakes in known.with_numbers(chosen):
@@ -336,6 +352,21 @@ class Search:
         count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
         chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
         return _Look(dataclasses.replace(self._replay, rows=columns[chosen]), self.site, self.located)
+
+
+def _nearly(one: Mistakes, other: Mistakes) -> bool:
+    """Whether these are the same mistakes but for solved numbers that are nearly the same."""
+    return len(one) == len(other) and all(
+        a.fault is b.fault
+        and a.within == b.within
+        and a.parameters.keys() == b.parameters.keys()
+        and all(_same_value(value, b.parameters[name]) for name, value in a.pairs)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _same_value(a: object, b: object) -> bool:
+    return math.isclose(a, b, rel_tol=_ROUND) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
 def _with_numbers_of(others: Mistakes, mistake: Mistake) -> Mistake:

@@ -33,6 +33,7 @@ import numpy as np
 from apr_jax.load.load_model import load_model
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.diagnose import Diagnosis, diagnose
+from apr_jax.parity.faults.record import OR
 from apr_jax.parity.localise import localise
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
@@ -206,6 +207,24 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         yield Planted(name, None, parameters)
 
 
+GGML_BLOCK = 32
+
+
+def fits(bench: Bench, planted: Planted) -> bool:
+    """Whether an engine can make a mistake here: GGML refuses rows that are no multiple of its blocks, and a block's
+    columns are interleaved within it."""
+    codec, tensor = planted.parameters.get("codec"), planted.parameters.get("tensor", "")
+    block = planted.parameters.get("block", GGML_BLOCK if codec in ("q8_0", "q4_0", "q4_1") else 1)
+    meant = (array for name, array in bench.weights.items() if tensor in ("all", name[-len(tensor) :]))
+    return all(array.shape[-1] % block == 0 for array in meant if array.ndim == 2)
+
+
+def cases(bench: Bench) -> Iterator[Planted]:
+    """The single mistakes that fit a checkpoint."""
+    config = bench.exact.config
+    return (planted for planted in singles(config.num_layers, config.head_dim) if fits(bench, planted))
+
+
 STACKABLE = [
     [Planted("rope-adjacent-pairs"), Planted("rope-half-dims")],
     [Planted("rope-theta", None, {"theta": 1e4}), Planted("rope-theta", None, {"theta": 5e5})],
@@ -280,6 +299,9 @@ def matches(bench: Bench, planted: Planted, finding: Any) -> bool:
         given = finding.parameters.get(key)
         if isinstance(value, float):
             if not isinstance(given, float) or not math.isclose(given, value, rel_tol=0.01):
+                return False
+        elif key == "codec" and isinstance(given, str):
+            if value not in given.split(OR):
                 return False
         elif given is not None and (list(given) if isinstance(given, tuple) else given) != (
             list(value) if isinstance(value, tuple) else value
@@ -391,7 +413,7 @@ def main() -> int:
     for bench, tally in itertools.chain(((b, single) for b in benches), narrower):
         if not args.only:
             run_case(bench, (), tally)
-        for planted in singles(bench.exact.config.num_layers, bench.exact.config.head_dim):
+        for planted in cases(bench):
             if args.only in planted.name:
                 run_case(bench, (planted,), tally)
     if not args.only:
@@ -402,7 +424,7 @@ def main() -> int:
             run_case(fitting, faults, stacked)
         for label, shown in FUSED.items():
             fused = dataclasses.replace(benches[0], name=label, shown=shown)
-            for planted in singles(fused.exact.config.num_layers, fused.exact.config.head_dim):
+            for planted in cases(fused):
                 if planted.layers is None:
                     run_case(fused, (planted,), partial)
             for faults in stacks(STACKED_BEHIND_FUSED, args.seed + 1):

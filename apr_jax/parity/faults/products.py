@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax.parity import narrow
-from apr_jax.parity.faults.record import LEAST, Fault, Mistake
+from apr_jax.parity.faults.record import COMMON, LEAST, OR, Fault, Mistake
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import PRODUCTS, At, Replay, Value, product
 from apr_jax.trace.stages import Key
@@ -42,9 +42,14 @@ def _tf32_dot(dot: _Dot, at: At, mode: str, ties: str = "even") -> _Dot:
     return lambda x, weight: product(_tf32(x, how), _tf32(weight, how))
 
 
+_SHORT = f"int8 by row{OR}q8_k"
+"""Rows of no more than a block are one block of Q8_K."""
+
+
 def _in_fewer_bits(dot: _Dot, at: At, codec: str) -> _Dot:
     """What is multiplied with weights is rounded; keys and values are not."""
-    return lambda x, weight: product(narrow.ACTIVATIONS[codec](x), weight) if weight.ndim == 2 else dot(x, weight)
+    rounded = narrow.ACTIVATIONS[codec.split(OR)[0]]
+    return lambda x, weight: product(rounded(x), weight) if weight.ndim == 2 else dot(x, weight)
 
 
 def _in_bf16(chunk: int, x: Value, weight: Value) -> Value:
@@ -93,9 +98,11 @@ def _chunks(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
 
 
 def _activations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
-    """Rows of no more than a block are one block of Q8_K."""
-    longer = columns_of(question.replay).get(node.stage, 0) > 256
-    yield from ({"codec": codec} for codec in narrow.ACTIVATIONS if longer or codec != "q8_k")
+    if columns_of(question.replay).get(node.stage, 0) > narrow.Q8_K:
+        yield from ({"codec": codec} for codec in narrow.ACTIVATIONS)
+    else:
+        others = (codec for codec in narrow.ACTIVATIONS if codec not in _SHORT.split(OR))
+        yield from ({"codec": codec} for codec in (_SHORT, *others))
 
 
 TF32 = Fault(
@@ -116,6 +123,7 @@ FAULTS = (
         MULTIPLIED,
         {"dot": _in_fewer_bits},
         variants=_activations,
+        merge={"codec": COMMON},
         slight=True,
         beside_blocks=True,
     ),

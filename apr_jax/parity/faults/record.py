@@ -25,6 +25,9 @@ UNION = "union"
 """The values are listed."""
 LEAST = "least"
 """The smallest is the one: sums no longer than a chunk do not tell how long it is."""
+COMMON = "common"
+"""Names that a stage cannot tell from each other, joined by OR: those that all of them have are left."""
+OR = " or "
 IGNORED = "ignored"
 """What a fault makes of rows that mean nothing: not said."""
 
@@ -148,7 +151,7 @@ class Fault:
       variants: Given a question and a stage, parameter sets worth trying at it: where it was dumped, unless `solve`
         finds them, and where it was not.
       grid: A parameter that `variants` leave open: behind a gap it is solved for.
-      merge: Parameter -> UNION, LEAST or IGNORED; those of others have to agree.
+      merge: Parameter -> UNION, LEAST, COMMON or IGNORED; those of others have to agree.
       slight: Whether it moves a product by a few percent at most, or by more; None where it may do either.
       in_weights: Whether a tensor is to blame.
       together: A parameter; behind a gap all variants that agree in it are also tried at once.
