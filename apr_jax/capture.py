@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apr_jax.capturing.recorder import Recorder
+    from apr_jax.engines.recorder import Recorder
 
 
 def torch(
@@ -51,7 +51,7 @@ def torch(
       UsageError: No module, unknown names, an existing folder, token ids that do not fit.
       RefusedError: No layers are found in the model, or nothing was captured.
     """
-    from apr_jax.capturing import torch_modules
+    from apr_jax.engines import torch_modules
 
     return torch_modules.watch(model, folder, names, input_ids, force)
 
@@ -70,7 +70,7 @@ def flax(
 
     Args, Raises: As `torch`; `model` is a flax.nnx.Module.
     """
-    from apr_jax.capturing import flax_modules
+    from apr_jax.engines import flax_modules
 
     return flax_modules.watch(model, folder, names, input_ids, force)
 
@@ -102,6 +102,6 @@ def arrays(
       UsageError: An unknown stage, or an existing folder.
       RefusedError: No array has one of the names.
     """
-    from apr_jax.capturing import mapping
+    from apr_jax.engines import mapping
 
     mapping.write(folder, input_ids, values, names, attention_mask, position_ids, positions, force)

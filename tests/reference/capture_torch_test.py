@@ -1,4 +1,4 @@
-"""PyTorch models of other cuts and names, captured in a few lines: right ones have no finding, five mistakes are named."""
+"""PyTorch models of other cuts and names, captured: right ones have no finding, five mistakes are named."""
 
 import functools
 import pathlib
@@ -27,7 +27,7 @@ if not hf_reference.available():
 import torch
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from tests.capturing import torch_engines as engines
+from tests.engines import torch_engines as engines
 from tests.reference import parity_hf_test as planted
 
 NAME = "gqa_tied_bf16"

@@ -164,7 +164,9 @@ def _inner(inside: Sequence[Part], prefix: str, width: int, names: Mapping[str, 
         part = _projection(path, width) if path.kind == "linear" else _small(path, prefix)
         if part is not None:
             found.setdefault(part, path.name)
-    rest = [path for path in inside if path.kind == "norm" and path.name not in found.values() and _is_stream(path, width)]
+    rest = [
+        path for path in inside if path.kind == "norm" and path.name not in found.values() and _is_stream(path, width)
+    ]
     for path in [*rest]:
         part = _norm(path)
         if part is not None and part not in found:
@@ -231,8 +233,12 @@ def _outer(outside: Sequence[Part], width: int, names: Mapping[str, str]) -> dic
             if path.name not in found.values():
                 found.setdefault(part, path.name)
 
-    tables = [path for path in outside if path.kind == "embedding" and not _words(path.name) & {"wpe", "position", "pos"}]
-    heads = [path for path in outside if _words(path.name) & {"head", "unembed", "output", "logits"} and path.kind != "norm"]
+    tables = [
+        path for path in outside if path.kind == "embedding" and not _words(path.name) & {"wpe", "position", "pos"}
+    ]
+    heads = [
+        path for path in outside if _words(path.name) & {"head", "unembed", "output", "logits"} and path.kind != "norm"
+    ]
     first("embedding", [path for path in tables if path not in heads])
     first("head", [path for path in heads if "logits" in _words(path.name)] or heads)
     first("head", [path for path in outside if path.kind == "linear" and path.shape[1:] == (width,)])

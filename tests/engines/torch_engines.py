@@ -1,6 +1,8 @@
-"""PyTorch engines of the tests, with other names and other cuts than HuggingFace's; `mistake` plants one of MISTAKES."""
+"""PyTorch engines with other names and other cuts than HuggingFace's; `mistake` plants one of MISTAKES."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -92,7 +94,7 @@ class Block(nn.Module):
 class Custom(nn.Module):
     """A model whose modules are called as its author liked; the head is the embedding once more."""
 
-    NAMES = {"q": "ask", "k": "offer", "v": "tell", "o": "give"}
+    NAMES: ClassVar = {"q": "ask", "k": "offer", "v": "tell", "o": "give"}
 
     def __init__(self, c, mistake: str | None = None):
         super().__init__()
@@ -107,7 +109,7 @@ class Custom(nn.Module):
         return linear(self.last(x), self.table.weight)
 
 
-# --- As vLLM and SGLang cut it: fused projections, norms that add, one flat row of tokens ------------------------------
+# --- As vLLM and SGLang cut it: fused projections, norms that add, one flat row of tokens --------------------------
 
 
 class AddNorm(Scale):

@@ -39,15 +39,19 @@ class Attention(nnx.Module):
         q, k, v = (part(x).reshape(batch, length, -1, c.head_dim) for part in (self.query, self.key, self.value))
         q, k = rope(q, c.rope_theta, self.mistake), rope(k, c.rope_theta, self.mistake)
         groups = c.num_heads // c.num_kv_heads
-        repeated = (lambda x: jnp.tile(x, (1, 1, groups, 1))) if self.mistake == "heads" else (
-            lambda x: jnp.repeat(x, groups, 2)
+        repeated = (
+            (lambda x: jnp.tile(x, (1, 1, groups, 1)))
+            if self.mistake == "heads"
+            else (lambda x: jnp.repeat(x, groups, 2))
         )
         precise = jax.lax.Precision.HIGHEST
         scores = jnp.einsum("btnh,bsnh->bnts", q, repeated(k), precision=precise)
         scores = scores if self.mistake == "scale" else scores / c.head_dim**0.5
         seen = jnp.tril(jnp.ones((length, length), bool), -1 if self.mistake == "mask" else 0).at[0, 0].set(True)
         weights = nnx.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), -1)
-        return self.out(jnp.einsum("bnts,bsnh->btnh", weights, repeated(v), precision=precise).reshape(batch, length, -1))
+        return self.out(
+            jnp.einsum("bnts,bsnh->btnh", weights, repeated(v), precision=precise).reshape(batch, length, -1)
+        )
 
 
 class MLP(nnx.Module):

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.capturing.functions import rotations, watched
-from apr_jax.capturing.recorder import Recorder, as_numpy, recording
-from apr_jax.capturing.roles import Part, Role, assign
 from apr_jax.converters.errors import UsageError
+from apr_jax.engines.functions import rotations, watched
+from apr_jax.engines.recorder import Recorder, as_numpy, recording
+from apr_jax.engines.roles import Part, Role, assign
 
 _MASKS, _POSITIONS = ("attention_mask",), ("position_ids", "positions")
 
@@ -49,9 +49,9 @@ def watch(
             hooks += _hooks(modules[name], role, recorder)
         attention = [modules[name] for name, role in roles.items() if role.part in ("attention", "layer")]
         try:
-            with watched(rotations(attention), lambda _, result: recorder.rotated(_arrays(result))):
-                with _functions(torch, recorder):
-                    yield recorder
+            rotating = watched(rotations(attention), lambda _, result: recorder.rotated(_arrays(result)))
+            with rotating, _functions(torch, recorder):
+                yield recorder
         finally:
             for hook in hooks:
                 hook.remove()
@@ -89,7 +89,22 @@ def _hooks(module: Any, role: Role, recorder: Recorder) -> Iterator[Any]:
     yield module.register_forward_hook(after, with_kwargs=True)
 
 
-_LOOKED_AT = ("embedding", "attn_norm", "q", "k", "v", "qkv", "o", "ffn_norm", "gate", "up", "gate_up", "act", "down", "final_norm")
+_LOOKED_AT = (
+    "embedding",
+    "attn_norm",
+    "q",
+    "k",
+    "v",
+    "qkv",
+    "o",
+    "ffn_norm",
+    "gate",
+    "up",
+    "gate_up",
+    "act",
+    "down",
+    "final_norm",
+)
 
 
 def _root_hooks(model: Any, recorder: Recorder) -> Iterator[Any]:
@@ -139,7 +154,7 @@ def _functions(torch: Any, recorder: Recorder) -> Iterator[None]:
     softmaxes = {functional.softmax, torch.softmax, torch.Tensor.softmax}
     activations = {functional.silu}
 
-    class Watching(torch.overrides.TorchFunctionMode):  # type: ignore[misc, name-defined]
+    class Watching(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             del types
             result = function(*args, **(kwargs or {}))

@@ -19,7 +19,7 @@ from apr_jax.parity import dumps
 from apr_jax.parity.diagnose import diagnose
 from apr_jax.trace.inputs import seeded
 from tests import paths
-from tests.capturing import flax_engine
+from tests.engines import flax_engine
 
 NAME = "gqa_tied_bf16"
 load = functools.lru_cache(load_model)

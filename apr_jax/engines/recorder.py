@@ -19,9 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax.capturing.roles import Part, Role
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.storage.output import FolderKind, atomic_folder, check_target
+from apr_jax.engines.roles import Part, Role
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.stages import Key
@@ -125,7 +125,9 @@ class Recorder:
                 self.call.ids = self.call.ids[None]
         self._put("embedding", outputs[0], outer=True)
 
-    def _normed(self, stage: str, before: str, inputs: Sequence[Any], outputs: Sequence[Any], outer: bool = False) -> None:
+    def _normed(
+        self, stage: str, before: str, inputs: Sequence[Any], outputs: Sequence[Any], outer: bool = False
+    ) -> None:
         """A norm, alone or with the addition of the residual stream before it, which is then its second output."""
         self._put(stage, outputs[0], outer)
         if len(inputs) > 1 and len(outputs) > 1:
@@ -248,8 +250,7 @@ class Recorder:
             raise UsageError(
                 "a layer was called before the embedding was, so the token ids are not known",
                 code="capture-ids",
-                hint='Call the whole model inside the context, or say which module is the embedding: names={"embedding":'
-                ' "..."}.',
+                hint='Call the whole model, or say which module is the embedding: names={"embedding": "..."}.',
             )
         batch, length = self.call.ids.shape
         return batch, length
@@ -306,7 +307,9 @@ def as_numpy(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":
-            return np.asarray(value.contiguous().view(dtype=_torch_dtype(value, "uint16")).numpy()).view(ml_dtypes.bfloat16)
+            return np.asarray(value.contiguous().view(dtype=_torch_dtype(value, "uint16")).numpy()).view(
+                ml_dtypes.bfloat16
+            )
         if "float8" in str(value.dtype):
             value = value.float()
         return np.asarray(value.numpy())
@@ -336,9 +339,7 @@ def recording(folder: str | os.PathLike[str], input_ids: Any = None, force: bool
     write(folder, inputs, values, positions, force)
 
 
-def _joined(
-    calls: Sequence[_Call], input_ids: Any
-) -> tuple[Inputs, dict[str, np.ndarray], list[list[int]] | None]:
+def _joined(calls: Sequence[_Call], input_ids: Any) -> tuple[Inputs, dict[str, np.ndarray], list[list[int]] | None]:
     """Puts the calls of one run one behind the other: their inputs, values and, for steps alone, their positions."""
     calls = [call for call in calls if call.ids is not None and call.values]
     if not calls:
@@ -385,14 +386,22 @@ def _inputs(calls: Sequence[_Call], whole: np.ndarray, before: int) -> Inputs:
     mask = calls[-1].mask
     if mask is None or mask.ndim != 2 or mask.shape != whole.shape:
         masks = [call.mask for call in calls if call.mask is not None and call.ids is not None]
-        fits = len(masks) == len(calls) and not before and all(
-            mask.shape == call.ids.shape for mask, call in zip(masks, calls, strict=True) if call.ids is not None
+        fits = (
+            len(masks) == len(calls)
+            and not before
+            and all(
+                mask.shape == call.ids.shape for mask, call in zip(masks, calls, strict=True) if call.ids is not None
+            )
         )
         mask = np.concatenate(masks, axis=1) if fits else None
     given = [call.positions for call in calls if call.positions is not None]
     positions = None
     if len(given) == len(calls) and not before:
-        rows = [np.broadcast_to(np.atleast_2d(each), call.ids.shape) for each, call in zip(given, calls, strict=True) if call.ids is not None]
+        rows = [
+            np.broadcast_to(np.atleast_2d(each), call.ids.shape)
+            for each, call in zip(given, calls, strict=True)
+            if call.ids is not None
+        ]
         positions = np.concatenate(rows, axis=1)
     return Inputs.of(whole, None if mask is None else (mask != 0).astype(np.int32), positions)
 
@@ -411,7 +420,9 @@ def write(
       UsageError: The folder exists and `force` is not given, or it holds something else.
     """
     if not values:
-        raise RefusedError("no stage was captured", code="nothing-captured", hint="docs/dumps.md says what stages there are.")
+        raise RefusedError(
+            "no stage was captured", code="nothing-captured", hint="docs/dumps.md says what stages there are."
+        )
     entries, files = {}, {}
     for key, value in values.items():
         dtype = str(value.dtype)

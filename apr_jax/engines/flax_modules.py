@@ -15,11 +15,10 @@ from unittest import mock
 
 import numpy as np
 
-from apr_jax.capturing.functions import rotations, watched
-from apr_jax.capturing.recorder import Recorder, recording
-from apr_jax.capturing.roles import Part, Role, assign
 from apr_jax.converters.errors import UsageError
-
+from apr_jax.engines.functions import rotations, watched
+from apr_jax.engines.recorder import Recorder, recording
+from apr_jax.engines.roles import Part, Role, assign
 
 
 @contextlib.contextmanager
@@ -36,11 +35,10 @@ def watch(
 
     if not isinstance(model, nnx.Module):
         raise UsageError("no flax.nnx.Module", code="capture-model", found=type(model).__name__)
-    modules = {name: module for name, module in _modules(model, nnx)}
+    modules = dict(_modules(model, nnx))
     parts = [_part(name, module, nnx) for name, module in modules.items() if name]
     roles = assign(parts, names)
-    by_module: dict[int, Role | None] = {id(modules[name]): role for name, role in roles.items()}
-    by_module[id(model)] = None
+    known = _Known(model, roles, nnx)
     attention = [modules[name] for name, role in roles.items() if role.part in ("attention", "layer")]
     with recording(folder, input_ids, force) as recorder, contextlib.ExitStack() as stack:
         recorder.expect(parts, roles)
@@ -48,9 +46,30 @@ def watch(
         stack.enter_context(watched(rotations(attention), lambda _, result: recorder.rotated(_arrays(result))))
         stack.enter_context(_functions(jax, nnx, recorder))
         for kind in {type(modules[name]) for name in roles} | {type(model)}:
-            wrapped = _wrapped(kind.__call__, by_module, recorder)
+            wrapped = _wrapped(kind.__call__, known, recorder)
             stack.enter_context(mock.patch.object(kind, "__call__", wrapped))
         yield recorder
+
+
+class _Known:
+    """What each module object is. `nnx.jit` computes with copies of a model, looked up when one is called."""
+
+    def __init__(self, model: Any, roles: Mapping[str, Role], nnx: Any):
+        self._kind, self._by_path, self._nnx = type(model), roles, nnx
+        self._roles: dict[int, tuple[Any, Role | None]] = {}  # with it, so that its id stays
+        self._add(model)
+
+    def _add(self, model: Any) -> None:
+        for path, module in _modules(model, self._nnx):
+            if path in self._by_path or not path:
+                self._roles[id(module)] = (module, self._by_path.get(path))
+
+    def role(self, module: Any) -> tuple[bool, Role | None]:
+        """Returns whether a module is watched, and as what: None is the model itself."""
+        if id(module) not in self._roles and type(module) is self._kind:
+            self._add(module)
+        found = self._roles.get(id(module))
+        return (False, None) if found is None else (True, found[1])
 
 
 def _modules(model: Any, nnx: Any) -> Iterator[tuple[str, Any]]:
@@ -76,12 +95,12 @@ def _part(name: str, module: Any, nnx: Any) -> Part:
     return Part(name, "linear" if "linear" in kind or "einsum" in kind else "norm" if "norm" in kind else "other")
 
 
-def _wrapped(call: Callable[..., Any], roles: Mapping[int, Role | None], recorder: Recorder) -> Callable[..., Any]:
+def _wrapped(call: Callable[..., Any], known: _Known, recorder: Recorder) -> Callable[..., Any]:
     @functools.wraps(call)
     def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self) not in roles:
+        watched_for, role = known.role(self)
+        if not watched_for:
             return call(self, *args, **kwargs)
-        role = roles[id(self)]
         if role is None:
             given = _named(call, self, args, kwargs)
             mask, positions = given.get("attention_mask"), given.get("position_ids", given.get("positions"))

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.capturing import recorder
 from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.engines import recorder
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.stages import Key
