@@ -237,7 +237,7 @@ class JsonlTest(ReadersTestCase):
         (b'{"tokens": [1], "logits": [[1, [2]]]}', RefusedError, "dump-size"),
         (b'{"tokens": [1, 2], "logits": [[1.0, 2.0]]}', RefusedError, "dump-size"),
         (b'{"tokens": ["a"], "logits": [[1.0]]}', BrokenContainerError, "jsonl"),
-        (b"\x80\x04\x95pickle", BrokenContainerError, ""),
+        (b"\x80\x04\x95pickle", BrokenContainerError, "json-utf8"),
     )
     def test_others_are_refused(self, content, kind, code):
         (self.folder / "x.jsonl").write_bytes(content)
