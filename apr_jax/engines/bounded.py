@@ -48,6 +48,11 @@ def data(path: str | os.PathLike[str], most: int = MAX_FILE, least: int = 0) -> 
         return file.read()
 
 
+def checked(path: str | os.PathLike[str], most: int = MAX_FILE) -> None:
+    """Looks at a file that another library is going to read: errors as `data`."""
+    _opened(path, most).close()
+
+
 def _opened(path: str | os.PathLike[str], most: int, least: int = 0) -> Any:
     try:
         found = os.stat(path)

@@ -103,8 +103,10 @@ class Recorder:
         self.call.standing = layer
         self.call.parts.clear()
 
-    def leave(self, outputs: Sequence[Any]) -> None:
-        """A layer ends."""
+    def leave(self, outputs: Sequence[Any], layer: int | None = None) -> None:
+        """A layer ends; `layer` is which, where that is all that is known of it."""
+        if layer is not None and layer != self.call.standing:
+            self.enter(layer)
         if outputs and not self.call.adds:
             self._put("post_ffn_residual", outputs[0])
         self.call.standing = None
@@ -130,7 +132,7 @@ class Recorder:
     ) -> None:
         """A norm, alone or with the addition of the residual stream before it, which is then its second output."""
         self._put(stage, outputs[0], outer)
-        if len(inputs) > 1 and len(outputs) > 1:
+        if len(outputs) > 1:  # a norm alone has one output
             self.call.adds = True
             place = self.call.layer - (before == "post_ffn_residual" and not outer)
             self._put(before, outputs[1], layer=place)
@@ -204,6 +206,10 @@ class Recorder:
         for value in outputs[1:]:
             if (weights := self._pairs(value)) is not None:
                 self._put_pairs("attn_softmax", weights)
+
+    def _core(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        del inputs
+        self._put("attention", outputs[0])
 
     def _o(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self._default("attention", inputs)
@@ -335,12 +341,17 @@ def recording(folder: str | os.PathLike[str], input_ids: Any = None, force: bool
     check_target(os.fspath(folder), folder=DUMP, force=force)
     recorder = Recorder()
     yield recorder
-    inputs, values, positions = _joined(recorder.calls, input_ids)
+    inputs, values, positions = joined(recorder.calls, input_ids)
     write(folder, inputs, values, positions, force)
 
 
-def _joined(calls: Sequence[_Call], input_ids: Any) -> tuple[Inputs, dict[str, np.ndarray], list[list[int]] | None]:
-    """Puts the calls of one run one behind the other: their inputs, values and, for steps alone, their positions."""
+def joined(calls: Sequence[_Call], input_ids: Any) -> tuple[Inputs, dict[str, np.ndarray], list[list[int]] | None]:
+    """Puts the calls of one run one behind the other: their inputs, values and, for steps alone, their positions.
+
+    Raises:
+      RefusedError: No call showed a stage.
+      UsageError: The tokens are not the last ones of `input_ids`.
+    """
     calls = [call for call in calls if call.ids is not None and call.values]
     if not calls:
         raise RefusedError(

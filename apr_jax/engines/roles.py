@@ -18,7 +18,7 @@ Kind = Literal["linear", "norm", "embedding", "other"]
 
 OUTER = ("embedding", "final_norm", "head")
 """Parts of a model outside of its layers."""
-INNER = ("attn_norm", "q", "k", "v", "qkv", "rotary", "o", "ffn_norm", "gate", "up", "gate_up", "act", "down")
+INNER = ("attn_norm", "q", "k", "v", "qkv", "rotary", "core", "o", "ffn_norm", "gate", "up", "gate_up", "act", "down")
 """Parts of a layer; `qkv` and `gate_up` are fused projections."""
 _SHOWN = 12
 
@@ -211,9 +211,10 @@ def _norm(path: Part) -> str | None:
 
 
 def _small(path: Part, prefix: str) -> str | None:
-    """Parts without weights: rotations and activations."""
-    del prefix
+    """Parts without weights: rotations, what attends, activations."""
     words = _words(path.name)
+    if path.name.rpartition(".")[0] != prefix and words <= {*_ATTENTION, "core"} and _within(path) == "attention":
+        return "core"  # what attends, without projections: vLLM's and SGLang's `self_attn.attn`
     if words & {"rotary", "rope"}:
         return "rotary"
     return "act" if words & {"act", "activation", "silu", "swiglu"} and path.kind == "other" else None

@@ -25,7 +25,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError, UsageError
-from apr_jax.engines import arrays, bounded, jsonl, maps
+from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs
 from apr_jax.engines.found import Found, Stage
 from apr_jax.trace import aprt, stages
 from apr_jax.trace.inputs import Inputs, beside
@@ -86,6 +86,21 @@ def _holds(suffix: str) -> Callable[[pathlib.Path], bool]:
 
 
 FORMS = (
+    Form(
+        "msprobe",
+        "Ascend's msprobe, level L0 or mix",
+        module_outputs.shows_msprobe,
+        module_outputs.msprobe,
+        "a folder with dump_tensor_data/Module.model.layers.0.mlp.down_proj.Linear.forward.0.output.0.npy and so on:"
+        " one step of one rank",
+    ),
+    Form(
+        "sglang",
+        "SGLang's --debug-tensor-dump-output-folder",
+        module_outputs.shows_passes,
+        module_outputs.sglang,
+        "a folder TP0_PP0_Rank0_pid123 with Pass00000.pt and so on; needs torch",
+    ),
     Form(
         "map",
         "apr_jax.capture, your own engine",

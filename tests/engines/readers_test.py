@@ -216,6 +216,62 @@ class RequestsTest(ReadersTestCase):
         self.refused(MissingFileError, "token-ids-missing", self.write(values, LENGTH - 2, 1))
 
 
+class ModuleOutputsTest(ReadersTestCase):
+    """msprobe's arrays of what modules took and gave, by the names of HuggingFace's modules."""
+
+    MODULES = (
+        ("input_layernorm.Qwen2RMSNorm", (), ("attn_norm",)),
+        ("self_attn.o_proj.Linear", ("attention",), ("attn_out",)),
+        ("self_attn.Qwen2Attention", (), ("attn_out", "attn_softmax")),
+        ("post_attention_layernorm.Qwen2RMSNorm", ("post_attn_residual",), ("ffn_norm",)),
+        ("mlp.gate_proj.Linear", ("ffn_norm",), ("ffn_gate",)),
+        ("mlp.up_proj.Linear", ("ffn_norm",), ("ffn_up",)),
+        ("mlp.act_fn.SiLUActivation", ("ffn_gate",), ("ffn_silu",)),
+        ("mlp.down_proj.Linear", ("ffn_swigl",), ("ffn_out",)),
+        ("Qwen2DecoderLayer", (), ("post_ffn_residual",)),
+    )
+
+    def write(self, values):
+        folder = self.folder / "step0" / "rank0" / "dump_tensor_data"
+        folder.mkdir(parents=True)
+
+        def put(module, inputs, outputs):
+            for side, arrays in (("input", inputs), ("output", outputs)):
+                for index, array in enumerate(arrays):
+                    np.save(folder / f"Module.{module}.forward.0.{side}.{index}.npy", array)
+
+        put("model.embed_tokens.Embedding", [self.ids.astype(np.int64)], [values["stage.embedding"]])
+        for layer in range(2):
+            at = f"model.layers.{layer}"
+            for module, inputs, outputs in self.MODULES:
+                taken, given = ([values[f"stage.{layer}.{stage}"] for stage in each] for each in (inputs, outputs))
+                put(f"{at}.{module}", taken, given)
+            biased = values[f"stage.{layer}.qkv_bias"]
+            sizes = np.cumsum([values[f"stage.{layer}.{part}_post_rope"].shape[-1] for part in "qk"])
+            for part, array in zip("qkv", np.split(biased, sizes, -1), strict=True):
+                put(f"{at}.self_attn.{part}_proj.Linear", [values[f"stage.{layer}.attn_norm"]], [array])
+        put("model.norm.Qwen2RMSNorm", [], [values["stage.final_norm"]])
+        put("lm_head.Linear", [values["stage.final_norm"]], [values["logits"]])
+        (folder.parent / "dump.json").write_text(json.dumps({"task": "tensor", "level": "L0", "data": {}}))
+
+    def test_what_modules_show_comes_back(self):
+        values = self.engine()
+        self.write(values)
+        dump = dumps.read(self.folder, self.config)
+        hidden = ("qkv_matmul", "q_post_rope", "k_post_rope", "attn_scores")
+        self.assert_holds(dump, values, [key for key in values if key.rpartition(".")[2] not in hidden])
+
+    def test_a_mistake_is_named(self):
+        self.write(self.engine(Planted("rope-adjacent-pairs")))
+        self.assertEqual(self.named(dumps.read(self.folder, self.config)), {"rope-adjacent-pairs"})
+
+    def test_without_the_tokens_it_is_refused(self):
+        self.write(self.engine())
+        for path in self.folder.rglob("*embed_tokens*input*"):
+            path.unlink()
+        self.refused(RefusedError, "token-ids-missing", self.folder)
+
+
 class JsonlTest(ReadersTestCase):
     def test_what_is_written_is_read_and_rows_may_be_unequal(self):
         batch = Inputs.of([self.ids[0, :7].tolist(), self.ids[0, :5].tolist()])

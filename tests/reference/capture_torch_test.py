@@ -55,7 +55,7 @@ class CaptureTest(parameterized.TestCase):
         dump = dumps.read(self.folder, exact.config)
         self.assertEqual(dump.dtype, dtype)
         self.assertGreaterEqual(len(dump.values), stages)
-        same = load(paths.checkpoint(NAME), dtype, "cpu")
+        same = load(paths.checkpoint(NAME), dtype or "float32", "cpu")
         findings = diagnose(exact, same, dump.inputs, dump.values, dump.columns).findings
         return {finding.fault for finding in findings}, dump
 
@@ -108,6 +108,29 @@ class CaptureTest(parameterized.TestCase):
             model(tokens(2))
         found, _ = self.found(stages=35)
         self.assertEqual(found, expected)
+
+    @parameterized.parameters(None, "pairs", "eps")
+    def test_the_passes_that_sglang_writes(self, mistake):
+        model, tensors, batch = self.flat(mistake), {}, "model.forward_batch_info"
+
+        def hook(name):
+            def take(_module, _args, output):
+                many = output if isinstance(output, tuple) else (output,)
+                given = [each.detach().clone() for each in many if each is not None]
+                for index, each in enumerate(given):
+                    tensors[name if len(given) == 1 else f"{name}.{index}"] = each
+
+            return take
+
+        for name, module in model.named_modules():
+            module.register_forward_hook(hook(name))
+        with torch.inference_mode():
+            model(tokens()[0], torch.arange(70))
+        tensors[f"{batch}.input_ids"] = tokens()[0]
+        (self.folder / "TP0_PP0_Rank0_pid7").mkdir(parents=True)
+        torch.save(tensors, self.folder / "TP0_PP0_Rank0_pid7" / "Pass00000.pt")
+        found, _ = self.found(stages=20, dtype=None)
+        self.assertEqual(found, {engines.MISTAKES[mistake]} if mistake else set())
 
     def test_a_prompt_and_its_decoding_steps(self):
         model = hf_reference.load(paths.checkpoint(NAME))
