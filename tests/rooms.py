@@ -49,8 +49,8 @@ _CONVERTERS = _floors(
 _APR_JAX = _floors(
     MODEL,
     "trace",
-    "model",
-    ("load", "cuda", "parity"),
+    ("model", "engines"),
+    ("load", "cuda", "parity", "capture"),
     "kernels",
     ("generate", "testing"),
     "bench",
@@ -58,6 +58,10 @@ _APR_JAX = _floors(
 )
 # What looks for mistakes and what writes text never meet.
 _APR_JAX[f"{MODEL}.generate"] -= {f"{MODEL}.parity"}
+# What knows other engines needs no model of ours; reading and judging their dumps is parity's.
+for _room in _APR_JAX:
+    if _room not in {f"{MODEL}.{name}" for name in ("parity", "capture", "commands")}:
+        _APR_JAX[_room] -= {f"{MODEL}.engines"}
 # The commands of both packages are the only ones that may know of the other commands.
 _LIBRARY = set(_CONVERTERS) - {f"{FILES}.commands"}
 MAY_IMPORT = (

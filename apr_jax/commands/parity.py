@@ -33,12 +33,22 @@ examples:
 
 Every stage is recomputed in float64 from the other side's own inputs, so that a mistake shows where it is made and
 stacked ones show one by one. Rounding is judged by what the left side itself loses in the other side's dtype.
-A dump is a golden file, a folder of APRT files, or .npy and raw files with a dump.json: docs/dumps.md. Its token ids
-lie beside it (token_ids.json, or what golden.py --export-inputs writes), or --input-ids names them.
+--explain-format lists the dumps that are read, ours and those of others: docs/dumps.md. In Python, a dump of a PyTorch
+or Flax model is two lines: `with apr_jax.capture.torch(model, "dump/"): model(input_ids)`.
 
 exit codes: 0 equal or rounding, 1 a mistake, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O,
   130 interrupted
 """
+
+
+class _ExplainFormat(argparse.Action):
+    """Answers as --help does, whatever else is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from apr_jax.parity import dumps
+
+        print(dumps.explain())
+        parser.exit()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -68,6 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="positions whose rows the dump holds, where it does not hold all: 64-71 or 0,64-71, both ends included,"
         " or a JSON file",
     )
+    parser.add_argument("--explain-format", action=_ExplainFormat, nargs=0, help="print which dumps are read, and exit")
     parser.add_argument("--check-upload", action="store_true", help="read every parameter back and compare it")
     cli.add_checkpoint_arguments(parser)
     cli.add_adapter_argument(parser)

@@ -1,4 +1,4 @@
-"""Stage dumps of other engines, whatever they come as: a golden file, a folder of APRT files, or arrays with a map.
+"""Stage dumps of other engines, whatever they come as, fitted to a model: docs/dumps.md lists the forms.
 
 A map is a file `dump.json` in the folder:
 
@@ -15,24 +15,26 @@ all tokens nevertheless. Where the map has no `input_ids`, they lie beside it (`
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 
-import ml_dtypes
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
-from apr_jax.converters.formats import strict_json
-from apr_jax.trace import aprt, golden, stages
-from apr_jax.trace.inputs import Inputs, beside, from_mapping
-from apr_jax.trace.positions import Positions, checked_positions, dumped_shape, find_columns
+from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs
+from apr_jax.engines.found import Found, Stage
+from apr_jax.trace import aprt, stages
+from apr_jax.trace.inputs import Inputs, beside
+from apr_jax.trace.positions import Positions, dumped_shape, find_columns
+from apr_jax.trace.stages import Key
 
-MAP = "dump.json"
-_MAX_BYTES = 256 << 20
-_DTYPES = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
+MAP = maps.MAP
+_SPARE_KEYS = 4096
+"""Attention stages may have columns for the slots of a cache that hold no key yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,114 @@ class Dump:
     strangers: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form in which engines leave dumps.
+
+    Attributes:
+      name: What to call it.
+      made_by: Who writes it.
+      shows: Whether a path is one.
+      read: Reads it.
+      looks: How it looks, for `--explain-format`.
+    """
+
+    name: str
+    made_by: str
+    shows: Callable[[pathlib.Path], bool]
+    read: Callable[[pathlib.Path, Qwen2Config], Found]
+    looks: str
+
+
+def _ends(*suffixes: str) -> Callable[[pathlib.Path], bool]:
+    return lambda path: path.is_file() and path.suffix in suffixes
+
+
+def _holds(suffix: str) -> Callable[[pathlib.Path], bool]:
+    return lambda path: path.is_dir() and bool(bounded.files(path, suffix))
+
+
+FORMS = (
+    Form(
+        "msprobe",
+        "Ascend's msprobe, level L0 or mix",
+        module_outputs.shows_msprobe,
+        module_outputs.msprobe,
+        "a folder with dump_tensor_data/Module.model.layers.0.mlp.down_proj.Linear.forward.0.output.0.npy and so on:"
+        " one step of one rank",
+    ),
+    Form(
+        "sglang",
+        "SGLang's --debug-tensor-dump-output-folder",
+        module_outputs.shows_passes,
+        module_outputs.sglang,
+        "a folder TP0_PP0_Rank0_pid123 with Pass00000.pt and so on; needs torch",
+    ),
+    Form(
+        "map",
+        "apr_jax.capture, your own engine",
+        lambda path: (path / MAP).is_file(),
+        maps.read,
+        "a folder with dump.json, which names the file, dtype and layout of each stage: .npy or raw values",
+    ),
+    Form(
+        "APRT",
+        "apr trace --save-tensor, your own engine",
+        _holds(".bin"),
+        lambda path, config: Found({}),  # read by `_read_aprt`, which needs the tokens first
+        "a folder with layer-0/attn_norm.bin and so on, and token_ids.json",
+    ),
+    Form(
+        "npy",
+        "llama.cpp's eval-callback, HuggingFace, your own engine",
+        _holds(".npy"),
+        arrays.npy_folder,
+        "a folder of .npy files named as values: attn_norm-0.npy, kq_soft_max-0.npy, l_out-0.npy, result_output.npy"
+        " (llama.cpp), hidden_states.0.npy, stage.0.attn_norm.npy; the token ids beside them",
+    ),
+    Form(
+        "npz",
+        "numpy.savez of HuggingFace's hidden_states, attentions, logits",
+        _ends(".npz"),
+        arrays.npz,
+        "one .npz file: input_ids; hidden_states.0 ... (or one array hidden_states), attentions.0 ..., logits",
+    ),
+    Form(
+        "jsonl",
+        "MaxText's golden logits",
+        _ends(".jsonl"),
+        jsonl.read,
+        'one JSON object a line: {"tokens": [...], "logits": [[...], ...]}; pickles are never read',
+    ),
+    Form(
+        "safetensors",
+        "tools/golden.py, HuggingFace, TensorRT-Edge-LLM",
+        lambda path: not path.is_dir(),
+        arrays.safetensors,
+        "one safetensors file: a golden file; hidden.0 ..., hidden_states.0 ..., logits, input_ids; or a request of"
+        " TensorRT-Edge-LLM (round_0.logits, round_0.layer_0.kv, ..., with the prompt as --input-ids)",
+    ),
+)
+
+
+def explain() -> str:
+    """Returns what can be read, as text."""
+    texts = ["parity.py MODEL --right DUMP reads"]
+    texts += [f"- {form.name}: {form.looks}. Written by {form.made_by}." for form in FORMS]
+    texts += [
+        "The form is told from what is there. Token ids are in the dump, beside it (token_ids.json, or what"
+        " golden.py --export-inputs writes), or named by --input-ids. Stages may be missing.",
+        f"Keys: stage.embedding; stage.N.STAGE with STAGE one of {', '.join(stages.LAYER_STAGES)}; stage.final_norm;"
+        " logits; hidden.N (the input of layer N), hidden.final_norm.",
+        "In Python: apr_jax.capture.torch(model, DIR), capture.flax(model, DIR), capture.arrays(DIR, ids, values)."
+        " docs/dumps.md has all of it, with examples.",
+    ]
+    return "\n\n".join(
+        textwrap.fill(text, 100, subsequent_indent="  " if text.startswith("-") else "", break_on_hyphens=False)
+        for text in texts
+    )
+
+
 def read(
     path: str | os.PathLike[str],
     config: Qwen2Config,
@@ -65,7 +175,7 @@ def read(
     """Reads a dump.
 
     Args:
-      path: A golden file, or a folder of APRT files or with a map.
+      path: A file or folder of one of FORMS.
       config: The model's configuration.
       inputs: The batch that was run, where the dump does not say it.
       positions: The positions that the dump's rows stand for, where it holds some only and does not say which.
@@ -73,19 +183,22 @@ def read(
     Raises:
       AprJaxError: Missing, broken or foreign files; sizes that do not fit the model; nothing to compare.
     """
-    if not os.path.isdir(path):
-        return _read_golden(path, config, inputs, positions)
-    folder = pathlib.Path(path)
-    if (folder / MAP).is_file():
-        return _read_map(folder, config, inputs, positions)
-    if not any(folder.rglob("*.bin")):
+    place = pathlib.Path(path)
+    form = next((form for form in FORMS if form.shows(place)), None)
+    if form is None:
         raise RefusedError(
             "no dump is in this folder",
             code="dump-empty",
-            file=folder,
-            expected=f"{MAP}, or APRT files such as layer-0/attn_norm.bin",
-            hint="docs/dumps.md describes both.",
+            file=place,
+            expected=f"{MAP}, .npy files, or APRT files such as layer-0/attn_norm.bin",
+            hint="parity.py --explain-format and docs/dumps.md say what can be read.",
         )
+    if form.name == "APRT":
+        return _read_aprt(place, config, inputs, positions)
+    return _fitted(form.read(place, config), place, config, inputs, positions)
+
+
+def _read_aprt(folder: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None) -> Dump:
     inputs = inputs or beside(folder)
     columns = None if positions is None else find_columns(positions, inputs)
     longer = dataclasses.replace(config, num_layers=config.num_layers + 1)  # an engine may run a layer twice
@@ -93,37 +206,40 @@ def read(
     return Dump(inputs, values, columns=columns, strangers=tuple(aprt.unknown_files(folder, longer)))
 
 
-def _read_golden(
-    path: str | os.PathLike[str], config: Qwen2Config, inputs: Inputs | None, positions: Positions | None
+def _fitted(
+    found: Found, path: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None
 ) -> Dump:
-    made = golden.read(path)
-    if inputs is not None and not _same_tokens(inputs, made.inputs):
+    """Fits what was found to the model: tokens, positions and the shape of every stage."""
+    if not found.stages:
+        raise RefusedError(
+            "the dump holds no stage of this model",
+            code="nothing-compared",
+            file=path,
+            found=", ".join(found.strangers[:8]) or "no names at all",
+            expected="names such as stage.0.attn_norm, hidden.0, logits",
+            hint="parity.py --explain-format says what is read.",
+        )
+    _check_keys(found.stages, config, path)
+    batch = _tokens(found, path, inputs)
+    positions = found.positions if positions is None else positions
+    if found.finish is not None:
+        batch, positions = found.finish(batch)
+    columns = None if positions is None else find_columns(positions, batch)
+    values = {key: _load(key, stage, config, batch, columns) for key, stage in found.stages.items()}
+    return Dump(batch, values, found.dtype, columns, found.weights_sha256, found.strangers)
+
+
+def _tokens(found: Found, path: pathlib.Path, inputs: Inputs | None) -> Inputs:
+    if found.inputs is None:
+        return inputs or beside(path if path.is_dir() else path.parent)
+    if inputs is not None and not path.is_dir() and not _same_tokens(inputs, found.inputs):
         raise UsageError(
             "the golden file was made from other tokens",
             code="input-ids",
             file=path,
             hint="It brings its own: leave --input-ids out.",
         )
-    if positions is None:
-        positions = made.positions
-    columns = None if positions is None else find_columns(positions, made.inputs)
-    values = {key: value for key, value in made.values.items() if not key.startswith("hidden.")}
-    for key, source in stages.hidden_sources(config.num_layers).items():
-        if key in made.values:
-            values.setdefault(source, made.values[key])
-    _check_keys(values, config, path)
-    for key, value in values.items():
-        shape = dumped_shape(config, key, value.size, made.inputs, columns, path)
-        if shape != value.shape:
-            raise RefusedError(
-                "a tensor has another shape than this model's",
-                code="dump-shape",
-                file=path,
-                tensor=key,
-                found=list(value.shape),
-                expected=list(shape),
-            )
-    return Dump(made.inputs, values, made.metadata.get("dtype"), columns, made.metadata.get("weights_sha256"))
+    return found.inputs if inputs is None else inputs
 
 
 def _same_tokens(one: Inputs, other: Inputs) -> bool:
@@ -142,82 +258,33 @@ def _check_keys(keys: Iterable[str], config: Qwen2Config, path: str | os.PathLik
         )
 
 
-def _read_map(folder: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None) -> Dump:
-    path = folder / MAP
-    content = strict_json.loads(path.read_bytes(), what="map of a dump", max_bytes=_MAX_BYTES, file=os.fspath(path))
-    entries = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(entries, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("file"), str) for entry in entries.values()
-    ):
-        raise BrokenContainerError(
-            "not a map of a dump",
-            code="dump-map",
-            file=path,
-            expected='"stages": {"stage.0.attn_norm": {"file": "NAME.npy"}, ...}',
-        )
-    if not entries:
-        raise RefusedError("the map names no stage", code="nothing-compared", file=path)
-    _check_keys(entries, config, path)
-    if inputs is None:
-        inputs = from_mapping(content, path) if "input_ids" in content else beside(folder)
-    if positions is None and "positions" in content:
-        positions = checked_positions(content["positions"], path)
-    columns = None if positions is None else find_columns(positions, inputs)
-    default = content.get("dtype")
-    if default is not None and default not in _DTYPES:
-        raise UsageError("unknown dtype", code="dtype", file=path, found=default, expected=" or ".join(_DTYPES))
-    values = {key: _load(folder, key, entry, default, config, inputs, columns) for key, entry in entries.items()}
-    return Dump(inputs, values, default, columns)
-
-
-def _load(
-    folder: pathlib.Path,
-    key: str,
-    entry: Mapping[str, Any],
-    default: str | None,
-    config: Qwen2Config,
-    inputs: Inputs,
-    columns: np.ndarray | None,
-) -> np.ndarray:
-    path = folder / entry["file"]
-    if not path.is_file():
-        raise MissingFileError("the map names a file that is not there", code="file-missing", file=path)
-    flat = _npy(path) if path.suffix == ".npy" else _raw(path, entry.get("dtype", default or "float32"))
-    flat = flat.astype(np.float64 if flat.dtype == np.float64 else np.float32)
-    shape = dumped_shape(config, key, flat.size, inputs, columns, path)
-    return _in_order(flat, key, entry.get("layout"), shape, config, path)
-
-
-def _npy(path: pathlib.Path) -> np.ndarray:
-    try:
-        with path.open("rb") as file:  # np.load would open archives and pickles as well
-            array = np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError, MemoryError) as error:
-        raise BrokenContainerError(f"not a .npy array: {error}", code="npy", file=path) from None
-    if array.dtype.kind != "f":
+def _load(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
+    batch, length = inputs.input_ids.shape
+    pair = Key(key).per_pair
+    whole = math.prod((batch, *stages.shape(config, Key(key).stage, length)))
+    array = stage.load(whole // length * (length + _SPARE_KEYS) if pair else whole)
+    if array.dtype.kind in "iub":
+        raise RefusedError("no array of floats", code="dump-dtype", file=stage.file, tensor=key, found=str(array.dtype))
+    if pair and array.ndim >= 3 and array.shape[-1] > length and stage.layout is None:
+        array = array[..., :length]
+    # float32 and float64 as they are, whatever their byte order; narrower types are widened.
+    wide = array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32)
+    shape = dumped_shape(config, key, wide.size, inputs, columns, stage.file)
+    if stage.shaped and wide.ndim == len(shape) and wide.shape != shape:
         raise RefusedError(
-            "no array of floats", code="dump-dtype", file=path, found=str(array.dtype), expected="float32"
+            "a tensor has another shape than this model's",
+            code="dump-shape",
+            file=stage.file,
+            tensor=key,
+            found=list(wide.shape),
+            expected=list(shape),
         )
-    return array
-
-
-def _raw(path: pathlib.Path, name: str) -> np.ndarray:
-    if name not in _DTYPES:
-        raise UsageError("unknown dtype", code="dtype", file=path, found=name, expected=" or ".join(_DTYPES))
-    dtype, data = np.dtype(_DTYPES[name]), path.read_bytes()
-    if len(data) % dtype.itemsize:
-        raise BrokenContainerError(
-            "the size is no whole number of elements",
-            code="dump-size",
-            file=path,
-            found=f"{len(data)} bytes",
-            expected=f"a multiple of {dtype.itemsize} for {name}",
-        )
-    return np.frombuffer(data, dtype)
+    ordered = _in_order(wide.ravel(), stage.layout, shape, config, stage.file)
+    return ordered if stage.factor == 1.0 else ordered * np.asarray(stage.factor, ordered.dtype)
 
 
 def _in_order(
-    flat: np.ndarray, key: str, layout: str | None, shape: tuple[int, ...], config: Qwen2Config, path: pathlib.Path
+    flat: np.ndarray, layout: str | None, shape: tuple[int, ...], config: Qwen2Config, path: str | os.PathLike[str]
 ) -> np.ndarray:
     attention = len(shape) == 4
     if layout is not None and not isinstance(layout, str):
@@ -233,7 +300,12 @@ def _in_order(
     else:
         sizes["d"] = shape[2]
     missing = set(wanted) - set(layout)
-    if set(layout) - set(sizes) or len(set(layout)) != len(layout) or any(sizes[axis] != 1 for axis in missing):
+    if (
+        set(layout) - set(sizes)
+        or len(set(layout)) != len(layout)
+        or any(sizes[axis] != 1 for axis in missing)
+        or math.prod(sizes[axis] for axis in layout) != flat.size
+    ):
         raise UsageError(
             "unknown layout", code="dump-layout", file=path, found=layout, expected=f"an order of {wanted}"
         )

@@ -139,7 +139,7 @@ def dumped_columns(key: str, count: int, inputs: Inputs, columns: np.ndarray | N
         return None
     if columns is not None and count == columns.shape[1]:
         return columns
-    return last_columns(inputs) if key == stages.LOGITS and count == 1 else None
+    return last_columns(inputs) if count == 1 and not Key(key).per_pair else None
 
 
 def dumped_shape(
@@ -153,10 +153,11 @@ def dumped_shape(
     """Returns the shape [B, T or R, ...] of a stage of which a file holds `size` elements.
 
     Raises:
-      RefusedError: Neither all positions, nor those at `columns`, nor the last token's logits have that many.
+      RefusedError: Neither all positions, nor those at `columns`, nor the last token have that many. Engines compute
+        logits, and what comes before them behind the last attention, of the last token alone.
     """
     batch, length = inputs.input_ids.shape
-    counts = [length, *([] if columns is None else [columns.shape[1]]), *([1] if key == stages.LOGITS else [])]
+    counts = [length, *([] if columns is None else [columns.shape[1]]), *([] if Key(key).per_pair else [1])]
     whole, axis = (batch, *stages.shape(config, Key(key).stage, length)), position_axis(key)
     shapes = [(*whole[:axis], count, *whole[axis + 1 :]) for count in counts]
     for shape in shapes:

@@ -1,0 +1,59 @@
+"""Our own folders: arrays with a `dump.json` that says which file is which stage."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.engines import bounded, names
+from apr_jax.engines.found import Found, Stage
+from apr_jax.trace.inputs import from_mapping
+from apr_jax.trace.positions import checked_positions
+
+MAP = "dump.json"
+
+
+def read(folder: pathlib.Path, config: Qwen2Config, content: Any = None) -> Found:
+    """Reads a folder with a map; the stages' files are read later, when it is known how much they can hold."""
+    path = folder / MAP
+    if content is None:
+        content = bounded.json(path, "map of a dump")
+    entries = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("file"), str) for entry in entries.values()
+    ):
+        raise BrokenContainerError(
+            "not a map of a dump",
+            code="dump-map",
+            file=path,
+            expected='"stages": {"stage.0.attn_norm": {"file": "NAME.npy"}, ...}',
+        )
+    if not entries:
+        raise RefusedError("the map names no stage", code="nothing-compared", file=path)
+    default = content.get("dtype")
+    if default is not None:
+        default = bounded.checked_dtype(default, path)
+    inputs = from_mapping(content, path) if "input_ids" in content else None
+    positions = checked_positions(content["positions"], path) if "positions" in content else None
+    stages = {
+        names.key_of(key, config.num_layers) or key: _stage(folder, entry, default) for key, entry in entries.items()
+    }
+    return Found(stages, inputs, positions, default)
+
+
+def _stage(folder: pathlib.Path, entry: Mapping[str, Any], default: str | None) -> Stage:
+    path = bounded.inside(folder, entry["file"])
+    name = entry.get("dtype", default or "float32")
+    bounded.checked_dtype(name, folder / MAP)
+    load = functools.partial(bounded.npy, path) if path.suffix == ".npy" else functools.partial(_raw, path, name)
+    return Stage(load, path, entry.get("layout"))
+
+
+def _raw(path: pathlib.Path, name: str, most: int | None) -> np.ndarray:
+    return bounded.raw(path, name, bounded.MAX_FILE // 8 if most is None else most)
