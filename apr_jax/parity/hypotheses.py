@@ -65,8 +65,13 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Siz
 
 def multiplications(question: Question) -> list[Mistakes]:
     """Returns the ways of multiplying less precisely that the table has for a stage."""
-    faults = (fault for fault in FAULTS.values() if fault.multiplies and question.stage in fault.stages)
-    return [(fault.made(**each),) for fault in faults for each in fault.variants(question, question.nodes[-1])]
+    ways = (
+        fault.made(**each)
+        for fault in FAULTS.values()
+        if fault.multiplies
+        for each in fault.variants(question, question.nodes[-1])
+    )
+    return [(mistake,) for mistake in ways if question.stage in mistake.stages(question.replay)]
 
 
 def _is_numerical(mistake: Mistake) -> bool:

@@ -241,7 +241,7 @@ class Search:
         """Returns what ways of multiplying make of mistakes that leave more than rounding: engines round activations
         beside the weights that they quantise, and that is less than such mistakes may leave unexplained."""
         stacks = ((*mistakes, *way) for mistakes, _ in accepted for way in multiplications(self._question()))
-        fits = ((stack, self._judge(stack)) for stack in stacks if len(set(mistake.fault for mistake in stack)) > 1)
+        fits = ((stack, self._judge(stack)) for stack in stacks if len({mistake.fault for mistake in stack}) > 1)
         return [(stack, fit) for stack, fit in fits if fit is not None and fit.within(_SLACK)]
 
     def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
