@@ -170,11 +170,13 @@ def rendered(template: str, variables: Mapping[str, Any], given: Sequence[str]) 
         raise
     except RecursionError:
         raise RefusedError(
-            "the chat template is nested too deeply, or does not end", code="chat-template-broken"
+            "the chat template is nested too deeply, or does not end", code="chat-template-broken", hint=_ANOTHER
         ) from None
     except Exception as error:  # a program can fail in any way, and so can Python's compiler on what jinja2 makes of it
         said = printable(str(error)) or type(error).__name__
-        raise RefusedError(f"the chat template does not work: {said[:300]}", code="chat-template-broken") from None
+        raise RefusedError(
+            f"the chat template does not work: {said[:300]}", code="chat-template-broken", hint=_ANOTHER
+        ) from None
     return text, [name for name in given if name not in asked_for]
 
 

@@ -106,7 +106,12 @@ class Checkpoint:
                 return _made_config(self.model_config(), self.metadata, tensors)
         if self.incomplete is not None:
             raise self.incomplete.error(self.path)
-        raise RefusedError("there is no config.json", code="config-missing", file=self.path)
+        raise RefusedError(
+            "there is no config.json",
+            code="config-missing",
+            file=self.path,
+            hint="Name the folder that has it, or put the model's own beside the tensors.",
+        )
 
     @property
     def has_config(self) -> bool:

@@ -251,7 +251,14 @@ def for_model(checkpoint: Checkpoint, config: Qwen2Config) -> Checkpoint:
       RefusedError: As `check_names`.
     """
     checkpoint = checkpoint.without(filter(is_no_weight, checkpoint.tensors))
-    naming = check_names(checkpoint.path, config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+    try:
+        naming = check_names(checkpoint.path, config, {name: t.shape for name, t in checkpoint.tensors.items()})
+    except RefusedError as error:
+        error.hint = error.hint or (
+            "`convert --rename FROM=TO` gives tensors other names, --leave-out GLOB leaves some out; what is missing "
+            "only another file, or another config.json, can give it."
+        )
+        raise
     return checkpoint if naming is None else checkpoint.renamed(naming.names)
 
 

@@ -121,7 +121,11 @@ def quantise(values: np.ndarray, dtype_name: str, shape: Sequence[int]) -> bytes
         raise RefusedError(f"cannot quantise to {dtype_name}", code="cast-unsupported", found=dtype_name)
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     if not np.isfinite(flat).all():
-        raise RefusedError("NaN and infinities cannot be quantised", code="cast-non-finite")
+        raise RefusedError(
+            "NaN and infinities cannot be quantised",
+            code="cast-non-finite",
+            hint="Casts to floating-point types keep them; --cast GLOB=TYPE names other tensors.",
+        )
     if not flat.size:
         return b""
     columns = dtype.padded_columns(shape, dtype.encoded_nbytes(shape))

@@ -92,6 +92,7 @@ def read_header(source: SourceFile) -> GgufHeader:
             offset=4,
             found=version,
             expected=" or ".join(map(str, VERSIONS)),
+            hint="The `gguf` package's gguf-convert-endian turns it round." if swapped else None,
         )
     tensors = reader.count(min(MAX_TENSORS, reader.left // 24), "tensors")
     pairs = reader.count(min(MAX_PAIRS, reader.left // 13), "pairs of metadata")

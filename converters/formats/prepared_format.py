@@ -132,6 +132,7 @@ def read(folder: str) -> Description:
             file=path,
             found=description.devices,
             expected=1,
+            hint="Save them again from a model that was loaded on one device.",
         )
     return description
 
