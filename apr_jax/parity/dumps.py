@@ -25,8 +25,8 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError, UsageError
-from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs
-from apr_jax.engines.found import Found, Stage
+from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs, summaries
+from apr_jax.engines.found import Found, Stage, Summary
 from apr_jax.trace import aprt, stages
 from apr_jax.trace.inputs import Inputs, beside
 from apr_jax.trace.positions import Positions, dumped_shape, find_columns
@@ -48,6 +48,7 @@ class Dump:
       columns: The columns of the batch that a dump of some positions holds, [B, R].
       weights_sha256: Of which weights it was made, as `golden.weights_sha256`; None if it does not say.
       strangers: Files of the dump that are no stage of this model.
+      summaries: Trace key -> a few numbers of stages whose values were not dumped.
     """
 
     inputs: Inputs
@@ -56,6 +57,7 @@ class Dump:
     columns: np.ndarray | None = None
     weights_sha256: str | None = None
     strangers: tuple[str, ...] = ()
+    summaries: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,8 @@ FORMS = (
         "apr_jax.capture, your own engine",
         lambda path: (path / MAP).is_file(),
         maps.read,
-        "a folder with dump.json, which names the file, dtype and layout of each stage: .npy or raw values",
+        "a folder with dump.json, which names the file, dtype and layout of each stage (.npy or raw values), or"
+        " has numbers instead (min, max, mean, l2)",
     ),
     Form(
         "APRT",
@@ -122,6 +125,13 @@ FORMS = (
         arrays.npy_folder,
         "a folder of .npy files named as values: attn_norm-0.npy, kq_soft_max-0.npy, l_out-0.npy, result_output.npy"
         " (llama.cpp), hidden_states.0.npy, stage.0.attn_norm.npy; the token ids beside them",
+    ),
+    Form(
+        "log",
+        "llama-eval-callback",
+        summaries.shows_log,
+        summaries.log,
+        "a .txt or .log file of what it printed: sums alone are compared",
     ),
     Form(
         "npz",
@@ -210,7 +220,7 @@ def _fitted(
     found: Found, path: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None
 ) -> Dump:
     """Fits what was found to the model: tokens, positions and the shape of every stage."""
-    if not found.stages:
+    if not found.stages and not found.summaries:
         raise RefusedError(
             "the dump holds no stage of this model",
             code="nothing-compared",
@@ -219,14 +229,14 @@ def _fitted(
             expected="names such as stage.0.attn_norm, hidden.0, logits",
             hint="parity.py --explain-format says what is read.",
         )
-    _check_keys(found.stages, config, path)
+    _check_keys([*found.stages, *found.summaries], config, path)
     batch = _tokens(found, path, inputs)
     positions = found.positions if positions is None else positions
     if found.finish is not None:
         batch, positions = found.finish(batch)
     columns = None if positions is None else find_columns(positions, batch)
     values = {key: _load(key, stage, config, batch, columns) for key, stage in found.stages.items()}
-    return Dump(batch, values, found.dtype, columns, found.weights_sha256, found.strangers)
+    return Dump(batch, values, found.dtype, columns, found.weights_sha256, found.strangers, found.summaries)
 
 
 def _tokens(found: Found, path: pathlib.Path, inputs: Inputs | None) -> Inputs:

@@ -18,7 +18,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.engines import bounded, jsonl
 from apr_jax.load.load_model import load_model
-from apr_jax.parity import dumps
+from apr_jax.parity import dumps, summaries
 from apr_jax.parity.diagnose import diagnose
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
@@ -270,6 +270,104 @@ class ModuleOutputsTest(ReadersTestCase):
         for path in self.folder.rglob("*embed_tokens*input*"):
             path.unlink()
         self.refused(RefusedError, "token-ids-missing", self.folder)
+
+
+class SummariesTest(ReadersTestCase):
+    """Dumps of a few numbers of each stage."""
+
+    def judged(self, path, *args):
+        dump = dumps.read(path, self.config, *args)
+        self.assertEqual(dict(dump.values), {})
+        return summaries.judge(self.exact, load(paths.checkpoint(NAME), "float32", "cpu"), dump.inputs, dump.summaries)
+
+    def write_map(self, values, digits=7):
+        def short(number):
+            return float(f"{number:.{digits}g}")
+
+        entries = {
+            key: {
+                "min": short(value.min()),
+                "max": short(value.max()),
+                "mean": short(value.mean(dtype=np.float64)),
+                "l2": short(np.linalg.norm(value.astype(np.float64))),
+            }
+            for key, value in values.items()
+        }
+        (self.folder / "dump.json").write_text(json.dumps({"input_ids": self.ids.tolist(), "stages": entries}))
+        return self.folder
+
+    def test_a_right_run_differs_nowhere(self):
+        answer = self.judged(self.write_map(self.engine()))
+        self.assertEqual((answer.differences, len(answer.compared)), ((), 37))
+
+    @parameterized.parameters(
+        ("rope-adjacent-pairs", {}, "stage.0.q_post_rope", "adjacent-pair RoPE"),
+        ("kv-heads-interleaved", {}, "stage.0.attn_scores", "KV head h mod"),
+        ("norm-weight-missing", {}, "stage.0.attn_norm", "weight is missing"),
+        ("mask-not-causal", {}, "stage.0.attn_scores", "not causal"),
+        ("final-norm-missing", {}, "stage.final_norm", "final norm is missing"),
+    )
+    def test_the_first_wrong_stage_is_named_and_the_mistake_is_on_the_shortlist(self, name, parameters, key, said):
+        answer = self.judged(self.write_map(self.engine(Planted(name, None, parameters))))
+        self.assertEqual({one.key for one in answer.differences}, {key})
+        self.assertIn(said, "; ".join(answer.shortlist))
+        self.assertLess(len(answer.shortlist), 6)
+
+    def test_what_llama_eval_callback_prints(self):
+        def text(values):
+            for key, name, operation in (
+                ("stage.embedding", "inp_embd", "GET_ROWS(token_embd.weight{64, 288, 1, 1}, inp_tokens{40, 1, 1, 1}})"),
+                ("stage.0.attn_norm", "attn_norm-0", "MUL(norm-0{64, 40, 1, 1}, blk.0.attn_norm.weight{64, 1, 1, 1}})"),
+                (None, "Qcur-0", "MUL_MAT(blk.0.attn_q.weight{64, 64, 1, 1}, attn_norm-0{64, 40, 1, 1}})"),
+                ("stage.0.q_post_rope", "Qcur-0", "ROPE(Qcur-0 (reshaped){16, 4, 40, 1}, inp_pos{40, 1, 1, 1}})"),
+                ("stage.0.post_ffn_residual", "l_out-0", "ADD(ffn_out-0{64, 40, 1, 1}, ffn_inp-0{64, 40, 1, 1}})"),
+                ("stage.1.post_ffn_residual", "l_out-1", "ADD(ffn_out-1{64, 1, 1, 1}, ffn_inp-1{64, 1, 1, 1}})"),
+            ):
+                value = np.ones((1, 40, 64)) if key is None else values[key]
+                value = value[:, -1:] if "-1" in name else value
+                size = f"{value.shape[2]}, {value.shape[1]}, 1, 1"
+                yield f"ggml_debug: {name:>24} = (f32) {operation} = {{{size}}}"
+                yield from ("    [", "     [ -0.0181,   0.0272, ..., 0.1],", "    ]")
+                yield f"    sum = {value.sum(dtype=np.float64):.6f}"
+
+        (self.folder / "token_ids.json").write_text(json.dumps(self.ids[0].tolist()))
+        path = self.folder / "run.txt"
+        for fault, first in ((None, set()), (Planted("rope-adjacent-pairs"), {"stage.0.q_post_rope"})):
+            path.write_text("llama_new_context: n_ctx = 512\n" + "\n".join(text(self.engine(*filter(None, [fault])))))
+            answer = self.judged(path)
+            self.assertEqual({one.key for one in answer.differences}, first)
+            self.assertLen(answer.compared, 3 if first else 5)
+
+    def test_msprobe_statistics(self):
+        values, data = self.engine(Planted("rms-norm-eps", None, {"eps": 1e-3})), {}
+        for module, key in (
+            ("model.embed_tokens.Embedding", "stage.embedding"),
+            *(
+                (f"model.layers.{layer}.{module}", f"stage.{layer}.{stage}")
+                for layer in range(2)
+                for module, stage in (
+                    ("input_layernorm.Qwen2RMSNorm", "attn_norm"),
+                    ("post_attention_layernorm.Qwen2RMSNorm", "ffn_norm"),
+                    ("mlp.down_proj.Linear", "ffn_out"),
+                    ("mlp.up_proj.Linear", "ffn_up"),
+                )
+            ),
+            ("model.norm.Qwen2RMSNorm", "stage.final_norm"),
+        ):
+            value = values[key].astype(np.float64)
+            numbers = {"Max": value.max(), "Min": value.min(), "Mean": value.mean(), "Norm": np.linalg.norm(value)}
+            data[f"Module.{module}.forward.0"] = {"output": [{"type": "torch.Tensor", **numbers}]}
+        (self.folder / "dump.json").write_text(json.dumps({"task": "statistics", "level": "L0", "data": data}))
+        answer = self.judged(self.folder, Inputs.of(self.ids))
+        self.assertEqual({one.key for one in answer.differences}, {"stage.0.attn_norm"})
+
+    @parameterized.parameters({}, {"l2": "x"}, {"l2": None}, {"min": [1]}, {"max": 1e999})
+    def test_no_numbers_are_refused(self, **entry):
+        text = json.dumps({"input_ids": [[1]], "stages": {"logits": entry}}).replace("Infinity", "1e999")
+        (self.folder / "dump.json").write_text(text)
+        with self.assertRaises(AprJaxError) as caught:
+            dumps.read(self.folder, self.config)
+        self.assertIn(caught.exception.code, ("dump-map", "json-number"))
 
 
 class JsonlTest(ReadersTestCase):
