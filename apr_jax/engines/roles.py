@@ -219,7 +219,7 @@ def _within(path: Part) -> str:
 
 def _norm(path: Part) -> str | None:
     words = _words(path.name)
-    if words & {"post", "ffn", "mlp", "ff", "2", "feed"}:
+    if words & {"post", "ffn", "ffw", "mlp", "ff", "2", "feed"}:
         return "ffn_norm"
     return "attn_norm" if words & {"input", "pre", "attn", "attention", "1"} else None
 
