@@ -124,7 +124,9 @@ def main(args: argparse.Namespace) -> int:
     if dump.summaries and not dump.values:
         return _summaries(args, dump, exact, same)
     notes = _notes(args, dump, exact)
+    dump, of_ranks = _put_together(dump, exact)
     diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told())
+    diagnosis = dataclasses.replace(diagnosis, findings=(*of_ranks, *diagnosis.findings))
     diagnosis = _without_expected(args, diagnosis, notes)
     if args.check_upload:
         diagnosis = _with_upload(args, dtype, diagnosis, notes)
@@ -134,6 +136,16 @@ def main(args: argparse.Namespace) -> int:
     else:
         _print(report, diagnosis)
     return cli.EXIT_DIFFERS if report["verdict"] == "mistake" else 0
+
+
+def _put_together(dump: Dump, exact: LanguageModel) -> tuple[Dump, list[Finding]]:
+    """Puts the stages of tensor-parallel ranks together as they should have been, and says what was wrong."""
+    from apr_jax.parity import ranks
+
+    if not dump.ranks:
+        return dump, []
+    values, findings = ranks.judge(exact, dump.inputs, dump.ranks, dump.columns)
+    return dataclasses.replace(dump, values=values), findings
 
 
 def _summaries(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel) -> int:

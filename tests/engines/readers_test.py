@@ -15,10 +15,11 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax import capture
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.engines import bounded, jsonl
 from apr_jax.load.load_model import load_model
-from apr_jax.parity import dumps, summaries
+from apr_jax.parity import dumps, ranks, summaries
 from apr_jax.parity.diagnose import diagnose
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
@@ -368,6 +369,93 @@ class SummariesTest(ReadersTestCase):
         with self.assertRaises(AprJaxError) as caught:
             dumps.read(self.folder, self.config)
         self.assertIn(caught.exception.code, ("dump-map", "json-number"))
+
+
+class RanksTest(ReadersTestCase):
+    """Dumps of tensor-parallel ranks, each written as its own process would."""
+
+    @staticmethod
+    def share(key, value, rank, count, config):
+        """What a rank holds of a stage; KV heads are held by several ranks where there are fewer of them."""
+        stage, width = key.rpartition(".")[2], config.head_dim
+        kv = max(config.num_kv_heads // count, 1) * width
+        place = rank * config.num_kv_heads // count
+        if stage in ("attn_scores", "attn_softmax"):
+            return np.split(value, count, 1)[rank]
+        if stage == "k_post_rope":
+            return value[..., place * width : place * width + kv]
+        if stage in ("qkv_matmul", "qkv_bias"):
+            ends = np.cumsum([config.num_heads, config.num_kv_heads]) * width
+            q, k, v = np.split(value, ends, -1)
+            shown = [each[..., place * width : place * width + kv] for each in (k, v)]
+            return np.concatenate([np.split(q, count, -1)[rank], *shown], -1)
+        split = ("q_post_rope", "attention", "ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl", "logits")
+        return np.split(value, count, -1)[rank] if stage in split else value
+
+    def write(self, values, count, order=None, change=lambda rank, key, value: value):
+        for rank in range(count):
+            held = (order or range(count))[rank]
+            own = {
+                key: np.ascontiguousarray(change(rank, key, self.share(key, value, held, count, self.config)))
+                for key, value in values.items()
+            }
+            capture.arrays(self.folder / f"rank{rank}", self.ids, own)
+        return dumps.read(self.folder, self.config)
+
+    def judged(self, dump):
+        values, findings = ranks.judge(self.exact, dump.inputs, dump.ranks, dump.columns)
+        same = load(paths.checkpoint(NAME), "float32", "cpu")
+        rest = diagnose(self.exact, same, dump.inputs, values, dump.columns).findings
+        return [one.fault for one in findings], [one.fault for one in rest], values
+
+    @parameterized.parameters(2, 4)
+    def test_parts_are_put_together(self, count):
+        values = self.engine()
+        dump = self.write(values, count)
+        self.assert_holds(dump, values, values)
+        self.assertEqual(self.judged(dump)[:2], ([], []))
+
+    @parameterized.parameters(((1, 0),), ((0, 2, 1, 3),), ((3, 2, 1, 0),))
+    def test_ranks_in_another_order_are_named(self, order):
+        values = self.engine()
+        named, rest, sorted_out = self.judged(self.write(values, len(order), order))
+        self.assertEqual((named, rest), (["rank-order"], []))
+        np.testing.assert_array_equal(sorted_out["stage.1.ffn_up"], values["stage.1.ffn_up"])
+
+    @parameterized.parameters("attn_out", "ffn_out")
+    def test_parts_that_are_not_summed_are_named(self, stage):
+        values, noise = self.engine(), np.random.default_rng(0)
+        part = values[f"stage.0.{stage}"]
+        part = (part * noise.uniform(0, 1, part.shape)).astype(np.float32)
+        later = {"attn_out": "post_attn_residual", "ffn_out": "post_ffn_residual"}[stage]
+        for reduced in (True, False):
+
+            def own(rank, key, value, reduced=reduced):
+                if key == f"stage.0.{stage}":
+                    return part if rank else value - part
+                return value + part * (1 if rank else -1) if key == f"stage.0.{later}" and not reduced else value
+
+            self.folder = pathlib.Path(self.create_tempdir().full_path)
+            named, rest, _ = self.judged(self.write(values, 2, change=own))
+            self.assertEqual((named, rest), ([] if reduced else ["all-reduce-missing"], []))
+
+    def test_another_mistake_is_named_as_ever(self):
+        named, rest, _ = self.judged(self.write(self.engine(Planted("rope-adjacent-pairs")), 2))
+        self.assertEqual((named, rest), ([], ["rope-adjacent-pairs"]))
+        self.folder = pathlib.Path(self.create_tempdir().full_path)
+        named, rest, _ = self.judged(self.write(self.engine(Planted("qkv-bias-twice")), 2))
+        self.assertEqual((named, rest), ([], ["qkv-bias-twice"]))
+
+    def test_ranks_that_do_not_fit_are_refused(self):
+        self.write(self.engine(), 2)
+        (self.folder / "rank1").rename(self.folder / "rank3")
+        self.refused(RefusedError, "dump-ranks", self.folder)
+        (self.folder / "rank3").rename(self.folder / "rank1")
+        (self.folder / "rank2").mkdir()
+        self.refused(RefusedError, "dump-ranks", self.folder)
+        (self.folder / "rank2").rmdir()
+        np.save(self.folder / "rank0" / "stage.0.ffn_up.npy", np.ones((1, LENGTH, 7), np.float32))
+        self.refused(RefusedError, "dump-size", self.folder)
 
 
 class JsonlTest(ReadersTestCase):
