@@ -101,6 +101,21 @@ class HiddenStatesTest(ReadersTestCase):
         np.savez(path, hidden_states=np.stack(self.states(values)[:2]), input_ids=self.ids)
         self.refused(RefusedError, "dump-shape", path)
 
+    @parameterized.parameters("present.{}.key", "past_key_values.{}.key", "k_cache.{}")
+    def test_the_keys_of_a_cache(self, name):
+        values, c = self.engine(), self.config
+        arrays = {
+            name.format(layer): np.ascontiguousarray(
+                values[f"stage.{layer}.k_post_rope"].reshape(1, LENGTH, c.num_kv_heads, c.head_dim).swapaxes(1, 2)
+            )
+            for layer in range(2)
+        }
+        arrays |= {"present.0.value": np.zeros(3, np.float32), "input_ids": self.ids.astype(np.int32)}
+        safetensors.numpy.save_file(arrays, self.folder / "x.safetensors")
+        dump = dumps.read(self.folder / "x.safetensors", self.config)
+        self.assert_holds(dump, values, ["stage.0.k_post_rope", "stage.1.k_post_rope"])
+        self.assertEqual(dump.strangers, ("present.0.value",))
+
     def test_hidden_names_in_a_map_and_as_files(self):
         values = self.engine()
         for index, state in enumerate(self.states(values)):
