@@ -1,47 +1,57 @@
-"""Captures the stages of one's own PyTorch model and lets parity say what is wrong with it.
+"""Captures one's own PyTorch model and lets parity say what is wrong with it.
 
     python find_mistake_in_torch.py MODEL                           # the model below is right: nothing is found
     python find_mistake_in_torch.py MODEL --mistake rope|eps|heads  # and so it is told what each of these is
 
-Put your own model in place of `MyQwen2` and call `capture` where it has a stage's value: `apr_jax.trace.stages` has
-their names, `docs/dumps.md` says what each one is; the more, the sharper the answer. MODEL is a HuggingFace folder, an
-`.apr` or a safetensors file.
+Put your own model in place of `MyQwen2`: `capture.torch` finds its layers, whatever they are called; what it does not
+find is one mapping (NAMES below; HuggingFace's and vLLM's names need none). MODEL is a HuggingFace folder, an `.apr` or
+a safetensors file.
 """
 
 import argparse
+import pathlib
 import sys
+import tempfile
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import linear, silu
 
-from apr_jax import load_model, open_checkpoint
-from apr_jax.parity.diagnose import diagnose
+from apr_jax import capture, open_checkpoint
+from apr_jax.commands import parity
 from apr_jax.trace.inputs import seeded
 
+NAMES = {"q": "query_of", "k": "key_of", "v": "value_of", "o": "mix"}
 
-class MyQwen2:
-    """A forward pass in PyTorch, from a checkpoint's tensors; `mistake` plants one of three."""
 
-    def __init__(self, path: str, mistake: str | None):
-        with open_checkpoint(path) as checkpoint:
-            self.config = checkpoint.model_config()
-            self.weights = {
-                name: torch.tensor(tensor.read().astype(np.float32)) for name, tensor in checkpoint.tensors.items()
-            }
-        self.mistake = mistake
-        self.captured: dict[str, np.ndarray] = {}
+class Norm(nn.Module):
+    def __init__(self, weight: torch.Tensor, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight), eps
 
-    def capture(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        self.captured[key] = value.numpy()
-        return value
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        eps = 1e-3 if self.mistake == "eps" else self.config.rms_norm_eps
-        return self.weights[f"{name}.weight"] * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
-    def linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+class Linear(nn.Module):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Layer(nn.Module):
+    def __init__(self, take, at, config, mistake):
+        super().__init__()
+        self.config, self.mistake, eps = config, mistake, 1e-3 if mistake == "eps" else config.rms_norm_eps
+        for ours, name in zip(NAMES.values(), "qkvo", strict=True):
+            setattr(self, ours, take(f"{at}.self_attn.{name}_proj"))
+        self.gate, self.up, self.down = (take(f"{at}.mlp.{name}_proj") for name in ("gate", "up", "down"))
+        self.attn_norm = Norm(take(f"{at}.input_layernorm").weight.data, eps)
+        self.ffn_norm = Norm(take(f"{at}.post_attention_layernorm").weight.data, eps)
 
     def rope(self, x: torch.Tensor) -> torch.Tensor:
         half = x.shape[-1] // 2
@@ -53,13 +63,10 @@ class MyQwen2:
         low, high = x.split(half, -1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
-    def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        config, length, stage = self.config, x.shape[1], f"stage.{layer}"
-        at = f"model.layers.{layer}.self_attn"
-        q, k, v = (self.linear(x, f"{at}.{name}_proj").unflatten(-1, (-1, config.head_dim)) for name in "qkv")
-        self.capture(f"{stage}.qkv_bias", torch.cat([part.flatten(2) for part in (q, k, v)], -1))
-        q = self.capture(f"{stage}.q_post_rope", self.rope(q).flatten(2)).unflatten(-1, (-1, config.head_dim))
-        k = self.capture(f"{stage}.k_post_rope", self.rope(k).flatten(2)).unflatten(-1, (-1, config.head_dim))
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        config, length = self.config, x.shape[1]
+        q, k, v = (f(x).unflatten(-1, (-1, config.head_dim)) for f in (self.query_of, self.key_of, self.value_of))
+        q, k = self.rope(q), self.rope(k)
         groups = config.num_heads // config.num_kv_heads
         if self.mistake == "heads":  # query head h reads KV head h mod n in place of h // group
             k, v = (part.repeat(1, 1, groups, 1) for part in (k, v))
@@ -68,24 +75,38 @@ class MyQwen2:
         scores = torch.einsum("btnh,bsnh->bnts", q, k) / config.head_dim**0.5
         hidden = torch.ones(length, length).triu(1).bool()
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        values = torch.einsum("bnts,bsnh->btnh", weights, v).flatten(2)
-        self.capture(f"{stage}.attention", values)
-        return self.capture(f"{stage}.attn_out", self.linear(values, f"{at}.o_proj"))
+        return self.mix(torch.einsum("bnts,bsnh->btnh", weights, v).flatten(2))
 
-    @torch.inference_mode()
-    def __call__(self, ids: np.ndarray) -> torch.Tensor:
-        x = self.capture("stage.embedding", self.weights["model.embed_tokens.weight"][torch.tensor(ids).long()])
-        for layer in range(self.config.num_layers):
-            at, stage = f"model.layers.{layer}", f"stage.{layer}"
-            normed = self.capture(f"{stage}.attn_norm", self.norm(x, f"{at}.input_layernorm"))
-            x = self.capture(f"{stage}.post_attn_residual", x + self.attention(normed, layer))
-            normed = self.capture(f"{stage}.ffn_norm", self.norm(x, f"{at}.post_attention_layernorm"))
-            gated = silu(self.linear(normed, f"{at}.mlp.gate_proj")) * self.linear(normed, f"{at}.mlp.up_proj")
-            self.capture(f"{stage}.ffn_swigl", gated)
-            x = self.capture(f"{stage}.post_ffn_residual", x + self.linear(gated, f"{at}.mlp.down_proj"))
-        x = self.capture("stage.final_norm", self.norm(x, "model.norm"))
-        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        return self.capture("logits", linear(x, self.weights[f"{head}.weight"]))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attn_norm(x))
+        normed = self.ffn_norm(x)
+        return x + self.down(silu(self.gate(normed)) * self.up(normed))
+
+
+class MyQwen2(nn.Module):
+    """A forward pass in PyTorch, from a checkpoint's tensors; `mistake` plants one of three."""
+
+    def __init__(self, path: str, mistake: str | None):
+        super().__init__()
+        with open_checkpoint(path) as checkpoint:
+            config = self.config = checkpoint.model_config()
+            tensors = {name: torch.tensor(each.read().astype(np.float32)) for name, each in checkpoint.tensors.items()}
+
+        def take(name: str) -> Linear:
+            return Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+        self.table = nn.Embedding.from_pretrained(tensors["model.embed_tokens.weight"])
+        self.blocks = nn.ModuleList(
+            Layer(take, f"model.layers.{index}", config, mistake) for index in range(config.num_layers)
+        )
+        self.norm = Norm(tensors["model.norm.weight"], 1e-3 if mistake == "eps" else config.rms_norm_eps)
+        self.head = take("model.embed_tokens" if config.tie_word_embeddings else "lm_head")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
 
 
 def main() -> int:
@@ -94,16 +115,14 @@ def main() -> int:
     parser.add_argument("--mistake", choices=("rope", "eps", "heads"))
     args = parser.parse_args()
 
-    mine = MyQwen2(args.model, args.mistake)
-    inputs = seeded(mine.config.vocab_size, batch=1)  # 64 tokens: one token alone sees neither RoPE nor a mask
-    mine(inputs.input_ids)
-
-    exact, same = load_model(args.model, "float64", "cpu"), load_model(args.model, "float32", "cpu")
-    findings = diagnose(exact, same, inputs, mine.captured).findings
-    for finding in findings:
-        print(finding.sentence)
-    print(f"mistakes found: {len(findings)}, in {len(mine.captured)} stages")
-    return 1 if findings else 0
+    model = MyQwen2(args.model, args.mistake)
+    # 64 tokens: one token alone sees neither RoPE nor a mask.
+    ids = torch.tensor(seeded(model.config.vocab_size, batch=1).input_ids).long()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = pathlib.Path(folder, "dump")
+        with torch.inference_mode(), capture.torch(model, dump, names=NAMES):
+            model(ids)
+        return parity.main(parity.parse(["parity", args.model, "--right", str(dump)]))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
     exact = _load(args, "float64", "cpu")
-    dtype = args.right_dtype or dump.dtype or infer_dtype(dump.values)
+    dtype = args.right_dtype or dump.dtype or (infer_dtype(dump.values) if dump.values else "float32")
     if dtype not in DTYPES:
         raise UsageError(
             "dumps of this dtype cannot be judged",
@@ -121,8 +121,12 @@ def main(args: argparse.Namespace) -> int:
             hint="Say with --right-dtype as what it shall be judged.",
         )
     same = _load(args, dtype, args.left)
+    if dump.summaries and not dump.values:
+        return _summaries(args, dump, exact, same)
     notes = _notes(args, dump, exact)
+    dump, of_ranks = _put_together(dump, exact)
     diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told())
+    diagnosis = dataclasses.replace(diagnosis, findings=(*of_ranks, *diagnosis.findings))
     diagnosis = _without_expected(args, diagnosis, notes)
     if args.check_upload:
         diagnosis = _with_upload(args, dtype, diagnosis, notes)
@@ -132,6 +136,47 @@ def main(args: argparse.Namespace) -> int:
     else:
         _print(report, diagnosis)
     return cli.EXIT_DIFFERS if report["verdict"] == "mistake" else 0
+
+
+def _put_together(dump: Dump, exact: LanguageModel) -> tuple[Dump, list[Finding]]:
+    """Puts the stages of tensor-parallel ranks together as they should have been, and says what was wrong."""
+    from apr_jax.parity import ranks
+
+    if not dump.ranks:
+        return dump, []
+    values, findings = ranks.judge(exact, dump.inputs, dump.ranks, dump.columns)
+    return dataclasses.replace(dump, values=values), findings
+
+
+def _summaries(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel) -> int:
+    """Judges a dump that holds a few numbers of each stage only."""
+    from apr_jax.parity import summaries
+
+    if dump.inputs.tokens != dump.inputs.input_ids.size:
+        raise UsageError("numbers over padding mean nothing", code="padding", file=args.right, hint="Dump row by row.")
+    answer = summaries.judge(exact, same, dump.inputs, dump.summaries)
+    report = {
+        "verdict": "mistake" if answer.differences else "rounding",
+        "compared": {
+            "stages": len(answer.compared),
+            "numbers": sum(len(dump.summaries[k].numbers) for k in answer.compared),
+        },
+        "dtype": same.dtype,
+        "first": [dataclasses.asdict(difference) for difference in answer.differences],
+        "shortlist": list(answer.shortlist),
+    }
+    if args.json:
+        cli.print_json(report)
+    elif not answer.differences:
+        print(f"rounding: the numbers of all {len(answer.compared)} stages are those of a right run in {same.dtype}")
+    else:
+        first = answer.differences[0]
+        print(f"mistake: {first.key} is the first stage that differs; {len(answer.compared) - 1} before it are right")
+        for one in answer.differences:
+            print(f"  {one.kind} {one.theirs:.7g}, right is {one.right:.7g} (up to {one.allowed:.1e} is rounding)")
+        print("  it may be: " + ("; ".join(answer.shortlist) or "nothing that is known"))
+        print("Values tell more than numbers: docs/dumps.md says how to dump them.")
+    return cli.EXIT_DIFFERS if answer.differences else 0
 
 
 def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:

@@ -80,7 +80,8 @@ def _by_name(
         if _STACKED.fullmatch(name):
             stages |= _stacked(path, name, load, config)
             continue
-        key = names.key_of(name, config.num_layers, merged)
+        cached = names.cached_keys(name)
+        key = cached or names.key_of(name, config.num_layers, merged)
         if key is None:
             strangers.append(name)
             continue
@@ -90,7 +91,10 @@ def _by_name(
         where = path / f"{name}.npy" if path.is_dir() else path
         # A stage under its own key goes before one under a name that stands for it.
         if key not in stages or key == name:
-            stages[key] = Stage(load, where, None, shaped, config.head_dim**-0.5 if unscaled else 1.0)
+            layout = None if cached is None else "bhtd"
+            stages[key] = Stage(
+                load, where, layout, shaped and cached is None, config.head_dim**-0.5 if unscaled else 1.0
+            )
     given: dict[str, Any] = {name: loads[name](_MOST_TOKENS) for name in names.INPUTS if name in loads}
     inputs = Inputs.of(*(_batch(given.get(name)) for name in names.INPUTS)) if "input_ids" in given else None
     positions = None

@@ -35,6 +35,19 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Summary:
+    """A few numbers of a stage, where its values were not dumped.
+
+    Attributes:
+      numbers: "min", "max", "mean", "l2" or "sum" -> the number.
+      elements: Of how many elements; None if that is not said.
+    """
+
+    numbers: Mapping[str, float]
+    elements: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Found:
     """A dump as it lies there.
 
@@ -45,6 +58,7 @@ class Found:
       dtype: What the engine says it computes in.
       weights_sha256: Of which weights it was made, as `golden.weights_sha256`.
       strangers: Names in the dump that are no stage.
+      summaries: Trace key -> numbers of stages whose values are not there.
       finish: What the tokens become once they are known from elsewhere: a dump may hold those that were generated.
     """
 
@@ -55,6 +69,7 @@ class Found:
     weights_sha256: str | None = None
     strangers: tuple[str, ...] = ()
     finish: Callable[[Inputs], tuple[Inputs, Positions | None]] | None = None
+    summaries: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
 
 
 def of_array(array: np.ndarray, file: str | os.PathLike[str], layout: str | None = None, shaped: bool = False) -> Stage:

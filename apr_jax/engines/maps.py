@@ -11,7 +11,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
-from apr_jax.engines import bounded, names
+from apr_jax.engines import bounded, names, summaries
 from apr_jax.engines.found import Found, Stage
 from apr_jax.trace.inputs import from_mapping
 from apr_jax.trace.positions import checked_positions
@@ -19,14 +19,15 @@ from apr_jax.trace.positions import checked_positions
 MAP = "dump.json"
 
 
-def read(folder: pathlib.Path, config: Qwen2Config, content: Any = None) -> Found:
+def read(folder: pathlib.Path, config: Qwen2Config) -> Found:
     """Reads a folder with a map; the stages' files are read later, when it is known how much they can hold."""
     path = folder / MAP
-    if content is None:
-        content = bounded.json(path, "map of a dump")
+    content: Any = bounded.json(path, "map of a dump")
+    if summaries.is_msprobe(content):
+        return summaries.msprobe(content)
     entries = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("file"), str) for entry in entries.values()
+        isinstance(entry, dict) and isinstance(entry.get("file", ""), str) for entry in entries.values()
     ):
         raise BrokenContainerError(
             "not a map of a dump",
@@ -41,10 +42,12 @@ def read(folder: pathlib.Path, config: Qwen2Config, content: Any = None) -> Foun
         default = bounded.checked_dtype(default, path)
     inputs = from_mapping(content, path) if "input_ids" in content else None
     positions = checked_positions(content["positions"], path) if "positions" in content else None
-    stages = {
-        names.key_of(key, config.num_layers) or key: _stage(folder, entry, default) for key, entry in entries.items()
+    keys = {name: names.key_of(name, config.num_layers) or name for name in entries}
+    stages = {keys[name]: _stage(folder, entry, default) for name, entry in entries.items() if "file" in entry}
+    numbers = {
+        keys[name]: summaries.of_entry(entry, name, path) for name, entry in entries.items() if "file" not in entry
     }
-    return Found(stages, inputs, positions, default)
+    return Found(stages, inputs, positions, default, summaries=numbers)
 
 
 def _stage(folder: pathlib.Path, entry: Mapping[str, Any], default: str | None) -> Stage:

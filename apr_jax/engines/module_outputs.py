@@ -21,7 +21,7 @@ from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageE
 from apr_jax.engines import bounded
 from apr_jax.engines.found import Found, Load, of_array
 from apr_jax.engines.recorder import Recorder, as_numpy, joined
-from apr_jax.engines.roles import INNER, OUTER, Part, Role, assign
+from apr_jax.engines.roles import INNER, OUTER, Role, assign, named
 
 _MSPROBE = re.compile(
     r"(?:Module|Cell)\.(.+)\.(\w+)\.forward\.(\d{1,6})\.(input|output|kwargs)\.(?:\w+\.)?(\d{1,3})(?:\.\d+)*"
@@ -124,7 +124,7 @@ def _replayed(calls: Sequence[Mapping[str, _Module]], path: pathlib.Path, config
         modules = {name: module for name, module in every.items() if not re.search("rotary|rope", name)}
         if not modules:
             continue
-        roles = assign([_part(name) for name in modules])
+        roles = assign([named(name) for name in modules])
         recorder.begin()
         recorder.vocabulary = config.vocab_size
         recorder.call.ids = np.atleast_2d(_ids(modules, roles, path))
@@ -132,13 +132,6 @@ def _replayed(calls: Sequence[Mapping[str, _Module]], path: pathlib.Path, config
             _observe(recorder, roles[name], modules[name], config)
     inputs, values, positions = joined(recorder.calls, None)
     return Found({key: of_array(value, path) for key, value in values.items()}, inputs, positions)
-
-
-def _part(name: str) -> Part:
-    last = name.rpartition(".")[2].lower()
-    kinds = (("norm", "norm"), ("ln_", "norm"), ("proj", "linear"), ("embed", "embedding"), ("wte", "embedding"))
-    kind = next((kind for word, kind in kinds if word in last and "rotary" not in last), "other")
-    return Part(name, kind)  # type: ignore[arg-type]
 
 
 def _order(role: Role) -> tuple[int, int]:

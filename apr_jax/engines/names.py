@@ -4,6 +4,7 @@ stage.0.attn_norm, logits              ours (docs/dumps.md)
 hidden.0, hidden_states.0, _0, [0]     the input of layer 0; as many as there are layers: the final norm, as in
                                        HuggingFace's `hidden_states`, whose last entry is normed
 attentions.0                           HuggingFace's attention weights
+present.0.key, k_cache.0               the keys of a layer's cache, which are its k_post_rope
 attn_norm-0, l_out-0, result_output    llama.cpp's names of a graph's tensors, as its eval-callback shows them
 """
 
@@ -62,6 +63,10 @@ _LLAMA_NAMES = {
     "ffn_out": "ffn_out",
     "l_out": "post_ffn_residual",
 }
+_KEYS = (
+    re.compile(r"(?:past_key_values|present|cache|kv_cache)[._](\d{1,6})[._](?:k|key|keys)"),
+    re.compile(r"(?:k|key)_cache[._-](\d{1,6})"),
+)
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -88,6 +93,12 @@ def key_of(name: str, num_layers: int, merged: bool = False) -> str | None:
         stage = "attn_out" if match[1] == "kqv_out" and merged else _LLAMA_NAMES[match[1]]
         return Key.of(int(match[2]), stage)
     return None
+
+
+def cached_keys(name: str) -> str | None:
+    """Returns the key of `k_post_rope` if a name is that of the keys in a layer's cache, [B, K, slots, H]."""
+    match = next((match for pattern in _KEYS if (match := pattern.fullmatch(name))), None)
+    return None if match is None else Key.of(int(match[1]), "k_post_rope")
 
 
 def _hidden(index: int, num_layers: int) -> str | None:

@@ -38,6 +38,20 @@ class Part:
     shape: tuple[int, ...] = ()
 
 
+def named(name: str) -> Part:
+    """Returns a module of which the name alone is known."""
+    last = name.rpartition(".")[2].lower()
+    kinds: tuple[tuple[str, Kind], ...] = (
+        ("rotary", "other"),
+        ("norm", "norm"),
+        ("ln_", "norm"),
+        ("proj", "linear"),
+        ("embed", "embedding"),
+        ("wte", "embedding"),
+    )
+    return Part(name, next((kind for word, kind in kinds if word in last), "other"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
     """What a module is.
@@ -205,7 +219,7 @@ def _within(path: Part) -> str:
 
 def _norm(path: Part) -> str | None:
     words = _words(path.name)
-    if words & {"post", "ffn", "mlp", "ff", "2", "feed"}:
+    if words & {"post", "ffn", "ffw", "mlp", "ff", "2", "feed"}:
         return "ffn_norm"
     return "attn_norm" if words & {"input", "pre", "attn", "attention", "1"} else None
 

@@ -76,6 +76,9 @@ def _hooks(module: Any, role: Role, recorder: Recorder) -> Iterator[Any]:
     def before(_module: Any, args: Any, kwargs: Any) -> None:
         if role.part == "layer":
             recorder.enter(role.layer)
+            if recorder.call.positions is None:
+                # Where the caller gave none, the model makes them: HuggingFace's counts padding too.
+                recorder.call.positions = _first(_named(_module, args, kwargs), _POSITIONS)
         else:
             taken.append(_copies((args, kwargs)) if role.part in _LOOKED_AT else [])
 

@@ -25,8 +25,10 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError, UsageError
-from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs
-from apr_jax.engines.found import Found, Stage
+from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs, summaries
+from apr_jax.engines.found import Found, Stage, Summary
+from apr_jax.parity import ranks
+from apr_jax.parity.ranks import Parts
 from apr_jax.trace import aprt, stages
 from apr_jax.trace.inputs import Inputs, beside
 from apr_jax.trace.positions import Positions, dumped_shape, find_columns
@@ -48,6 +50,8 @@ class Dump:
       columns: The columns of the batch that a dump of some positions holds, [B, R].
       weights_sha256: Of which weights it was made, as `golden.weights_sha256`; None if it does not say.
       strangers: Files of the dump that are no stage of this model.
+      summaries: Trace key -> a few numbers of stages whose values were not dumped.
+      ranks: Trace key -> what each tensor-parallel rank dumped of it.
     """
 
     inputs: Inputs
@@ -56,6 +60,8 @@ class Dump:
     columns: np.ndarray | None = None
     weights_sha256: str | None = None
     strangers: tuple[str, ...] = ()
+    summaries: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
+    ranks: Mapping[str, Parts] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,8 @@ FORMS = (
         "apr_jax.capture, your own engine",
         lambda path: (path / MAP).is_file(),
         maps.read,
-        "a folder with dump.json, which names the file, dtype and layout of each stage: .npy or raw values",
+        "a folder with dump.json, which names the file, dtype and layout of each stage (.npy or raw values), or"
+        " has numbers instead (min, max, mean, l2)",
     ),
     Form(
         "APRT",
@@ -122,6 +129,13 @@ FORMS = (
         arrays.npy_folder,
         "a folder of .npy files named as values: attn_norm-0.npy, kq_soft_max-0.npy, l_out-0.npy, result_output.npy"
         " (llama.cpp), hidden_states.0.npy, stage.0.attn_norm.npy; the token ids beside them",
+    ),
+    Form(
+        "log",
+        "llama-eval-callback",
+        summaries.shows_log,
+        summaries.log,
+        "a .txt or .log file of what it printed: sums alone are compared",
     ),
     Form(
         "npz",
@@ -153,6 +167,7 @@ def explain() -> str:
     texts = ["parity.py MODEL --right DUMP reads"]
     texts += [f"- {form.name}: {form.looks}. Written by {form.made_by}." for form in FORMS]
     texts += [
+        "Tensor-parallel ranks: a folder with rank0, rank1, ..., each a dump; column and head splits are put together.",
         "The form is told from what is there. Token ids are in the dump, beside it (token_ids.json, or what"
         " golden.py --export-inputs writes), or named by --input-ids. Stages may be missing.",
         f"Keys: stage.embedding; stage.N.STAGE with STAGE one of {', '.join(stages.LAYER_STAGES)}; stage.final_norm;"
@@ -184,6 +199,8 @@ def read(
       AprJaxError: Missing, broken or foreign files; sizes that do not fit the model; nothing to compare.
     """
     place = pathlib.Path(path)
+    if places := ranks.folders(place):
+        return _read_ranks(places, config, inputs, positions)
     form = next((form for form in FORMS if form.shows(place)), None)
     if form is None:
         raise RefusedError(
@@ -206,11 +223,36 @@ def _read_aprt(folder: pathlib.Path, config: Qwen2Config, inputs: Inputs | None,
     return Dump(inputs, values, columns=columns, strangers=tuple(aprt.unknown_files(folder, longer)))
 
 
+def _read_ranks(
+    places: list[pathlib.Path], config: Qwen2Config, inputs: Inputs | None, positions: Positions | None
+) -> Dump:
+    """Reads the dumps of all ranks, each of any form but APRT, and puts their stages together in the ranks' order."""
+    all_found = []
+    for place in places:
+        form = next((form for form in FORMS if form.shows(place)), None)
+        if form is None or form.name == "APRT":
+            raise RefusedError("no dump of a rank is in this folder", code="dump-ranks", file=place, expected=MAP)
+        all_found.append(form.read(place, config))
+    first, keys = all_found[0], set.intersection(*(set(found.stages) for found in all_found))
+    if not keys:
+        raise RefusedError("the ranks have no stage in common", code="nothing-compared", file=places[0].parent)
+    _check_keys(keys, config, places[0])
+    batch = _tokens(first, places[0], inputs)
+    positions = first.positions if positions is None else positions
+    columns = None if positions is None else find_columns(positions, batch)
+    parts: dict[str, Parts] = {}
+    for key in (key for key in stages.trace_keys(config.num_layers + 1) if key in keys):
+        flat = [_values(key, found.stages[key], config, batch).ravel() for found in all_found]
+        parts[key] = ranks.sort_out(key, flat, config, batch, columns, places[0])
+    values: dict[str, np.ndarray] = {key: ranks.merged(key, each, config) for key, each in parts.items()}
+    return Dump(batch, values, first.dtype, columns, first.weights_sha256, first.strangers, ranks=parts)
+
+
 def _fitted(
     found: Found, path: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None
 ) -> Dump:
     """Fits what was found to the model: tokens, positions and the shape of every stage."""
-    if not found.stages:
+    if not found.stages and not found.summaries:
         raise RefusedError(
             "the dump holds no stage of this model",
             code="nothing-compared",
@@ -219,14 +261,14 @@ def _fitted(
             expected="names such as stage.0.attn_norm, hidden.0, logits",
             hint="parity.py --explain-format says what is read.",
         )
-    _check_keys(found.stages, config, path)
+    _check_keys([*found.stages, *found.summaries], config, path)
     batch = _tokens(found, path, inputs)
     positions = found.positions if positions is None else positions
     if found.finish is not None:
         batch, positions = found.finish(batch)
     columns = None if positions is None else find_columns(positions, batch)
     values = {key: _load(key, stage, config, batch, columns) for key, stage in found.stages.items()}
-    return Dump(batch, values, found.dtype, columns, found.weights_sha256, found.strangers)
+    return Dump(batch, values, found.dtype, columns, found.weights_sha256, found.strangers, found.summaries)
 
 
 def _tokens(found: Found, path: pathlib.Path, inputs: Inputs | None) -> Inputs:
@@ -258,7 +300,8 @@ def _check_keys(keys: Iterable[str], config: Qwen2Config, path: str | os.PathLik
         )
 
 
-def _load(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
+def _values(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np.ndarray:
+    """Reads a stage of whatever shape, as float32 or float64."""
     batch, length = inputs.input_ids.shape
     pair = Key(key).per_pair
     whole = math.prod((batch, *stages.shape(config, Key(key).stage, length)))
@@ -268,7 +311,11 @@ def _load(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs, columns: 
     if pair and array.ndim >= 3 and array.shape[-1] > length and stage.layout is None:
         array = array[..., :length]
     # float32 and float64 as they are, whatever their byte order; narrower types are widened.
-    wide = array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32)
+    return array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32)
+
+
+def _load(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
+    wide = _values(key, stage, config, inputs)
     shape = dumped_shape(config, key, wide.size, inputs, columns, stage.file)
     if stage.shaped and wide.ndim == len(shape) and wide.shape != shape:
         raise RefusedError(

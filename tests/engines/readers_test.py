@@ -15,10 +15,11 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax import capture
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.engines import bounded, jsonl
 from apr_jax.load.load_model import load_model
-from apr_jax.parity import dumps
+from apr_jax.parity import dumps, ranks, summaries
 from apr_jax.parity.diagnose import diagnose
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, seeded
@@ -99,6 +100,21 @@ class HiddenStatesTest(ReadersTestCase):
         self.assert_holds(dumps.read(path, self.config), values, keys)
         np.savez(path, hidden_states=np.stack(self.states(values)[:2]), input_ids=self.ids)
         self.refused(RefusedError, "dump-shape", path)
+
+    @parameterized.parameters("present.{}.key", "past_key_values.{}.key", "k_cache.{}")
+    def test_the_keys_of_a_cache(self, name):
+        values, c = self.engine(), self.config
+        arrays = {
+            name.format(layer): np.ascontiguousarray(
+                values[f"stage.{layer}.k_post_rope"].reshape(1, LENGTH, c.num_kv_heads, c.head_dim).swapaxes(1, 2)
+            )
+            for layer in range(2)
+        }
+        arrays |= {"present.0.value": np.zeros(3, np.float32), "input_ids": self.ids.astype(np.int32)}
+        safetensors.numpy.save_file(arrays, self.folder / "x.safetensors")
+        dump = dumps.read(self.folder / "x.safetensors", self.config)
+        self.assert_holds(dump, values, ["stage.0.k_post_rope", "stage.1.k_post_rope"])
+        self.assertEqual(dump.strangers, ("present.0.value",))
 
     def test_hidden_names_in_a_map_and_as_files(self):
         values = self.engine()
@@ -270,6 +286,191 @@ class ModuleOutputsTest(ReadersTestCase):
         for path in self.folder.rglob("*embed_tokens*input*"):
             path.unlink()
         self.refused(RefusedError, "token-ids-missing", self.folder)
+
+
+class SummariesTest(ReadersTestCase):
+    """Dumps of a few numbers of each stage."""
+
+    def judged(self, path, *args):
+        dump = dumps.read(path, self.config, *args)
+        self.assertEqual(dict(dump.values), {})
+        return summaries.judge(self.exact, load(paths.checkpoint(NAME), "float32", "cpu"), dump.inputs, dump.summaries)
+
+    def write_map(self, values, digits=7):
+        def short(number):
+            return float(f"{number:.{digits}g}")
+
+        entries = {
+            key: {
+                "min": short(value.min()),
+                "max": short(value.max()),
+                "mean": short(value.mean(dtype=np.float64)),
+                "l2": short(np.linalg.norm(value.astype(np.float64))),
+            }
+            for key, value in values.items()
+        }
+        (self.folder / "dump.json").write_text(json.dumps({"input_ids": self.ids.tolist(), "stages": entries}))
+        return self.folder
+
+    def test_a_right_run_differs_nowhere(self):
+        answer = self.judged(self.write_map(self.engine()))
+        self.assertEqual((answer.differences, len(answer.compared)), ((), 37))
+
+    @parameterized.parameters(
+        ("rope-adjacent-pairs", {}, "stage.0.q_post_rope", "adjacent-pair RoPE"),
+        ("kv-heads-interleaved", {}, "stage.0.attn_scores", "KV head h mod"),
+        ("norm-weight-missing", {}, "stage.0.attn_norm", "weight is missing"),
+        ("mask-not-causal", {}, "stage.0.attn_scores", "not causal"),
+        ("final-norm-missing", {}, "stage.final_norm", "final norm is missing"),
+    )
+    def test_the_first_wrong_stage_is_named_and_the_mistake_is_on_the_shortlist(self, name, parameters, key, said):
+        answer = self.judged(self.write_map(self.engine(Planted(name, None, parameters))))
+        self.assertEqual({one.key for one in answer.differences}, {key})
+        self.assertIn(said, "; ".join(answer.shortlist))
+        self.assertLess(len(answer.shortlist), 6)
+
+    def test_what_llama_eval_callback_prints(self):
+        def text(values):
+            for key, name, operation in (
+                ("stage.embedding", "inp_embd", "GET_ROWS(token_embd.weight{64, 288, 1, 1}, inp_tokens{40, 1, 1, 1}})"),
+                ("stage.0.attn_norm", "attn_norm-0", "MUL(norm-0{64, 40, 1, 1}, blk.0.attn_norm.weight{64, 1, 1, 1}})"),
+                (None, "Qcur-0", "MUL_MAT(blk.0.attn_q.weight{64, 64, 1, 1}, attn_norm-0{64, 40, 1, 1}})"),
+                ("stage.0.q_post_rope", "Qcur-0", "ROPE(Qcur-0 (reshaped){16, 4, 40, 1}, inp_pos{40, 1, 1, 1}})"),
+                ("stage.0.post_ffn_residual", "l_out-0", "ADD(ffn_out-0{64, 40, 1, 1}, ffn_inp-0{64, 40, 1, 1}})"),
+                ("stage.1.post_ffn_residual", "l_out-1", "ADD(ffn_out-1{64, 1, 1, 1}, ffn_inp-1{64, 1, 1, 1}})"),
+            ):
+                value = np.ones((1, 40, 64)) if key is None else values[key]
+                value = value[:, -1:] if "-1" in name else value
+                size = f"{value.shape[2]}, {value.shape[1]}, 1, 1"
+                yield f"ggml_debug: {name:>24} = (f32) {operation} = {{{size}}}"
+                yield from ("    [", "     [ -0.0181,   0.0272, ..., 0.1],", "    ]")
+                yield f"    sum = {value.sum(dtype=np.float64):.6f}"
+
+        (self.folder / "token_ids.json").write_text(json.dumps(self.ids[0].tolist()))
+        path = self.folder / "run.txt"
+        for fault, first in ((None, set()), (Planted("rope-adjacent-pairs"), {"stage.0.q_post_rope"})):
+            path.write_text("llama_new_context: n_ctx = 512\n" + "\n".join(text(self.engine(*filter(None, [fault])))))
+            answer = self.judged(path)
+            self.assertEqual({one.key for one in answer.differences}, first)
+            self.assertLen(answer.compared, 3 if first else 5)
+
+    def test_msprobe_statistics(self):
+        values, data = self.engine(Planted("rms-norm-eps", None, {"eps": 1e-3})), {}
+        for module, key in (
+            ("model.embed_tokens.Embedding", "stage.embedding"),
+            *(
+                (f"model.layers.{layer}.{module}", f"stage.{layer}.{stage}")
+                for layer in range(2)
+                for module, stage in (
+                    ("input_layernorm.Qwen2RMSNorm", "attn_norm"),
+                    ("post_attention_layernorm.Qwen2RMSNorm", "ffn_norm"),
+                    ("mlp.down_proj.Linear", "ffn_out"),
+                    ("mlp.up_proj.Linear", "ffn_up"),
+                )
+            ),
+            ("model.norm.Qwen2RMSNorm", "stage.final_norm"),
+        ):
+            value = values[key].astype(np.float64)
+            numbers = {"Max": value.max(), "Min": value.min(), "Mean": value.mean(), "Norm": np.linalg.norm(value)}
+            data[f"Module.{module}.forward.0"] = {"output": [{"type": "torch.Tensor", **numbers}]}
+        (self.folder / "dump.json").write_text(json.dumps({"task": "statistics", "level": "L0", "data": data}))
+        answer = self.judged(self.folder, Inputs.of(self.ids))
+        self.assertEqual({one.key for one in answer.differences}, {"stage.0.attn_norm"})
+
+    @parameterized.parameters({}, {"l2": "x"}, {"l2": None}, {"min": [1]}, {"max": 1e999})
+    def test_no_numbers_are_refused(self, **entry):
+        text = json.dumps({"input_ids": [[1]], "stages": {"logits": entry}}).replace("Infinity", "1e999")
+        (self.folder / "dump.json").write_text(text)
+        with self.assertRaises(AprJaxError) as caught:
+            dumps.read(self.folder, self.config)
+        self.assertIn(caught.exception.code, ("dump-map", "json-number"))
+
+
+class RanksTest(ReadersTestCase):
+    """Dumps of tensor-parallel ranks, each written as its own process would."""
+
+    @staticmethod
+    def share(key, value, rank, count, config):
+        """What a rank holds of a stage; KV heads are held by several ranks where there are fewer of them."""
+        stage, width = key.rpartition(".")[2], config.head_dim
+        kv = max(config.num_kv_heads // count, 1) * width
+        place = rank * config.num_kv_heads // count
+        if stage in ("attn_scores", "attn_softmax"):
+            return np.split(value, count, 1)[rank]
+        if stage == "k_post_rope":
+            return value[..., place * width : place * width + kv]
+        if stage in ("qkv_matmul", "qkv_bias"):
+            ends = np.cumsum([config.num_heads, config.num_kv_heads]) * width
+            q, k, v = np.split(value, ends, -1)
+            shown = [each[..., place * width : place * width + kv] for each in (k, v)]
+            return np.concatenate([np.split(q, count, -1)[rank], *shown], -1)
+        split = ("q_post_rope", "attention", "ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl", "logits")
+        return np.split(value, count, -1)[rank] if stage in split else value
+
+    def write(self, values, count, order=None, change=lambda rank, key, value: value):
+        for rank in range(count):
+            held = (order or range(count))[rank]
+            own = {
+                key: np.ascontiguousarray(change(rank, key, self.share(key, value, held, count, self.config)))
+                for key, value in values.items()
+            }
+            capture.arrays(self.folder / f"rank{rank}", self.ids, own)
+        return dumps.read(self.folder, self.config)
+
+    def judged(self, dump):
+        values, findings = ranks.judge(self.exact, dump.inputs, dump.ranks, dump.columns)
+        same = load(paths.checkpoint(NAME), "float32", "cpu")
+        rest = diagnose(self.exact, same, dump.inputs, values, dump.columns).findings
+        return [one.fault for one in findings], [one.fault for one in rest], values
+
+    @parameterized.parameters(2, 4)
+    def test_parts_are_put_together(self, count):
+        values = self.engine()
+        dump = self.write(values, count)
+        self.assert_holds(dump, values, values)
+        self.assertEqual(self.judged(dump)[:2], ([], []))
+
+    @parameterized.parameters(((1, 0),), ((0, 2, 1, 3),), ((3, 2, 1, 0),))
+    def test_ranks_in_another_order_are_named(self, order):
+        values = self.engine()
+        named, rest, sorted_out = self.judged(self.write(values, len(order), order))
+        self.assertEqual((named, rest), (["rank-order"], []))
+        np.testing.assert_array_equal(sorted_out["stage.1.ffn_up"], values["stage.1.ffn_up"])
+
+    @parameterized.parameters("attn_out", "ffn_out")
+    def test_parts_that_are_not_summed_are_named(self, stage):
+        values, noise = self.engine(), np.random.default_rng(0)
+        part = values[f"stage.0.{stage}"]
+        part = (part * noise.uniform(0, 1, part.shape)).astype(np.float32)
+        later = {"attn_out": "post_attn_residual", "ffn_out": "post_ffn_residual"}[stage]
+        for reduced in (True, False):
+
+            def own(rank, key, value, reduced=reduced):
+                if key == f"stage.0.{stage}":
+                    return part if rank else value - part
+                return value + part * (1 if rank else -1) if key == f"stage.0.{later}" and not reduced else value
+
+            self.folder = pathlib.Path(self.create_tempdir().full_path)
+            named, rest, _ = self.judged(self.write(values, 2, change=own))
+            self.assertEqual((named, rest), ([] if reduced else ["all-reduce-missing"], []))
+
+    def test_another_mistake_is_named_as_ever(self):
+        named, rest, _ = self.judged(self.write(self.engine(Planted("rope-adjacent-pairs")), 2))
+        self.assertEqual((named, rest), ([], ["rope-adjacent-pairs"]))
+        self.folder = pathlib.Path(self.create_tempdir().full_path)
+        named, rest, _ = self.judged(self.write(self.engine(Planted("qkv-bias-twice")), 2))
+        self.assertEqual((named, rest), ([], ["qkv-bias-twice"]))
+
+    def test_ranks_that_do_not_fit_are_refused(self):
+        self.write(self.engine(), 2)
+        (self.folder / "rank1").rename(self.folder / "rank3")
+        self.refused(RefusedError, "dump-ranks", self.folder)
+        (self.folder / "rank3").rename(self.folder / "rank1")
+        (self.folder / "rank2").mkdir()
+        self.refused(RefusedError, "dump-ranks", self.folder)
+        (self.folder / "rank2").rmdir()
+        np.save(self.folder / "rank0" / "stage.0.ffn_up.npy", np.ones((1, LENGTH, 7), np.float32))
+        self.refused(RefusedError, "dump-size", self.folder)
 
 
 class JsonlTest(ReadersTestCase):

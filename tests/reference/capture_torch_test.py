@@ -1,11 +1,11 @@
 """PyTorch models of other cuts and names, captured: right ones have no finding, five mistakes are named."""
 
+import contextlib
 import functools
 import pathlib
 import shutil
 import sys
 import tempfile
-from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -25,12 +25,12 @@ if not hf_reference.available():
     pytest.skip("torch and transformers are not installed", allow_module_level=True)
 
 import torch
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from tests.engines import torch_engines as engines
 from tests.reference import parity_hf_test as planted
 
 NAME = "gqa_tied_bf16"
+EAGER = ("stale theta", "eps of one norm", "no biases", "window", "KV heads tiled", "no attention residual")
 load = functools.lru_cache(load_model)
 
 
@@ -98,16 +98,31 @@ class CaptureTest(parameterized.TestCase):
             {"stage.0.post_ffn_residual", "stage.1.post_ffn_residual", "stage.1.post_attn_residual"}, dump.values
         )
 
-    @parameterized.named_parameters(
-        ("none", lambda: mock.patch.object(qwen2, "rotate_half", qwen2.rotate_half), set()),
-        ("pairs", planted.adjacent_pairs, {"rope-adjacent-pairs"}),
-    )
-    def test_transformers_in_eager_mode(self, plant, expected):
-        model = hf_reference.load(paths.checkpoint(NAME))
-        with plant(), torch.inference_mode(), capture.torch(model, self.folder):
-            model(tokens(2))
-        found, _ = self.found(stages=35)
-        self.assertEqual(found, expected)
+    @parameterized.parameters(None, *EAGER)
+    def test_transformers_in_eager_mode(self, case):
+        name, plant, expected = planted.CASES[case] if case else (NAME, contextlib.nullcontext, [])
+        self.assertEqual(name, NAME)
+        inputs = planted.batch()
+        ids, mask = (torch.tensor(each.astype(np.int64)) for each in (inputs.input_ids, inputs.attention_mask))
+        with plant(), torch.inference_mode():
+            model = hf_reference.load(paths.checkpoint(NAME))
+            with capture.torch(model, self.folder):
+                model(ids, attention_mask=mask)
+        found, dump = self.found(stages=20)
+        self.assertEqual(found, {fault for fault, _, _ in expected})
+        np.testing.assert_array_equal(dump.inputs.attention_mask, inputs.attention_mask)
+
+    def test_hidden_states_and_attentions_of_transformers(self):
+        """As `output_attentions` gives weights and no scores: judged, and a wrong mask is named."""
+        with planted.CASES["window"][1](), torch.inference_mode():
+            model = hf_reference.load(paths.checkpoint(NAME))
+            made = model(tokens(), torch.ones(1, 70), output_attentions=True, output_hidden_states=True)
+        arrays = {f"hidden_states.{index}": each.numpy() for index, each in enumerate(made.hidden_states)}
+        arrays |= {f"attentions.{index}": each.numpy() for index, each in enumerate(made.attentions)}
+        self.folder = self.folder.with_suffix(".npz")
+        np.savez(self.folder, input_ids=tokens().numpy(), logits=made.logits.numpy(), **arrays)
+        found, _ = self.found(stages=6, dtype=None)
+        self.assertIn("mask-window", found)
 
     @parameterized.parameters(None, "pairs", "eps")
     def test_the_passes_that_sglang_writes(self, mistake):
