@@ -1,7 +1,8 @@
 """The cases of a list of bad inputs, by its numbers, as files that are made when they are needed.
 
 A case is a name ("30 the first one fits"), what makes its file or folder, and the outcome: the code of the error, or
-None for what has to be accepted. The list: file level 1 to 13, safetensors 14 to 67, `.apr` 68 to 110, shards 111 to 123.
+None for what has to be accepted. The list: file level 1 to 13, safetensors 14 to 67, `.apr` 68 to 110, shards 111 to
+123.
 """
 
 from __future__ import annotations
@@ -262,7 +263,13 @@ for at in (0, 63, 64, 2**40, 2**64 - 1):
     )
 for at in (0, 127, 2**40, 2**64 - 1):
     case(
-        f"82 data at {at}", apr(data_at=at), "section-bounds", "unaligned", "tensor-count", "padding", "file-truncated"
+        f"82, 83 data at {at}",
+        apr(data_at=at),
+        "section-bounds",
+        "unaligned",
+        "tensor-count",
+        "padding",
+        "file-truncated",
     )
 case("84 tensors without number", apr(count=2**32 - 1), "tensor-count")
 case("85 an entry that is not counted", apr(count=0), "padding", "section-bounds")
