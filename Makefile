@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases real-weights clean
+.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases real-weights clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,10 @@ bench: $(VENV)/reference-installed
 # The README's performance tables and pictures, from tests/bench/results/*.json.
 bench-report: $(VENV)/installed
 	$(BIN)/python tests/bench/bench_report.py
+
+# Bad inputs, made as files one after the other: what each is refused with, and what that costs.
+hostile-cases: $(VENV)/installed
+	$(BIN)/python tests/hostile/cases_test.py --table
 
 # 1 GB between files on tmpfs beside a plain copy: speed, memory, bytes read and written.
 bench-convert: $(VENV)/installed

@@ -12,6 +12,7 @@ Source: `peft/tuners/lora/layer.py` (`get_delta_weight`, `merge`), `dora.py`, `u
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import is_tied
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, counted
 from apr_jax.converters.formats import dtypes, strict_json
+from apr_jax.converters.storage.isolation import Isolated
 from apr_jax.converters.storage.source import SourceFile
 
 if TYPE_CHECKING:
@@ -141,7 +143,12 @@ class _Adapter:
         patterns = self.config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key])
         value: Any = self.config.get(key)
         for pattern, given in (patterns if isinstance(patterns, dict) else {}).items():
-            if _matches(pattern, module):
+            try:
+                found = _matches(pattern, module)
+            except RefusedError as error:
+                error.file, error.found = self.path, pattern[:80]
+                raise
+            if found:
                 value = given
                 break
         if type(value) not in (int, float) or not math.isfinite(value) or (key == "r" and value < 1):
@@ -158,10 +165,33 @@ class _Adapter:
         return self.number("lora_alpha", module) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
+# Without repetition and alternatives an expression ends soon.
+_PATTERN_SECONDS = 0.1
+_PLAIN_PATTERN = re.compile(r"[\w.\\^$-]*")
+
+
+@functools.cache
 def _matches(pattern: str, module: str) -> bool:
+    """Whether a module is meant by a pattern of an adapter's configuration: a regular expression of whoever wrote it.
+
+    Raises:
+      RefusedError: Code "not-bounded": it does not end.
+    """
+    if _PLAIN_PATTERN.fullmatch(pattern):
+        return matched(pattern, module)
+    return bool(_expressions().call("matched", pattern, module))
+
+
+@functools.cache
+def _expressions() -> Isolated:
+    return Isolated(__name__, "a pattern of the adapter's configuration", seconds=_PATTERN_SECONDS)
+
+
+def matched(pattern: str, module: str) -> bool:
+    """Is PEFT's rule; called in a child where a pattern may not end."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
 
 

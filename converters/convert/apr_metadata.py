@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY, SOURCE_ORDER_KEY
@@ -89,6 +90,19 @@ def from_huggingface(
     # Always there, empty or not: it marks the file as one that can be taken back exactly.
     custom[SOURCE_FILES_KEY] = encode_files(files)
     return typed | custom
+
+
+def malformed(metadata: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is wrong about the typed fields of an `.apr`: a number that is text, negative, or not finite."""
+    for key in _HF_INTEGERS:
+        value = metadata.get(key)
+        if value is not None and not (type(value) is int and 0 <= value < 2**31):
+            yield f"{key} is {str(value)[:40]!r}, expected a positive integer"
+    for key in ("rope_theta", "rms_norm_eps"):
+        value = metadata.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < math.inf):
+            yield f"{key} is {str(value)[:40]!r}, expected a positive number"
 
 
 def _architecture(config: Mapping[str, Any], model: Qwen2Config) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from apr_jax.converters.convert import apr_metadata, apr_tokenizer
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import DType
+from apr_jax.converters.storage.source import SourceFile
 
 _SHOWN_NAMES = 10
 _LOOKED_AT_BYTES = 1 << 20
@@ -247,6 +248,11 @@ def make_plan(
         if len(files) > 1:
             side_files[INDEX_NAME] = _index_json(files)
         warnings += _contradictions(checkpoint, chosen)
+    for error in _doubts(checkpoint, chosen):
+        if not as_is:
+            error.hint = "--as-is converts it all the same"
+            raise error
+        warnings.append(error.message)
     warnings += _broken(checkpoint)
     if checkpoint.left_behind:
         warnings.append(_left_behind(checkpoint.left_behind))
@@ -424,7 +430,12 @@ def _nbytes(tensor: Tensor, dtype: DType) -> int:
 
 
 def _plan_apr(checkpoint: Checkpoint, chosen: _Chosen, warnings: list[str], as_is: bool) -> PlannedFile:
-    entries = apr_format.lay_out((name, dtype, tensor.shape, _nbytes(tensor, dtype)) for name, tensor, dtype in chosen)
+    sizes = [(name, dtype, tensor.shape, _nbytes(tensor, dtype)) for name, tensor, dtype in chosen]
+    try:
+        entries = apr_format.lay_out(sizes)
+    except AprJaxError as error:
+        error.file = error.file or checkpoint.path
+        raise
     metadata = _apr_metadata(checkpoint, chosen, warnings, as_is)
     prologue = apr_format.serialise_prologue(metadata, entries)
     end = len(prologue)
@@ -585,6 +596,54 @@ def _kept_strings(checkpoint: Checkpoint) -> dict[str, str] | None:
     raise BrokenContainerError(
         f"'{apr_metadata.SOURCE_METADATA}' is no object of strings", code="source-metadata", file=checkpoint.path
     )
+
+
+def _doubts(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[AprJaxError]:
+    """Yields why an `.apr` may not be what its writer made: hidden bytes, metadata that no such model can have."""
+    if checkpoint.apr is None:
+        return
+    hidden = _hidden(checkpoint.apr, checkpoint.sources[0])
+    if hidden is not None:
+        yield BrokenContainerError(
+            "something is hidden in the padding between or behind the tensors, and would not come along",
+            code="padding",
+            file=checkpoint.path,
+            offset=hidden,
+            found=f"{checkpoint.sources[0].read_at(hidden, 1)[0]:#04x}",
+            expected="0x00",
+        )
+    wrong = [*apr_metadata.malformed(checkpoint.metadata), *_misshapen(checkpoint, chosen)]
+    if wrong:
+        yield RefusedError(
+            "the metadata are not those of such a model:\n  " + "\n  ".join(wrong[:20]),
+            code="metadata-values",
+            file=checkpoint.path,
+        )
+
+
+def _hidden(apr: apr_format.AprPrologue, source: SourceFile) -> int | None:
+    """Returns where the first byte of padding between and behind the tensors is that is not zero."""
+    begin = apr.header.data_offset
+    held = sorted((begin + entry.offset, begin + entry.offset + entry.size) for entry in apr.entries if entry.size)
+    position = begin
+    for following, end in (*held, (min(apr.data_end, source.size), 0)):
+        gap = source.read_at(position, max(0, following - position))
+        if any(gap):
+            return position + len(gap) - len(gap.lstrip(b"\0"))
+        position = end
+    return None
+
+
+def _misshapen(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[str]:
+    """Yields which tensors have another shape than the numbers in the metadata of an `.apr` say."""
+    try:
+        expected = Qwen2Config.from_apr(checkpoint.metadata, tied=False).tensor_shapes()
+    except AprJaxError:
+        # Of another architecture, or not supported: nothing says what the shapes should be.
+        return
+    for name, tensor, _ in chosen:
+        if tuple(expected.get(name, tensor.shape)) != tuple(tensor.shape):
+            yield f"{name} has the shape {list(tensor.shape)}, they say {list(expected[name])}"
 
 
 def _contradictions(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[str]:

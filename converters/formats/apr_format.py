@@ -28,7 +28,8 @@ FOOTER_BYTES = 4
 MAX_METADATA_BYTES = 64 << 20
 MAX_NAME_BYTES = 256
 MAX_DIMENSIONS = 8
-MAX_TENSORS = 1_000_000
+# What describes a model takes some 500 bytes a tensor here: this many take 50 MB. The largest models known have 90,000.
+MAX_TENSORS = 100_000
 
 MAGIC = b"APR\0"
 OLD_MAGIC = b"APR2"

@@ -19,7 +19,8 @@ from apr_jax.converters.storage.crc import Bytes
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
-MAX_TENSORS = 1_000_000
+# What describes a model takes some 500 bytes a tensor here: this many take 50 MB. The largest models known have 90,000.
+MAX_TENSORS = 100_000
 MAX_NAME_BYTES = 65_535
 # numpy's own limit.
 MAX_DIMENSIONS = 64

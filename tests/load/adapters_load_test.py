@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint import adapters
 from apr_jax.converters.checkpoint.adapters import with_adapter
 from apr_jax.converters.checkpoint.dense import open_dense
 from apr_jax.converters.checkpoint.openers import open_checkpoint
@@ -129,6 +130,26 @@ class RefusalsTest(parameterized.TestCase):
         with open_checkpoint(BASE) as base, self.assertRaises(RefusedError) as caught:
             with_adapter(base, folder)
         return caught.exception
+
+
+class PatternsTest(parameterized.TestCase):
+    def test_patterns_of_a_configuration_are_regular_expressions_that_end(self):
+        root = pathlib.Path(self.create_tempdir().full_path) / "adapter"
+        shutil.copytree(ADAPTERS / "lora", root)
+        config = json.loads((root / "adapter_config.json").read_text())
+        for pattern in ("(.+)+!", "(_|[a-z.0-9]|[a-z.]|layers)*!", "(.*.*.*.*.*.*.*.*.*.*)!"):
+            (root / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {pattern: 4}}))
+            with (
+                open_checkpoint(BASE) as checkpoint,
+                self.assertRaisesRegex(RefusedError, "pattern.*not end") as caught,
+            ):
+                with_adapter(checkpoint, root)
+            self.assertEqual((caught.exception.file, caught.exception.found), (str(root), pattern))
+        for pattern, module, found in (
+            ("q_proj", "model.layers.0.q_proj", True), (r"layers\.[01]\.q_proj", "model.layers.1.q_proj", True),
+            ("q_proj|k_proj", "a.k_proj", True), ("proj", "q_proj", False), (".*", "a", True), ("(", "a", False),
+        ):  # fmt: skip
+            self.assertEqual(adapters._matches(pattern, module), found, pattern)
 
 
 if __name__ == "__main__":

@@ -603,11 +603,12 @@ class SideFilesTest(ConversionTestCase):
 
 
 class ContradictionTest(ConversionTestCase):
-    """What the metadata say of the tensors and is not so is said, and does not stop a conversion to safetensors."""
+    """What the metadata say of the tensors and is not so is said; shapes that no such model has need --as-is."""
 
-    def warnings(self, source: os.PathLike[str]) -> str:
+    def warnings(self, source: os.PathLike[str], **settings: bool) -> str:
         with open_checkpoint(source) as opened:
-            return "\n".join(make_plan(opened, os.fspath(self.folder / "planned"), to="safetensors").warnings)
+            plan = make_plan(opened, os.fspath(self.folder / "planned"), to="safetensors", **settings)
+        return "\n".join(plan.warnings)
 
     def change(self, change: dict[str, object], *, foreign: bool) -> pathlib.Path:
         path = self.convert(checkpoint("gqa_tied_bf16"), "m.apr")
@@ -627,7 +628,13 @@ class ContradictionTest(ConversionTestCase):
     )  # fmt: skip
     def test_metadata_of_an_apr_against_its_tensors(self, case, foreign):
         change, offender = case
-        self.assertIn(offender, self.warnings(self.change(change, foreign=foreign)))
+        source = self.change(change, foreign=foreign)
+        self.assertIn(offender, self.warnings(source, as_is=True))
+        if offender.startswith("shape"):
+            with self.raises(RefusedError, "metadata-values"):
+                self.warnings(source)
+        else:
+            self.assertIn(offender, self.warnings(source))
 
     @parameterized.parameters(True, False)
     def test_right_metadata_are_not_warned_about(self, foreign):

@@ -1,0 +1,334 @@
+"""The cases of a list of bad inputs, by its numbers, as files that are made when they are needed.
+
+A case is a name ("30 the first one fits"), what makes its file or folder, and the outcome: the code of the error, or
+None for what has to be accepted. The list: file level 1 to 13, safetensors 14 to 67, `.apr` 68 to 110, shards 111 to
+123.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+Make = Callable[[pathlib.Path], pathlib.Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One bad input.
+
+    Attributes:
+      name: Number and words.
+      make: Writes it into a folder; returns what is to be opened.
+      codes: Codes of the error, one of which is right; None where it is to be accepted.
+    """
+
+    name: str
+    make: Make
+    codes: tuple[str, ...] | None
+
+
+CASES: list[Case] = []
+
+
+def case(name: str, make: Make, *codes: str) -> None:
+    """Adds a case that is refused."""
+    CASES.append(Case(name, make, codes))
+
+
+def accepted(name: str, make: Make) -> None:
+    """Adds a case that is accepted."""
+    CASES.append(Case(name, make, None))
+
+
+# --- makers
+
+
+def raw(data: bytes, name: str = "x.safetensors") -> Make:
+    """A file of these bytes."""
+
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return make
+
+
+def st(header: Any, data: bytes = b"", length: int | None = None) -> Make:
+    """A safetensors file of this header, bytes or what JSON makes of it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return raw((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+def entry(dtype: Any = "F32", shape: Any = (1,), offsets: Any = (0, 4), **more: Any) -> dict[str, Any]:
+    """An entry of a safetensors header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
+
+
+def one(data: bytes = bytes(4), **fields: Any) -> Make:
+    """A safetensors file of one tensor."""
+    return st({"a": entry(**fields)}, data)
+
+
+def pad(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def apr(
+    metadata: bytes = b"{}",
+    tensors: tuple[tuple[bytes, int, tuple[int, ...], int, int], ...] = ((b"a", 0, (1,), 0, 4),),
+    *,
+    data: bytes | None = None,
+    footer: bool = True,
+    index: bytes | None = None,
+    behind: bytes = b"",
+    resum: bool = True,
+    **header: Any,
+) -> Make:
+    """An `.apr` file, with fields of the header changed by name; written without the project's own writer."""
+    listed = b"".join(
+        struct.pack(f"<H{len(name)}sBB{len(shape)}QQQ", len(name), name, dtype, len(shape), *shape, offset, size)
+        for name, dtype, shape, offset, size in tensors
+    )
+    listed = listed if index is None else index
+    index_at = 64 + pad(len(metadata))
+    data_at = index_at + pad(len(listed))
+    fields = {
+        "magic": b"APR\0", "major": 2, "minor": 0, "flags": 0x0400, "count": len(tensors), "metadata_at": 64,
+        "metadata_size": len(metadata), "index_at": index_at, "data_at": data_at, "reserved": bytes(20),
+    } | header  # fmt: skip
+    first = struct.pack("<4sBBHIQIQQ", *list(fields.values())[:9])
+    crc = zlib.crc32(fields["reserved"], zlib.crc32(first))
+    body = first + struct.pack("<I", crc if resum else crc ^ 1) + fields["reserved"]
+    body += metadata.ljust(pad(len(metadata)), b"\0") + listed.ljust(pad(len(listed)), b"\0")
+    body += data if data is not None else bytes(pad(max((o + s for *_, o, s in tensors), default=0)))
+    return raw(body + (struct.pack("<I", zlib.crc32(body)) if footer else b"") + behind, "x.apr")
+
+
+def shards(index: Any, *names: str, text: bytes | None = None) -> Make:
+    """A folder with an index and shards of one tensor each, named as their file."""
+
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        (folder / "model.safetensors.index.json").write_bytes(json.dumps(index).encode() if text is None else text)
+        for name in names:
+            st({name: entry()}, bytes(4))(folder).rename(folder / name)
+        return folder
+
+    return make
+
+
+def special(kind: str) -> Make:
+    """What is no regular file."""
+
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        path = folder / "x.safetensors"
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                os.chdir(folder)
+                server.bind("x.safetensors")
+        elif kind == "linked":
+            os.symlink("/dev/zero", path)
+        return path
+
+    return make
+
+
+# --- file level
+
+case("1 empty", raw(b""), "file-too-short")
+for length in (1, 4, 7):
+    case(f"2 {length} bytes", raw(bytes(length)), "file-too-short")
+case("3 shorter than the prologue", raw(b"APR\0" + bytes(59), "x.apr"), "file-too-short")
+case("4 FIFO", special("fifo"), "not-a-regular-file")
+case("4 socket", special("socket"), "not-a-regular-file")
+case("4 device", lambda folder: pathlib.Path("/dev/zero"), "not-a-regular-file")
+case("4 link to a device", special("linked"), "not-a-regular-file")
+case("4 of /proc", lambda folder: pathlib.Path("/proc/self/status"), "file-too-short")
+case("8 HTML", raw(b"<!DOCTYPE html><html><body>404</body></html>"), "foreign-format")
+case("8 Git LFS", raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "foreign-format")
+for name, magic in (("zip", b"PK\x03\x04"),
+                    ("pickle", b"\x80\x04\x95"), ("gzip", b"\x1f\x8b\x08"), ("npy", b"\x93NUMPY"),
+                    ("HDF5", b"\x89HDF\r\n\x1a\n"), ("APRN", b"APRN")):  # fmt: skip
+    case(f"9 {name}", raw(magic + bytes(200)), "foreign-format")
+case("10 swapped magic", raw(b"\0RPA" + bytes(200), "x.apr"), "foreign-format")
+
+# --- safetensors
+
+case("14 N = 0", raw(bytes(16)), "header-length")
+case("15 N = 1", raw(b"\x01" + bytes(7) + b"{"), "header-length")
+case("16 N beyond the file", st({}, length=10**6), "header-length")
+for length in (2**63, 2**64 - 1, 100_000_001):
+    case(f"17, 18 N = {length}", st({}, length=length), "header-length")
+case("20 not UTF-8", st(b'{"\xff":1}'), "json-utf8")
+case("20 overlong UTF-8", st(b'{"\xc0\xaf":1}'), "json-utf8")
+case("20 UTF-16", st("{}".encode("utf-16-le") + b"  "), "json-syntax")
+case("20 BOM", st(b"\xef\xbb\xbf{}"), "header-json")
+case("21 leading blank", st(b" {}"), "header-json")
+case("22 trailing NUL", st(b"{}\0"), "json-syntax")
+for text in (b"{}{}", b'{"a":1,}', b"{}//x", b"{'a':1}", b'{"a":NaN}'):
+    case(f"23 {text.decode()}", st(text), "json-syntax", "json-number")
+for text in (b"[]", b"5", b'"a"', b"null", b"true"):
+    case(f"24 {text.decode()}", st(text.ljust(8)), "header-json")
+for depth in (5, 200, 10**6):
+    case(f"25 depth {depth}", st(b'{"a":' + b"[" * depth + b"]" * depth + b"}"), "json-depth")
+for unit in (b"[],", b"{},", b'"":"",', b"0.5,"):
+    case(f"26 20 MB of {unit.decode()}", st(b'{"a":[' + unit * (20_000_000 // len(unit)) + b"0]}"), "json-count")
+case("27 10^5 digits", st(b'{"a":{"dtype":"F32","shape":[' + b"1" * 10**5 + b'],"data_offsets":[0,4]}}'), "json-number")
+for number in (b"1e999", b"-0", b"1.0", b"1e0", b'"1"', b"true"):
+    text = b'{"a":{"dtype":"F32","shape":[' + number + b'],"data_offsets":[0,4]}}'
+    case(f"27 {number.decode()}", st(text, bytes(4)), "json-number", "shape-dimension")
+for name, first, second in (
+    ("28 twice the same", "[0,4]", "[0,4]"), ("29 the last one fits", "[0,8]", "[0,4]"),
+    ("30 the first one fits", "[0,4]", "[0,8]"),
+):  # fmt: skip
+    pair = ('"a":{"dtype":"F32","shape":[1],"data_offsets":' + offsets + "}" for offsets in (first, second))
+    case(name, st(("{" + ",".join(pair) + "}").encode(), bytes(4)), "json-duplicate")
+case("31 __metadata__ twice", st(b'{"__metadata__":{},"__metadata__":{}}'), "json-duplicate")
+case("32 a key twice in __metadata__", st(b'{"__metadata__":{"a":"","a":""}}'), "json-duplicate")
+case(
+    "33 a field twice",
+    st(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "json-duplicate",
+)
+case("34 alike once decoded", st(b'{"a":1,"\\u0061":2}'), "json-duplicate")
+case(
+    "36 half a character",
+    st(b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "json-surrogate",
+)
+for value in (None, [], 5, {"a": {}}, {"a": 5}):
+    case(f"37 __metadata__ {value}", st({"__metadata__": value}), "metadata-type")
+case("38 no object", st({"a": 5}), "entry-fields", "entry-type")
+for field in ("dtype", "shape", "data_offsets"):
+    case(f"38 without {field}", st({"a": {k: v for k, v in entry().items() if k != field}}, bytes(4)), "entry-fields")
+case("39 another field", one(strides=[1]), "entry-fields")
+case("40 empty name", st({"": entry()}, bytes(4)), "name-empty")
+case("42 name of a megabyte", st({"n" * 10**6: entry()}, bytes(4)), "name-too-long")
+for dtype in ("F33", "f32", 5, None, ["F32"]):
+    case(f"45 dtype {dtype}", one(dtype=dtype), "dtype-unknown", "dtype-type", "entry-fields")
+for shape in ([-1], [2**64], [2**63], [2**32, 2**32], [4194305, 4194305, 211106198978564], [2**63, 2**63, 0], [1] * 65):
+    found = f"{shape[:3]}" if len(shape) < 9 else "65 dimensions"
+    case(f"47-51 shape {found}", one(shape=shape), "shape-value", "shape-type", "size-overflow", "size-mismatch",
+         "shape-dimension", "shape-overflow")  # fmt: skip
+for offsets in ([0], [0, 4, 4], [4, 0], [-4, 0], [0, 2**60]):
+    case(f"53, 54 offsets {offsets}", one(offsets=offsets), "offsets-type", "offsets-order", "size-mismatch")
+case("55 too many bytes", one(bytes(8), offsets=[0, 8]), "size-mismatch")
+case("56 hole at the start", one(bytes(8), offsets=[4, 8]), "data-hole")
+case("56 hole in the middle", st({"a": entry(), "b": entry(offsets=[8, 12])}, bytes(12)), "data-hole")
+case("57 overlap", st({"a": entry(shape=[2], offsets=[0, 8]), "b": entry(offsets=[4, 8])}, bytes(8)), "data-overlap")
+case("57 alias", st({"a": entry(), "b": entry()}, bytes(4)), "data-overlap")
+case("58 bytes behind", one(bytes(4) + b"PK\x03\x04"), "trailing-bytes")
+case("59 bytes of nothing", st({}, bytes(4)), "trailing-bytes")
+case("60 too many tensors", st(("{" + ",".join(f'"{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in
+     range(100_001)) + "}").encode()), "tensor-count", "json-count")  # fmt: skip
+accepted("61 no tensors", st({}))
+accepted("62 a scalar", one(shape=[]))
+accepted("63 a shape with a zero", one(b"", shape=[3, 0], offsets=[0, 0]))
+accepted("64 padded with blanks", st(json.dumps({"a": entry()}).encode() + b" " * 1000, bytes(4)))
+accepted("65 any order of keys", st({"b": entry(offsets=[4, 8]), "a": entry()}, bytes(8)))
+accepted("66 data at an odd place", st({"a": entry("U8", [1], [0, 1]), "b": entry(offsets=[1, 5])}, bytes(5)))
+accepted("67 NaN and infinities", one(struct.pack("<f", float("nan"))))
+
+# --- .apr
+
+case("68 another magic", apr(magic=b"APRX"), "magic", "foreign-format")
+for version in (0, 1, 3, 255):
+    case(f"69 version {version}", apr(major=version), "version")
+case("70 checksum of the header", apr(resum=False), "header-crc")
+for flags in (1, 2, 4, 3, 0x0800, 0x0C00, 0x8400, 0x0408, 0x0410):
+    case(f"72-76 flags {flags:#06x}", apr(flags=flags), "flags")
+case("77 reserved bytes", apr(reserved=b"\x01" + bytes(19)), "header-reserved")
+for at in (0, 63, 65, 2**63, 2**64 - 1):
+    case(f"78 metadata at {at}", apr(metadata_at=at), "section-bounds", "unaligned", "padding", "metadata-type")
+for size in (0, 2**32 - 1, 65 << 20, 1 << 10):
+    case(f"79, 80 {size} bytes of metadata", apr(metadata_size=size), "metadata-size", "section-bounds")
+for at in (0, 63, 64, 2**40, 2**64 - 1):
+    case(
+        f"81 index at {at}",
+        apr(index_at=at),
+        "section-bounds",
+        "unaligned",
+        "index-truncated",
+        "metadata-type",
+        "padding",
+    )
+for at in (0, 127, 2**40, 2**64 - 1):
+    case(
+        f"82, 83 data at {at}",
+        apr(data_at=at),
+        "section-bounds",
+        "unaligned",
+        "tensor-count",
+        "padding",
+        "file-truncated",
+    )
+case("84 tensors without number", apr(count=2**32 - 1), "tensor-count")
+case("85 an entry that is not counted", apr(count=0), "padding", "section-bounds")
+case("86 hidden behind the metadata", apr(b"{}" + bytes(3) + b"x", metadata_size=2), "padding")
+WHOLE = struct.pack("<H1sBB1QQQ", 1, b"a", 0, 1, 1, 0, 4)
+for length in range(0, 21, 3):
+    case(f"87 {length} bytes of an entry", apr(index=WHOLE[:length]), "index-truncated", "name-length", "tensor-count",
+         "section-bounds", "size-mismatch", "shape-value", "dtype-size")  # fmt: skip
+case("88 a name without length", apr(tensors=((b"", 0, (1,), 0, 4),)), "name-length")
+case("88 a name of 257 bytes", apr(tensors=((b"n" * 257, 0, (1,), 0, 4),)), "name-length")
+case("89 a name that is not UTF-8", apr(tensors=((b"\xff", 0, (1,), 0, 4),)), "name-utf8")
+case("90 a name twice", apr(tensors=((b"a", 0, (1,), 0, 4), (b"a", 0, (1,), 64, 4))), "name-duplicate")
+case("91 names out of order", apr(tensors=((b"b", 0, (1,), 0, 4), (b"a", 0, (1,), 64, 4))), "unsorted")
+case("92 an unknown type", apr(tensors=((b"a", 255, (1,), 0, 4),)), "dtype-unknown")
+case("93 type 2", apr(tensors=((b"a", 2, (2,), 0, 4),)), "dtype-legacy", "dtype-ambiguous")
+case("96 255 dimensions", apr(tensors=((b"a", 0, (1,) * 255, 0, 4),)), "shape-rank", "section-bounds")
+for shape in ((2**32, 2**32), (2**63, 2**63, 0), (2**64 - 1,)):
+    case(f"97 shape {shape}", apr(tensors=((b"a", 0, shape, 0, 4),)), "size-mismatch", "shape-value", "size-overflow",
+         "shape-dimension", "shape-overflow", "dtype-size")  # fmt: skip
+case("98 size of another shape", apr(tensors=((b"a", 0, (2,), 0, 4),)), "size-mismatch", "dtype-size")
+case("100 data at an odd place", apr(tensors=((b"a", 0, (1,), 32, 4),)), "unaligned")
+case("101 an offset that wraps", apr(tensors=((b"a", 0, (1,), 2**64 - 64, 4),), data=bytes(64)), "file-truncated")
+case("102 data beyond the file", apr(tensors=((b"a", 0, (1,), 6400, 4),), data=bytes(64)), "file-truncated")
+case("103 overlap", apr(tensors=((b"a", 0, (32,), 0, 128), (b"b", 0, (1,), 64, 4))), "data-overlap")
+case("104 hole", apr(tensors=((b"a", 0, (1,), 128, 4),)), "data-hole")
+case("105 bytes behind the footer", apr(behind=b"x"), "trailing-bytes")
+case("105 cut within the footer", apr(footer=False, behind=b"\0"), "footer-missing", "trailing-bytes")
+for text in (b"[]", b"5", b'"a"', b"null", b"{} ", b"{}\0"):
+    case(f"106, 108 metadata {text!r}", apr(text), "metadata-type")
+case("106 a key twice", apr(b'{"a":1,"a":2}'), "json-duplicate")
+case("109 deep metadata", apr(b'{"a":' + b"[" * 1000 + b"]" * 1000 + b"}"), "json-depth")
+case("109 8 MB of numbers", apr(b'{"a":[' + b"0.5," * (2 << 20) + b"0]}"), "json-count")
+accepted("110 no tensors", apr(tensors=()))
+accepted("110 one", apr())
+
+# --- shards
+
+MAP = {"a.safetensors": "a.safetensors"}
+accepted("111 an index as it should be", shards({"weight_map": MAP, "metadata": {"total_size": 4}}, "a.safetensors"))
+for index in ({}, {"weight_map": []}, {"weight_map": {"a": 5}}, [], {"weight_map": {}}):
+    case(f"111 index {index}", shards(index, "model-00001-of-00001.safetensors", "b.safetensors"), "index-weight-map")
+for name in ("/abs.safetensors", "../x.safetensors", "a/../../b.safetensors", "a\\b.safetensors", "C:x.safetensors", "file://x",
+             "", ".", "x\0.safetensors", "x.safetensors ", "x.safetensors.", "d/x.safetensors",
+             "CON.safetensors"):  # fmt: skip
+    case(f"112 shard {name!r}", shards({"weight_map": {"a": name}}), "path-escapes")
+case("114 a pickle", shards({"weight_map": {"a": "x.bin"}}), "shard-extension")
+case("115 a shard is missing", shards({"weight_map": {"a": "x.safetensors"}}), "shard-missing")
+case(
+    "116 not in its shard", shards({"weight_map": MAP | {"b": "a.safetensors"}}, "a.safetensors"), "tensor-not-in-shard"
+)
+case("116 not in the index", shards({"weight_map": {"b.safetensors": "b.safetensors", "x": "a.safetensors"}},
+     "a.safetensors", "b.safetensors"), "tensor-not-in-shard", "tensor-not-in-index")  # fmt: skip
+case(
+    "118 names that differ in case", shards({"weight_map": {"a": "a.safetensors", "b": "A.safetensors"}}), "shard-case"
+)
+for size in (None, 5, 4.0, "4"):
+    accepted(f"119 total_size {size}", shards({"weight_map": MAP, "metadata": {"total_size": size}}, "a.safetensors"))
+case("122 deep", shards(None, text=b"[" * 10**6), "json-depth")
+case("122 a key twice", shards(None, text=b'{"weight_map":{},"weight_map":{}}'), "json-duplicate")
+case("123 many shards", shards({"weight_map": {str(n): f"{n}.safetensors" for n in range(5000)}}), "shard-count")
+case("123 a million shards", shards(None, text=b'{"weight_map":{' + b",".join(
+    b'"%d":"%d.safetensors"' % (n, n) for n in range(10**6)) + b"}}"), "json-count")  # fmt: skip
