@@ -165,7 +165,7 @@ HOSTILE = {
     "letters that multiply": {"normalizer": {"type": "Sequence", "normalizers": [REPEATED] * 6}},
 }
 ONLY_QWEN2 = {
-    "texts that multiply": template(*[TEXT] * 100_000),
+    "texts that multiply": template(*[TEXT] * 20_000),
     "texts within texts": {"type": "Sequence", "processors": [template(TEXT, TEXT)] * 60},
     "an unknown token, inside": {"type": "Sequence", "processors": [template(TEXT, X)]},
 }

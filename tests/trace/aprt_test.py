@@ -94,7 +94,7 @@ class AprtTest(absltest.TestCase):
             (data[:-1], BrokenContainerError, "aprt-length"),
             (data + b"\0", BrokenContainerError, "aprt-length"),
             (data[:7], BrokenContainerError, "aprt-length"),
-            (aprt.encode(aprt.WHOLE_MODEL, np.zeros(64)), RefusedError, "dump-size"),
+            (aprt.encode(aprt.WHOLE_MODEL, np.zeros(2 * 64)), RefusedError, "dump-size"),
             (aprt.encode(0, self.trace[stages.FINAL_NORM]), RefusedError, "aprt-layer"),
         ):
             norm.write_bytes(content)
