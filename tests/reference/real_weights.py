@@ -26,7 +26,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -43,7 +43,8 @@ from apr_jax.trace import hf_reference, tolerances
 from apr_jax.trace.compare import loss_nats, relative_l2
 from apr_jax.trace.inputs import Inputs
 from tests import oracle
-from tests.battery.parity_battery import REAL_CASE, Bench, Tally, run_case, singles
+from tests.battery.faulty_forward import Planted
+from tests.battery.parity_battery import Bench, Tally, run_case, singles
 from tests.reference import smollm2
 
 ENGLISH = """The river begins in the hills as a thin stream that a child could step across. For the first few miles it
@@ -301,27 +302,35 @@ def clean(work: Work) -> Iterator[Line]:
             )
 
 
+FOUR = (
+    Planted("qkv-bias-missing"),
+    Planted("rms-norm-eps", None, {"eps": 1e-6}),
+    Planted("rope-theta", None, {"theta": 1e4}),
+    Planted("rope-adjacent-pairs"),
+)
+"""The four-fold case; this checkpoint's eps is 1e-5."""
+
+
 def planted(work: Work) -> Iterator[Line]:
-    for name, bias in (("float32", 0.0), ("biased", 100.0)):
-        folder = work.checkpoint(f"{name}-{PLANTED_LAYERS}-layers", "float32", layers=PLANTED_LAYERS, bias=bias)
-        exact, same = load_model(folder, "float64", "cpu"), load_model(folder, "float32", "cpu")
-        ids = texts(folder)["English"].input_ids[:, : 2 * LENGTH].reshape(2, LENGTH)
-        mask = np.ones(ids.shape, np.int32)
-        mask[0, :9] = 0
-        bench = Bench(folder.name, *oracle.load(folder), Inputs.of(ids, mask), exact, same)
-        tally = Tally()
-        run_case(bench, (), tally)
-        run_case(bench, REAL_CASE, tally)
-        for case in singles(PLANTED_LAYERS, exact.config.head_dim):
-            if case.layers is None:
-                run_case(bench, (case,), tally)
-        yield Line(
-            f"planted mistakes, {name}, {PLANTED_LAYERS} layers, {LENGTH} positions",
-            "every one named, nothing else",
-            f"{tally.counted} counted: {tally.detected} detected, {tally.exact} named exactly, {tally.mistaken} others"
-            f" named; {tally.uncounted} not counted, {tally.wrong_names} wrong names there",
-            tally.counted == tally.exact > 0 and not tally.wrong_names,
-        )
+    folder = work.checkpoint(f"biased-{PLANTED_LAYERS}-layers", "float32", layers=PLANTED_LAYERS, bias=100.0)
+    exact, same = load_model(folder, "float64", "cpu"), load_model(folder, "float32", "cpu")
+    ids = texts(folder)["English"].input_ids[:, : 2 * LENGTH].reshape(2, LENGTH)
+    mask = np.ones(ids.shape, np.int32)
+    mask[0, :9] = 0
+    bench = Bench(folder.name, *oracle.load(folder), Inputs.of(ids, mask), exact, same)
+    tally = Tally()
+    run_case(bench, (), tally)
+    run_case(bench, FOUR, tally)
+    for case in singles(PLANTED_LAYERS, exact.config.head_dim):
+        if case.layers is None:
+            run_case(bench, (case,), tally)
+    yield Line(
+        f"planted mistakes, biased, {PLANTED_LAYERS} layers, 2 x {LENGTH} tokens",
+        "every one named, nothing else",
+        f"{tally.counted} counted: {tally.detected} detected, {tally.exact} named exactly, {tally.mistaken} others"
+        f" named; {tally.uncounted} not counted, {tally.wrong_names} wrong names there",
+        tally.counted == tally.exact > 0 and not tally.wrong_names,
+    )
 
 
 PARTS: dict[str, Callable[[Work], Iterator[Line]]] = {
@@ -329,44 +338,57 @@ PARTS: dict[str, Callable[[Work], Iterator[Line]]] = {
 }
 
 
-def report(lines: list[Line]) -> str:
+def section(name: str, lines: list[Line]) -> str:
+    """Returns the lines of a part as Markdown, with the day, the machine and the versions."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "transformers", "gguf")
     )
     rows = [f"| {line.what} | {line.bar} | {line.seen} | {'yes' if line.holds else '**no**'} |" for line in lines]
     return "\n".join(
         [
+            f"## {name}",
+            "",
             f"{datetime.date.today()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}.",
             "",
             "| what | bar | seen | holds |",
             "|---|---|---|---|",
             *rows,
+            "",
         ]
     )
+
+
+def write_report(path: pathlib.Path, sections: Mapping[str, str]) -> None:
+    """Writes the sections of the parts that were run; those of the others stay as they are."""
+    before = path.read_text().split("\n## ")[1:] if path.exists() else []
+    kept = {text.split("\n", 1)[0]: "## " + text for text in before}
+    kept = {name: text.rstrip("\n") + "\n" for name, text in (kept | sections).items()}
+    path.write_text("\n".join(["# Trained weights: `make real-weights`\n", *(kept[n] for n in PARTS if n in kept)]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--report", type=pathlib.Path, help="write the table there as well")
+    parser.add_argument("--report", type=pathlib.Path, help="write the tables there as well")
     args = parser.parse_args()
-    work, lines = Work(args.work), []
+    work, good, sections = Work(args.work), True, {}
     for name in args.only:
+        lines: list[Line] = []
         try:
             for line in PARTS[name](work):
                 lines.append(line)
-                print(
-                    f"{'ok  ' if line.holds else 'FAIL'} {line.what}: {line.seen} (asked for: {line.bar})", flush=True
-                )
+                verdict = "ok  " if line.holds else "FAIL"
+                print(f"{verdict} {line.what}: {line.seen} (asked for: {line.bar})", flush=True)
         except (RuntimeError, KeyError) as error:
             lines.append(Line(name, "to run", f"{type(error).__name__}: {str(error)[:300]}", False))
             print(f"FAIL {name}: {error}", flush=True)
-    table = report(lines)
-    print(table)
-    if args.report:
-        args.report.write_text(f"# Trained weights\n\n{table}\n")
-    return 0 if lines and all(line.holds for line in lines) else 1
+        sections[name] = section(name, lines)
+        good &= bool(lines) and all(line.holds for line in lines)
+        if args.report:
+            write_report(args.report, sections)
+    print("\n".join(sections.values()))
+    return 0 if good and sections else 1
 
 
 if __name__ == "__main__":
