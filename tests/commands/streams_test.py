@@ -1,6 +1,7 @@
 """What commands print and how they end, whatever their streams, their arguments and the names in files are."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.commands.entry import COMMANDS
-from apr_jax.converters.commands import terminal
+from apr_jax.converters.commands import tables, terminal
 from apr_jax.trace import aprt, inputs, stages
 from tests import paths
 
@@ -120,6 +121,17 @@ class TerminalTest(parameterized.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn(b"embed_tokens", shown)
         self.assertEqual(b"\x1b" in shown, expected)
+
+
+class TableTest(absltest.TestCase):
+    def test_cells_are_escaped_in_plain_tables_and_in_drawn_ones(self):
+        for drawn in (False, True):
+            out = io.StringIO()
+            settled = mock.patch.object(tables, "has_colours", return_value=drawn)
+            with settled, contextlib.redirect_stdout(out):
+                tables.print_table(("tensor", "n"), [(EVIL, 1)], right=(1,))
+            self.assertEqual(unsafe(out.getvalue()), [])
+            self.assertIn(r"x\x1b[2J", out.getvalue())
 
 
 class NamesTest(parameterized.TestCase):
