@@ -63,7 +63,9 @@ class ParityCommandTest(ParityTestCase):
         dump, _ = self.dump(80, REAL_CASE)
         command = [sys.executable, paths.ROOT / "tools" / "parity.py", SAMPLE, "--right", dump]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        self.assertEqual(done.returncode, 1)
+        # Progress, on a slow machine, and nothing else.
+        self.assertRegex(done.stderr, r"\A(\.\.\. .*\n)*\Z")
         for part in (
             "q_post_rope: yours equals adjacent-pair RoPE",
             "the RoPE base is 10000",
