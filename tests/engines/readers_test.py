@@ -27,7 +27,8 @@ from tests import oracle, paths
 from tests.battery.faulty_forward import Planted, forward
 
 NAME = "gqa_tied_bf16"
-LENGTH = 40
+LENGTH = 64
+"""As in the other suites, so that what they compile is shared."""
 load = functools.lru_cache(load_model)
 MISTAKES = (
     Planted("rope-adjacent-pairs"),
@@ -154,7 +155,7 @@ class LlamaCppTest(ReadersTestCase):
                 if stage in ("q_post_rope", "k_post_rope"):
                     array = array.reshape(LENGTH, -1, c.head_dim)
                 if stage == "attn_softmax":
-                    array = np.pad(array, [(0, 0), (0, 0), (0, 64 - LENGTH)])  # the cache has more cells
+                    array = np.pad(array, [(0, 0), (0, 0), (0, 96 - LENGTH)])  # the cache has more cells
                 if kept_last and layer == c.num_layers - 1 and place > behind:
                     array = array[-1:]
                 np.save(self.folder / f"{name}-{layer}.npy", array)
@@ -194,7 +195,7 @@ class LlamaCppTest(ReadersTestCase):
 class RequestsTest(ReadersTestCase):
     """TensorRT-Edge-LLM's file of one request, as its LayerDebugger documents it."""
 
-    def write(self, values, prompt, rounds, slots=48, **changed):
+    def write(self, values, prompt, rounds, slots=72, **changed):
         c, arrays = self.config, {}
         for index in range(rounds):
             length = prompt + index
@@ -225,7 +226,7 @@ class RequestsTest(ReadersTestCase):
         values, prompt = self.engine(), Inputs.of(self.ids[:, : LENGTH - 2])
         path = self.write(values, LENGTH - 2, 2, **{"round_1.context_lengths": None})
         self.refused(RefusedError, "dump-rounds", path, prompt)
-        path = self.write(values, LENGTH - 2, 1, **{"round_0.context_lengths": np.array([38, 30], np.int32)})
+        path = self.write(values, LENGTH - 2, 1, **{"round_0.context_lengths": np.array([LENGTH - 2, 30], np.int32)})
         self.refused(RefusedError, "dump-rounds", path, prompt)
         path = self.write(values, LENGTH - 2, 1, **{"round_0.layer_0.kv": np.ones((1, 2, 3, 4), np.float32)})
         self.refused(RefusedError, "dump-shape", path, prompt)
@@ -332,14 +333,14 @@ class SummariesTest(ReadersTestCase):
     def test_what_llama_eval_callback_prints(self):
         def text(values):
             for key, name, operation in (
-                ("stage.embedding", "inp_embd", "GET_ROWS(token_embd.weight{64, 288, 1, 1}, inp_tokens{40, 1, 1, 1}})"),
-                ("stage.0.attn_norm", "attn_norm-0", "MUL(norm-0{64, 40, 1, 1}, blk.0.attn_norm.weight{64, 1, 1, 1}})"),
-                (None, "Qcur-0", "MUL_MAT(blk.0.attn_q.weight{64, 64, 1, 1}, attn_norm-0{64, 40, 1, 1}})"),
-                ("stage.0.q_post_rope", "Qcur-0", "ROPE(Qcur-0 (reshaped){16, 4, 40, 1}, inp_pos{40, 1, 1, 1}})"),
-                ("stage.0.post_ffn_residual", "l_out-0", "ADD(ffn_out-0{64, 40, 1, 1}, ffn_inp-0{64, 40, 1, 1}})"),
+                ("stage.embedding", "inp_embd", "GET_ROWS(token_embd.weight{64, 288, 1, 1}, inp_tokens{64, 1, 1, 1}})"),
+                ("stage.0.attn_norm", "attn_norm-0", "MUL(norm-0{64, 64, 1, 1}, blk.0.attn_norm.weight{64, 1, 1, 1}})"),
+                (None, "Qcur-0", "MUL_MAT(blk.0.attn_q.weight{64, 64, 1, 1}, attn_norm-0{64, 64, 1, 1}})"),
+                ("stage.0.q_post_rope", "Qcur-0", "ROPE(Qcur-0 (reshaped){16, 4, 64, 1}, inp_pos{64, 1, 1, 1}})"),
+                ("stage.0.post_ffn_residual", "l_out-0", "ADD(ffn_out-0{64, 64, 1, 1}, ffn_inp-0{64, 64, 1, 1}})"),
                 ("stage.1.post_ffn_residual", "l_out-1", "ADD(ffn_out-1{64, 1, 1, 1}, ffn_inp-1{64, 1, 1, 1}})"),
             ):
-                value = np.ones((1, 40, 64)) if key is None else values[key]
+                value = np.ones((1, LENGTH, 64)) if key is None else values[key]
                 value = value[:, -1:] if "-1" in name else value
                 size = f"{value.shape[2]}, {value.shape[1]}, 1, 1"
                 yield f"ggml_debug: {name:>24} = (f32) {operation} = {{{size}}}"
