@@ -279,7 +279,10 @@ def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[s
             " cache of keys and values is taken to be right but for the mistakes that are found, and was not examined"
         )
     if not any(stages.Key(key).is_inner for key in dump.values):
-        notes.append("no stages were dumped: the mistake cannot be named from logits or layer outputs alone yet")
+        notes.append(
+            "no stages were dumped, only what comes out of all layers: mistakes are looked for in all of them and in"
+            " single ones; several that are made in different layers are not named"
+        )
     if dump.strangers:
         notes.append(f"not read, no stage of this model: {', '.join(dump.strangers[:8])}")
     if beyond := set(dump.values) - set(stages.trace_keys(exact.config.num_layers)):

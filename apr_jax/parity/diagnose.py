@@ -178,6 +178,8 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
     note = description(replay.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
     if missing := [before.stage for before in replay.undumped(site.key)[:-1]]:
         note += f"; not dumped before it: {', '.join(missing)}"
+    if search.ended is not None:
+        note += f"; the search was ended after {search.ended} explanations, sets of several mistakes among them"
     return Explanation(site, (UNKNOWN.made(),), None, note=note)
 
 

@@ -21,13 +21,13 @@ from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.question import Question
 from apr_jax.trace.stages import Key
 
-_LONGEST = 24
-"""A gap of more stages than a layer and a half is not searched: too many mistakes could hide in it."""
+_LONG = 12
+"""Behind a gap of as many stages (layer outputs, logits alone) only the sets that leave least are built on."""
 _KEPT = 8
 """How many of the best sets are built on."""
 _KEPT_WEIGHTS = 32
 """How many of the best mistakes of weights and products are made beside others."""
-_MOST = 3
+_MOST, _MOST_BEHIND_LONG = 3, 4
 """As many mistakes are stacked before one dumped stage."""
 _NO_EFFECT = 1e-9
 """A mistake that changes less than this share of the difference cannot be seen at the stage."""
@@ -43,7 +43,7 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Siz
       left: What share of the difference each hypothesis so far leaves; filled in between.
       accepted: Those that explain the stage so far; filled in between.
     """
-    gap = question.nodes[:-1] if len(question.nodes) <= _LONGEST else []
+    gap = question.nodes[:-1]
     own = list(_own(question))
     yield from (stack for stack in own if len(stack) == 1)
     before = [(mistake,) for node in gap for (mistake,) in _singles(question, node)]
@@ -51,6 +51,8 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Siz
     before = [*(s for s in before if not _is_numerical(s[0])), *(s for s in before if _is_numerical(s[0]))]
     yield from dict.fromkeys(before)
     yield from _solved(question, gap)
+    if not accepted:
+        yield from _in_one_layer(question, gap, before, left)
     longer = [stack for stack in own if len(stack) > 1]
     if question.parts():
         yield from longer
@@ -139,7 +141,7 @@ def _misfits(question: Question, nodes: Sequence[Key]) -> Iterator[tuple[float, 
                 yield misfit, stack
 
 
-def _solved(question: Question, gap: Sequence[Key]) -> Iterator[Mistakes]:
+def _solved(question: Question, gap: Sequence[Key], layers: tuple[int, ...] | None = None) -> Iterator[Mistakes]:
     """Mistakes behind the gap with a number: a base, an eps or a scale that reproduces the dumped stage best."""
     made = {mistake.fault for mistake in question.given}
     tried = set()
@@ -148,9 +150,22 @@ def _solved(question: Question, gap: Sequence[Key]) -> Iterator[Mistakes]:
             if fault.grid is None or fault in made or not _may_be_made(fault, node):
                 continue
             for parameters in fault.variants(question, node):
-                if (base := fault.made(**parameters)) not in tried:
+                if (base := dataclasses.replace(fault.made(**parameters), layers=layers)) not in tried:
                     tried.add(base)
                     yield from ((mistake,) for mistake in undumped.solve(question, base))
+
+
+def _in_one_layer(
+    question: Question, gap: Sequence[Key], before: Sequence[Mistakes], left: Mapping[Mistakes, float]
+) -> Iterator[Mistakes]:
+    """Mistakes made in one layer of a gap of several, those first that leave least where all layers make them."""
+    layers = sorted({node.layer for node in gap if node.layer is not None})
+    if len(layers) < 2:
+        return
+    for (mistake,) in sorted(dict.fromkeys(before), key=lambda stack: float(f"{left.get(stack, np.inf):.2e}")):
+        yield from ((mistake.in_layers(layer),) for layer in layers)
+    for layer in layers:
+        yield from _solved(question, [node for node in gap if node.layer == layer], (layer,))
 
 
 def _together(question: Question) -> Iterator[Mistakes]:
@@ -178,11 +193,12 @@ def _stacked(
     seen = [stack for stack in singles if abs(left.get(stack, np.inf) - 1) > _NO_EFFECT and not stack[0].fault.alone]
     plain = [stack for stack in seen if not _is_numerical(stack[0])]
     near = sorted((stack for stack in seen if _is_numerical(stack[0]) and leaves(stack) < 1), key=leaves)
-    bases = [*plain, *near[: 0 if gap else _KEPT]]
+    long = len(gap) >= _LONG
+    bases = sorted([*plain, *near], key=leaves)[:_KEPT] if long else [*plain, *near[: 0 if gap else _KEPT]]
     numerical = sorted((stack for stack in before if stack in seen and _is_numerical(stack[0])), key=leaves)
     others = [*(stack for stack in before if stack in plain), *numerical[:_KEPT_WEIGHTS]]
     longer: list[Mistakes] = []
-    for count in range(2, _MOST + 1):
+    for count in range(2, (_MOST_BEHIND_LONG if long else _MOST) + 1):
         made: dict[frozenset[Mistake], Mistakes] = {}
         longer = [stack for stack in longer if len(stack) > count]
         for base in bases:

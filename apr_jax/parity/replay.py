@@ -42,6 +42,7 @@ class Replay:
       theirs: The other side's values.
       made: The mistakes that are made.
       target: The stage that is being computed and so not taken from `theirs`.
+      layer: The layer of the stage whose formula is at work.
       rows: The positions that are looked at; None is all of them. Keys and values are always there for all.
       memo: What was computed once and does not depend on `made`.
       composed: What does, within one computation.
@@ -53,6 +54,7 @@ class Replay:
     theirs: Mapping[str, np.ndarray]
     made: Mistakes = ()
     target: Key | None = None
+    layer: int | None = None
     rows: np.ndarray | None = None
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
@@ -64,6 +66,8 @@ class Replay:
 
     def _made(self, key: Key) -> Value:
         """Computes a stage with the mistakes that are made: in all of it, or in the part that each is confined to."""
+        if self.layer != key.layer and any(mistake.layers is not None for mistake in self.made):
+            return dataclasses.replace(self, layer=key.layer)._made(key)
         everywhere = tuple(mistake for mistake in self.made if mistake.within is None)
         if len(everywhere) == len(self.made):
             return self.step("result", FORMULAS[key.stage](self, key.layer), key.layer, key.stage)
@@ -83,6 +87,8 @@ class Replay:
         """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
         for mistake in self.made:
             change = mistake.fault.changes.get(name)
+            if mistake.layers is not None and self.layer not in mistake.layers:
+                continue
             if change and not (name == "result" and mistake.stage not in ("", what)):
                 value = change(value, At(self, layer, what), **mistake.parameters)
         return value

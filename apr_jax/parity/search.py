@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -43,10 +44,16 @@ way moves a whole step, so that such mistakes are told by most values, not by al
 rounded was not dumped and is known nearly; elsewhere it has to fit and to leave no more than this."""
 _EQUAL = 1e-9
 """Relative difference of squares up to which two distances are equal."""
+_ALIKE = 0.1
+"""Two mistakes give the same values if their distances differ by less than this share of the budget."""
 _ROUND = 0.02
 """As much a number that was solved for may be off its round neighbour."""
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
+
+_MOST_STACKS, _SECONDS = 4000, 600.0
+"""How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
+long at all of them: behind layer outputs or logits alone there is no end to them."""
 
 _MOST_POSITIONS, _FEWEST_POSITIONS = 32, 8
 _SAMPLE_ELEMENTS = 1 << 21
@@ -78,10 +85,12 @@ class Known:
     Attributes:
       answers: By stage name, the answers that a search among all hypotheses gave.
       progress: Is told what is going on, often.
+      seconds: How long sets of mistakes, and mistakes of single layers, are still looked for.
     """
 
     answers: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
     progress: Callable[[str], None] = silent
+    seconds: float = _SECONDS
 
     def at(self, stage: str) -> list[Answer]:
         """Returns what explained this stage in other layers, the last first."""
@@ -124,6 +133,11 @@ class Fit:
     def single(self) -> float:
         """The largest error of anything smaller than the stage over its own budget."""
         return max(self.worst, self.turned)
+
+    @property
+    def share(self) -> float:
+        """The largest error over its own budget, of the whole or of anything smaller."""
+        return max(self.error / self.budget if self.budget else math.inf, self.single)
 
     def within(self, slack: float) -> bool:
         """Whether what is left is rounding."""
@@ -201,11 +215,13 @@ class Search:
     Attributes:
       closest: Names of the hypothesis that came nearest without explaining it, and what share of the difference it
         leaves; None before `run`.
+      ended: After how many explanations the search was ended with others left; None if it was not.
     """
 
     def __init__(self, replay: Replay, site: Site, located: Localisation):
         self.site, self.located = site, located
         self.closest: tuple[str, float] | None = None
+        self.ended: int | None = None
         self._left: dict[Mistakes, float] = {}
         self._replay = dataclasses.replace(replay, memo={})
 
@@ -220,10 +236,18 @@ class Search:
     def run(self, known: Known) -> Answer | None:
         """Looks among all hypotheses, and keeps what it finds in `known`; None if nothing explains the stage."""
         accepted: list[tuple[Mistakes, Fit]] = []
+        stacks, before = 0, time.monotonic()
         for tried, mistakes in enumerate(hypotheses(self._question(), self._left, accepted)):
             known.progress(f"{self.site.key}: {tried} explanations tried")
             if accepted and len(mistakes) > len(accepted[0][0]):
                 break
+            now = time.monotonic()
+            if len(mistakes) > 1 or any(mistake.layers is not None for mistake in mistakes):
+                stacks, known.seconds = stacks + 1, known.seconds - (now - before)
+                if stacks > _MOST_STACKS or known.seconds < 0:
+                    self.ended = tried
+                    break
+            before = now
             if not mistakes or (fit := self._judge(mistakes)) is None:
                 continue
             accepted.append((mistakes, fit))
@@ -250,8 +274,9 @@ class Search:
         made = {}
         for mistake in mistakes:
             where = mistake.stages(self._replay)
+            within = {node.layer for node in nodes if node.stage in where and node.layer is not None}
             made[mistake.name] = tuple(
-                sorted({node.layer for node in nodes if node.stage in where and node.layer is not None})
+                sorted(within if mistake.layers is None else within.intersection(mistake.layers))
             )
         return made
 
@@ -285,21 +310,21 @@ class Search:
         same: round ones come first. Numbers are those that explained another stage, if these values cannot tell them
         from their own.
         """
-        pairs = [(mistakes, fit.error) for mistakes, fit in accepted]
-        least = min(error for _, error in pairs)
-        near = [pair for pair in pairs if self._as_near(pair[1], least)]
+        fits = list(accepted)
+        least = min(fit.error for _, fit in fits)
+        alike = [pair for pair in fits if pair[1].error <= 2 * least + _ALIKE * self.site.budget]
         # How products are made concerns all of them: it goes before what explains this stage alone.
-        blamed = [pair for pair in near if known.blames_precision(pair[0])]
-        first = names((blamed or near)[0][0])
-        same = [pair for pair in blamed or near if names(pair[0]) == first]
-        nearest, _ = min(same, key=lambda pair: pair[1])
-        chosen, error = next(pair for pair in same if _nearly(pair[0], nearest))
-        others = {names(mistakes) for mistakes, other in pairs if other <= 2 * least + 0.1 * self.site.budget}
-        others = set() if blamed else others
+        blamed = [pair for pair in fits if self._as_near(pair[1].error, least) and known.blames_precision(pair[0])]
+        first = names((blamed or alike)[0][0])
+        same = [pair for pair in blamed or alike if names(pair[0]) == first]
+        nearest, _ = min(same, key=lambda pair: pair[1].share)
+        chosen, fit = next(pair for pair in same if _nearly(pair[0], nearest))
+        error = fit.error
+        others = set() if blamed else {names(mistakes) for mistakes, _ in alike}
         for mistakes in known.with_numbers(chosen):
-            fit = self._judge(mistakes)
-            if fit is not None and self._as_near(fit.error, least):
-                chosen, error = mistakes, fit.error
+            moved = self._judge(mistakes)
+            if moved is not None and self._as_near(moved.error, least):
+                chosen, error = mistakes, moved.error
                 break
         return Answer(chosen, error, tuple(sorted(others - {names(chosen)})))
 
@@ -358,7 +383,7 @@ def _nearly(one: Mistakes, other: Mistakes) -> bool:
     """Whether these are the same mistakes but for solved numbers that are nearly the same."""
     return len(one) == len(other) and all(
         a.fault is b.fault
-        and a.within == b.within
+        and (a.within, a.layers) == (b.within, b.layers)
         and a.parameters.keys() == b.parameters.keys()
         and all(_same_value(value, b.parameters[name]) for name, value in a.pairs)
         for a, b in zip(one, other, strict=True)

@@ -25,7 +25,7 @@ def solve(question: Question, base: Mistake) -> list[Mistake]:
         raise ValueError(f"{base.fault} has no number to solve for")
 
     def with_number(value: float) -> Mistake:
-        return base.fault.made(**base.parameters, **{grid.parameter: value})
+        return base.having(**base.parameters, **{grid.parameter: value})
 
     def misfit(logarithm: float) -> float:
         value = question.misfit((with_number(float(np.exp(logarithm))),))

@@ -207,8 +207,10 @@ def _caches(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     # What the first wrong column is off by may be little more than rounding.
     nothings = [max(1e-3, times * EPSILON[question.dtype]) for times in (1.25, 2.5, 5.0)]
     firsts = dict.fromkeys(int(np.argmax(off > nothing * size)) for nothing in nothings)
+    if node == question.nodes[-1]:
+        firsts |= dict.fromkeys(first - 1 for first in firsts)
     for first, shift, side in itertools.product(firsts, _SHIFTS, ("write", "read")):
-        if first:
+        if first > 0:
             yield {"shift": shift, "side": side, "prefill": first}
 
 

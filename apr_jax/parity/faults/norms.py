@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from apr_jax.parity import round_numbers
 from apr_jax.parity.faults.record import UNION, Fault, Grid, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import NORMS, At, Value, norm_input, norm_name
+from apr_jax.trace.stages import Key
 
 _STAGES = tuple(NORMS)
 _QUIET_ROWS = 64
@@ -53,6 +55,15 @@ def _solve_eps(x: Value, weight: Value, theirs: Value, right: float, nothing: fl
     return round_numbers.epsilons(solved, 2 * nothing * float(np.average(square[good], weights=weights[good])))
 
 
+def _norms(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """One norm; or all of a gap, which are likelier to have one eps."""
+    inside = [norm_name(other.stage) for other in question.nodes if other.stage in NORMS]
+    every = tuple(dict.fromkeys(inside))
+    if len(every) > 1:
+        yield {"norms": every}
+    yield {"norms": (norm_name(node.stage),)}
+
+
 def _eps(right: float, at: At, eps: float, norms: Sequence[str]) -> float:
     return eps if norm_name(at.what) in norms else right
 
@@ -63,7 +74,7 @@ EPS = Fault(
     _STAGES,
     {"eps": _eps},
     solve=_epsilons,
-    variants=lambda question, node: [{"norms": (norm_name(node.stage),)}],
+    variants=_norms,
     grid=Grid("eps", tuple(10.0**power for power in range(-12, -1)), round_numbers.epsilons),
     merge={"norms": UNION},
 )

@@ -20,6 +20,8 @@ from apr_jax.trace.stages import Key
 
 _BEHIND_GAPS = ("int8", "int4", "q4_k", "q8_0", "q4_0", "int8 by row", "fp8_e4m3", "fp8_e4m3 by row")
 """Codecs that are tried where the product itself was not dumped: each is tried for every weight of the gap."""
+_SHORT = 6
+"""In a gap of as many stages all codecs are tried, and other orders of columns."""
 _ROWS = 48
 """Output channels by which codecs are told from each other."""
 _PROMISING = 0.7
@@ -52,6 +54,8 @@ def _suspects(question: Question, node: Key) -> list[str]:
 
 def _quantisations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     own = node == question.nodes[-1]
+    # An engine that computes in 16 bits holds its weights in them: no mistake, and in the budget.
+    its_own = {"float16": "fp16", "bfloat16": "bf16"}.get(question.dtype)
     for tensor in _suspects(question, node):
         right = question.replay.weight(node.layer, tensor)
         small = codecs.stays_float(tensor, right.size)
@@ -59,11 +63,11 @@ def _quantisations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]
             ("fp16", "bf16") if small else ("fp16", "bf16", *(codec for codec in narrow.CODECS if "f16" not in codec))
         )
         if not small and not own:
-            tried = ("fp16", *_BEHIND_GAPS)
+            tried = ("fp16", *_BEHIND_GAPS) if len(question.nodes) > _SHORT else tried
         elif not small:
             tried = _promising(question, node, tensor, tried)
         for codec in tried:
-            if codec not in ("fp16", "bf16") or _narrows(right, codec):
+            if codec != its_own and (codec not in ("fp16", "bf16") or _narrows(right, codec)):
                 yield {"tensor": tensor, "codec": codec}
 
 
@@ -77,8 +81,8 @@ def _narrows(weight: Value, codec: str) -> bool:
 def _promising(question: Question, node: Key, tensor: str, tried: Sequence[str]) -> tuple[str, ...]:
     """The codecs that come nearer than the right weight does, by some output channels: all would take long."""
     source = {"qkv_matmul": "attn_norm", "logits": "final_norm"}.get(node.stage) or PRODUCTS.get(node.stage, ("",))[0]
-    if not source or question.given:
-        return tuple(tried)
+    if not source or question.given or len(question.nodes) > 1:
+        return tuple(tried)  # what is multiplied is not known without the mistakes before it
     replay, weight = question.all(), question.replay.weight(node.layer, tensor)
     rows = np.unique(np.linspace(0, len(weight) - 1, _ROWS).astype(int))
     columns = rows + (_first_row(question, node.layer, tensor) if node.stage == "qkv_matmul" else 0)
@@ -239,7 +243,8 @@ _SAID = {"the halves are interleaved": "adjacent", "even and odd columns became 
 
 
 def _interleavings(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
-    if node != question.nodes[-1] or node.stage in NORMS or node.stage == "qkv_bias":
+    far = node != question.nodes[-1] and len(question.nodes) > _SHORT
+    if far or node.stage in NORMS or node.stage == "qkv_bias":
         return
     for tensor in tensors_of(question.replay, node.stage):
         if question.only in tensor:
