@@ -99,8 +99,9 @@ def find_device(device: str | jax.Device | Sharding | None) -> jax.Device:
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
-    """Returns what a checkpoint holds beside its tensors, read now: the model may outlive the files."""
-    files = dict(checkpoint.files)
+    """Returns what a checkpoint holds beside its tensors, and nothing that reads it later: the model may outlive it."""
+    # Those of a GGUF file are made from its header: a tokenizer takes as long as a tensor, and most never ask for it.
+    files = checkpoint.files if checkpoint.kind == "gguf" else dict(checkpoint.files)
     if checkpoint.kind != "apr":
         strings = {key: text for key, text in checkpoint.metadata.items() if key != SAFETENSORS_SOURCE_FILES_KEY}
         return Origin(checkpoint.path, "safetensors", files, strings if checkpoint.has_metadata else None)

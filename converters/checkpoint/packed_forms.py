@@ -418,14 +418,12 @@ class _Search:
             parts += [nested_map, nested_max]
 
         def make() -> Decoder:
-            import numpy as np
-
             from apr_jax.converters.formats import packed_codecs
 
             scales = absmax.read()
             if nested:
                 scales = packed_codecs.nested_absmax(scales, nested_map.read(), nested_max.read(), inner, float(offset))
-            return packed_codecs.bitsandbytes(np.frombuffer(data.raw(), np.uint8), code.read(), scales, block)
+            return packed_codecs.bitsandbytes(_bytes(data).reshape(-1), code.read(), scales, block)
 
         details = (("type", kind), ("block", block), *((("scales", "8 bits"),) if nested else ()))
         # The form itself says of which type its values are, and the library rounds them to it whatever it computes in.
@@ -473,10 +471,12 @@ class _Search:
         def make() -> Decoder:
             from apr_jax.converters.formats import packed_codecs as codecs
 
-            table = codecs.floats(weight.dtype.numpy) if is_float else None
+            values = _bytes(weight) if is_float else weight.read()
+            pairs = is_float and columns % 2 == 0
+            table = codecs.floats(weight.dtype.numpy, pairs) if is_float else None
             zeros = None if zero is None else _floats(zero).reshape(shape)
             return codecs.Grouped(
-                _bytes(weight) if is_float else weight.read(),
+                values.view("<u2") if pairs else values,
                 table,
                 _floats(scale).reshape(shape),
                 columns,
@@ -595,7 +595,9 @@ def _words(tensor: Tensor) -> np.ndarray:
 def _bytes(tensor: Tensor) -> np.ndarray:
     import numpy as np
 
-    return np.frombuffer(tensor.raw(), np.uint8).reshape(tensor.shape)
+    data = np.empty(tensor.nbytes, np.uint8)
+    tensor.readinto(data.data)
+    return data.reshape(tensor.shape)
 
 
 def _floats(tensor: Tensor) -> np.ndarray:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _ALIGNMENT = 64
 _PART_BYTES = 1 << 20
+# Values decoded at once: they and their blocks stay in the second-level cache while codecs go over them.
+_DECODED_BYTES = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,34 +203,41 @@ class Tensor:
     def _decode_flat(self, values: np.ndarray, begin: int) -> None:
         """Decodes blocks that run on across rows; `begin` may be amid one."""
         elements, end = self.dtype.block_elements, begin + values.size
-        step = max(1, _PART_BYTES // (4 * elements)) * elements
+        step = max(1, _DECODED_BYTES // (4 * elements)) * elements
+        data = self._buffer(min(step, values.size + elements))
         for low in range(begin // elements * elements, end, step):
             high = min(low + step, end)
             skipped = max(0, begin - low)
             if not skipped:
-                self._decode_blocks(values[low - begin : high - begin], low // elements)
+                self._decode_blocks(values[low - begin : high - begin], low // elements, data)
                 continue
             part = _empty((high - low,), values.dtype)
-            self._decode_blocks(part, low // elements)
+            self._decode_blocks(part, low // elements, data)
             values[: high - begin] = part[skipped:]
 
     def _decode_rows(self, values: np.ndarray, first: int) -> None:
         """Decodes rows that are padded to whole blocks each."""
         elements = self.dtype.block_elements
         blocks = -(-values.shape[1] // elements)
-        step = max(1, _PART_BYTES // (4 * elements * blocks))
+        step = max(1, _DECODED_BYTES // (4 * elements * blocks))
         padded = _empty((min(step, len(values)), blocks * elements), values.dtype)
+        data = self._buffer(padded.size)
         for row in range(0, len(values), step):
             part = padded[: min(step, len(values) - row)]
-            self._decode_blocks(part.reshape(-1), (first + row) * blocks)
+            self._decode_blocks(part.reshape(-1), (first + row) * blocks, data)
             values[row : row + len(part)] = part[:, : values.shape[1]]
 
-    def _decode_blocks(self, values: np.ndarray, first: int) -> None:
+    def _buffer(self, values: int) -> memoryview:
+        """Returns memory for the prefix and the blocks of so many values, to be used again and again."""
+        blocks = -(-values // self.dtype.block_elements)
+        return memoryview(bytearray(self.dtype.codec.prefix_bytes + blocks * self.dtype.block_bytes))
+
+    def _decode_blocks(self, values: np.ndarray, first: int, buffer: memoryview) -> None:
         """Decodes all values of blocks from number `first` on, but for the last ones of the last block."""
         codec, width = self.dtype.codec, self.dtype.block_bytes
         prefix = codec.prefix_bytes
         blocks = -(-values.size // self.dtype.block_elements)
-        data = memoryview(bytearray(prefix + blocks * width))
+        data = buffer[: prefix + blocks * width]
         self.readinto_at(0, data[:prefix])
         self.readinto_at(prefix + first * width, data[prefix:])
         codec.decode(data, values)

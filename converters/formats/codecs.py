@@ -119,6 +119,19 @@ def _nibbles(packed: np.ndarray) -> np.ndarray:
     return np.stack((packed & 15, packed >> 4), 1)
 
 
+def _halves(packed: np.ndarray) -> np.ndarray:
+    """Returns int8 [n, 2 * bytes]: as `_nibbles`, for the few bytes of small blocks.
+
+    NumPy's loops are as long as a row here, and all but free over a whole array: bytes are moved a row at a time.
+    """
+    row = np.dtype((np.void, packed.shape[1]))
+    whole = np.ascontiguousarray(packed.view(row)).view(np.uint8)
+    both = np.empty((len(packed), 2), row)
+    both[:, :1] = (whole & 15).view(row)
+    both[:, 1:] = (whole >> 4).view(row)
+    return both.view(np.int8)
+
+
 def _bits(packed: np.ndarray, count: int) -> np.ndarray:
     """Returns uint8 [n, count, bytes]: each byte shifted right by 0, 1, ... count - 1 bits, only bit 0 kept."""
     return packed[:, None] >> np.arange(count, dtype=np.uint8)[:, None] & 1
@@ -194,9 +207,9 @@ class Q4_0(Codec):
     layout = _layout(("d", "<f2", 1), ("qs", "u1", 16))
 
     def _decode(self, blocks: np.ndarray, out: np.ndarray) -> None:
-        np.bitwise_and(blocks["qs"], 15, out=out[:, :16], casting="unsafe")
-        np.right_shift(blocks["qs"], 4, out=out[:, 16:], casting="unsafe")
-        out -= np.float32(8)
+        q = _halves(blocks["qs"])
+        q -= np.int8(8)
+        out[:] = q
         out *= _f32(blocks["d"])
 
 
@@ -207,7 +220,8 @@ class Q4_1(Codec):
     layout = _layout(("d", "<f2", 1), ("m", "<f2", 1), ("qs", "u1", 16))
 
     def _decode(self, blocks: np.ndarray, out: np.ndarray) -> None:
-        np.multiply(_f32(blocks["d"]), _nibbles(blocks["qs"]).reshape(len(blocks), 32), out=out)
+        out[:] = _halves(blocks["qs"])
+        out *= _f32(blocks["d"])
         out += _f32(blocks["m"])
 
 

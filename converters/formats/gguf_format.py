@@ -9,6 +9,7 @@ innermost first in the file and outermost first here. Format: docs/gguf.md of gg
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import struct
@@ -174,7 +175,31 @@ class _Reader:
         if kind in _NUMBERS:
             numbers = struct.unpack(f"<{count}{_NUMBERS[kind]}", self.take(count * width))
             return [self._checked(kind, number) for number in numbers] if kind == _BOOL else list(numbers)
+        if kind == _STRING:
+            return self._strings(count)
         return [self.value(kind, depth + 1) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary and its merges are most of a header: the window's are taken at once."""
+        strings: list[str] = []
+        while len(strings) < count:
+            # One that the window does not hold, or no UTF-8.
+            strings.append(self.string())
+            at = self._take_strings(self.position - self._start, count - len(strings), strings)
+            self.position = self._start + at
+        return strings
+
+    def _take_strings(self, at: int, most: int, strings: list[str]) -> int:
+        """Appends the strings that the window holds from `at` on, `most` at most; returns where the next one begins."""
+        window, length_at = self._window, struct.Struct("<Q").unpack_from
+        with contextlib.suppress(struct.error, UnicodeDecodeError):
+            for _ in range(most):
+                end = at + 8 + length_at(window, at)[0]
+                if end > len(window):
+                    break
+                strings.append(window[at + 8 : end].decode())
+                at = end
+        return at
 
     def _checked(self, kind: int, number: Any) -> Any:
         if kind == _BOOL:

@@ -17,6 +17,7 @@ which computes in half precision gives the same numbers rounded. Sources: qlinea
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import numpy as np
@@ -51,8 +52,9 @@ class Grouped:
     """Codes in rows, with a scale for each group of columns of some rows.
 
     Attributes:
-      codes: uint8 [rows, bytes]; int8 or uint8 [rows, columns] where they are the values themselves.
-      table: float32 [256, k]: the values of the k codes in a byte; None: the codes are their values.
+      codes: uint8 [rows, bytes], or uint16 of two bytes each; int8 or uint8 [rows, columns] where they are the values
+        themselves.
+      table: float32 [256 or 65536, k]: the values of the k codes in one of them; None: the codes are their values.
       scales: float32 [ceil(rows / rows_per_scale), groups].
       columns: Values of one row; bytes that are left over are padding.
       group: Columns that share a scale, in order; the last group may be shorter.
@@ -76,19 +78,25 @@ class Grouped:
 
     def decode(self, first: int, last: int, out: np.ndarray) -> None:
         step = max(1, _TILE // max(1, self.columns))
+        # One for all tiles: the system would give the pages of each new one anew.
+        indices = None if self.table is None else np.empty((min(step, last - first), self.codes.shape[1]), np.intp)
         with np.errstate(all="ignore"):
             for begin in range(first, last, step):
                 end = min(begin + step, last)
-                self._decode_tile(begin, end, out[begin - first : end - first])
+                self._decode_tile(begin, end, out[begin - first : end - first], indices)
 
-    def _decode_tile(self, begin: int, end: int, out: np.ndarray) -> None:
-        codes, per_byte = self.codes[begin:end], 1 if self.table is None else self.table.shape[1]
-        if self.table is None:
+    def _decode_tile(self, begin: int, end: int, out: np.ndarray, indices: np.ndarray | None) -> None:
+        codes = self.codes[begin:end]
+        if self.table is None or indices is None:
             out[:] = codes
-        elif codes.shape[1] * per_byte == self.columns:
-            np.take(self.table, codes, axis=0, out=out.reshape(*codes.shape, per_byte), mode="clip")
         else:
-            out[:] = np.take(self.table, codes, axis=0).reshape(len(codes), -1)[:, : self.columns]
+            indices = indices[: len(codes)]
+            indices[:] = codes
+            if codes.shape[1] * self.table.shape[1] == self.columns:
+                target = out.reshape(*codes.shape, self.table.shape[1])
+                np.take(self.table, indices, axis=0, out=target, mode="clip")
+            else:
+                out[:] = np.take(self.table, indices, axis=0).reshape(len(codes), -1)[:, : self.columns]
         if self.zeros is not None:
             self._apply(np.subtract, self.zeros, begin, end, out)
         self._apply(np.multiply, self.scales, begin, end, out)
@@ -160,9 +168,13 @@ def e2m1() -> np.ndarray:
     return indexed(np.array([*_E2M1, *(-value for value in _E2M1)]), high_first=False)
 
 
-def floats(dtype: np.dtype) -> np.ndarray:
-    """Returns float32 [256, 1]: floats of 8 bits."""
-    return np.arange(256).astype(np.uint8).view(dtype).astype(np.float32)[:, None]
+@functools.cache
+def floats(dtype: np.dtype, pairs: bool = False) -> np.ndarray:
+    """Returns float32 [256, 1]: floats of 8 bits; or float32 [65536, 2]: two of them, looked up at once."""
+    values = np.arange(256).astype(np.uint8).view(dtype).astype(np.float32)
+    if not pairs:
+        return values[:, None]
+    return np.stack([np.tile(values, 256), np.repeat(values, 256)], 1)
 
 
 # --- layouts
@@ -259,8 +271,11 @@ def bitsandbytes(data: np.ndarray, code: np.ndarray, absmax: np.ndarray, block: 
       absmax: float32 [ceil(n / block)].
       block: Values that share a scale, an even number.
     """
-    rows = np.zeros((absmax.size, block // 2), np.uint8)
-    rows.reshape(-1)[: data.size] = data
+    if data.size == absmax.size * block // 2:
+        rows = data.reshape(absmax.size, block // 2)
+    else:
+        rows = np.zeros((absmax.size, block // 2), np.uint8)
+        rows.reshape(-1)[: data.size] = data
     return Grouped(rows, indexed(code, high_first=True), _f32(absmax)[:, None], block, block)
 
 

@@ -119,6 +119,26 @@ class GgufFormatTest(parameterized.TestCase):
         self.assertEqual(caught.exception.file, str(self.path))
         self.assertLess(time.process_time() - begun, 0.1)
 
+    def test_strings_of_many_windows(self):
+        random = np.random.default_rng(0)
+        # Long ones and short ones: some windows end within a length, some within a string, one string is a window long.
+        words = ["ü" * int(length) for length in random.integers(0, 300, 20_000)] + ["y" * (3 << 20), "", "z"]
+        packed = b"".join(string(word.encode()) for word in words)
+        header = self._read(
+            file([pair(b"x", 9, struct.pack("<IQ", 8, len(words)) + packed), pair(b"y", 4, b"\7\0\0\0")])
+        )
+        self.assertEqual(header.metadata, {"x": words, "y": 7})
+
+    def test_one_bad_string_of_many(self):
+        words = [string(b"abc")] * 1000
+        words[700] = string(b"a\xff\xfe")
+        array = struct.pack("<IQ", 8, len(words)) + b"".join(words)
+        with self.assertRaises(BrokenContainerError) as caught:
+            self._read(file([pair(b"x", 9, array)]))
+        self.assertEqual(
+            (caught.exception.code, caught.exception.offset), ("gguf-string", 24 + 9 + 4 + 12 + 700 * 11 + 8)
+        )
+
     def test_cut_anywhere(self):
         whole = file([pair(b"x", 9, struct.pack("<IQ", 8, 1) + string(b"word"))], [PLAIN], bytes(range(32)))
         self._read(whole)
