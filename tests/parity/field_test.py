@@ -213,7 +213,9 @@ class FieldTest(parameterized.TestCase):
     def test_field_activations_quantised(self, codec):
         """FIELD parity: int8 or float8 rows into down_proj -> activations-quantised by what"""
         findings = self.found(everywhere("activations-quantised", module="mlp.down_proj", codec=codec))
-        self.assert_named(findings, "activations-quantised", codec=codec)
+        # Rows of 160 are no longer than a block of Q8_K, which is the same then.
+        named = "int8 by row or q8_k" if codec == "int8 by row" else codec
+        self.assert_named(findings, "activations-quantised", codec=named)
 
     @parameterized.parameters(
         *("q8_0", "q4_1", "int8 by row", "int4 with zero points by 32", "fp8_e4m3", "fp8_e4m3 by row"),

@@ -55,9 +55,9 @@ def _solve_eps(x: Value, weight: Value, theirs: Value, right: float, nothing: fl
     return round_numbers.epsilons(solved, 2 * nothing * float(np.average(square[good], weights=weights[good])))
 
 
-def _norms(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+def _norms(question: Question | None, node: Key) -> Iterator[Mapping[str, Any]]:
     """One norm; or all of a gap, which are likelier to have one eps."""
-    inside = [norm_name(other.stage) for other in question.nodes if other.stage in NORMS]
+    inside = [norm_name(other.stage) for other in (question.nodes if question else ()) if other.stage in NORMS]
     every = tuple(dict.fromkeys(inside))
     if len(every) > 1:
         yield {"norms": every}
