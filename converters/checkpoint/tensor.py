@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _ALIGNMENT = 64
 _PART_BYTES = 1 << 20
 # Values decoded at once: they and their blocks stay in the second-level cache while codecs go over them.
-_DECODED_BYTES = 1 << 18
+_DECODED_BYTES = 1 << 19
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

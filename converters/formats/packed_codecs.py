@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 # Values decoded at once: they and their codes stay in the second-level cache.
-_TILE = 1 << 16
+_TILE = 1 << 17
 # Position in an int32 of AWQ's gemm layout -> which of its 8 columns is there.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -79,14 +79,19 @@ class Grouped:
     def decode(self, first: int, last: int, out: np.ndarray) -> None:
         step = max(1, _TILE // max(1, self.columns))
         # One for all tiles: the system would give the pages of each new one anew.
-        indices = None if self.table is None else np.empty((min(step, last - first), self.codes.shape[1]), np.intp)
+        rows = min(step, last - first)
+        indices = None if self.table is None else np.empty((rows, self.codes.shape[1]), np.intp)
+        spread = None if self.group_of_column is None else np.empty((rows, self.columns), np.float32)
         with np.errstate(all="ignore"):
             for begin in range(first, last, step):
                 end = min(begin + step, last)
-                self._decode_tile(begin, end, out[begin - first : end - first], indices)
+                tile = out[begin - first : end - first]
+                self._look_up(self.codes[begin:end], tile, indices)
+                if self.zeros is not None:
+                    self._apply(np.subtract, self.zeros, begin, end, tile, spread)
+                self._apply(np.multiply, self.scales, begin, end, tile, spread)
 
-    def _decode_tile(self, begin: int, end: int, out: np.ndarray, indices: np.ndarray | None) -> None:
-        codes = self.codes[begin:end]
+    def _look_up(self, codes: np.ndarray, out: np.ndarray, indices: np.ndarray | None) -> None:
         if self.table is None or indices is None:
             out[:] = codes
         else:
@@ -97,19 +102,26 @@ class Grouped:
                 np.take(self.table, indices, axis=0, out=target, mode="clip")
             else:
                 out[:] = np.take(self.table, indices, axis=0).reshape(len(codes), -1)[:, : self.columns]
-        if self.zeros is not None:
-            self._apply(np.subtract, self.zeros, begin, end, out)
-        self._apply(np.multiply, self.scales, begin, end, out)
 
-    def _apply(self, operation: np.ufunc, per_group: np.ndarray, begin: int, end: int, out: np.ndarray) -> None:
+    def _apply(
+        self,
+        operation: np.ufunc,
+        per_group: np.ndarray,
+        begin: int,
+        end: int,
+        out: np.ndarray,
+        spread: np.ndarray | None,
+    ) -> None:
         if self.rows_per_scale == 1:
             rows = per_group[begin:end]
         else:
             rows = per_group[np.arange(begin, end) // self.rows_per_scale]
         if rows.shape[1] == 1:
             operation(out, rows, out=out)
-        elif self.group_of_column is not None:
-            operation(out, np.take(rows, self.group_of_column, axis=1, mode="clip"), out=out)
+        elif self.group_of_column is not None and spread is not None:
+            # "wrap" costs least; no index is out of range.
+            np.take(rows, self.group_of_column, axis=1, out=spread[: len(rows)], mode="wrap")
+            operation(out, spread[: len(rows)], out=out)
         elif self.columns % self.group:
             operation(out, np.repeat(rows, self.group, axis=1)[:, : self.columns], out=out)
         else:
@@ -233,8 +245,13 @@ def _awq_columns(packed: np.ndarray) -> np.ndarray:
     """Returns uint8 [8 * words, rows] from uint32 [rows, words]."""
     words = np.ascontiguousarray(packed.T)
     out = np.empty((words.shape[0], 8, words.shape[1]), np.uint8)
-    for position, column in enumerate(_AWQ_ORDER):
-        out[:, column] = words >> np.uint32(4 * position) & np.uint32(15)
+    step = max(1, _TILE // (4 * max(1, words.shape[1])))
+    for first in range(0, len(words), step):
+        tile, into = words[first : first + step], out[first : first + step]
+        for position in range(0, 8, 2):
+            pair = (tile >> np.uint32(4 * position)).astype(np.uint8)
+            np.bitwise_and(pair, 15, out=into[:, _AWQ_ORDER[position]])
+            np.right_shift(pair, 4, out=into[:, _AWQ_ORDER[position + 1]])
     return out.reshape(-1, words.shape[1])
 
 
