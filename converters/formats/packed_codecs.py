@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-# Values decoded at once: they and their codes stay in the second-level cache.
+# Values decoded at once: they are about what the second-level cache holds; with fewer, threads wait for each other.
 _TILE = 1 << 17
 # Position in an int32 of AWQ's gemm layout -> which of its 8 columns is there.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
