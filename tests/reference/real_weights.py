@@ -232,7 +232,7 @@ def logits(work: Work) -> Iterator[Line]:
             )
             own = relative_l2(np.asarray(narrow.logits(inputs), np.float32), right)
             bar = relative_l2(coarse, right)
-            yield Line(f"logits, {what}, bfloat16", f"{bar:.2e} (HuggingFace's)", f"{own:.2e}", own <= bar * 1.1)
+            yield Line(f"logits, {what}, bfloat16", f"1.1 x {bar:.2e} (HuggingFace's)", f"{own:.2e}", own <= bar * 1.1)
             losses = loss_nats(ours, inputs), loss_nats(right, inputs)
             gap = abs(losses[0] - losses[1])
             low = losses[0] < 0.6 * uniform
