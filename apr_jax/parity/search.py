@@ -51,7 +51,7 @@ _ROUND = 0.02
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
-_MOST_STACKS, _SECONDS = 4000, 600.0
+_MOST_STACKS, _SECONDS = 4000, 120.0
 """How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
 long at all of them: behind layer outputs or logits alone there is no end to them."""
 

@@ -168,7 +168,7 @@ class NamesTest(parameterized.TestCase):
     def test_golden_and_parity_name_files_that_are_no_stage(self):
         batch = inputs.seeded(288, 1, 8)
         dump = self.folder / f"dump{EVIL}"
-        aprt.write(dump, batch, {stages.FINAL_NORM: np.zeros((1, 8, 64), np.float32)})
+        aprt.write(dump, batch, {stages.FINAL_NORM: np.full((1, 8, 64), np.nan, np.float32)})
         (dump / f"{EVIL}.bin").write_bytes(b"APRT")
         said = self.printed("golden", self.model, "--check", dump, codes=(1,))
         self.assertRegex(said, r"no stage of this model: x\\x1b")

@@ -8,6 +8,7 @@ None for what has to be accepted. The list: file level 1 to 13, safetensors 14 t
 from __future__ import annotations
 
 import dataclasses
+import contextlib
 import json
 import os
 import pathlib
@@ -132,8 +133,8 @@ def special(kind: str) -> Make:
         if kind == "fifo":
             os.mkfifo(path)
         elif kind == "socket":
-            with socket.socket(socket.AF_UNIX) as server:
-                os.chdir(folder)
+            # Names of sockets end at 107 bytes.
+            with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
                 server.bind("x.safetensors")
         elif kind == "linked":
             os.symlink("/dev/zero", path)
