@@ -7,8 +7,8 @@ None for what has to be accepted. The list: file level 1 to 13, safetensors 14 t
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
