@@ -25,6 +25,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from apr_jax.converters.checkpoint import qwen2_tokenizer
 from apr_jax.converters.convert import apr_tokenizer
 from apr_jax.converters.errors import AprJaxError, RefusedError
 from apr_jax.converters.formats import strict_json
@@ -258,7 +259,7 @@ def _qwen2(vocabulary: dict[str, int], merges: list[list[str]], config: Mapping[
         raise RefusedError("the tokenizer is too large", code="tokenizer-size", found=found, expected=expected)
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges]))
     backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(apr_tokenizer.QWEN2_WORDS), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(qwen2_tokenizer.WORDS), "isolated")
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space")), use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, spelling])
     backend.decoder = decoders.ByteLevel()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import ml_dtypes
 import numpy as np
 
-from apr_jax.converters.formats import casts, dtypes
+from apr_jax.converters.formats import casts, codebooks, dtypes
 
 Values = np.ndarray
 
@@ -27,24 +27,6 @@ _FLOATS = {
 _LARGEST = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0}
 _WHOLE = -1
 """A group that is as long as the row."""
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 
 
 def _grouped(values: Values, size: int, one: Callable[[Values], Values]) -> Values:
@@ -200,7 +182,7 @@ CODECS: Mapping[str, Callable[[Values], Values]] = {
     "fp8_e5m2": _cast("float8_e5m2"),
     "fp8_e4m3 by tensor": _by_tensor(_scaled_float("float8_e4m3")),
     "fp8_e4m3 by row": _by_group(_WHOLE, _scaled_float("float8_e4m3")),
-    "nf4 by 64": _by_group(64, _codebook(NF4)),
+    "nf4 by 64": _by_group(64, _codebook(codebooks.NF4)),
     **{f"int4 by {size}": _by_group(size, _absmax(7)) for size in (32, 64, 128)},
     **{f"int4 with zero points by {size}": _by_group(size, _zero_point(15)) for size in (32, 64, 128)},
 }

@@ -120,7 +120,9 @@ class Rotation:
     def _frequencies(self, width: int, right: Right) -> tuple[np.ndarray, float]:
         """The inverse frequencies, float32, and what cos and sin are multiplied by."""
         base = right.theta if self.theta is None else self.theta
-        return right.frequencies(width, base) if self.scaling is None else self.scaling.frequencies(base, width)
+        if self.scaling is not None:
+            return self.scaling.frequencies(right.config, base, width)
+        return right.frequencies(width, base)
 
     def _held(self, what: str, values: np.ndarray) -> np.ndarray:
         """Values as they are held: float32, or rounded to fewer bits."""

@@ -1,24 +1,27 @@
-"""The rules by which engines stretch rotary frequencies to longer contexts: what each makes of the plain ones.
+"""The rules by which engines stretch rotary frequencies to longer contexts, where nobody asked for it.
 
-linear   every frequency divided by the factor (Chen et al. 2023, Positional Interpolation)
-ntk      the base raised by factor^(H / (H - 2)); "dynamic" is this with a factor that grows with the length
-yarn     fast pairs kept, slow ones divided, a ramp between; cos and sin times 0.1 ln(factor) + 1 (Peng et al. 2023)
-llama3   the same with a ramp over wavelengths and no factor on cos and sin
-
-Defaults are those of transformers' `modeling_rope_utils`.
+What linear, yarn and llama3 compute is `rotary.frequencies`, with the numbers that transformers takes where none are
+given. "ntk" is the base raised by factor^(H / (H - 2)); "dynamic" is this with a factor that grows with the length.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.checkpoint.rope_scaling import RopeScaling
 from apr_jax.model import rotary
 
-_FAST, _SLOW = 32.0, 1.0
-_LOW, _HIGH = 1.0, 4.0
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "linear": {},
+    "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
 
 
 class Rule(NamedTuple):
@@ -34,32 +37,13 @@ class Rule(NamedTuple):
     factor: float
     original: int = 0
 
-    def frequencies(self, theta: float, width: int) -> tuple[np.ndarray, float]:
+    def frequencies(self, config: Qwen2Config, theta: float, width: int) -> tuple[np.ndarray, float]:
         """Returns the inverse frequencies, float32 [width / 2], and what cos and sin are multiplied by."""
         if self.name == "ntk":
             return rotary.inverse_frequencies(theta * self.factor ** (width / (width - 2)), width), 1.0
-        plain = rotary.inverse_frequencies(theta, width).astype(np.float64)
-        kept = {"linear": _none_kept, "yarn": self._yarn, "llama3": self._llama3}[self.name](plain, theta)
         gain = 0.1 * math.log(self.factor) + 1.0 if self.name == "yarn" and self.factor > 1 else 1.0
-        return (plain / self.factor * (1 - kept) + plain * kept).astype(np.float32), gain
-
-    def _yarn(self, plain: np.ndarray, theta: float) -> np.ndarray:
-        """How much of each plain frequency is kept, from 1 at the fast end to 0 at the slow one."""
-        pairs = len(plain)
-
-        def pair_with(turns: float) -> float:
-            return pairs * math.log(self.original / (turns * 2 * math.pi)) / math.log(theta)
-
-        low, high = max(math.floor(pair_with(_FAST)), 0), min(math.ceil(pair_with(_SLOW)), 2 * pairs - 1)
-        return 1 - np.clip((np.arange(pairs) - low) / ((high - low) or 0.001), 0, 1)
-
-    def _llama3(self, plain: np.ndarray, theta: float) -> np.ndarray:
-        turns = self.original * plain / (2 * math.pi)
-        return np.clip((turns - _LOW) / (_HIGH - _LOW), 0, 1)
-
-
-def _none_kept(plain: np.ndarray, theta: float) -> np.ndarray:
-    return np.zeros_like(plain)
+        scaling = RopeScaling(self.name, self.factor, self.original, gain, **_DEFAULTS[self.name])
+        return rotary.frequencies(dataclasses.replace(config, rope_theta=theta, head_dim=width, rope_scaling=scaling))
 
 
 FACTORS = (2.0, 4.0, 8.0, 1.5, 3.0, 16.0, 32.0)

@@ -20,6 +20,7 @@ from typing import Any
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint, SideFiles
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD
+from apr_jax.converters.checkpoint.qwen2_tokenizer import added_token, tokenizer_json
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError
 from apr_jax.converters.formats import gguf_format
@@ -44,9 +45,6 @@ _MAX_SPLITS = 4096
 
 # llama.cpp's names of pre-tokenizers that are Qwen2's.
 _QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
-_QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Kinds of tokens: those of added ones, and of what fills the vocabulary up to the rows of the embedding.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -220,58 +218,21 @@ def _kinds(metadata: Mapping[str, Any]) -> list[int]:
     return kinds
 
 
-def _added_tokens(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _added_tokens(metadata: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     tokens = metadata["tokenizer.ggml.tokens"]
-    return [
-        {
-            "id": number,
-            "content": tokens[number],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == _CONTROL,
-        }
+    return {
+        number: added_token(tokens[number], special=kind == _CONTROL)
         for number, kind in enumerate(_kinds(metadata))
         if kind in (_CONTROL, _USER_DEFINED)
-    ]
+    }
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns tokenizer.json, as Qwen2's own is but for what GGUF does not keep."""
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], _kinds(metadata)
-    added = _added_tokens(metadata)
-    left_out = {token["id"] for token in added} | {number for number, kind in enumerate(kinds) if kind == _UNUSED}
+    tokens, kinds, added = metadata["tokenizer.ggml.tokens"], _kinds(metadata), _added_tokens(metadata)
+    left_out = added.keys() | {number for number, kind in enumerate(kinds) if kind == _UNUSED}
     vocabulary = {token: number for number, token in enumerate(tokens) if number not in left_out}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": _QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
-                byte_level,
-            ],
-        },
-        "post_processor": byte_level,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": metadata["tokenizer.ggml.merges"],
-        },
-    }
+    return tokenizer_json(vocabulary, metadata["tokenizer.ggml.merges"], added)
 
 
 def _tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,10 +240,7 @@ def _tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token") is True,
         "add_prefix_space": False,
-        "added_tokens_decoder": {
-            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-            for token in _added_tokens(metadata)
-        },
+        "added_tokens_decoder": {str(number): token for number, token in _added_tokens(metadata).items()},
         "tokenizer_class": "Qwen2Tokenizer",
     }
     for name, short in _NAMED_TOKENS.items():

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apr_jax.converters.checkpoint.qwen2_tokenizer import added_token, tokenizer_json
 from apr_jax.converters.errors import RefusedError, counted
 
 VOCABULARY = "tokenizer.vocabulary"
@@ -23,11 +24,6 @@ _CONTROL, _USER_DEFINED = 3, 4
 _SHOWN = frozenset(
     f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
 )
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Qwen2Tokenizer's: what is merged lies within one of these."""
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
 def files_of(metadata: Mapping[str, Any], warnings: list[str]) -> dict[str, bytes]:
@@ -51,29 +47,10 @@ def files_of(metadata: Mapping[str, Any], warnings: list[str]) -> dict[str, byte
     added = _added(metadata, vocabulary, merges, special)
     if missing := [letter for letter in byte_letters() if letter not in vocabulary]:
         warnings.append(f"the tokenizer has no token for {counted(len(missing), 'byte')}: text with them loses them")
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": vocabulary[token], "content": token, **_FLAGS, "special": token in special} for token in added
-        ],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
-                _BYTE_LEVEL,
-            ],
-        },
-        "post_processor": _BYTE_LEVEL,
-        "decoder": _BYTE_LEVEL,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": [" ".join(pair) for pair in merges]},
-    }
+    listed = {vocabulary[token]: added_token(token, special=token in special) for token in added}
+    whole = tokenizer_json(vocabulary, [" ".join(pair) for pair in merges], listed)
     config: dict[str, Any] = {
-        "added_tokens_decoder": {
-            str(vocabulary[token]): {"content": token, **_FLAGS, "special": token in special} for token in added
-        },
+        "added_tokens_decoder": {str(number): token for number, token in listed.items()},
         "bos_token": roles.get("bos_token"),
         "eos_token": roles.get("eos_token"),
         "pad_token": roles.get("eos_token"),
@@ -83,9 +60,6 @@ def files_of(metadata: Mapping[str, Any], warnings: list[str]) -> dict[str, byte
     if isinstance(template := metadata.get(_TEMPLATE), str):
         config["chat_template"] = template
     return {"tokenizer.json": _json(whole), "tokenizer_config.json": _json(config)}
-
-
-_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 def byte_letters() -> list[str]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from apr_jax.converters.formats import ggml_grids
+from apr_jax.converters.formats import codebooks, ggml_grids
 from apr_jax.converters.formats.codecs import Codec
 
-_IQ4_VALUES = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.float32)
+_IQ4_VALUES = np.array(codebooks.IQ4_NL, np.float32)
 # E2M1, doubled.
 _E2M1_VALUES = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.float32)
 _DELTA = np.float32(0.125)

@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from apr_jax.converters.formats import codebooks
 from apr_jax.converters.verify.diagnosis import pair as pairs
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -100,29 +101,8 @@ FP8_E5M2 = float8(ml_dtypes.float8_e5m2)
 E2M1 = Grid((-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6))
 # bitsandbytes, functional.py (create_fp4_map with its 4-bit table), in twelfths of the largest magnitude.
 FP4 = Grid((-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12))
-# QLoRA (Dettmers et al. 2023), appendix E.
-NF4 = Grid(
-    (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    )
-)
-# ggml-common.h, kvalues_iq4nl.
-IQ4_NL = Grid((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), either_sign=True)
+NF4 = Grid(codebooks.NF4)
+IQ4_NL = Grid(codebooks.IQ4_NL, either_sign=True)
 
 
 @dataclasses.dataclass(frozen=True)
