@@ -14,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
+from tests import tool
 from tests.paths import ROOT, checkpoint
 from tests.start_up import cpu_seconds
 
@@ -29,12 +30,7 @@ class ConvertTest(parameterized.TestCase):
         self.folder = pathlib.Path(folder.name)
 
     def run_tool(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, TOOL, *map(str, arguments)], cwd=self.folder, capture_output=True, text=True
-        )
-        self.assertEqual(done.returncode, code, done.stderr)
-        self.assertNotIn("Traceback", done.stderr)
-        return done
+        return tool.ran(self, "convert", *arguments, code=code, cwd=self.folder)
 
     def test_runs_from_any_folder_and_says_what_it_wrote(self):
         done = self.run_tool("--to", "apr", SOURCE, "-o", "m.apr")

@@ -14,7 +14,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.generate.tokenizer import Tokenizer
-from tests import paths
+from tests import paths, tool
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 GREEDY = ("--greedy", "--repetition-penalty", "1")
@@ -36,22 +36,23 @@ class GenerateCommandTest(parameterized.TestCase):
         return [str(part) for part in (sys.executable, paths.ROOT / "tools" / "generate.py", *args)]
 
     def ran(self, *args, code=0) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            self.command(*args), capture_output=True, text=True, check=False, env=self.environment, timeout=300
+        return tool.ran(self, "generate", *args, code=code)
+
+    def process(self, *args) -> subprocess.CompletedProcess:
+        """Runs the command in a process of its own, with the compilation cache of this class."""
+        return subprocess.run(
+            self.command(*args), capture_output=True, text=True, check=True, env=self.environment, timeout=300
         )
-        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
-        self.assertNotIn("Traceback", done.stderr)
-        return done
 
     def file(self, content: str) -> pathlib.Path:
         return pathlib.Path(self.create_tempfile(content=content).full_path)
 
     def test_text_json_and_a_second_run_from_the_compilation_cache_agree(self):
-        done = self.ran(SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 20, *GREEDY)
+        done = self.process(SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 20, *GREEDY)
         self.assertRegex(done.stderr, r"prompt: 10 tokens in .* new: 20 tokens, .* tokens/s after the first")
         kept = set((self.cache / "apr_jax" / "compiled").glob("*-cache"))
         self.assertNotEmpty(kept, "programs are kept in the user's cache folder")
-        again = self.ran(SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 20, *GREEDY, "--json")
+        again = self.process(SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 20, *GREEDY, "--json")
         self.assertEqual(set((self.cache / "apr_jax" / "compiled").glob("*-cache")), kept)
         result = json.loads(again.stdout)
         (row,) = result["generations"]

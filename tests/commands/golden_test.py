@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 
@@ -14,14 +13,9 @@ from absl.testing import absltest
 
 from apr_jax.trace import golden, inputs
 from apr_jax.trace.positions import find_columns, gather_positions
-from tests import paths
+from tests import paths, tool
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
-
-
-def run(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, paths.ROOT / "tools" / "golden.py", *args]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
 class GoldenCommandTest(absltest.TestCase):
@@ -30,10 +24,7 @@ class GoldenCommandTest(absltest.TestCase):
         self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
 
     def ran(self, *args, code=0):
-        done = run(*args)
-        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
-        self.assertNotIn("Traceback", done.stderr)
-        return done
+        return tool.ran(self, "golden", *args, code=code)
 
     def test_a_golden_file_holds_what_is_promised_and_checks_against_itself(self):
         path = self.folder / "g.safetensors"

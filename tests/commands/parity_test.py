@@ -1,11 +1,8 @@
 """The command as an engineer runs it on the dump of another engine."""
 
-import contextlib
-import io
 import json
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,11 +14,9 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest
 
-from apr_jax.commands import parity
-from apr_jax.converters.commands import cli
 from apr_jax.trace import aprt, golden, inputs, stages
 from apr_jax.trace.inputs import seeded
-from tests import oracle, paths
+from tests import oracle, paths, tool
 from tests.battery.faulty_forward import Planted, at_rows, forward, write_aprt
 from tests.battery.parity_battery import REAL_CASE
 
@@ -32,21 +27,11 @@ class ParityTestCase(absltest.TestCase):
     def setUp(self):
         super().setUp()
         self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        # A command ends its process, and leaves signals ignored: here the process goes on.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
 
     def ran(self, *args, code):
-        """Runs the command in this process; returns what it prints on stdout and on stderr."""
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            self.assertRaises(SystemExit) as ended,
-        ):
-            cli.start(parity.parse, parity.main, ["parity.py", *map(str, args)])
-        self.assertEqual(ended.exception.code, code, out.getvalue() + err.getvalue())
-        return out.getvalue(), err.getvalue()
+        """Returns what the command prints on stdout and on stderr."""
+        done = tool.ran(self, "parity", *args, code=code)
+        return done.stdout, done.stderr
 
     def report(self, *args, code):
         return json.loads(self.ran(*args, "--json", code=code)[0])

@@ -22,6 +22,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli
 from apr_jax.converters.formats import apr_format, dtypes
 from apr_jax.testing.sample import SAMPLES
+from tests import tool
 from tests.paths import DATA, NAMES, ROOT, checkpoint
 from tests.start_up import cpu_seconds
 
@@ -43,10 +44,7 @@ class ShowTest(parameterized.TestCase):
         return path
 
     def run_tool(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
-        self.assertEqual(done.returncode, code, done.stderr)
-        self.assertNotIn("Traceback", done.stderr)
-        return done
+        return tool.ran(self, "show", *arguments, code=code)
 
     def test_what_a_stream_cannot_encode_is_escaped(self):
         path = self.folder / "x.safetensors"

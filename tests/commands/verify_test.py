@@ -20,6 +20,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.formats import dtypes
+from tests import tool
 from tests.paths import DATA, ROOT, checkpoint
 from tests.start_up import cpu_seconds
 
@@ -36,10 +37,7 @@ class VerifyTestCase(parameterized.TestCase):
         self.folder = pathlib.Path(folder.name)
 
     def verify(self, *arguments: object, code: int) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True)
-        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
-        self.assertNotIn("Traceback", done.stderr)
-        return done
+        return tool.ran(self, "verify", *arguments, code=code)
 
     def verify_json(self, *arguments: object, code: int) -> dict:
         return json.loads(self.verify(*arguments, "--json", code=code).stdout)
