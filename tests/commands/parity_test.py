@@ -17,7 +17,6 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest
 
-from apr_jax.commands import parity
 from apr_jax.converters.commands import cli
 from apr_jax.trace import aprt, golden, inputs, stages
 from apr_jax.trace.inputs import seeded
@@ -44,7 +43,7 @@ class ParityTestCase(absltest.TestCase):
             contextlib.redirect_stderr(err),
             self.assertRaises(SystemExit) as ended,
         ):
-            cli.start(parity.parse, parity.main, ["parity.py", *map(str, args)])
+            cli.start("apr_jax.commands.parity", ["parity.py", *map(str, args)])
         self.assertEqual(ended.exception.code, code, out.getvalue() + err.getvalue())
         return out.getvalue(), err.getvalue()
 

@@ -1,0 +1,237 @@
+"""Every call of the file system that a writing command makes goes wrong once, in every way.
+
+Whatever happens: an error with its exit code, or success with the right bytes; under the final name what was there
+before, or the whole new output; the source as it was; temporaries gone, or named; and the next run succeeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import sys
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from absl.testing import absltest, parameterized
+
+from apr_jax.commands.entry import COMMANDS
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.commands import cli
+from apr_jax.converters.convert import streaming
+from apr_jax.converters.errors import AprJaxError
+from tests import file_faults, paths
+from tests.file_faults import Fault
+
+EXIT_IO = 7
+REMOVAL = ("unlink", "rmdir", "listdir", "stat", "lstat")
+Check = Callable[[file_faults.Call, BaseException | None], str]
+# A model of 2 KB, so that thousands of runs cost little.
+CONFIG = json.loads((paths.checkpoint("gqa_tied_bf16") / "config.json").read_text()) | {
+    "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 6,
+}  # fmt: skip
+
+
+def make_model(folder: pathlib.Path, seed: int) -> None:
+    """Writes a HuggingFace folder with side files, one of them in a folder of its own."""
+    random = np.random.default_rng(seed)
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    (folder / "additional_chat_templates" / "tools.jinja").write_text(f"{{{{ {seed} }}}}")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    shapes = Qwen2Config.from_hf(CONFIG).tensor_shapes()
+    values = {name: random.standard_normal(shape).astype(ml_dtypes.bfloat16) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(values, folder / "model.safetensors", {"format": "pt"})
+
+
+def content(path: pathlib.Path) -> dict[str, bytes] | bytes | None:
+    """What stands at a path: a folder's files by their names, a file's bytes, or nothing."""
+    if path.is_dir():
+        return {os.fspath(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return path.read_bytes() if path.exists() else None
+
+
+def run(command: str, *argv: object) -> None:
+    """Runs a command in this process; AprJaxError and whatever else it raises come out."""
+    module = importlib.import_module(COMMANDS[command][0])
+    module.main(module.parse([command, *map(str, argv)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """A command that writes.
+
+    Attributes:
+      command: Its name and arguments; "{source}" and "{output}" stand for paths.
+      source, output: What these paths are called.
+      older: Makes what --force replaces; None writes where nothing is.
+    """
+
+    command: Sequence[str]
+    source: str
+    output: str
+    older: Sequence[str] | None = None
+
+
+TO_APR = ("convert", "{source}", "--to", "apr", "-o", "{output}")
+TO_SHARDS = ("convert", "{source}", "--to", "safetensors", "--max-shard-size", "500B", "-o", "{output}")
+OTHER_TO = ("convert", "{other}", "--force", "-o", "{output}", "--to")
+SCENARIOS = {
+    "hf-to-apr": Scenario(TO_APR, "hf", "new.apr"),
+    "apr-to-shards": Scenario(TO_SHARDS, "a.apr", "new"),
+    "hf-to-one-file": Scenario(
+        ("convert", "{source}", "--to", "safetensors", "-o", "{output}"), "hf", "new.safetensors"
+    ),
+    "apr-replaced": Scenario((*TO_APR, "--force"), "hf", "old.apr", (*OTHER_TO, "apr")),
+    "folder-replaced": Scenario((*TO_SHARDS, "--force"), "a.apr", "old", (*OTHER_TO, "safetensors")),
+    "page": Scenario(("show", "{source}", "--html", "{output}"), "hf", "new.html"),
+    "page-replaced": Scenario(
+        ("show", "{source}", "--html", "{output}", "--force"), "hf", "old.html",
+        ("show", "{other}", "--html", "{output}", "--force"),
+    ),
+}  # fmt: skip
+
+
+class FileFaultsTestCase(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.folder = pathlib.Path(self.create_tempdir().full_path).resolve()
+        # In one order, so that call number k is the same one in every run.
+        self.enter_context(mock.patch.object(streaming, "_MAX_THREADS", 1))
+        self.said: list[str] = []
+        self.enter_context(mock.patch.object(cli, "say", self.said.append))
+        for stream in ("stdout", "stderr"):
+            self.enter_context(mock.patch.object(sys, stream, open(os.devnull, "w")))  # noqa: SIM115
+
+    def begin(self, scenario: Scenario) -> None:
+        """Makes source, older output and the output that is expected."""
+        make_model(self.folder / "model", seed=0)
+        make_model(self.folder / "other", seed=1)
+        self.root = self.folder / "root"
+        self.root.mkdir()
+        self.source, self.output = self.root / scenario.source, self.root / scenario.output
+        if scenario.source.endswith(".apr"):
+            run("convert", self.folder / "model", "--to", "apr", "-o", self.source)
+        else:
+            shutil.copytree(self.folder / "model", self.source)
+        self.arguments = self.spelt(scenario.command)
+        if scenario.older:
+            run(*self.spelt(scenario.older))
+        self.kept = self.folder / "kept"
+        shutil.copytree(self.root, self.kept, symlinks=True)
+        self.before = content(self.root)
+        self.older = content(self.output)
+        self.act()
+        self.newer = content(self.output)
+        self.assertIsNotNone(self.newer)
+        self.assertNotEqual(self.newer, self.older)
+        self.again()
+
+    def spelt(self, command: Sequence[str]) -> list[str]:
+        return [word.format(source=self.source, output=self.output, other=self.folder / "other") for word in command]
+
+    def act(self) -> None:
+        run(*self.arguments)
+
+    def again(self) -> None:
+        """Puts everything back as it was before the run."""
+        if content(self.root) != self.before:
+            shutil.rmtree(self.root)
+            shutil.copytree(self.kept, self.root, symlinks=True)
+        self.said.clear()
+
+    def each(self, fault: Fault, check: Check, first: int = 0, step: int = 1) -> Counter[str]:
+        """Lets the fault happen at every call in turn, and checks each run; returns how often there was which outcome.
+
+        Args:
+          fault: What goes wrong.
+          check: Takes the call and what the run raised; returns a word for the outcome.
+          first, step: Which calls, where not all.
+        """
+        outcomes: Counter[str] = Counter()
+        failures: list[str] = []
+        for at in itertools.count(first, step):
+            with file_faults.planted(self.root, fault, at) as hit:
+                try:
+                    self.act()
+                    raised: BaseException | None = None
+                except (AprJaxError, KeyboardInterrupt) as error:
+                    raised = error
+                except Exception as error:
+                    failures.append(f"{fault.name} at {at}, {hit[:1]}: {error!r}")
+                    raised = None
+                    traceback.print_exception(error)
+            if not hit:
+                break
+            try:
+                outcomes[check(hit[0], raised)] += 1
+            except AssertionError as error:
+                failures.append(f"{fault.name} at {at}, {hit[0].name} {hit[0].path}: {error}")
+            self.again()
+        self.assertEqual(failures, [])
+        self.assertNotEmpty(outcomes, f"no call that {fault.name} can happen to")
+        return outcomes
+
+    def check(self, call: file_faults.Call, raised: BaseException | None) -> str:
+        """Checks what has to hold whatever went wrong; returns a word for the outcome."""
+        found = content(self.output)
+        left = [name for name in os.listdir(self.root) if ".apr-jax-" in name]
+        text = "\n".join([str(raised), *getattr(raised, "__notes__", ()), *self.said])
+        for name in left:
+            self.assertIn(name, text, "a temporary is left and not named")
+        if raised is None:
+            self.assertEqual(found, self.newer)
+        elif isinstance(raised, AprJaxError):
+            self.assertEqual(raised.exit_code, EXIT_IO, text)
+            self.assertIsNotNone(raised.file, text)
+            self.assertEqual(found, self.older, "an error leaves what was there before")
+        self.assertIn(found, (self.older, self.newer), "partial")
+        rest = {name: data for name, data in content(self.root).items() if not self.is_output(name)}
+        self.assertEqual(
+            rest, {name: data for name, data in self.before.items() if not self.is_output(name)}, "the source changed"
+        )
+        if left:
+            # The next run removes what this one could not.
+            if found is not None and "--force" not in self.arguments:
+                shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
+            self.act()
+            self.assertEqual(content(self.output), self.newer)
+            self.assertEqual([name for name in os.listdir(self.root) if ".apr-jax-" in name], [])
+        if left:
+            # Nothing but a failing look or removal is a reason.
+            self.assertIn(call.name, REMOVAL)
+        return "success" if raised is None else type(raised).__name__
+
+    def is_output(self, name: str) -> bool:
+        first = name.split(os.sep)[0]
+        return first == self.output.name or ".apr-jax-" in first
+
+
+class FileFaultsTest(FileFaultsTestCase):
+    @parameterized.product(
+        scenario=list(SCENARIOS), fault=[*file_faults.ERRORS, *file_faults.INTERRUPTS, file_faults.SHORT]
+    )
+    def test_a_call_that_goes_wrong(self, scenario, fault):
+        self.begin(SCENARIOS[scenario])
+        # Each call in `make fault-injection`; a seventh of them, with other ones for each fault, in the suite.
+        step = int(os.environ.get("FAULT_STEP", "7"))
+        first = zlib.crc32(f"{scenario} {fault.name}".encode()) % step
+        outcomes = self.each(fault, self.check, first, step)
+        if fault is file_faults.SHORT:
+            self.assertEqual(set(outcomes), {"success"})
+
+
+if __name__ == "__main__":
+    absltest.main()
