@@ -79,7 +79,7 @@ class OutputFile:
             try:
                 written = os.pwrite(self._fd, rest, offset)
             except OSError as error:
-                raise _storage_error(error, self.path, self._missing()) from error
+                raise _storage_error(error, self.path, self._lacking(error)) from error
             rest = rest[written:]
             offset += written
 
@@ -88,9 +88,12 @@ class OutputFile:
         with _as_storage_error(self.path):
             os.fsync(self._fd)
 
-    def _missing(self) -> int:
-        held = os.fstat(self._fd).st_blocks * 512
-        return max(1, self.size - held - _free_bytes(os.fstatvfs(self._fd)))
+    def _lacking(self, error: OSError) -> int | None:
+        if error.errno == errno.ENOSPC:
+            with contextlib.suppress(OSError):
+                held = os.fstat(self._fd).st_blocks * 512
+                return max(1, self.size - held - _free_bytes(os.fstatvfs(self._fd)))
+        return None
 
 
 class OutputFolder:
@@ -98,12 +101,24 @@ class OutputFolder:
 
     Attributes:
       path: The final path, for messages.
-      temporary: Where it is until it is whole, for what is written there by others.
     """
 
     def __init__(self, temporary: str, path: str):
         self.path = path
-        self.temporary = temporary
+        self._temporary = temporary
+
+    @contextlib.contextmanager
+    def written_by_others(self) -> Iterator[str]:
+        """Yields where the folder is until it is whole; the files that a library has written there are then flushed.
+
+        Raises:
+          StorageError: The operating system refused, in the block too.
+        """
+        with _as_storage_error(self.path):
+            yield self._temporary
+            for place, _, names in os.walk(self._temporary, onerror=_raise):
+                for name in names:
+                    _sync(os.path.join(place, name), os.O_RDONLY)
 
     @contextlib.contextmanager
     def create(self, name: str, size: int) -> Iterator[OutputFile]:
@@ -119,7 +134,7 @@ class OutputFolder:
         """
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise UsageError("this is no name of a file in the folder", code="file-name", file=self.path, found=name)
-        shown, place = os.path.join(self.path, name), os.path.join(self.temporary, name)
+        shown, place = os.path.join(self.path, name), os.path.join(self._temporary, name)
         with _as_storage_error(shown):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -154,8 +169,8 @@ def atomic_file(
     _remove_leftovers(os.path.realpath(path), notice)
     final = check_target(path, force=force, sources=sources)
     _check_space(final, size)
-    with _temporary(final, path, None) as (temporary, fd):
-        output = OutputFile(fd, path, size)
+    with _temporary(final, path, None) as temporary:
+        output = OutputFile(temporary.fd, path, size)
         yield output
         output.sync()
         _put_in_place(temporary, final, path, None, force, notice)
@@ -181,11 +196,11 @@ def atomic_folder(
     _remove_leftovers(os.path.realpath(path), notice)
     final = check_target(path, folder=kind, force=force, sources=sources)
     _check_space(final, size)
-    with _temporary(final, path, kind) as (temporary, _):
-        yield OutputFolder(temporary, path)
+    with _temporary(final, path, kind) as temporary:
+        yield OutputFolder(temporary.path, path)
         with _as_storage_error(path):
             # Files were flushed one by one; the names in the folders, at any depth, are not part of them.
-            for place, _, _ in os.walk(temporary, onerror=_raise):
+            for place, _, _ in os.walk(temporary.path, onerror=_raise):
                 _sync_folder(place)
         _put_in_place(temporary, final, path, kind, force, notice)
 
@@ -327,35 +342,50 @@ def _temporary_name(final: str, kind: str = _TEMPORARY) -> str:
     return os.path.join(os.path.dirname(final), f"{_prefix(final, kind)}{os.getpid()}.{os.urandom(4).hex()}")
 
 
-@contextlib.contextmanager
-def _temporary(final: str, path: str, kind: FolderKind | None) -> Iterator[tuple[str, int]]:
-    """Makes the temporary sibling of `final`; yields its path and descriptor. What ends the block early removes it."""
-    temporary = _temporary_name(final)
-    fd, made = -1, None
+@dataclasses.dataclass
+class _Temporary:
+    """What an output is until it is whole.
 
-    def discard() -> None:
+    Attributes:
+      path: Where it is.
+      fd: Its descriptor, which holds the lock.
+      made: By what it is known under any name.
+      kept: Whether it must not be removed: it may have the final name, for all that the disk has been told.
+    """
+
+    path: str
+    fd: int = -1
+    made: os.stat_result | None = None
+    kept: bool = False
+
+    def discard(self) -> None:
         # Behind an exchange, what was replaced has this name: it is not ours to remove.
         with contextlib.suppress(FileNotFoundError):
-            if made is None or os.path.samestat(os.stat(temporary), made):
-                _remove(temporary)
+            if not self.kept and (self.made is None or os.path.samestat(os.stat(self.path), self.made)):
+                _remove(self.path)
 
-    with last_act(discard):
+
+@contextlib.contextmanager
+def _temporary(final: str, path: str, kind: FolderKind | None) -> Iterator[_Temporary]:
+    """Makes the temporary sibling of `final`. What ends the block early removes it, or names it where that fails."""
+    temporary = _Temporary(_temporary_name(final))
+    with last_act(temporary.discard):
         try:
             with _as_storage_error(path):
-                fd = _create_locked(temporary, folder=kind is not None)
-                made = os.fstat(fd)
+                temporary.fd = _create_locked(temporary.path, folder=kind is not None)
+                temporary.made = os.fstat(temporary.fd)
                 with contextlib.suppress(FileNotFoundError):
-                    _take_over(os.stat(final), fd)
-            yield temporary, fd
+                    _take_over(os.stat(final), temporary.fd)
+            yield temporary
         except BaseException as error:
             with contextlib.suppress(OSError):
-                discard()
-            if not _is_gone(temporary):
-                _add_hint(error, f"'{temporary}' is left behind; the next run removes it")
+                temporary.discard()
+            if not _is_gone(temporary.path):
+                _add_hint(error, f"'{temporary.path}' is left behind; the next run removes it")
             raise
         finally:
-            if fd >= 0:
-                _close(fd)
+            if temporary.fd >= 0:
+                _close(temporary.fd)
 
 
 def _is_gone(path: str) -> bool:
@@ -463,7 +493,7 @@ def _remove(path: str) -> None:
 
 
 def _put_in_place(
-    temporary: str, final: str, path: str, kind: FolderKind | None, force: bool, notice: Notice | None
+    temporary: _Temporary, final: str, path: str, kind: FolderKind | None, force: bool, notice: Notice | None
 ) -> None:
     """Gives the temporary its final name, and flushes that. An error leaves there what was there before."""
     with _as_storage_error(path):
@@ -475,27 +505,24 @@ def _put_in_place(
         _name_new(temporary, final, path)
 
 
-def _name_new(temporary: str, final: str, path: str) -> None:
+def _name_new(temporary: _Temporary, final: str, path: str) -> None:
     """Renames without replacing anything that has appeared in the meantime."""
     try:
-        if not _renameat2(temporary, final, _NOREPLACE):
+        if not _renameat2(temporary.path, final, _NOREPLACE):
             if os.path.lexists(final):
                 raise _exists(path)
-            os.rename(temporary, final)
+            os.rename(temporary.path, final)
     except FileExistsError:
         raise _exists(path) from None
-    with _undone(lambda: os.rename(final, temporary), f"'{path}' is whole, but may not outlive a power cut"):
+    with _undone(lambda: os.rename(final, temporary.path), temporary, final):
         _flush_names(final, path)
 
 
-def _replace(temporary: str, final: str, path: str, kind: FolderKind | None, notice: Notice | None) -> None:
+def _replace(temporary: _Temporary, final: str, path: str, kind: FolderKind | None, notice: Notice | None) -> None:
     with _held(final):
         _check_replaceable(path, final, kind)
-        old = _swap(temporary, final, kind)
-        with _undone(
-            lambda: _swap_back(temporary, final, old),
-            f"The new output is there all the same, and what it was to replace is '{old}'",
-        ):
+        old = _swap(temporary.path, final, kind)
+        with _undone(lambda: _swap_back(temporary.path, final, old), temporary, final):
             if old is not None:
                 # Nobody has added anything to it since it was looked at.
                 _check_replaceable(path, old, kind)
@@ -551,15 +578,19 @@ def _held(final: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undone(undo: Callable[[], None], otherwise: str) -> Iterator[None]:
-    """Calls `undo` if the block fails; where that fails too, the error says what is the case `otherwise`."""
+def _undone(undo: Callable[[], None], temporary: _Temporary, final: str) -> Iterator[None]:
+    """Calls `undo` if the block fails, so that the final name is again what it was."""
     try:
         yield
     except BaseException as error:
+        # Until the disk knows that the temporary has its own name again, its content is not touched.
+        temporary.kept = True
         try:
             undo()
+            _sync_folder(os.path.dirname(final))
+            temporary.kept = False
         except OSError as failed:
-            _add_hint(error, f"{otherwise} ({_said(failed)})")
+            _add_hint(error, f"'{final}' is whole, but may be either output after a power cut ({_said(failed)})")
         raise
 
 
@@ -586,12 +617,16 @@ def _renameat2(source: str, target: str, flags: int) -> bool:
 
 
 def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: str, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
         # Some network file systems cannot flush a folder, and need not.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if not flags & os.O_DIRECTORY or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         _close(fd)
@@ -607,8 +642,9 @@ def _as_storage_error(path: str) -> Iterator[None]:
 
 def _storage_error(error: OSError, path: str, missing: int | None = None) -> StorageError:
     code = _CODES.get(error.errno or 0, "write-failed")
-    lacking = f": {missing} bytes are missing" if code == "no-space" and missing else ""
-    return StorageError(f"cannot write the output: {_said(error)}{lacking}", code=code, file=path)
+    lacking = f": {missing} bytes are missing" if missing is not None else ""
+    hint = ". ".join(getattr(error, "__notes__", ())) or None
+    return StorageError(f"cannot write the output: {_said(error)}{lacking}", code=code, file=path, hint=hint)
 
 
 def _said(error: OSError) -> str:

@@ -31,7 +31,7 @@ from apr_jax.commands.entry import COMMANDS
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.commands import cli
 from apr_jax.converters.convert import streaming
-from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.errors import AprJaxError, StorageError
 from tests import file_faults, paths
 from tests.file_faults import Fault
 
@@ -174,6 +174,7 @@ class FileFaultsTestCase(parameterized.TestCase):
                     raised = None
                     traceback.print_exception(error)
             if not hit:
+                self.again()
                 break
             try:
                 outcomes[check(hit[0], raised)] += 1
@@ -187,7 +188,7 @@ class FileFaultsTestCase(parameterized.TestCase):
     def check(self, call: file_faults.Call, raised: BaseException | None) -> str:
         """Checks what has to hold whatever went wrong; returns a word for the outcome."""
         found = content(self.output)
-        left = [name for name in os.listdir(self.root) if ".apr-jax-" in name]
+        left = self.left()
         text = "\n".join([str(raised), *getattr(raised, "__notes__", ()), *self.said])
         for name in left:
             self.assertIn(name, text, "a temporary is left and not named")
@@ -203,16 +204,21 @@ class FileFaultsTestCase(parameterized.TestCase):
             rest, {name: data for name, data in self.before.items() if not self.is_output(name)}, "the source changed"
         )
         if left:
-            # The next run removes what this one could not.
-            if found is not None and "--force" not in self.arguments:
-                shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
-            self.act()
-            self.assertEqual(content(self.output), self.newer)
-            self.assertEqual([name for name in os.listdir(self.root) if ".apr-jax-" in name], [])
-        if left:
-            # Nothing but a failing look or removal is a reason.
-            self.assertIn(call.name, REMOVAL)
+            # Nothing but a failing look or removal is a reason, or an interrupt in the middle of one.
+            self.assertTrue(call.name in REMOVAL or isinstance(raised, KeyboardInterrupt), call)
+            self.check_next_run(found)
         return "success" if raised is None else type(raised).__name__
+
+    def left(self) -> list[str]:
+        return [name for name in os.listdir(self.root) if ".apr-jax-" in name]
+
+    def check_next_run(self, found: dict[str, bytes] | bytes | None) -> None:
+        """Checks that the next run succeeds, and removes what this one could not."""
+        if found is not None and self.older is None:
+            shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
+        self.act()
+        self.assertEqual(content(self.output), self.newer)
+        self.assertEqual(self.left(), [])
 
     def is_output(self, name: str) -> bool:
         first = name.split(os.sep)[0]
@@ -225,12 +231,72 @@ class FileFaultsTest(FileFaultsTestCase):
     )
     def test_a_call_that_goes_wrong(self, scenario, fault):
         self.begin(SCENARIOS[scenario])
-        # Each call in `make fault-injection`; a seventh of them, with other ones for each fault, in the suite.
-        step = int(os.environ.get("FAULT_STEP", "7"))
-        first = zlib.crc32(f"{scenario} {fault.name}".encode()) % step
-        outcomes = self.each(fault, self.check, first, step)
+        outcomes = self.each(fault, self.check, *sampled(scenario + fault.name))
         if fault is file_faults.SHORT:
             self.assertEqual(set(outcomes), {"success"})
+
+    @parameterized.parameters("hf-to-apr", "apr-replaced", "folder-replaced")
+    def test_a_disk_that_goes_away_for_good(self, scenario):
+        self.begin(SCENARIOS[scenario])
+
+        def check(call: file_faults.Call, raised: BaseException | None) -> str:
+            # Nothing can be put back or removed any more.
+            found = content(self.output)
+            self.assertIn(found, (self.older, self.newer), "partial")
+            if raised is None:
+                self.assertEqual(found, self.newer)
+                return "success"
+            self.assertEqual(raised.exit_code, EXIT_IO)
+            if found != self.older:
+                self.assertRegex(str(raised), "is whole, but may be either output after a power cut")
+            for name in self.left():
+                self.assertIn(name, str(raised))
+            self.check_next_run(found)
+            return "error"
+
+        outcomes = self.each(file_faults.DEAD, check, *sampled(scenario))
+        self.assertGreater(outcomes["error"], 0)
+
+    @parameterized.parameters("apr-to-shards", "folder-replaced")
+    def test_a_source_that_changes_while_it_is_read(self, scenario):
+        self.begin(SCENARIOS[scenario])
+        size = self.source.stat().st_size
+        other = self.folder / "other.apr"
+        run("convert", self.folder / "other", "--to", "apr", "-o", other)
+
+        def refused(call: file_faults.Call, raised: BaseException | None) -> str:
+            self.assertIsInstance(raised, StorageError)
+            self.assertIn(raised.code, ("short-read", "source-changed"))
+            self.assertEqual(raised.file, str(self.source))
+            self.assertEqual(content(self.output), self.older)
+            self.assertEqual(self.left(), [])
+            return raised.code
+
+        def goes_on(call: file_faults.Call, raised: BaseException | None) -> str:
+            self.assertIsNone(raised)
+            self.assertEqual(content(self.output), self.newer)
+            return "success"
+
+        def overwrite() -> None:
+            with open(self.source, "r+b") as file:
+                file.seek(size - 100)
+                file.write(bytes(50))
+
+        first, step = sampled(scenario)
+        for name, deed, check in (
+            ("shrinks", lambda: os.truncate(self.source, size // 2), refused),
+            ("grows", lambda: os.truncate(self.source, size + 1), refused),
+            ("is overwritten", overwrite, refused),
+            ("is replaced", lambda: os.replace(shutil.copy(other, self.folder / "copy"), self.source), goes_on),
+        ):
+            self.each(file_faults.before(name, deed), check, first % 3, min(step, 3))
+
+
+def sampled(name: str) -> tuple[int, int]:
+    """Returns the first call that goes wrong and the distance to the next: each in `make fault-injection`; in the suite
+    a few, other ones for each name."""
+    step = int(os.environ.get("FAULT_STEP", "17"))
+    return zlib.crc32(name.encode()) % step, step
 
 
 if __name__ == "__main__":
