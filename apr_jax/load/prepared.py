@@ -15,7 +15,9 @@ import math
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -183,11 +185,20 @@ def _write_parameters(parameters: Parameters, folder: str) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Orbax from warning of what was not asked for, and from printing the tracebacks of errors that it raises."""
-    logger = logging.getLogger("absl")
+    logger, hook = logging.getLogger("absl"), sys.excepthook
     level = logger.level
+
+    def filtered(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # Of writes that TensorStore had begun when another one failed: nobody waits for them any more.
+        if str(error) != "Event loop is closed":
+            hook(kind, error, trace)
+
     logger.setLevel(logging.CRITICAL)
+    sys.excepthook = filtered
     try:
         yield
+        # Behind an error they go on for a while.
+        sys.excepthook = hook
     finally:
         logger.setLevel(level)
 
