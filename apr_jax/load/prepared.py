@@ -17,7 +17,6 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -185,20 +184,20 @@ def _write_parameters(parameters: Parameters, folder: str) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Orbax from warning of what was not asked for, and from printing the tracebacks of errors that it raises."""
-    logger, hook = logging.getLogger("absl"), sys.excepthook
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
 
-    def filtered(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def filtered(found: sys.UnraisableHookArgs) -> None:
         # Of writes that TensorStore had begun when another one failed: nobody waits for them any more.
-        if str(error) != "Event loop is closed":
-            hook(kind, error, trace)
+        if str(found.exc_value) != "Event loop is closed":
+            hook(found)
 
     logger.setLevel(logging.CRITICAL)
-    sys.excepthook = filtered
+    sys.unraisablehook = filtered
     try:
         yield
         # Behind an error they go on for a while.
-        sys.excepthook = hook
+        sys.unraisablehook = hook
     finally:
         logger.setLevel(level)
 
