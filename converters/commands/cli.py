@@ -50,6 +50,11 @@ def make_parser(program: str, description: str, epilog: str | None = None) -> ar
                     )
             return known, rest
 
+        def _print_message(self, message: str, file: Any = None) -> None:
+            # argparse's own takes a full disk for a success.
+            if message:
+                (file or sys.stderr).write(message)
+
     return Parser(
         prog=os.path.basename(program),
         description=description,

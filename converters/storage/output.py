@@ -232,6 +232,9 @@ def check_target(
         try:
             os.lstat(final)
         except FileNotFoundError:
+            if os.path.exists(path):
+                # A pipe behind /dev/stdout has no name of its own.
+                raise UsageError("the output is not a regular file", code="output-not-file", file=path) from None
             if os.path.islink(path) and not force:
                 raise _exists(path) from None
             return final
