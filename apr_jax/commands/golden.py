@@ -105,9 +105,7 @@ def _make(args: argparse.Namespace) -> int:
     with cli.open_dense_from(args, args.model) as checkpoint:
         sources = [*checkpoint.paths, *paths_of(args.input_ids)]
         # Before minutes are spent on computing.
-        check_target(
-            args.output, folder=aprt.DUMP if as_dump else None, force=args.force, sources=sources, notice=cli.say
-        )
+        check_target(args.output, folder=aprt.DUMP if as_dump else None, force=args.force, sources=sources)
         config = checkpoint.model_config()
         cli.say_warnings(checkpoint)
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
