@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases real-weights clean
+.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +75,20 @@ bench-report: $(VENV)/installed
 # Bad inputs, made as files one after the other: what each is refused with, and what that costs.
 hostile-cases: $(VENV)/installed
 	$(BIN)/python tests/hostile/cases_test.py --table
+
+# Every call of the file system of everything that writes goes wrong once, in every way; last results in
+# tests/hostile/CRASHES.md. Half an hour.
+fault-injection: $(VENV)/installed
+	FAULT_STEP=1 $(BIN)/python -m pytest -q tests/hostile/file_faults_test.py tests/hostile/file_faults_model_test.py
+
+# `kill -9` at 200 random moments of real conversions.
+kill-test: $(VENV)/installed
+	KILL_MOMENTS=200 $(BIN)/python -m pytest -q -s tests/hostile/kill_test.py
+
+# Branch coverage of converters/ by its tests, and what no test takes: tests/COVERAGE.md. A quarter of an hour.
+coverage: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet coverage
+	$(BIN)/python tests/coverage_report.py
 
 # 1 GB between files on tmpfs beside a plain copy: speed, memory, bytes read and written.
 bench-convert: $(VENV)/installed

@@ -87,25 +87,29 @@ class AprJaxError(Exception):
         }
 
 
-class UsageError(AprJaxError):
+class FindingError(AprJaxError):
+    """What was given is at fault, not the reading of it: a report may say so and go on."""
+
+
+class UsageError(FindingError):
     """The request itself is wrong: bad arguments, or an output that exists."""
 
     exit_code = 2
 
 
-class MissingFileError(AprJaxError):
+class MissingFileError(FindingError):
     """A file or folder that was named does not exist."""
 
     exit_code = 3
 
 
-class BrokenContainerError(AprJaxError):
+class BrokenContainerError(FindingError):
     """The bytes are not a valid container."""
 
     exit_code = 4
 
 
-class RefusedError(AprJaxError):
+class RefusedError(FindingError):
     """Well-formed, but not something that can be handled rightly: missing tensors, unsupported config, overflow."""
 
     exit_code = 5

@@ -6,7 +6,6 @@ What only a process has (its own streams, signals, the environment at its start)
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import pathlib
 import signal
@@ -30,14 +29,13 @@ def run(name: str, *args: object, cwd: pathlib.Path | str = ".") -> subprocess.C
       Exit code, and what was printed on stdout and stderr.
     """
     room = "apr_jax.converters.commands" if name in _OF_CONVERTERS else "apr_jax.commands"
-    command = importlib.import_module(f"{room}.{name}")
     argv = [f"{name}.py", *map(str, args)]
     out, err = io.StringIO(), io.StringIO()
     # A command ends its process and leaves signals ignored; this process goes on.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd):
-            cli.start(command.parse, command.main, argv)
+            cli.start(f"{room}.{name}", argv)
     except SystemExit as ended:
         code = ended.code
     finally:

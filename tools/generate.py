@@ -9,7 +9,6 @@ from apr_jax.converters.storage.interrupts import end_at_once
 
 if __name__ == "__main__":
     end_at_once()
-    from apr_jax.commands import generate
     from apr_jax.converters.commands import cli
 
-    cli.start(generate.parse, generate.main)
+    cli.start("apr_jax.commands.generate")

@@ -9,6 +9,6 @@ from apr_jax.converters.storage.interrupts import end_at_once
 
 if __name__ == "__main__":
     end_at_once()
-    from apr_jax.converters.commands import cli, verify
+    from apr_jax.converters.commands import cli
 
-    cli.start(verify.parse, verify.main)
+    cli.start("apr_jax.converters.commands.verify")

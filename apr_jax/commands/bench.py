@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
 
     def write(path: str, text: str) -> None:
         # What an earlier case left, or what --force was said of.
-        with output.atomic_file(path, len(text.encode()), force=True, sources=sources) as file:
+        with output.atomic_file(path, len(text.encode()), force=True, sources=sources, notice=cli.say) as file:
             file.write_at(text.encode(), 0)
 
     def keep(results: dict[str, Any]) -> None:

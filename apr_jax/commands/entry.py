@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 from apr_jax.converters.commands import cli
@@ -34,5 +33,4 @@ def run() -> None:
     if name not in COMMANDS:
         cli.say(f"error: no command '{name}'; there are {', '.join(COMMANDS)}")
         sys.exit(2)
-    module = importlib.import_module(COMMANDS[name][0])
-    cli.start(module.parse, module.main, [f"apr-jax {name}", *sys.argv[2:]])
+    cli.start(COMMANDS[name][0], [f"apr-jax {name}", *sys.argv[2:]])

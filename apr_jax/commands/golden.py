@@ -114,10 +114,10 @@ def _make(args: argparse.Namespace) -> int:
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
     if as_dump:
         written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
-        aprt.write(args.output, inputs, written, force=args.force, sources=sources)
+        aprt.write(args.output, inputs, written, force=args.force, sources=sources, notice=cli.say)
     else:
         written = dict(made.values)
-        golden.write(args.output, made, force=args.force, sources=sources)
+        golden.write(args.output, made, force=args.force, sources=sources, notice=cli.say)
     if args.json:
         cli.print_json(
             {"output": args.output, "tensors": len(written), "loss": summary, "metadata": dict(made.metadata)}
@@ -140,7 +140,7 @@ def _export(args: argparse.Namespace) -> int:
         batch = _inputs(args, checkpoint, batch=1)
         batch.check_vocabulary(checkpoint.model_config().vocab_size)
         sources = [*checkpoint.paths, *inputs.paths_of(args.input_ids)]
-    inputs.write_plain(args.export_inputs, batch, force=args.force, sources=sources)
+    inputs.write_plain(args.export_inputs, batch, force=args.force, sources=sources, notice=cli.say)
     rows, length = batch.input_ids.shape
     if args.json:
         cli.print_json({"output": args.export_inputs, "shape": [rows, length], "tokens": batch.tokens})

@@ -14,6 +14,8 @@ import logging
 import math
 import os
 import platform
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -34,6 +36,9 @@ from apr_jax.load.load_model import find_device, load_model
 from apr_jax.load.parameters import load_parameters
 from apr_jax.model.parameters import Parameters, dtype_name, named, parameter_sources
 from apr_jax.trace import golden
+
+# The number of a system's error in TensorStore's messages.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 PREPARED = FolderKind(
     "prepared checkpoint",
@@ -87,7 +92,8 @@ def save(
             metadata=_strings(checkpoint),
             parameters=tuple(_described(checkpoint, sources, named(parameters))),
         )
-        _write_parameters(parameters, os.path.join(output.temporary, PREPARED_FOLDER))
+        with output.written_by_others() as place:
+            _write_parameters(parameters, os.path.join(place, PREPARED_FOLDER))
         for name, content in {**files, PREPARED_NAME: _spelt(description)}.items():
             _write(output, name, content)
     return description
@@ -165,31 +171,35 @@ def _write_parameters(parameters: Parameters, folder: str) -> None:
     arrays = jax.tree.map(np.asarray, parameters)
     # Orbax writes in threads that an interrupt does not reach: they have to be done before anything can be removed.
     with _quiet(), Workers(1) as waited_for:
-        waited_for.start(writer.save, os.path.abspath(folder), arrays).result()
-        writer.close()
-    for place, _, names in os.walk(folder):
-        for name in names:
-            _sync(os.path.join(place, name))
+        try:
+            waited_for.start(writer.save, os.path.abspath(folder), arrays).result()
+            writer.close()
+        except ValueError as error:
+            # That is how TensorStore says what the system has said.
+            if code := _OS_ERROR.search(str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+            raise
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax from warning that there is nothing of a kind that was not asked for."""
-    logger = logging.getLogger("absl")
+    """Keeps Orbax from warning of what was not asked for, and from printing the tracebacks of errors that it raises."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def filtered(found: sys.UnraisableHookArgs) -> None:
+        # Of writes that TensorStore had begun when another one failed: nobody waits for them any more.
+        if str(found.exc_value) != "Event loop is closed":
+            hook(found)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = filtered
     try:
         yield
+        # Behind an error they go on for a while.
+        sys.unraisablehook = hook
     finally:
         logger.setLevel(level)
-
-
-def _sync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _write(output: OutputFolder, name: str, content: bytes) -> None:

@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def save(
             to="apr" if path.endswith(".apr") else "safetensors",
             max_shard_bytes=max_shard_bytes,
         )
-        run(plan, force=force)
+        run(plan, force=force, notice=warnings.warn)
     except UsageError as error:
         if error.code == "output-exists":
             error.hint = "force=True replaces it"

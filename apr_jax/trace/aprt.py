@@ -20,7 +20,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
-from apr_jax.converters.storage.output import FolderKind, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
 from apr_jax.converters.storage.source import SourceFile
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import TOKEN_IDS, Inputs, beside
@@ -101,6 +101,7 @@ def write(
     trace: Mapping[str, np.ndarray],
     force: bool = False,
     sources: Iterable[str] = (),
+    notice: Notice | None = None,
 ) -> None:
     """Writes a trace of one sequence as a folder of APRT files, atomically.
 
@@ -110,6 +111,7 @@ def write(
       trace: Keys and arrays as `LanguageModel.trace` returns them.
       force: Whether an existing dump may be replaced.
       sources: Files and folders that it was made from; none of them is replaced.
+      notice: Told about leftovers of earlier runs, and what this one has to leave.
 
     Raises:
       UsageError: More than one row, or padding: the format cannot hold them. Or the folder exists.
@@ -126,7 +128,7 @@ def write(
         row = values[0, -1] if key == stages.LOGITS else values[0]
         files[path_of(key)] = encode(_layer_of(key), row)
     size = sum(map(len, files.values()))
-    with atomic_folder(os.fspath(folder), size, kind=DUMP, force=force, sources=sources) as output:
+    with atomic_folder(os.fspath(folder), size, kind=DUMP, force=force, sources=sources, notice=notice) as output:
         for name, data in files.items():
             with output.create(name, len(data)) as file:
                 file.write_at(data, 0)

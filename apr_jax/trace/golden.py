@@ -25,7 +25,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import dtypes, safetensors_format
-from apr_jax.converters.storage.output import atomic_file
+from apr_jax.converters.storage.output import Notice, atomic_file
 from apr_jax.trace import stages
 from apr_jax.trace.compare import loss_nats
 from apr_jax.trace.inputs import Inputs, beside, from_json
@@ -110,7 +110,13 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def write(path: str | os.PathLike[str], golden: Golden, force: bool = False, sources: Iterable[str] = ()) -> None:
+def write(
+    path: str | os.PathLike[str],
+    golden: Golden,
+    force: bool = False,
+    sources: Iterable[str] = (),
+    notice: Notice | None = None,
+) -> None:
     """Writes a golden file, atomically; `loss_nats` is computed from the logits where a token has a next one.
 
     Args:
@@ -118,6 +124,7 @@ def write(path: str | os.PathLike[str], golden: Golden, force: bool = False, sou
       golden: What to write.
       force: Whether an existing file may be replaced.
       sources: Files that it was made from; none of them is replaced.
+      notice: Told about leftovers of earlier runs, and what this one has to leave.
 
     Raises:
       UsageError: The file exists and `force` is not given, or is one of the sources.
@@ -133,7 +140,7 @@ def write(path: str | os.PathLike[str], golden: Golden, force: bool = False, sou
         ((name, types[name], arrays[name].shape) for name in order), dict(golden.metadata)
     )
     size = len(header) + sum(arrays[name].nbytes for name in order)
-    with atomic_file(os.fspath(path), size, force=force, sources=sources) as output:
+    with atomic_file(os.fspath(path), size, force=force, sources=sources, notice=notice) as output:
         output.write_at(header, 0)
         position = len(header)
         for name in order:

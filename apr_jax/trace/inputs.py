@@ -20,7 +20,7 @@ import numpy as np
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
 from apr_jax.converters.formats import strict_json
-from apr_jax.converters.storage.output import FolderKind, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
 from apr_jax.converters.storage.source import SourceFile, read_whole
 
 # Two million tokens, an id of seven digits each.
@@ -164,7 +164,11 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
 
 
 def write_plain(
-    folder: str | os.PathLike[str], inputs: Inputs, force: bool = False, sources: Iterable[str] = ()
+    folder: str | os.PathLike[str],
+    inputs: Inputs,
+    force: bool = False,
+    sources: Iterable[str] = (),
+    notice: Notice | None = None,
 ) -> None:
     """Writes a batch as plain files, atomically.
 
@@ -173,6 +177,7 @@ def write_plain(
       inputs: The batch.
       force: Whether an existing folder of inputs may be replaced.
       sources: Files and folders that it was made from; none of them is replaced.
+      notice: Told about leftovers of earlier runs, and what this one has to leave.
 
     Raises:
       UsageError: The folder exists and `force` is not given, it holds something else, or it is one of the sources.
@@ -185,7 +190,9 @@ def write_plain(
         for bits in (32, 64):
             files[f"{name}.{batch}x{length}.i{bits}"] = array.astype(f"<i{bits // 8}").tobytes()
     size = sum(map(len, files.values()))
-    with atomic_folder(os.fspath(folder), size, kind=PLAIN_FOLDER, force=force, sources=sources) as output:
+    with atomic_folder(
+        os.fspath(folder), size, kind=PLAIN_FOLDER, force=force, sources=sources, notice=notice
+    ) as output:
         for name, data in files.items():
             with output.create(name, len(data)) as file:
                 file.write_at(data, 0)

@@ -32,7 +32,7 @@ from apr_jax.converters.checkpoint.tied_heads import is_tied
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, counted
 from apr_jax.converters.formats import dtypes, strict_json
 from apr_jax.converters.storage.isolation import Isolated
-from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.source import SourceFile, exists
 
 if TYPE_CHECKING:
     from apr_jax.converters.formats.packed_codecs import Decoder
@@ -113,15 +113,15 @@ class _Adapter:
     @classmethod
     def open(cls, folder: str) -> _Adapter:
         config_path, path = (os.path.join(folder, name) for name in (ADAPTER_CONFIG_NAME, ADAPTER_NAME))
-        if not os.path.exists(config_path):
+        if not exists(config_path):
             raise MissingFileError(f"the adapter has no {ADAPTER_CONFIG_NAME}", code="adapter-missing", file=folder)
         with SourceFile(config_path) as source:
             text = source.read_at(0, min(source.size, _MAX_CONFIG_BYTES + 1))
         config = strict_json.loads(text, what=ADAPTER_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES, file=folder)
         if not isinstance(config, dict):
             raise BrokenContainerError(f"{ADAPTER_CONFIG_NAME} is no JSON object", code="config-type", file=folder)
-        if not os.path.exists(path):
-            pickled = os.path.exists(os.path.join(folder, "adapter_model.bin"))
+        if not exists(path):
+            pickled = exists(os.path.join(folder, "adapter_model.bin"))
             raise MissingFileError(
                 f"the adapter has no {ADAPTER_NAME}",
                 code="adapter-missing",

@@ -24,7 +24,7 @@ from apr_jax.converters.checkpoint.qwen2_tokenizer import added_token, tokenizer
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError
 from apr_jax.converters.formats import gguf_format
-from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.source import SourceFile, exists
 
 ARCHITECTURE = "qwen2"
 _NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
@@ -99,7 +99,7 @@ def _others(path: str, metadata: Mapping[str, Any]) -> list[str]:
     folder = os.path.dirname(path)
     names = [f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
     paths = [os.path.join(folder, name) for name in names if name != os.path.basename(path)]
-    missing = [other for other in paths if not os.path.exists(other)]
+    missing = [other for other in paths if not exists(other)]
     if missing:
         listed = ", ".join(map(os.path.basename, missing[:20]))
         raise MissingFileError(f"of {count} parts these are missing: {listed}", code="shard-missing", file=missing[0])

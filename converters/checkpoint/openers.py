@@ -46,7 +46,7 @@ from apr_jax.converters.formats import apr_format, gguf_format, prepared_format,
 from apr_jax.converters.formats.dtypes import Legacy
 from apr_jax.converters.formats.foreign import refuse_foreign
 from apr_jax.converters.formats.prepared_format import PREPARED_NAME
-from apr_jax.converters.storage.source import SourceFile, is_plain_name
+from apr_jax.converters.storage.source import SourceFile, exists, is_folder, is_plain_name
 
 _MAX_SIDE_FILE_BYTES = 64 << 20
 _MAX_SHARDS = 4096
@@ -89,7 +89,7 @@ def open_checkpoint(
 
 
 def _open(path: str, lenient: bool, legacy: Legacy, follow: bool) -> Checkpoint:
-    if os.path.isdir(path):
+    if is_folder(path):
         return _open_folder(path, follow)
     if path.endswith(".json"):
         with SourceFile(path) as source:
@@ -105,9 +105,7 @@ def _open(path: str, lenient: bool, legacy: Legacy, follow: bool) -> Checkpoint:
                 return _open_apr(path, source, first, lenient, legacy)
             refuse_foreign(first, wanted="safetensors, a GGUF file or an .apr container", file=path)
         folder = os.path.dirname(path) or os.curdir
-        in_huggingface_folder = os.path.basename(path) == SINGLE_NAME and os.path.exists(
-            os.path.join(folder, CONFIG_NAME)
-        )
+        in_huggingface_folder = os.path.basename(path) == SINGLE_NAME and exists(os.path.join(folder, CONFIG_NAME))
         in_huggingface_folder |= os.path.basename(path) == ADAPTER_NAME
         return _open_single(
             path, source, _side_files(folder, follow=follow) if in_huggingface_folder else SideFiles({})
@@ -465,7 +463,7 @@ def _check_shard_names(index: _ShardIndex) -> None:
 
 def _present_shards(index: _ShardIndex) -> list[str]:
     """Returns the names of the shards, if there is a file for each."""
-    missing = [name for name in index.shards if not os.path.exists(os.path.join(index.folder, name))]
+    missing = [name for name in index.shards if not exists(os.path.join(index.folder, name))]
     _refuse_missing(missing, len(index.shards), index.folder)
     return index.shards
 
@@ -563,10 +561,10 @@ def _side_files(folder: str, index: str | None = None, follow: bool = False) -> 
         return lambda: _read_side_file(folder, name, follow)
 
     def belongs(name: str) -> bool:
-        return file_names.is_side_file(name) and not os.path.isdir(os.path.join(folder, name))
+        return file_names.is_side_file(name) and not is_folder(os.path.join(folder, name))
 
     templates = file_names.CHAT_TEMPLATES_FOLDER
-    if templates.rstrip("/") in listed and os.path.isdir(os.path.join(folder, templates)):
+    if templates.rstrip("/") in listed and is_folder(os.path.join(folder, templates)):
         listed.remove(templates.rstrip("/"))
         listed += [templates + name for name in _listed(os.path.join(folder, templates))]
     names = [name for name in listed if belongs(name)]
@@ -617,7 +615,7 @@ def _inside(folder: str, name: str, warnings: list[str], follow: bool) -> Source
             found=os.path.realpath(path),
             hint="--follow-links opens it all the same; or copy it here",
         )
-    if os.path.islink(path) and not os.path.exists(path):
+    if os.path.islink(path) and not exists(path):
         raise MissingFileError(
             "this is a link to a file that is gone",
             code="file-missing",

@@ -20,7 +20,7 @@ from apr_jax.converters.checkpoint.decoded import ADAPTER, DecodedTensor, Decode
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
+from apr_jax.converters.errors import BrokenContainerError, FindingError, RefusedError, counted
 from apr_jax.converters.formats import dtypes, strict_json
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class _Search:
         """Yields the biases of packed matrices that are zero throughout and no part of the model, where it is known."""
         try:
             expected = Qwen2Config.from_hf(_dense_object(checkpoint.config)).tensor_shapes()
-        except AprJaxError:
+        except FindingError:
             return
         for tensor in self.decoded:
             bias = self._tensors.get(tensor.name.removesuffix("weight") + "bias")

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.errors import AprJaxError, FindingError
 from apr_jax.converters.formats import strict_json
 from apr_jax.converters.formats.foreign import foreign_format
 
@@ -65,7 +65,7 @@ def vocabulary(checkpoint: Checkpoint) -> dict[int, str]:
 def _problem(name: str, files: Mapping[str, bytes]) -> str | None:
     try:
         content = files[name]
-    except AprJaxError as error:
+    except FindingError as error:
         return f"cannot be read: {error.message}"
     if not name.endswith(".json"):
         problem = _foreign(content)

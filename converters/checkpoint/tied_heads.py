@@ -15,7 +15,7 @@ from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.qwen2 import HEAD, TIED
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import AprJaxError, RefusedError
+from apr_jax.converters.errors import FindingError, RefusedError
 from apr_jax.converters.formats.dtypes import element_count
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def stated(checkpoint: Checkpoint) -> Statement | None:
         found.append(Statement(given, "tied_embeddings in the metadata"))
     if checkpoint.has_config:
         place = CONFIG_NAME if CONFIG_NAME in checkpoint.files else "hf_config"
-        with contextlib.suppress(AprJaxError):
+        with contextlib.suppress(FindingError):
             found.append(Statement(bool(checkpoint.config.get(TIED, False)), f"{TIED} in {place}"))
     return next((statement for statement in found if statement.tied), found[0] if found else None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import io
 import json
 import math
@@ -48,6 +49,11 @@ def make_parser(program: str, description: str, epilog: str | None = None) -> ar
                         f"argument {'/'.join(action.option_strings) or action.metavar}: a name is needed, not ''"
                     )
             return known, rest
+
+        def _print_message(self, message: str, file: Any = None) -> None:
+            # argparse's own takes a full disk for a success.
+            if message:
+                (file or sys.stderr).write(message)
 
     return Parser(
         prog=os.path.basename(program),
@@ -193,36 +199,39 @@ def report(error: AprJaxError, as_json: bool) -> int:
     return error.exit_code
 
 
-def _report_internal(error: Exception, as_json: bool) -> int:
+def _report_internal(error: BaseException, as_json: bool) -> int:
     """Says that the program itself is wrong, and where the traceback is; it stands for no verdict."""
-    with tempfile.NamedTemporaryFile("w", prefix="apr-jax-", suffix=".log", delete=False, errors="replace") as log:
-        log.write(f"{sys.argv}\n\n{''.join(traceback.format_exception(error))}")
     said = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+    cause = "Not all that apr_jax needs is installed" if isinstance(error, ImportError) else "A mistake in apr_jax"
+    text = f"{sys.argv}\n\n{''.join(traceback.format_exception(error))}"
+    log = None
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="apr-jax-", suffix=".log", delete=False, errors="replace") as file:
+            file.write(text)
+        log, kept = file.name, f"the traceback is in {file.name}"
+    except OSError as failed:
+        kept = f"the traceback could not be kept ({failed.strerror}): set TMPDIR to a folder with room"
     if as_json:
         with contextlib.suppress(OSError):
-            print_json({"error": {"code": "internal", "message": said, "log": log.name}})
-    say(f"internal error: {said}. This is a mistake in apr_jax; the traceback is in {log.name}")
+            print_json({"error": {"code": "internal", "message": said, "log": log}})
+    say(f"internal error: {said}. {cause}; {kept}")
     return EXIT_INTERNAL
 
 
-def start(
-    parse: Callable[[Sequence[str]], argparse.Namespace],
-    main: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None = None,
-) -> None:
-    """Runs a command under absl and ends the process with its exit code.
+def start(command: str, argv: Sequence[str] | None = None) -> None:
+    """Runs a command under absl and ends the process with its exit code, whatever happens in it.
 
     Args:
-      parse: Takes argv (program name first) and returns the parsed arguments.
-      main: Takes the arguments, returns the exit code; may raise AprJaxError.
+      command: The module of it, which is imported here. `parse(argv)` takes the command line, program name first, and
+        returns the parsed arguments; `main(args)` takes them and returns the exit code, or raises AprJaxError.
       argv: The command line, program name first; None means sys.argv.
     """
     _prepare_streams()
     try:
         with termination_as_interrupt(last=True) as check_interrupted, bounded():
-            _run(parse, main, argv, check_interrupted)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+            _run(command, argv, check_interrupted)
+    except KeyboardInterrupt as error:
+        say("\n".join(["interrupted", *getattr(error, "__notes__", ())]))
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -252,40 +261,58 @@ class _Unfailing(io.FileIO):
         return len(data)
 
 
-def _run(
-    parse: Callable[[Sequence[str]], argparse.Namespace],
-    main: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None,
-    check_interrupted: Callable[[], None],
-) -> None:
-    from absl import app, logging
+def _run(command: str, argv: Sequence[str] | None, check_interrupted: Callable[[], None]) -> None:
+    def parse(words: list[str]) -> argparse.Namespace:
+        with _ending_on_error("--json" in words, check_interrupted):
+            args: argparse.Namespace = module.parse(words)
+            return args
 
-    def guarded(args: argparse.Namespace) -> int:
-        as_json = bool(getattr(args, "json", False))
+    def main(args: argparse.Namespace) -> int:
         # Other packages' notes on what they did not find are no output of ours.
         logging.set_verbosity(logging.WARNING)
-        try:
-            code = main(args)
-            sys.stdout.flush()
+        with _ending_on_error(bool(getattr(args, "json", False)), check_interrupted):
+            code: int = module.main(args)
             check_interrupted()
             return code
-        except AprJaxError as error:
-            return report(error, as_json)
-        except BrokenPipeError:
-            # The reader of a pipe went away (`| head`): nothing is wrong, and nothing can be said any more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except OSError as error:
-            said, file = error.strerror or str(error), error.filename
-            if file is None and error.errno in _FULL:
-                # What is still to be written cannot be either, and would be tried at the end of the process.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                said, file = f"the output cannot be written: {said}", "stdout"
-            return report(StorageError(said, code="os-error", file=file), as_json)
-        except MemoryError:
-            return report(StorageError("there is not enough memory", code="no-memory"), as_json)
-        except Exception as error:
-            check_interrupted()
-            return _report_internal(error, as_json)
 
-    app.run(guarded, argv=None if argv is None else list(argv), flags_parser=parse)
+    with _ending_on_error("--json" in (argv or sys.argv), check_interrupted):
+        from absl import app, logging
+
+        module = importlib.import_module(command)
+    app.run(main, argv=None if argv is None else list(argv), flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _ending_on_error(as_json: bool, check_interrupted: Callable[[], None]) -> Iterator[None]:
+    """Ends the process with one line and the exit code of whatever is raised in the block, or by a full stdout."""
+    try:
+        try:
+            yield
+        except SystemExit:
+            # After --help.
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except AprJaxError as error:
+        code = report(error, as_json)
+    except BrokenPipeError:
+        # The reader of a pipe went away (`| head`): nothing is wrong, and nothing can be said any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        said, file = error.strerror or str(error), error.filename
+        if file is None and error.errno in _FULL:
+            # What is still to be written cannot be either, and would be tried at the end of the process.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            said, file = f"the output cannot be written: {said}", "stdout"
+        code = report(StorageError(said, code="os-error", file=file), as_json)
+    except MemoryError:
+        code = report(StorageError("there is not enough memory", code="no-memory"), as_json)
+    except BaseException as error:
+        # Also what native code raises past Exception, as pyo3's panics.
+        check_interrupted()
+        code = _report_internal(error, as_json)
+    sys.exit(code)

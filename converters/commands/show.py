@@ -82,7 +82,7 @@ def _write_page(
     output.check_target(path, force=force, sources=sources)
     found = _measure(listed)
     page = html_report.render(_page(checkpoint, listed, found))
-    with output.atomic_file(path, len(page), force=force, sources=sources) as file:
+    with output.atomic_file(path, len(page), force=force, sources=sources, notice=cli.say) as file:
         file.write_at(page, 0)
     print(f"wrote {printable(path)}: {counted(len(listed), 'tensor')}, {len(page)} bytes", file=sys.stderr)
     return found

@@ -26,10 +26,17 @@ from apr_jax.converters.checkpoint.side_files import broken
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import is_tied, same_values
 from apr_jax.converters.convert import apr_metadata, apr_tokenizer
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, UsageError, printable
+from apr_jax.converters.errors import (
+    AprJaxError,
+    BrokenContainerError,
+    FindingError,
+    RefusedError,
+    UsageError,
+    printable,
+)
 from apr_jax.converters.formats import apr_format, casts, dtypes, safetensors_format, strict_json
 from apr_jax.converters.formats.dtypes import DType
-from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.source import SourceFile, is_folder
 
 _SHOWN_NAMES = 10
 _LOOKED_AT_BYTES = 1 << 20
@@ -548,7 +555,7 @@ def _says_the_same(metadata: Mapping[str, Any], model: Qwen2Config | None, check
 def _model_name(path: str) -> str:
     """Returns a name made from the source's path: the same source gives the same bytes wherever they are written."""
     real = os.path.realpath(path)
-    folder, name = (real, "") if os.path.isdir(real) else os.path.split(real)
+    folder, name = (real, "") if is_folder(real) else os.path.split(real)
     if name and name not in (SINGLE_NAME, INDEX_NAME):
         return os.path.splitext(name)[0]
     parent, here = os.path.split(folder)
@@ -638,7 +645,7 @@ def _misshapen(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[str]:
     """Yields which tensors have another shape than the numbers in the metadata of an `.apr` say."""
     try:
         expected = Qwen2Config.from_apr(checkpoint.metadata, tied=False).tensor_shapes()
-    except AprJaxError:
+    except FindingError:
         # Of another architecture, or not supported: nothing says what the shapes should be.
         return
     for name, tensor, _ in chosen:
@@ -657,7 +664,7 @@ def _contradictions(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[str]:
             elif what != "config.json" and checkpoint.kind == "apr":
                 # As `apr` and the config.json made from it will have it: the tensors say whether the head is tied.
                 check_tensors(Qwen2Config.from_apr(checkpoint.metadata, tied=HEAD not in shapes), shapes)
-        except AprJaxError as error:
+        except FindingError as error:
             # Another code: no configuration of Qwen2, and safetensors hold any model.
             if error.code in ("tensors-mismatch", "names-prefixed"):
                 found.setdefault(error.message + (f". {error.hint}" if error.hint else ""), what)

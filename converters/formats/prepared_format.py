@@ -21,7 +21,7 @@ from typing import Any
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError
 from apr_jax.converters.formats import dtypes, strict_json
 from apr_jax.converters.formats.dtypes import DType
-from apr_jax.converters.storage.source import SourceFile, is_plain_name
+from apr_jax.converters.storage.source import SourceFile, is_folder, is_plain_name
 
 FORMAT = "apr_jax.prepared/1"
 # What describes such a checkpoint, and the folder of its parameters.
@@ -200,7 +200,7 @@ def check_layout(folder: str, description: Description, parameter: Parameter) ->
 def refuse_orbax(folder: str, listed: list[str]) -> None:
     """Raises RefusedError, code "foreign-orbax", if this is an Orbax checkpoint that was not prepared here."""
     within = os.path.join(folder, PREPARED_FOLDER)
-    names = {*listed, *(os.listdir(within) if os.path.isdir(within) else ())}
+    names = {*listed, *(os.listdir(within) if is_folder(within) else ())}
     if not names & {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}:
         return
     raise RefusedError(

@@ -23,7 +23,7 @@ from apr_jax.converters.checkpoint.packed_forms import dense_view, packed_forms
 from apr_jax.converters.checkpoint.qwen2 import CHECKED_IN_APR, EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, RefusedError, counted
+from apr_jax.converters.errors import BrokenContainerError, FindingError, RefusedError, counted
 from apr_jax.converters.formats.dtypes import element_count
 from apr_jax.converters.inspect import first_pass, statistics
 from apr_jax.converters.inspect.statistics import Statistics
@@ -132,7 +132,7 @@ def _decoded(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Check]]:
     try:
         dense = dense_view(checkpoint)
         forms = packed_forms(dense)
-    except AprJaxError as error:
+    except FindingError as error:
         # A method that is not known here is nothing wrong with the file; a broken config.json is said elsewhere.
         passed = {"quantisation-unsupported": None, "quantised-tensor": False}
         said = [Check("quantisation", passed[error.code], error.message)] if error.code in passed else []
@@ -202,7 +202,7 @@ def _sizes(checkpoint: Checkpoint) -> Iterator[Check]:
 def _naming(checkpoint: Checkpoint) -> Naming | None:
     try:
         return recognise(checkpoint.tensors, expected_names(checkpoint.model_config()))
-    except AprJaxError:
+    except FindingError:
         # Checked elsewhere.
         return None
 
@@ -262,7 +262,7 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
         return
     try:
         config = checkpoint.model_config()
-    except AprJaxError as error:
+    except FindingError as error:
         problems = error.message.split("\n  ")[1:]
         # Another model than those that are known here is nothing that is wrong with the file.
         broken = not problems or any(not any(words in problem for words in _UNSUPPORTED) for problem in problems)
@@ -281,7 +281,7 @@ def _configuration(checkpoint: Checkpoint) -> Iterator[Check]:
 def _asks_for_biases(checkpoint: Checkpoint) -> bool:
     try:
         return bool(checkpoint.config.get("attention_bias"))
-    except AprJaxError:
+    except FindingError:
         return False
 
 
@@ -308,7 +308,7 @@ def _family_said(checkpoint: Checkpoint) -> str | None:
     try:
         named = checkpoint.metadata.get("architecture") if checkpoint.kind == "apr" else None
         named = named or checkpoint.config.get("model_type")
-    except AprJaxError:
+    except FindingError:
         return None
     return named if isinstance(named, str) and named else None
 

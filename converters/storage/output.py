@@ -17,15 +17,18 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
-from apr_jax.converters.errors import MissingFileError, StorageError, UsageError
+from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
 from apr_jax.converters.storage.interrupts import last_act
 
 _TEMPORARY = "apr-jax-tmp"
 _ASIDE = "apr-jax-old"
+# Flags of renameat2.
+_NOREPLACE, _EXCHANGE = 1, 2
 _CODES = {
     errno.ENOSPC: "no-space",
     errno.EDQUOT: "quota",
     errno.EFBIG: "file-too-large",
+    errno.ENAMETOOLONG: "name-too-long",
     errno.EROFS: "read-only",
     errno.EACCES: "permission",
     errno.EPERM: "permission",
@@ -76,7 +79,7 @@ class OutputFile:
             try:
                 written = os.pwrite(self._fd, rest, offset)
             except OSError as error:
-                raise _storage_error(error, self.path, self._missing()) from error
+                raise _storage_error(error, self.path, self._lacking(error)) from error
             rest = rest[written:]
             offset += written
 
@@ -85,9 +88,12 @@ class OutputFile:
         with _as_storage_error(self.path):
             os.fsync(self._fd)
 
-    def _missing(self) -> int:
-        held = os.fstat(self._fd).st_blocks * 512
-        return max(1, self.size - held - _free_bytes(os.fstatvfs(self._fd)))
+    def _lacking(self, error: OSError) -> int | None:
+        if error.errno == errno.ENOSPC:
+            with contextlib.suppress(OSError):
+                held = os.fstat(self._fd).st_blocks * 512
+                return max(1, self.size - held - _free_bytes(os.fstatvfs(self._fd)))
+        return None
 
 
 class OutputFolder:
@@ -95,12 +101,24 @@ class OutputFolder:
 
     Attributes:
       path: The final path, for messages.
-      temporary: Where it is until it is whole, for what is written there by others.
     """
 
     def __init__(self, temporary: str, path: str):
         self.path = path
-        self.temporary = temporary
+        self._temporary = temporary
+
+    @contextlib.contextmanager
+    def written_by_others(self) -> Iterator[str]:
+        """Yields where the folder is until it is whole; the files that a library has written there are then flushed.
+
+        Raises:
+          StorageError: The operating system refused, in the block too.
+        """
+        with _as_storage_error(self.path):
+            yield self._temporary
+            for place, _, names in os.walk(self._temporary, onerror=_raise):
+                for name in names:
+                    _sync(os.path.join(place, name), os.O_RDONLY)
 
     @contextlib.contextmanager
     def create(self, name: str, size: int) -> Iterator[OutputFile]:
@@ -116,7 +134,7 @@ class OutputFolder:
         """
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise UsageError("this is no name of a file in the folder", code="file-name", file=self.path, found=name)
-        shown, place = os.path.join(self.path, name), os.path.join(self.temporary, name)
+        shown, place = os.path.join(self.path, name), os.path.join(self._temporary, name)
         with _as_storage_error(shown):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -125,7 +143,7 @@ class OutputFolder:
             yield output
             output.sync()
         finally:
-            os.close(fd)
+            _close(fd)
 
 
 @contextlib.contextmanager
@@ -142,25 +160,20 @@ def atomic_file(
       size: Bytes of the finished file.
       force: Whether an existing file may be replaced.
       sources: Paths that the content comes from; writing over one of them is refused.
-      notice: Told about what earlier, killed runs left and this one removed.
+      notice: Told about what earlier, killed runs left and this one removed, and about what this one has to leave.
 
     Raises:
       UsageError, MissingFileError: As `check_target`.
-      StorageError: No space, or the operating system refused.
+      StorageError: No space, or the operating system refused. What stood at `path` stands there still.
     """
     _remove_leftovers(os.path.realpath(path), notice)
     final = check_target(path, force=force, sources=sources)
     _check_space(final, size)
-    with _temporary(final, path, folder=False) as (temporary, fd):
-        output = OutputFile(fd, path, size)
+    with _temporary(final, path, None) as temporary:
+        output = OutputFile(temporary.fd, path, size)
         yield output
         output.sync()
-        with _as_storage_error(path):
-            if force:
-                os.rename(temporary, final)
-            else:
-                _rename_new(temporary, final, path)
-            _sync_folder(os.path.dirname(final))
+        _put_in_place(temporary, final, path, None, force, notice)
 
 
 @contextlib.contextmanager
@@ -183,17 +196,13 @@ def atomic_folder(
     _remove_leftovers(os.path.realpath(path), notice)
     final = check_target(path, folder=kind, force=force, sources=sources)
     _check_space(final, size)
-    with _temporary(final, path, folder=True) as (temporary, _):
-        yield OutputFolder(temporary, path)
+    with _temporary(final, path, kind) as temporary:
+        yield OutputFolder(temporary.path, path)
         with _as_storage_error(path):
             # Files were flushed one by one; the names in the folders, at any depth, are not part of them.
-            for place, _, _ in os.walk(temporary):
+            for place, _, _ in os.walk(temporary.path, onerror=_raise):
                 _sync_folder(place)
-            if os.path.exists(final) and force:
-                _replace_folder(temporary, final)
-            else:
-                _rename_new(temporary, final, path)
-            _sync_folder(os.path.dirname(final))
+        _put_in_place(temporary, final, path, kind, force, notice)
 
 
 def check_target(
@@ -218,22 +227,22 @@ def check_target(
     """
     with _as_storage_error(path):
         final = os.path.realpath(path)
-        if not os.path.isdir(os.path.dirname(final)):
+        if not _is_folder(os.path.dirname(final)):
             raise MissingFileError("the folder of the output does not exist", code="output-folder-missing", file=path)
-        if not os.path.lexists(final):
+        try:
+            os.lstat(final)
+        except FileNotFoundError:
+            if os.path.exists(path):
+                # A pipe behind /dev/stdout has no name of its own.
+                raise UsageError("the output is not a regular file", code="output-not-file", file=path) from None
             if os.path.islink(path) and not force:
-                raise _exists(path)
+                raise _exists(path) from None
             return final
         found = os.stat(final)
         _check_not_source(path, found, sources)
         if not force:
             raise _exists(path)
-        if folder:
-            _check_replaceable(path, final, folder)
-        elif stat.S_ISDIR(found.st_mode):
-            raise UsageError("the output is a folder, a file is to be written", code="output-is-folder", file=path)
-        elif not stat.S_ISREG(found.st_mode):
-            raise UsageError("the output is not a regular file", code="output-not-file", file=path)
+        _check_replaceable(path, final, folder)
         if found.st_uid != os.geteuid() and os.geteuid() != 0:
             raise UsageError(
                 "the output belongs to another user, whose it would be no longer",
@@ -242,6 +251,13 @@ def check_target(
                 hint="Remove it yourself, or name another output",
             )
         return final
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _exists(path: str) -> UsageError:
@@ -266,10 +282,18 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
             parent = os.path.dirname(parent)
 
 
-def _check_replaceable(path: str, final: str, kind: FolderKind) -> None:
-    if not os.path.isdir(final):
+def _check_replaceable(path: str, place: str, kind: FolderKind | None) -> None:
+    """Raises UsageError unless what is at `place` may make room for a folder of a kind, or for a file."""
+    mode = os.stat(place).st_mode
+    if kind is None:
+        if stat.S_ISDIR(mode):
+            raise UsageError("the output is a folder, a file is to be written", code="output-is-folder", file=path)
+        if not stat.S_ISREG(mode):
+            raise UsageError("the output is not a regular file", code="output-not-file", file=path)
+        return
+    if not stat.S_ISDIR(mode):
         raise UsageError("the output exists and is no folder", code="output-not-folder", file=path)
-    names = list(_files(final))
+    names = list(_files(place))
     foreign = sorted(name for name in names if not kind.holds(name))
     if foreign or (names and not any(map(kind.shows, names))):
         raise UsageError(
@@ -321,28 +345,60 @@ def _temporary_name(final: str, kind: str = _TEMPORARY) -> str:
     return os.path.join(os.path.dirname(final), f"{_prefix(final, kind)}{os.getpid()}.{os.urandom(4).hex()}")
 
 
+@dataclasses.dataclass
+class _Temporary:
+    """What an output is until it is whole.
+
+    Attributes:
+      path: Where it is.
+      fd: Its descriptor, which holds the lock.
+      made: By what it is known under any name.
+      kept: Whether it must not be removed: it may have the final name, for all that the disk has been told.
+    """
+
+    path: str
+    fd: int = -1
+    made: os.stat_result | None = None
+    kept: bool = False
+
+    def discard(self) -> None:
+        # Behind an exchange, what was replaced has this name: it is not ours to remove.
+        with contextlib.suppress(FileNotFoundError):
+            if not self.kept and (self.made is None or os.path.samestat(os.stat(self.path), self.made)):
+                _remove(self.path)
+
+
 @contextlib.contextmanager
-def _temporary(final: str, path: str, folder: bool) -> Iterator[tuple[str, int]]:
-    """Makes the temporary sibling of `final`; yields its path and descriptor. What ends the block early removes it."""
-    temporary = _temporary_name(final)
-
-    def discard() -> None:
-        with contextlib.suppress(OSError):
-            _remove(temporary)
-
-    fd = -1
-    with last_act(discard):
+def _temporary(final: str, path: str, kind: FolderKind | None) -> Iterator[_Temporary]:
+    """Makes the temporary sibling of `final`. What ends the block early removes it, or names it where that fails."""
+    temporary = _Temporary(_temporary_name(final))
+    with last_act(temporary.discard):
         try:
-            fd = _create_locked(temporary, path, folder)
-            if os.path.exists(final):
-                _take_over(os.stat(final), fd)
-            yield temporary, fd
-        except BaseException:
-            discard()
+            with _as_storage_error(path):
+                temporary.fd = _create_locked(temporary.path, folder=kind is not None)
+                temporary.made = os.fstat(temporary.fd)
+                with contextlib.suppress(FileNotFoundError):
+                    _take_over(os.stat(final), temporary.fd)
+            yield temporary
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                temporary.discard()
+            if not _is_gone(temporary.path):
+                _add_hint(error, f"'{temporary.path}' is left behind; the next run removes it")
             raise
         finally:
-            if fd >= 0:
-                os.close(fd)
+            if temporary.fd >= 0:
+                _close(temporary.fd)
+
+
+def _is_gone(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _take_over(before: os.stat_result, fd: int) -> None:
@@ -353,26 +409,37 @@ def _take_over(before: os.stat_result, fd: int) -> None:
     os.fchmod(fd, stat.S_IMODE(before.st_mode) & kept)
 
 
-def _create_locked(temporary: str, path: str, folder: bool) -> int:
-    with _as_storage_error(path):
-        while True:
-            if folder:
-                os.mkdir(temporary, 0o777)
-                fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            else:
-                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            # Some network file systems have no locks; the process id in the name stands in there.
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX)
+def _create_locked(temporary: str, *, folder: bool) -> int:
+    while True:
+        if folder:
+            os.mkdir(temporary, 0o777)
+            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        # Some network file systems have no locks; the process id in the name stands in there.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
             # Another run may have taken it for a leftover in the moment before the lock.
-            if os.path.exists(temporary) and os.path.samestat(os.stat(temporary), os.fstat(fd)):
+            if os.path.samestat(os.stat(temporary), os.fstat(fd)):
                 return fd
-            os.close(fd)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            _close(fd)
+            raise
+        _close(fd)
+
+
+def _close(fd: int) -> None:
+    # What was written has been flushed by now: a close can lose nothing, whatever it reports.
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def _remove_leftovers(final: str, notice: Notice | None) -> None:
     """Removes what killed runs to the same output left, and puts back a folder that one of them had set aside."""
-    say = notice or (lambda message: None)
+    say = notice or _unheard
     folder = os.path.dirname(final)
     with _as_storage_error(folder):
         names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -388,7 +455,7 @@ def _remove_leftovers(final: str, notice: Notice | None) -> None:
                 _remove(path)
                 say(f"removed '{name}', which an earlier run had left")
         except OSError as error:
-            say(f"could not remove '{name}', which an earlier run had left: {error.strerror}")
+            say(f"could not remove '{name}', which an earlier run had left: {_said(error)}")
 
 
 def _is_held(path: str) -> bool:
@@ -404,7 +471,7 @@ def _is_held(path: str) -> bool:
     except OSError:
         return _is_alive(path)
     finally:
-        os.close(fd)
+        _close(fd)
 
 
 def _is_alive(path: str) -> bool:
@@ -428,38 +495,111 @@ def _remove(path: str) -> None:
     os.rmdir(path)
 
 
-def _rename_new(temporary: str, final: str, path: str) -> None:
+def _put_in_place(
+    temporary: _Temporary, final: str, path: str, kind: FolderKind | None, force: bool, notice: Notice | None
+) -> None:
+    """Gives the temporary its final name, and flushes that. An error leaves there what was there before."""
+    with _as_storage_error(path):
+        if force:
+            # Where nothing is there to be replaced.
+            with contextlib.suppress(FileNotFoundError):
+                _replace(temporary, final, path, kind, notice)
+                return
+        _name_new(temporary, final, path)
+
+
+def _name_new(temporary: _Temporary, final: str, path: str) -> None:
     """Renames without replacing anything that has appeared in the meantime."""
     try:
-        if not _renameat2(temporary, final, 1):  # RENAME_NOREPLACE
+        if not _renameat2(temporary.path, final, _NOREPLACE):
             if os.path.lexists(final):
                 raise _exists(path)
-            os.rename(temporary, final)
+            os.rename(temporary.path, final)
     except FileExistsError:
         raise _exists(path) from None
+    with _undone(lambda: os.rename(final, temporary.path), temporary, final):
+        _flush_names(final, path)
 
 
-def _replace_folder(temporary: str, final: str) -> None:
-    if _renameat2(temporary, final, 2):  # RENAME_EXCHANGE
-        _sync_folder(os.path.dirname(final))
-        _remove(temporary)
-        return
+def _replace(temporary: _Temporary, final: str, path: str, kind: FolderKind | None, notice: Notice | None) -> None:
+    with _held(final):
+        _check_replaceable(path, final, kind)
+        old = _swap(temporary.path, final, kind)
+        with _undone(lambda: _swap_back(temporary.path, final, old), temporary, final):
+            if old is not None:
+                # Nobody has added anything to it since it was looked at.
+                _check_replaceable(path, old, kind)
+            _flush_names(final, path)
+        if old is not None:
+            try:
+                _remove(old)
+            except OSError as error:
+                (notice or _unheard)(f"'{old}', which was replaced, could not be removed: {_said(error)}")
+
+
+def _swap(temporary: str, final: str, kind: FolderKind | None) -> str | None:
+    """Lets two paths change places. Returns where the old output is; None where the system does that for no file."""
+    if _renameat2(temporary, final, _EXCHANGE):
+        return temporary
+    if kind is None:
+        os.rename(temporary, final)
+        return None
     aside = _temporary_name(final, _ASIDE)
-    fd = os.open(final, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Locked, so that no other run takes it for a leftover while the name is free.
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
         os.rename(final, aside)
-        try:
-            os.rename(temporary, final)
-        except BaseException:
+        os.rename(temporary, final)
+    except BaseException:
+        if not os.path.lexists(final):
             os.rename(aside, final)
-            raise
-        _sync_folder(os.path.dirname(final))
-        _remove(aside)
+        raise
+    return aside
+
+
+def _swap_back(temporary: str, final: str, old: str | None) -> None:
+    if old == temporary:
+        _renameat2(temporary, final, _EXCHANGE)
+    elif old is not None:
+        os.rename(final, temporary)
+        os.rename(old, final)
+
+
+@contextlib.contextmanager
+def _held(final: str) -> Iterator[None]:
+    """Locks what is going to be replaced, so that no other run takes it for a leftover under its other name."""
+    try:
+        fd = os.open(final, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        yield
+        return
+    try:
+        # Not waited for: whoever has a lock on it keeps it from being taken for a leftover as well.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
     finally:
-        os.close(fd)
+        _close(fd)
+
+
+@contextlib.contextmanager
+def _undone(undo: Callable[[], None], temporary: _Temporary, final: str) -> Iterator[None]:
+    """Calls `undo` if the block fails, so that the final name is again what it was."""
+    try:
+        yield
+    except BaseException as error:
+        # Until the disk knows that the temporary has its own name again, its content is not touched.
+        temporary.kept = True
+        try:
+            undo()
+            _sync_folder(os.path.dirname(final))
+            temporary.kept = False
+        except OSError as failed:
+            _add_hint(error, f"'{final}' is whole, but may be either output after a power cut ({_said(failed)})")
+        raise
+
+
+def _flush_names(final: str, path: str) -> None:
+    with _as_storage_error(path):
+        _sync_folder(os.path.dirname(final))
 
 
 def _renameat2(source: str, target: str, flags: int) -> bool:
@@ -480,15 +620,19 @@ def _renameat2(source: str, target: str, flags: int) -> bool:
 
 
 def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: str, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
         # Some network file systems cannot flush a folder, and need not.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if not flags & os.O_DIRECTORY or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        os.close(fd)
+        _close(fd)
 
 
 @contextlib.contextmanager
@@ -501,7 +645,25 @@ def _as_storage_error(path: str) -> Iterator[None]:
 
 def _storage_error(error: OSError, path: str, missing: int | None = None) -> StorageError:
     code = _CODES.get(error.errno or 0, "write-failed")
-    lacking = f": {missing} bytes are missing" if code == "no-space" and missing else ""
-    return StorageError(
-        f"cannot write the output: {(error.strerror or str(error)).lower()}{lacking}", code=code, file=path
-    )
+    lacking = f": {missing} bytes are missing" if missing is not None else ""
+    hint = ". ".join(getattr(error, "__notes__", ())) or None
+    return StorageError(f"cannot write the output: {_said(error)}{lacking}", code=code, file=path, hint=hint)
+
+
+def _said(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def _add_hint(error: BaseException, hint: str) -> None:
+    if isinstance(error, AprJaxError):
+        error.hint = hint if error.hint is None else f"{error.hint}. {hint}"
+    else:
+        error.add_note(hint)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _unheard(message: str) -> None:
+    """Takes a notice that nobody has asked for."""

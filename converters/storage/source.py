@@ -6,6 +6,8 @@ is an error that names the byte, where a mapped file would end the process with 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import stat
@@ -25,6 +27,32 @@ _DEVICE = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|(COM|LPT)[0-9¹²³])\s
 def is_plain_name(name: str) -> bool:
     """Whether a file of this name lies in the folder that it is looked for or written in, on every system."""
     return _PLAIN.fullmatch(name) is not None and _DEVICE.match(name) is None
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether something is at a path, links followed. Unlike `os.path.exists`, it never takes a failing disk for "no".
+
+    Raises:
+      StorageError: Code "open-failed": the system cannot say.
+    """
+    return _mode(path) is not None
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is at a path, links followed; raises as `exists`."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def _mode(path: str | os.PathLike[str]) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise StorageError(error.strerror or str(error), code="open-failed", file=path) from error
 
 
 class SourceFile:
@@ -116,7 +144,12 @@ class SourceFile:
 
     def check_unchanged(self) -> None:
         """Raises StorageError, code "source-changed", if the file was written to since it was opened."""
-        now = os.fstat(self._fd)
+        try:
+            now = os.fstat(self._fd)
+        except OSError as error:
+            raise StorageError(
+                f"reading failed: {error.strerror or error}", code="read-failed", file=self.path
+            ) from error
         if (now.st_size, now.st_mtime_ns) != self._stamp:
             raise StorageError(
                 "the file was changed while it was being read",
@@ -130,7 +163,9 @@ class SourceFile:
         """Closes the file; closing twice is no error."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            # Nothing was written that a close could lose.
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def __enter__(self) -> SourceFile:
         return self

@@ -19,7 +19,7 @@ from apr_jax.converters.checkpoint.packed_forms import dense_view, packed_forms
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
 from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.convert import streaming
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, counted
+from apr_jax.converters.errors import BrokenContainerError, FindingError, counted
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.configurations import Difference, compare_configurations
 from apr_jax.converters.verify.diagnosis.causes import Cause
@@ -205,7 +205,7 @@ def _decoded(a: Checkpoint, b: Checkpoint) -> tuple[Checkpoint, Checkpoint, list
     for label, checkpoint in (("A", a), ("B", b)):
         try:
             view = dense_view(checkpoint)
-        except AprJaxError as error:
+        except FindingError as error:
             notes.append(f"{label} is compared as it is stored: {error.message}")
             view = checkpoint
         forms = packed_forms(view)

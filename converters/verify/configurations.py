@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, TIED, Qwen2Config
 from apr_jax.converters.checkpoint.tied_heads import same_values, stated
-from apr_jax.converters.errors import AprJaxError, RefusedError
+from apr_jax.converters.errors import AprJaxError, FindingError, RefusedError
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ def compare_configurations(a: Checkpoint, b: Checkpoint) -> list[Difference]:
 def _configuration(checkpoint: Checkpoint) -> Qwen2Config | AprJaxError:
     try:
         return checkpoint.model_config()
-    except AprJaxError as error:
+    except FindingError as error:
         return error
 
 
@@ -77,7 +77,7 @@ def _raw(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Returns what config.json holds, of any architecture; None if there is none that can be read."""
     try:
         return checkpoint.config if CONFIG_NAME in checkpoint.files else None
-    except AprJaxError:
+    except FindingError:
         return None
 
 

@@ -163,7 +163,7 @@ def swallowing():
             pass
     prepare()
 casts.prepare = swallowing
-cli.start(convert.parse, convert.main, ["convert", *sys.argv[3:]])
+cli.start("apr_jax.converters.commands.convert", ["convert", *sys.argv[3:]])
 """
         arguments = [SOURCE, "-o", "m.apr", "--to", "apr", "--cast", "f32"]
         command = [sys.executable, "-c", code, ROOT, int(number), *arguments]

@@ -150,7 +150,7 @@ sys.path.insert(0, sys.argv[1])
 from apr_jax.commands import generate
 from apr_jax.converters.commands import cli
 {patch}
-cli.start(generate.parse, generate.main, ["generate", *sys.argv[2:]])
+cli.start("apr_jax.commands.generate", ["generate", *sys.argv[2:]])
 """
         command = [sys.executable, "-c", code, paths.ROOT, *args]
         return subprocess.Popen(

@@ -77,7 +77,7 @@ class StreamsTest(parameterized.TestCase):
             f"import sys; sys.path.insert(0, {os.fspath(paths.ROOT)!r})\n"
             "from apr_jax.converters.commands import cli, verify\n"
             "verify._compare = lambda args: {}['no such key\\x1b']\n"
-            "cli.start(verify.parse, verify.main)"
+            "cli.start('apr_jax.converters.commands.verify')"
         )
         for options in ([], ["--json"]):
             done = subprocess.run([sys.executable, "-c", program, "a", "b", *options], capture_output=True, check=False)

@@ -13,7 +13,7 @@ import numpy as np
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.errors import FindingError
 from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.diagnosis import pair
 
@@ -114,7 +114,7 @@ class Context:
 def _config(checkpoint: Checkpoint) -> Qwen2Config | None:
     try:
         return checkpoint.model_config()
-    except AprJaxError:
+    except FindingError:
         return None
 
 

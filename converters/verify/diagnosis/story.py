@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.checkpoint.tensor import Tensor
-from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.errors import FindingError
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import Context, split_layer
 from apr_jax.converters.verify.tensor_pairs import Pair
@@ -252,7 +252,7 @@ def _ratio(before: Tensor, after: Tensor | None) -> np.ndarray | None:
         return None
     try:
         one, two = (np.asarray(tensor.read()).astype(np.float64).reshape(-1) for tensor in (before, after))
-    except AprJaxError:
+    except FindingError:
         return None
     with np.errstate(all="ignore"):
         return np.where((one == 0) & (two == 0), np.nan, two / one)

@@ -745,7 +745,7 @@ def slow(self, data, offset):
     time.sleep(0.001)
     write(self, data, offset)
 streaming.OutputFile.write_at = slow
-cli.start(convert.parse, convert.main, ["convert", *sys.argv[2:]])
+cli.start("apr_jax.converters.commands.convert", ["convert", *sys.argv[2:]])
 """
 
 
