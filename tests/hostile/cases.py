@@ -14,11 +14,13 @@ import os
 import pathlib
 import socket
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError
 
 Make = Callable[[pathlib.Path], pathlib.Path]
@@ -78,7 +80,7 @@ class Case:
         return None
 
 
-_SAYS_ALL = frozenset(("tensor-not-in-shard", "shard-missing", "file-missing", "nothing-compared", "config-unsupported", "adapter-missing", "adapter-unsupported", "tokenizer-broken"))
+_SAYS_ALL = frozenset(("apr-unsupported", "tensor-in-two-shards", "tensor-not-in-shard", "shard-missing", "file-missing", "nothing-compared", "config-unsupported", "adapter-missing", "adapter-unsupported", "tokenizer-broken"))
 """Codes of errors whose message lists what was found, or where there is nothing more to say."""
 CASES: list[Case] = []
 
@@ -381,3 +383,124 @@ case("122 a key twice", shards(None, text=b'{"weight_map":{},"weight_map":{}}'),
 case("123 many shards", shards({"weight_map": {str(n): f"{n}.safetensors" for n in range(5000)}}), "shard-count")
 case("123 a million shards", shards(None, text=b'{"weight_map":{' + b",".join(
     b'"%d":"%d.safetensors"' % (n, n) for n in range(10**6)) + b"}}"), "json-count")  # fmt: skip
+
+# --- numbers that need something else than the container alone
+
+
+def converted(path: pathlib.Path) -> None:
+    """Converts into a folder of its own, to `.apr`, which reads every byte of the data."""
+    with tempfile.TemporaryDirectory() as folder:
+        convert(path, os.path.join(folder, "out.apr"), to="apr")
+
+
+def shown_warning(words: str) -> Opens:
+    """Opens, and wants one warning with these words."""
+
+    def opens(path: pathlib.Path) -> None:
+        with open_checkpoint(path) as opened:
+            assert any(words in warning for warning in opened.warnings), opened.warnings
+
+    return opens
+
+
+def refused_when(opens: Opens, name: str, make: Make, *codes: str) -> None:
+    """Adds a case that something else than the opening refuses."""
+    CASES.append(Case(name, make, codes, opens))
+
+
+def warned(words: str, name: str, make: Make) -> None:
+    """Adds a case that is accepted with a warning."""
+    CASES.append(Case(name, make, None, shown_warning(words)))
+
+
+def with_config(make: Make, config: Any) -> Make:
+    """The file as a folder's only one, beside a configuration."""
+
+    def made(folder: pathlib.Path) -> pathlib.Path:
+        make(folder).rename(folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return made
+
+
+SPARSE = ((b"a", 0, (64,), 0, 256),)
+
+
+def zeroed(folder: pathlib.Path) -> pathlib.Path:
+    """An `.apr` whose data are a hole, behind a footer for other data."""
+    path = apr(tensors=SPARSE, data=bytes(range(256)))(folder)
+    content = path.read_bytes()
+    path.write_bytes(content[:-260] + bytes(256) + content[-4:])
+    return path
+
+
+refused_when(converted, "11 zeros in place of the data of an .apr", zeroed, "footer-crc")
+case("19 N is all of the file", one(b""), "file-truncated")
+warned("normalisation", "35 names that are equal once composed", st(
+    {"\u00e9": entry(), "e\u0301": entry(offsets=[4, 8])}, bytes(8)))  # fmt: skip
+for name in ("a\0", "a\n", "\x1b[2J", "\u202eabc", "\u2066x", "\u200fx", "\x9bx", "\x7f"):
+    case(f"41 name {name!a}", st({name: entry()}, bytes(4)), "name-characters")
+    case(f"41 name {name!a} in an .apr", apr(tensors=((name.encode(), 0, (1,), 0, 4),)), "name-characters")
+refused_when(converted, "42 name of 300 bytes into an .apr", st({"n" * 300: entry()}, bytes(4)), "apr-unsupported")
+refused_when(converted, "43 names that are equal in their first 256 bytes", st(
+    {"n" * 299 + end: entry(offsets=[4 * at, 4 * at + 4]) for at, end in enumerate("ab")}, bytes(8)), "apr-unsupported")  # fmt: skip
+for name in ("../../x", "/abs", "C:\\x", "CON", "x.", "x "):
+    # No file is ever named after a tensor.
+    accepted(f"44 tensor {name!r}", st({name: entry()}, bytes(4)))
+for dtype, width in (("C64", 8), ("U16", 2), ("U32", 4), ("U64", 8), ("BOOL", 1), ("F8_E4M3", 1), ("F8_E5M2", 1), ("F8_E8M0", 1)):
+    refused_when(converted, f"46 {dtype} into an .apr", one(bytes(width), dtype=dtype, offsets=[0, width]), "apr-unsupported")
+refused_when(converted, "46 F4 into an .apr", one(bytes(1), dtype="F4", shape=[2], offsets=[0, 1]), "apr-unsupported")
+case("45 F8_E4M3FN", one(bytes(1), dtype="F8_E4M3FN", offsets=[0, 1]), "dtype-unknown")
+case("71 the checksum is right and the sections are not", apr(index_at=1 << 40), "section-bounds")
+for flags, code in ((0x0403, "flags"), (0x0C00, "flags"), (0x0800, "flags")):
+    case(f"74 flags {flags:#06x}", apr(flags=flags), code)
+warned("QUANTIZED", "75 the flag QUANTIZED and no such tensor", apr(flags=0x0420))
+for width in (18, 34):
+    case(f"94 type 8 of 32 values in {width} bytes", apr(tensors=((b"a", 8, (32,), 0, width),)), "dtype-legacy", softened=("legacy",))
+for width in (20, 36, 9):
+    case(f"94 type 8 of 32 values in {width} bytes, which no writer's has", apr(tensors=((b"a", 8, (32,), 0, width),)), "dtype-legacy")
+for number, width in ((3, 16), (6, 32), (7, 32)):
+    case(f"95 type {number} with the size of another table", apr(tensors=((b"a", number, (64,), 0, width),)), "size-mismatch")
+for number, name, width in ((12, "q4_k", 143), (12, "q4_k", 145), (14, "q6_k", 209)):
+    case(f"99 {name} of 31 values in {width} bytes", apr(tensors=((b"a", number, (31,), 0, width),)), "size-mismatch")
+accepted("110 metadata {}", apr(b"{}"))
+
+
+def twice_held(equal: bool) -> Make:
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        for number, data in enumerate((bytes(4), bytes(4) if equal else b"abcd"), 1):
+            one(data)(folder).rename(folder / f"{number}.safetensors")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map":{"a":"1.safetensors","b":"2.safetensors"}}')
+        return folder
+
+    return make
+
+
+for equal in (True, False):
+    case(f"117 a tensor in two shards, {'equal' if equal else 'not equal'}", twice_held(equal), "tensor-in-two-shards")
+warned("total_size", "119 total_size 5", shards({"weight_map": MAP, "metadata": {"total_size": 5}}, "a.safetensors"))
+
+
+def with_strings(*strings: str) -> Make:
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        for number, text in enumerate(strings):
+            name = f"{number}.safetensors"
+            st({"__metadata__": {"k": text}, name: entry()}, bytes(4))(folder).rename(folder / name)
+        names = {f"{number}.safetensors": f"{number}.safetensors" for number in range(len(strings))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        return folder
+
+    return make
+
+
+warned("disagree", "120 shards with other metadata", with_strings("a", "b"))
+
+
+def both(folder: pathlib.Path) -> pathlib.Path:
+    one()(folder).rename(folder / "model.safetensors")
+    return shards({"weight_map": MAP}, "a.safetensors")(folder)
+
+
+warned("model.safetensors is read", "121 a single file beside an index", both)
+refused_when(converted, "128 a truth value of 2", one(b"\2", dtype="BOOL", offsets=[0, 1]), "apr-unsupported")
