@@ -70,8 +70,8 @@ class Inputs:
           position_ids: [B, T]; None counts the tokens of each row from 0, as HuggingFace's `generate` does.
 
         Raises:
-          UsageError: Empty, ragged beyond one level, not integers, rows too unequal to be padded, shapes that differ, or positions that do not rise
-            along a row (a causal mask is built from them).
+          UsageError: Empty, ragged beyond one level, not integers, rows too unequal to be padded, shapes that differ,
+            or positions that do not rise along a row (a causal mask is built from them).
         """
         refuse_traced(input_ids, attention_mask, position_ids)
         try:

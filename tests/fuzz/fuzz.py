@@ -25,15 +25,22 @@ import tempfile
 import time
 import traceback
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 SEEDS = ROOT / "tests" / "fuzz" / "seeds"
 NAMES = sorted(folder.name for folder in SEEDS.iterdir())
 MEMORY_BYTES = 192 << 20
 """Address space beyond what a process has once it has opened the seeds; libFuzzer's corpus is in it."""
 SECONDS = 20
 MAX_BYTES = 16 << 10
-_GUIDING = ("apr_jax.converters", "apr_jax.engines", "apr_jax.generate", "apr_jax.parity.dumps", "apr_jax.trace", "jinja2")
+_GUIDING = (
+    "apr_jax.converters",
+    "apr_jax.engines",
+    "apr_jax.generate",
+    "apr_jax.parity.dumps",
+    "apr_jax.trace",
+    "jinja2",
+)
 """Packages whose branches guide the search."""
 _SHOWS = re.compile(r"#(\d+)\s+(INITED|NEW|REDUCE|pulse|RELOAD|DONE)\s+cov: (\d+) ft: (\d+) corp: (\d+)")
 
@@ -70,10 +77,19 @@ def work(name: str, out: pathlib.Path, seconds: float, number: int) -> None:
         once(seed.read_bytes())
     watch.begin()
     arguments = [
-        sys.argv[0], f"-max_total_time={int(seconds)}", f"-timeout={SECONDS}", "-rss_limit_mb=0", f"-max_len={MAX_BYTES}",
-        f"-dict={words}", f"-artifact_prefix={crashes}/", f"-seed={number + 1}", "-reload=1", "-print_final_stats=0",
-        str(corpus), str(SEEDS / name),
-    ]  # fmt: skip
+        sys.argv[0],
+        f"-max_total_time={int(seconds)}",
+        f"-timeout={SECONDS}",
+        "-rss_limit_mb=0",
+        f"-max_len={MAX_BYTES}",
+        f"-dict={words}",
+        f"-artifact_prefix={crashes}/",
+        f"-seed={number + 1}",
+        "-reload=1",
+        "-print_final_stats=0",
+        str(corpus),
+        str(SEEDS / name),
+    ]
     if name == "template":
         arguments.append(str(ROOT / "tests" / "data" / "chat_templates"))
     atheris.Setup(arguments, once)
@@ -117,7 +133,9 @@ class _Watch:
         self._told = now
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._base if self._base else 0
         child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        text = json.dumps({"slowest": self._slowest, "peak_kb": peak, "child_kb": child, "executions": self._executions})
+        text = json.dumps(
+            {"slowest": self._slowest, "peak_kb": peak, "child_kb": child, "executions": self._executions}
+        )
         self._path.write_text(text)
 
 
@@ -150,14 +168,31 @@ class Result:
     seconds: float = 0.0
     crashes: tuple[str, ...] = ()
 
-    COLUMNS = ("reader", "executions", "a second", "branches of the seeds", "in the end", "features", "inputs kept",
-               "slowest ms", "MB beyond start", "MB of a child", "crashes")  # fmt: skip
+    COLUMNS = (
+        "reader",
+        "executions",
+        "a second",
+        "branches of the seeds",
+        "in the end",
+        "features",
+        "inputs kept",
+        "slowest ms",
+        "MB beyond start",
+        "MB of a child",
+        "crashes",
+    )
 
     def row(self) -> tuple[str, ...]:
         rate = self.executions / self.seconds if self.seconds else 0.0
         cells = (self.executions, f"{rate:.0f}", self.seeds, self.branches, self.features, self.corpus)
-        return (self.name, *map(str, cells), f"{1000 * self.slowest:.0f}", f"{self.peak:.0f}", f"{self.child:.0f}",
-                ", ".join(self.crashes) or "none")  # fmt: skip
+        return (
+            self.name,
+            *map(str, cells),
+            f"{1000 * self.slowest:.0f}",
+            f"{self.peak:.0f}",
+            f"{self.child:.0f}",
+            ", ".join(self.crashes) or "none",
+        )
 
 
 class _Worker:
@@ -216,7 +251,9 @@ def result_of(name: str, workers: list[_Worker], out: pathlib.Path) -> Result:
             result.peak = max(result.peak, told["peak_kb"] / 1024)
             result.child = max(result.child, told["child_kb"] / 1024)
     crashes = out / "crashes" / name
-    result.crashes = tuple(sorted(path.name for path in crashes.iterdir() if path.suffix != ".txt")) if crashes.exists() else ()
+    result.crashes = (
+        tuple(sorted(path.name for path in crashes.iterdir() if path.suffix != ".txt")) if crashes.exists() else ()
+    )
     return result
 
 
@@ -257,7 +294,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120, help="for each reader (default 120)")
     parser.add_argument("--workers", type=int, default=1, help="processes of each reader (default 1)")
     parser.add_argument("--at-once", type=int, help="most processes at a time (default: all)")
-    parser.add_argument("--out", type=pathlib.Path, help="where logs, inputs kept and crashes go (default: a new folder)")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="where logs, inputs kept and crashes go (default: a new folder)"
+    )
     parser.add_argument("--report", type=pathlib.Path, help="file to write the table into")
     parser.add_argument("--replay", type=pathlib.Path, help="open one input with the reader, and nothing else")
     parser.add_argument("--work", type=int, help=argparse.SUPPRESS)

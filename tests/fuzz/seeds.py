@@ -31,11 +31,22 @@ def apr(metadata: bytes, tensors: list[tuple[str, int, tuple[int, ...], bytes]],
     index, body = b"", b""
     for name, dtype, shape, data in sorted(tensors):
         raw = name.encode()
-        index += struct.pack(f"<H{len(raw)}sBB{len(shape)}QQQ", len(raw), raw, dtype, len(shape), *shape, len(body), len(data))
+        index += struct.pack(
+            f"<H{len(raw)}sBB{len(shape)}QQQ", len(raw), raw, dtype, len(shape), *shape, len(body), len(data)
+        )
         body += _pad(data)
     index_at = 64 + len(_pad(metadata))
-    first = struct.pack("<4sBBHIQIQQ", magic, 2, 0, 0x400, len(tensors), 64, len(metadata), index_at, index_at + len(_pad(index)))
-    whole = first + struct.pack("<I", zlib.crc32(bytes(20), zlib.crc32(first))) + bytes(20) + _pad(metadata) + _pad(index) + body
+    first = struct.pack(
+        "<4sBBHIQIQQ", magic, 2, 0, 0x400, len(tensors), 64, len(metadata), index_at, index_at + len(_pad(index))
+    )
+    whole = (
+        first
+        + struct.pack("<I", zlib.crc32(bytes(20), zlib.crc32(first)))
+        + bytes(20)
+        + _pad(metadata)
+        + _pad(index)
+        + body
+    )
     return whole + struct.pack("<I", zlib.crc32(whole))
 
 
@@ -47,10 +58,21 @@ def safetensors(header: Any, data: bytes = b"") -> bytes:
 
 def _apr_files() -> Iterator[tuple[str, bytes]]:
     yield "empty", apr(b"{}", [])
-    yield "types", apr(b'{"architecture":"qwen2"}', [
-        ("a", 0, (2, 3), bytes(24)), ("b", 1, (2,), bytes(4)), ("c", 30, (4,), bytes(8)), ("d", 8, (32,), bytes(34)),
-        ("e", 12, (1, 256), bytes(144)), ("lm_head.weight", 0, (2, 3), b""), ("s", 0, (), bytes(4)),
-    ])  # fmt: skip
+    yield (
+        "types",
+        apr(
+            b'{"architecture":"qwen2"}',
+            [
+                ("a", 0, (2, 3), bytes(24)),
+                ("b", 1, (2,), bytes(4)),
+                ("c", 30, (4,), bytes(8)),
+                ("d", 8, (32,), bytes(34)),
+                ("e", 12, (1, 256), bytes(144)),
+                ("lm_head.weight", 0, (2, 3), b""),
+                ("s", 0, (), bytes(4)),
+            ],
+        ),
+    )
     yield "old", apr(b'{"a":1.50}', [("a", 2, (2,), bytes(4)), ("b", 9, (32,), bytes(36))], b"APR2")
     files = {"source_files": {"config.json": "{}", "tokenizer.json": "{}", "b": {"base64": "AAAA"}}}
     yield "files", apr(json.dumps(files).encode(), [("model.norm.weight", 0, (1,), bytes(4))])
@@ -71,11 +93,19 @@ def _safetensors_files() -> Iterator[tuple[str, bytes]]:
     yield "nothing", safetensors({"a": {"dtype": "F32", "shape": [0, 5], "data_offsets": [0, 0]}})
     embedded = {"__metadata__": {"format": "pt", "apr_jax.source_files": '{"config.json":"{}"}'}}
     yield "metadata", safetensors({**embedded, "ä": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"x")
-    packed = {name: {"dtype": "I32", "shape": [4, 4], "data_offsets": [64 * n, 64 * n + 64]} for n, name in
-              enumerate(("l.qweight", "l.qzeros", "l.scales", "l.g_idx"))}  # fmt: skip
+    packed = {
+        name: {"dtype": "I32", "shape": [4, 4], "data_offsets": [64 * n, 64 * n + 64]}
+        for n, name in enumerate(("l.qweight", "l.qzeros", "l.scales", "l.g_idx"))
+    }
     yield "packed", safetensors(packed, bytes(256))
-    lora = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{half}.weight": {
-        "dtype": "F32", "shape": [2, 2], "data_offsets": [16 * n, 16 * n + 16]} for n, half in enumerate("AB")}  # fmt: skip
+    lora = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{half}.weight": {
+            "dtype": "F32",
+            "shape": [2, 2],
+            "data_offsets": [16 * n, 16 * n + 16],
+        }
+        for n, half in enumerate("AB")
+    }
     yield "adapter", safetensors(lora, bytes(32))
 
 
@@ -98,7 +128,10 @@ def _gguf_files() -> Iterator[tuple[str, bytes]]:
         text("a.true") + struct.pack("<IB", 7, 1),
         text("a.wide") + struct.pack("<Iq", 11, -1),
     ]
-    tensors = [text("token_embd.weight") + struct.pack("<IQQIQ", 2, 32, 1, 8, 0), text("x") + struct.pack("<IQIQ", 1, 2, 0, 64)]
+    tensors = [
+        text("token_embd.weight") + struct.pack("<IQQIQ", 2, 32, 1, 8, 0),
+        text("x") + struct.pack("<IQIQ", 1, 2, 0, 64),
+    ]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs)) + b"".join(pairs) + b"".join(tensors)
     head += bytes(-len(head) % 32)
     yield "small", head + bytes(64) + bytes(8)
@@ -112,10 +145,21 @@ def _gguf_files() -> Iterator[tuple[str, bytes]]:
 
 def _prepared_files() -> Iterator[tuple[str, bytes]]:
     parameter = {"shape": [2], "sha256": "0" * 64, "tensors": {"model.norm.weight": [2]}}
-    yield "one", json.dumps({
-        "format": "apr_jax.prepared/1", "dtype": "float32", "fused": False, "devices": 1, "source": {}, "versions": {},
-        "metadata": None, "parameters": {"model.norm.weight": parameter},
-    }).encode()  # fmt: skip
+    yield (
+        "one",
+        json.dumps(
+            {
+                "format": "apr_jax.prepared/1",
+                "dtype": "float32",
+                "fused": False,
+                "devices": 1,
+                "source": {},
+                "versions": {},
+                "metadata": None,
+                "parameters": {"model.norm.weight": parameter},
+            }
+        ).encode(),
+    )
 
 
 def _json_texts() -> Iterator[tuple[str, bytes]]:
@@ -129,14 +173,26 @@ def _configs() -> Iterator[tuple[str, bytes]]:
     plain = json.loads((MODEL / "config.json").read_bytes())
     yield "plain", json.dumps(plain).encode()
     for kind, more in (
-        ("yarn", {"factor": 4.0, "original_max_position_embeddings": 32768}), ("dynamic", {"factor": 2.0}),
-        ("llama3", {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
+        ("yarn", {"factor": 4.0, "original_max_position_embeddings": 32768}),
+        ("dynamic", {"factor": 2.0}),
+        (
+            "llama3",
+            {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        ),
         ("longrope", {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}),
-    ):  # fmt: skip
+    ):
         yield kind, json.dumps({**plain, "rope_scaling": {"rope_type": kind, **more}}).encode()
-    window = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": ["full_attention"]}
+    window = {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+        "layer_types": ["full_attention"],
+    }
     yield "window", json.dumps({**plain, **window}).encode()
-    yield "generation", b'{"temperature":0.7,"top_k":20,"top_p":0.8,"eos_token_id":[1,2],"repetition_penalty":1.1,"do_sample":true}'
+    yield (
+        "generation",
+        b'{"temperature":0.7,"top_k":20,"top_p":0.8,"eos_token_id":[1,2],"repetition_penalty":1.1,"do_sample":true}',
+    )
     quantised = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
     yield "gptq", json.dumps({**plain, "quantization_config": quantised}).encode()
 
@@ -152,46 +208,93 @@ def _tokenizers() -> Iterator[tuple[str, bytes]]:
     model = {"type": "BPE", "vocab": letters | {"ab": 10}, "merges": ["a b"]}
     whole = {"version": "1.0", "added_tokens": [{"id": 11, "content": "<x>", "special": True}], "model": model}
     chat = {"eos_token": "<x>", "chat_template": "{{ messages }}", "added_tokens_decoder": {"11": {"content": "<x>"}}}
-    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
 
     def files(**named: Any) -> bytes:
         return b"".join(
-            b"=== %s\n" % name.replace("__", ".").encode() + (text.encode() if isinstance(text, str) else json.dumps(text).encode())
-            + b"\n" for name, text in named.items()
-        )  # fmt: skip
+            b"=== %s\n" % name.replace("__", ".").encode()
+            + (text.encode() if isinstance(text, str) else json.dumps(text).encode())
+            + b"\n"
+            for name, text in named.items()
+        )
 
     yield "qwen2", files(tokenizer__json=whole, tokenizer_config__json=chat, qwen2="")
     yield "processor", files(tokenizer__json=whole | {"post_processor": template}, qwen2="")
-    yield "lists", files(vocab__json=letters | {"ab": 10}, merges__txt="#version: 0.2\na b\n", added_tokens__json={"<y>": 12})
+    yield (
+        "lists",
+        files(vocab__json=letters | {"ab": 10}, merges__txt="#version: 0.2\na b\n", added_tokens__json={"<y>": 12}),
+    )
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     strange = whole | {
         "normalizer": {"type": "Replace", "pattern": {"Regex": "a+"}, "content": "b"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": "\\w+"}, "behavior": "Isolated", "invert": False}, byte_level]},
-        "decoder": byte_level, "truncation": {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
-    }  # fmt: skip
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": "\\w+"}, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "decoder": byte_level,
+        "truncation": {"max_length": 4, "stride": 0, "strategy": "LongestFirst", "direction": "Right"},
+    }
     yield "strange", files(tokenizer__json=strange, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer"})
 
 
 def _apr_tokenizers() -> Iterator[tuple[str, bytes]]:
-    yield "small", json.dumps({
-        "tokenizer.vocabulary": ["a", "b", "ab", "<|im_end|>"], "tokenizer.merges": ["a b"], "tokenizer.model_type": "BPE",
-        "tokenizer.eos_token_id": 3, "tokenizer.bos_token_id": None, "tokenizer.vocab_size": 4, "chat_template": "{{ x }}",
-    }).encode()  # fmt: skip
-    yield "model", json.dumps({
-        "architecture": "qwen2", "hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 4,
-        "intermediate_size": 8, "max_position_embeddings": 16, "rope_theta": 10000.0, "rope_type": 2, "rms_norm_eps": 1e-6,
-    }).encode()  # fmt: skip
+    yield (
+        "small",
+        json.dumps(
+            {
+                "tokenizer.vocabulary": ["a", "b", "ab", "<|im_end|>"],
+                "tokenizer.merges": ["a b"],
+                "tokenizer.model_type": "BPE",
+                "tokenizer.eos_token_id": 3,
+                "tokenizer.bos_token_id": None,
+                "tokenizer.vocab_size": 4,
+                "chat_template": "{{ x }}",
+            }
+        ).encode(),
+    )
+    yield (
+        "model",
+        json.dumps(
+            {
+                "architecture": "qwen2",
+                "hidden_size": 8,
+                "num_layers": 1,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "vocab_size": 4,
+                "intermediate_size": 8,
+                "max_position_embeddings": 16,
+                "rope_theta": 10000.0,
+                "rope_type": 2,
+                "rms_norm_eps": 1e-6,
+            }
+        ).encode(),
+    )
 
 
 def _templates() -> Iterator[tuple[str, bytes]]:
-    yield "chatml", (
-        b"{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
-        b"{% if add_generation_prompt %}{{- 'x' }}{% endif %}"
+    yield (
+        "chatml",
+        (
+            b"{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
+            b"{% if add_generation_prompt %}{{- 'x' }}{% endif %}"
+        ),
     )
-    yield "parts", (
-        b"{%- set ns = namespace(a=1) %}{% macro f(x, y=2) %}{{ x|tojson }}{% endmacro %}{{ f(messages[0].content) }}"
-        b"{% if tools is defined and not loop %}{{ raise_exception('no') }}{% endif %}{% set ns.a = ns.a + 1 %}"
+    yield (
+        "parts",
+        (
+            b"{%- set ns = namespace(a=1) %}"
+            b"{% macro f(x, y=2) %}{{ x|tojson }}{% endmacro %}{{ f(messages[0].content) }}"
+            b"{% if tools is defined and not loop %}{{ raise_exception('no') }}{% endif %}{% set ns.a = ns.a + 1 %}"
+        ),
     )
     yield "filters", b"{{ messages | map(attribute='role') | join(',') | upper | center(20) }}{{ '%s' | format(1) }}"
 
@@ -207,7 +310,10 @@ def _dump_maps() -> Iterator[tuple[str, bytes]]:
     yield "npy", b'{"stages":{"stage.0.attn_norm":{"file":"a.npy"}},"input_ids":[[1,2,3,4]],"dtype":"float32"}'
     yield "raw", b'{"stages":{"stage.0.attn_norm":{"file":"b.bin","dtype":"float32","layout":"btd"}}}'
     yield "numbers", b'{"stages":{"stage.0.attn_norm":{"min":-1,"max":1,"mean":0.5,"l2":3}},"positions":[3]}'
-    yield "msprobe", b'{"data":{"Module.model.layers.0.mlp.down_proj.Linear.forward.0":{"output":[{"Max":1,"Norm":2}]}}}'
+    yield (
+        "msprobe",
+        b'{"data":{"Module.model.layers.0.mlp.down_proj.Linear.forward.0":{"output":[{"Max":1,"Norm":2}]}}}',
+    )
 
 
 def _inputs() -> Iterator[tuple[str, bytes]]:
@@ -217,7 +323,11 @@ def _inputs() -> Iterator[tuple[str, bytes]]:
 
 
 def _npys() -> Iterator[tuple[str, bytes]]:
-    for name, array in (("f4", np.zeros((2, 3), "f4")), ("f8", np.zeros(2, ">f8")), ("i8", np.asfortranarray(np.zeros((2, 2), "i8")))):
+    for name, array in (
+        ("f4", np.zeros((2, 3), "f4")),
+        ("f8", np.zeros(2, ">f8")),
+        ("i8", np.asfortranarray(np.zeros((2, 2), "i8"))),
+    ):
         file = io.BytesIO()
         np.save(file, array)
         yield name, file.getvalue()
@@ -238,15 +348,33 @@ def _lines() -> Iterator[tuple[str, bytes]]:
 
 def _logs() -> Iterator[tuple[str, bytes]]:
     yield "one", b"l_out-0 = (f32) ADD(a{1}, b{1}) = {64, 4, 1, 1}\n  [ ... ]\n  sum = -12.345678\n"
-    yield "norm", b"ggml_debug: attn_norm-0 = (f32) MUL(x{64, 4, 1, 1}) = {64, 4, 1, 1}\nsum = nan\nresult_output = (f32) MUL_MAT() = {9}\n sum = 1e9\n"
+    yield (
+        "norm",
+        b"ggml_debug: attn_norm-0 = (f32) MUL(x{64, 4, 1, 1}) = {64, 4, 1, 1}\nsum = nan\n"
+        b"result_output = (f32) MUL_MAT() = {9}\n sum = 1e9\n",
+    )
 
 
 KINDS = {
-    "apr": _apr_files, "safetensors": _safetensors_files, "index": _indices, "gguf": _gguf_files, "prepared": _prepared_files,
-    "json": _json_texts, "config": _configs, "adapter": _adapters, "tokenizer": _tokenizers, "apr-tokenizer": _apr_tokenizers,
-    "template": _templates, "aprt": _aprts, "dump-map": _dump_maps, "inputs": _inputs, "npy": _npys, "npz": _npzs,
-    "jsonl": _lines, "log": _logs,
-}  # fmt: skip
+    "apr": _apr_files,
+    "safetensors": _safetensors_files,
+    "index": _indices,
+    "gguf": _gguf_files,
+    "prepared": _prepared_files,
+    "json": _json_texts,
+    "config": _configs,
+    "adapter": _adapters,
+    "tokenizer": _tokenizers,
+    "apr-tokenizer": _apr_tokenizers,
+    "template": _templates,
+    "aprt": _aprts,
+    "dump-map": _dump_maps,
+    "inputs": _inputs,
+    "npy": _npys,
+    "npz": _npzs,
+    "jsonl": _lines,
+    "log": _logs,
+}
 
 
 def main() -> None:

@@ -27,11 +27,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from tests.hostile.cases import Case
 from tests.hostile.every_case import CASES
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 MODULES = (
     "apr_jax.converters.formats.apr_format",
@@ -96,15 +97,17 @@ def checks_of(module: str) -> Iterator[Check]:
     path = inspect.getsourcefile(importlib.import_module(module))
     assert path is not None
     source = pathlib.Path(path).read_text()
-    for number, (statement, _, _) in enumerate(_mutations(ast.parse(source))):
-        del statement
+    whole = ast.parse(source)
+    for number in range(len(list(_mutations(whole)))):
+        # A tree of its own: what is taken out of it stays out.
         tree = ast.parse(source)
         statement, what, change = list(_mutations(tree))[number]
+        function = _around(whole, statement.lineno)
+        if function is None:
+            continue
         change()
         compiled = compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
-        function = _around(ast.parse(source), statement.lineno)
-        if function is not None:
-            yield Check(module, function, statement.lineno, what, _code(compiled, function.split(".")))
+        yield Check(module, function, statement.lineno, what, _code(compiled, function.split(".")))
 
 
 def _mutations(tree: ast.Module) -> Iterator[tuple[ast.stmt, str, Any]]:
@@ -115,7 +118,11 @@ def _mutations(tree: ast.Module) -> Iterator[tuple[ast.stmt, str, Any]]:
             for at, statement in enumerate(block if isinstance(block, list) else ()):
                 if not _refuses(statement):
                     continue
-                yield statement, _spelt(statement), lambda block=block, at=at: block.__setitem__(at, _nothing(block[at]))
+                yield (
+                    statement,
+                    _spelt(statement),
+                    lambda block=block, at=at: block.__setitem__(at, _nothing(block[at])),
+                )
                 if isinstance(parent, ast.If) and field == "body":
                     for part, change in _parts(parent, "test", positive=True):
                         yield statement, f"{_spelt(statement)} if {ast.unparse(part)}", change
@@ -146,12 +153,17 @@ def _parts(holder: Any, field: str, positive: bool) -> Iterator[tuple[ast.expr, 
             link = ast.Compare(operands[at], [node.ops[at]], [operands[at + 1]])
             others = [n for n in range(len(node.ops)) if n != at]
             kept = [ast.Compare(operands[n], [node.ops[n]], [operands[n + 1]]) for n in others]
-            yield link, lambda kept=kept: setattr(holder, field, ast.BoolOp(ast.And(), kept) if len(kept) > 1 else kept[0])
+            yield (
+                link,
+                lambda kept=kept: setattr(holder, field, ast.BoolOp(ast.And(), kept) if len(kept) > 1 else kept[0]),
+            )
 
 
 def _spelt(statement: ast.stmt) -> str:
     """Returns the message of a statement that refuses, or else its text."""
-    texts = [node.value for node in ast.walk(statement) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [
+        node.value for node in ast.walk(statement) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     texts += [ast.unparse(node)[2:-1] for node in ast.walk(statement) if isinstance(node, ast.JoinedStr)]
     return repr(max(texts, key=len)[:70]) if texts else ast.unparse(statement)[:80]
 
@@ -177,7 +189,13 @@ def _function(module: str, name: str) -> Any:
     for part in name.split("."):
         found = inspect.getattr_static(found, part)
     while not isinstance(found, types.FunctionType):
-        found = found.fget if isinstance(found, property) else found.__wrapped__ if hasattr(found, "__wrapped__") else found.__func__
+        found = (
+            found.fget
+            if isinstance(found, property)
+            else found.__wrapped__
+            if hasattr(found, "__wrapped__")
+            else found.__func__
+        )
     # A context manager is a function of contextlib around the one that is meant.
     return inspect.unwrap(found)
 
@@ -237,7 +255,9 @@ def survivors(checks: Sequence[Check], folder: pathlib.Path) -> Iterator[tuple[C
         place = folder / str(number)
         place.mkdir()
         made.append((case, case.make(place)))
+    print(f"{len(checks)} checks, {len(made)} cases", file=sys.stderr, flush=True)
     reach = reached(made, checks)
+    print(f"cases come to {len(reach)} places", file=sys.stderr, flush=True)
     for check in checks:
         numbers = reach.get((check.module, check.line), [])
         if not numbers or not is_noticed(check, [made[number] for number in numbers]):
@@ -263,14 +283,19 @@ def main() -> int:
     reasons = listed()
     for check, is_reached in left:
         why = reasons.get(check.name, "NO REASON GIVEN")
-        print(f"{check.module}:{check.line} {'no case tells' if is_reached else 'no case comes to'} {check.name}\t{why}")
+        print(
+            f"{check.module}:{check.line} {'no case tells' if is_reached else 'no case comes to'} {check.name}\t{why}"
+        )
     noticed = len(checks) - len(left)
     per_module = Counter(check.module for check in checks)
     missed = Counter(check.module for check, _ in left)
-    lines = [f"| {module.removeprefix('apr_jax.')} | {per_module[module]} | {missed[module]} |" for module in per_module]
+    lines = [
+        f"| {module.removeprefix('apr_jax.')} | {per_module[module]} | {missed[module]} |" for module in per_module
+    ]
     lines += [f"| all | {len(checks)} | {len(left)} |"]
     text = (
-        f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {len(CASES)} cases, {time.monotonic() - begun:.0f} s: "
+        f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {len(CASES)} cases, "
+        f"{time.monotonic() - begun:.0f} s: "
         f"{noticed} of {len(checks)} checks ({noticed / len(checks):.1%}) turn a case red when they are taken out.\n\n"
         "| module | checks | told by no case |\n| --- | --- | --- |\n" + "\n".join(lines) + "\n"
     )

@@ -75,12 +75,31 @@ class Case:
         # Settings of generation may be the caller's.
         if found.file is None and found.code != "generation-config":
             return "no file is named"
-        if found.offset is None and found.tensor is None and found.found is None and found.expected is None and found.code not in _SAYS_ALL:
+        if (
+            found.offset is None
+            and found.tensor is None
+            and found.found is None
+            and found.expected is None
+            and found.code not in _SAYS_ALL
+        ):
             return f"neither a place nor what was found is named: {found}"
         return None
 
 
-_SAYS_ALL = frozenset(("apr-unsupported", "tensor-in-two-shards", "tensor-not-in-shard", "shard-missing", "file-missing", "nothing-compared", "config-unsupported", "adapter-missing", "adapter-unsupported", "tokenizer-broken"))
+_SAYS_ALL = frozenset(
+    (
+        "apr-unsupported",
+        "tensor-in-two-shards",
+        "tensor-not-in-shard",
+        "shard-missing",
+        "file-missing",
+        "nothing-compared",
+        "config-unsupported",
+        "adapter-missing",
+        "adapter-unsupported",
+        "tokenizer-broken",
+    )
+)
 """Codes of errors whose message lists what was found, or where there is nothing more to say."""
 CASES: list[Case] = []
 
@@ -324,11 +343,17 @@ WHOLE = index_entry(b"a")
 case("87 no byte of an entry", apr(index=b""), "tensor-count")
 for length in range(1, len(WHOLE) - 7):
     # The padding goes on with zeros: an entry that is cut there has other numbers.
-    case(f"87 {length} bytes of an entry", apr(index=WHOLE[:length]), 
+    case(f"87 {length} bytes of an entry", apr(index=WHOLE[:length]),
          "name-characters" if length < 3 else "trailing-bytes" if length == 5 else "size-mismatch")  # fmt: skip
 for length, code in ((1, "index-truncated"), (40, "index-truncated"), (60, "index-truncated"), (65, "name-characters")):
-    case(f"87 an entry that ends {length} bytes behind its index", apr(tensors=(
-        (b"n" * 40, 0, (1,), 0, 4), (b"o" * 100, 0, (1,), 64, 4)), index=index_entry(b"n" * 40) + index_entry(b"o" * 100)[:length]), code)
+    case(
+        f"87 an entry that ends {length} bytes behind its index",
+        apr(
+            tensors=((b"n" * 40, 0, (1,), 0, 4), (b"o" * 100, 0, (1,), 64, 4)),
+            index=index_entry(b"n" * 40) + index_entry(b"o" * 100)[:length],
+        ),
+        code,
+    )
 case("88 a name without length", apr(tensors=((b"", 0, (1,), 0, 4),)), "name-length")
 case("88 a name of 257 bytes", apr(tensors=((b"n" * 257, 0, (1,), 0, 4),)), "name-length")
 case("89 a name that is not UTF-8", apr(tensors=((b"\xff", 0, (1,), 0, 4),)), "name-utf8")
@@ -443,13 +468,28 @@ for name in ("a\0", "a\n", "\x1b[2J", "\u202eabc", "\u2066x", "\u200fx", "\x9bx"
     case(f"41 name {name!a}", st({name: entry()}, bytes(4)), "name-characters")
     case(f"41 name {name!a} in an .apr", apr(tensors=((name.encode(), 0, (1,), 0, 4),)), "name-characters")
 refused_when(converted, "42 name of 300 bytes into an .apr", st({"n" * 300: entry()}, bytes(4)), "apr-unsupported")
-refused_when(converted, "43 names that are equal in their first 256 bytes", st(
-    {"n" * 299 + end: entry(offsets=[4 * at, 4 * at + 4]) for at, end in enumerate("ab")}, bytes(8)), "apr-unsupported")  # fmt: skip
+refused_when(
+    converted,
+    "43 names that are equal in their first 256 bytes",
+    st({"n" * 299 + end: entry(offsets=[4 * at, 4 * at + 4]) for at, end in enumerate("ab")}, bytes(8)),
+    "apr-unsupported",
+)
 for name in ("../../x", "/abs", "C:\\x", "CON", "x.", "x "):
     # No file is ever named after a tensor.
     accepted(f"44 tensor {name!r}", st({name: entry()}, bytes(4)))
-for dtype, width in (("C64", 8), ("U16", 2), ("U32", 4), ("U64", 8), ("BOOL", 1), ("F8_E4M3", 1), ("F8_E5M2", 1), ("F8_E8M0", 1)):
-    refused_when(converted, f"46 {dtype} into an .apr", one(bytes(width), dtype=dtype, offsets=[0, width]), "apr-unsupported")
+for dtype, width in (
+    ("C64", 8),
+    ("U16", 2),
+    ("U32", 4),
+    ("U64", 8),
+    ("BOOL", 1),
+    ("F8_E4M3", 1),
+    ("F8_E5M2", 1),
+    ("F8_E8M0", 1),
+):
+    refused_when(
+        converted, f"46 {dtype} into an .apr", one(bytes(width), dtype=dtype, offsets=[0, width]), "apr-unsupported"
+    )
 refused_when(converted, "46 F4 into an .apr", one(bytes(1), dtype="F4", shape=[2], offsets=[0, 1]), "apr-unsupported")
 case("45 F8_E4M3FN", one(bytes(1), dtype="F8_E4M3FN", offsets=[0, 1]), "dtype-unknown")
 case("71 the checksum is right and the sections are not", apr(index_at=1 << 40), "section-bounds")
@@ -457,11 +497,24 @@ for flags, code in ((0x0403, "flags"), (0x0C00, "flags"), (0x0800, "flags")):
     case(f"74 flags {flags:#06x}", apr(flags=flags), code)
 warned("QUANTIZED", "75 the flag QUANTIZED and no such tensor", apr(flags=0x0420))
 for width in (18, 34):
-    case(f"94 type 8 of 32 values in {width} bytes", apr(tensors=((b"a", 8, (32,), 0, width),)), "dtype-legacy", softened=("legacy",))
+    case(
+        f"94 type 8 of 32 values in {width} bytes",
+        apr(tensors=((b"a", 8, (32,), 0, width),)),
+        "dtype-legacy",
+        softened=("legacy",),
+    )
 for width in (20, 36, 9):
-    case(f"94 type 8 of 32 values in {width} bytes, which no writer's has", apr(tensors=((b"a", 8, (32,), 0, width),)), "dtype-legacy")
+    case(
+        f"94 type 8 of 32 values in {width} bytes, which no writer's has",
+        apr(tensors=((b"a", 8, (32,), 0, width),)),
+        "dtype-legacy",
+    )
 for number, width in ((3, 16), (6, 32), (7, 32)):
-    case(f"95 type {number} with the size of another table", apr(tensors=((b"a", number, (64,), 0, width),)), "size-mismatch")
+    case(
+        f"95 type {number} with the size of another table",
+        apr(tensors=((b"a", number, (64,), 0, width),)),
+        "size-mismatch",
+    )
 for number, name, width in ((12, "q4_k", 143), (12, "q4_k", 145), (14, "q6_k", 209)):
     case(f"99 {name} of 31 values in {width} bytes", apr(tensors=((b"a", number, (31,), 0, width),)), "size-mismatch")
 accepted("110 metadata {}", apr(b"{}"))

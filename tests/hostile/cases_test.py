@@ -87,7 +87,8 @@ def report() -> str:
     worst, slowest = max(row[0] for row in rows), max((row for row in rows if row[4] < 1 << 20), key=lambda row: row[1])
     lines = [
         f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {os.cpu_count()} cores: {len(rows)} cases, "
-        f"{sum(row[3] == 'accepted' for row in rows)} of them accepted. Most memory beyond a text: {worst / 2**20:.1f} MB "
+        f"{sum(row[3] == 'accepted' for row in rows)} of them accepted. "
+        f"Most memory beyond a text: {worst / 2**20:.1f} MB "
         f"(at most 50); the slowest below 1 MB: {1000 * slowest[1]:.0f} ms of processor time ({slowest[2]!a}).",
         "",
         "| case | outcome | where, found, expected | bytes | ms | MB beyond |",
@@ -102,7 +103,11 @@ def report() -> str:
 def _where(error: AprJaxError) -> str:
     parts = [f"byte {error.offset}"] if error.offset is not None else []
     parts += [f"tensor {error.tensor[:30]!a}"] if error.tensor is not None else []
-    parts += [f"{label} {str(value)[:60]!a}" for label, value in (("found", error.found), ("expected", error.expected)) if value]
+    parts += [
+        f"{label} {str(value)[:60]!a}"
+        for label, value in (("found", error.found), ("expected", error.expected))
+        if value
+    ]
     return ", ".join(parts)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.engines import bounded
 from apr_jax.parity import dumps
-from apr_jax.trace import golden, inputs, positions
+from apr_jax.trace import golden, positions
 from tests import paths
 from tests.hostile.cases import Case, Make, raw
 
@@ -108,14 +108,40 @@ FLAT = {"a.bin": WHOLE.tobytes()}
 accepted("map: raw values", mapped({"file": "a.bin"}, FLAT))
 accepted("map: an array", mapped({"file": "a.npy"}, {"a.npy": npy(WHOLE)}))
 accepted("map: numbers", mapped({"min": -1, "max": 2.5}))
-for text in (b"", b"{", b"[]", b"5", b"null", b'{"stages":[]}', b'{"stages":{"a":5}}', b'{"stages":{"a":{"file":5}}}', b"{}"):
-    case(f"map: {text.decode() or 'empty'}", folder_of({"dump.json": text}), "json-syntax" if text in (b"", b"{") else "dump-map")
+for text in (
+    b"",
+    b"{",
+    b"[]",
+    b"5",
+    b"null",
+    b'{"stages":[]}',
+    b'{"stages":{"a":5}}',
+    b'{"stages":{"a":{"file":5}}}',
+    b"{}",
+):
+    case(
+        f"map: {text.decode() or 'empty'}",
+        folder_of({"dump.json": text}),
+        "json-syntax" if text in (b"", b"{") else "dump-map",
+    )
 case("map: no stage", folder_of({"dump.json": {"stages": {}}}), "nothing-compared")
-case("map: a stage twice", folder_of({"dump.json": b'{"stages":{"logits":{"min":1},"logits":{"min":1}}}'}), "json-duplicate")
+case(
+    "map: a stage twice",
+    folder_of({"dump.json": b'{"stages":{"logits":{"min":1},"logits":{"min":1}}}'}),
+    "json-duplicate",
+)
 case("map: deep", folder_of({"dump.json": b"[" * 10**5}), "json-depth")
 case("map: 20 MB of numbers", folder_of({"dump.json": b'{"stages":[' + b"0.5," * 5_000_000 + b"0]}"}), "json-count")
-case("map: a stage that no model has", folder_of({"dump.json": {"stages": {"stage.0.nothing": {"min": 1}}}}), "dump-stage")
-case("map: a layer that this model lacks", folder_of({"dump.json": {"stages": {"stage.99.attn_norm": {"min": 1}}}}), "dump-stage")
+case(
+    "map: a stage that no model has",
+    folder_of({"dump.json": {"stages": {"stage.0.nothing": {"min": 1}}}}),
+    "dump-stage",
+)
+case(
+    "map: a layer that this model lacks",
+    folder_of({"dump.json": {"stages": {"stage.99.attn_norm": {"min": 1}}}}),
+    "dump-stage",
+)
 for name in ("", "/abs.npy", "../x.npy", "a/../../x.npy", "..\\x.npy", "C:x.npy", "x\0.npy", "\\\\server\\x.npy"):
     case(f"map: file {name!r}", mapped({"file": name}), "file-name")
 case("map: a file that is not there", mapped({"file": "x.npy"}), "file-missing")
@@ -138,23 +164,41 @@ for given in ([9], [-1], [2, 1], [1, 1], [[1], [2]], [2**70]):
 IDS = ([], {}, [[]], [1], [[1.5]], [["a"]], [[1], []], [[-1]], [[2**31]], [[2**70]], [[[1]]], None, "abc")
 for ids in IDS:
     case(f"map: input_ids {ids}", mapped({"file": "a.bin"}, FLAT, input_ids=ids), "input-ids")
-for name, given in (("attention_mask", [[1, 1]]), ("attention_mask", [[1, 1, 1, 2]]), ("attention_mask", [[0, 0, 0, 0]]),
-                    ("attention_mask", [[1, 1, 1, 0.5]]), ("position_ids", [[3, 2, 1, 0]]), ("position_ids", [[-1, 0, 1, 2]]),
-                    ("position_ids", [[0, 1, 2, 2**21]]), ("position_ids", [[0, 1]])):  # fmt: skip
+for name, given in (
+    ("attention_mask", [[1, 1]]),
+    ("attention_mask", [[1, 1, 1, 2]]),
+    ("attention_mask", [[0, 0, 0, 0]]),
+    ("attention_mask", [[1, 1, 1, 0.5]]),
+    ("position_ids", [[3, 2, 1, 0]]),
+    ("position_ids", [[-1, 0, 1, 2]]),
+    ("position_ids", [[0, 1, 2, 2**21]]),
+    ("position_ids", [[0, 1]]),
+):
     more = {"input_ids": [TOKENS], name: given}
     case(f"map: {name} {given}", mapped({"file": "a.bin"}, FLAT, **more), name.replace("_", "-"))
-case("map: a mask over what is no token", mapped({"file": "a.bin"}, FLAT, input_ids=[[1, 2], [3]], attention_mask=[[1, 1], [1, 1]]),
-     "attention-mask")  # fmt: skip
-case("map: a row of 200,000 tokens and 2,000 short ones", mapped(
-    {"file": "a.bin"}, FLAT, input_ids=[[1]] * 2000 + [[1] * 200_000]), "input-ids")  # fmt: skip
-case("map: msprobe's without numbers", folder_of({"dump.json": {"data": {"Module.norm.X.forward.0": {"output": 5}}}}),
-     "capture-layers")  # fmt: skip
+case(
+    "map: a mask over what is no token",
+    mapped({"file": "a.bin"}, FLAT, input_ids=[[1, 2], [3]], attention_mask=[[1, 1], [1, 1]]),
+    "attention-mask",
+)
+case(
+    "map: a row of 200,000 tokens and 2,000 short ones",
+    mapped({"file": "a.bin"}, FLAT, input_ids=[[1]] * 2000 + [[1] * 200_000]),
+    "input-ids",
+)
+case(
+    "map: msprobe's without numbers",
+    folder_of({"dump.json": {"data": {"Module.norm.X.forward.0": {"output": 5}}}}),
+    "capture-layers",
+)
 case("no dump", folder_of({"x.txt": b"x"}), "dump-empty")
 
 # --- .npy
 
 
-def array(header: bytes, body: bytes = b"", magic: bytes = b"\x93NUMPY", version: bytes = b"\x01\0", length: int | None = None) -> Make:
+def array(
+    header: bytes, body: bytes = b"", magic: bytes = b"\x93NUMPY", version: bytes = b"\x01\0", length: int | None = None
+) -> Make:
     """A map whose stage is a `.npy` file of this header."""
     size = len(header) if length is None else length
     width = 4 if version[0] >= 2 else 2
@@ -174,9 +218,25 @@ case("npy: 9 bytes", mapped({"file": "a.npy"}, {"a.npy": b"\x93NUMPY\x01\0\x05"}
 case("npy: 11 bytes of version 2", mapped({"file": "a.npy"}, {"a.npy": b"\x93NUMPY\x02\0\x01\0\0"}), "npy")
 case("npy: a header beyond the file", array(header(), length=60_000), "npy")
 case("npy: a header of 4 GB", array(header(), version=b"\x02\0", length=2**32 - 1), "npy")
-case("npy: a header of 70,000 bytes", raw(b"\x93NUMPY\x02\0" + struct.pack("<I", 70_000) + header().ljust(70_000) + BODY, "a.npy"),
-     "npy", opens=bounded.npy)  # fmt: skip
-for text in (b"((", b"{1: 2, 'descr': 3}", b"5", b"None", b"(" * 9000, b"{}", b"{'descr'}", b"x", b"\0", b"1" * 9000, b"-" * 9000 + b"1"):
+case(
+    "npy: a header of 70,000 bytes",
+    raw(b"\x93NUMPY\x02\0" + struct.pack("<I", 70_000) + header().ljust(70_000) + BODY, "a.npy"),
+    "npy",
+    opens=bounded.npy,
+)
+for text in (
+    b"((",
+    b"{1: 2, 'descr': 3}",
+    b"5",
+    b"None",
+    b"(" * 9000,
+    b"{}",
+    b"{'descr'}",
+    b"x",
+    b"\0",
+    b"1" * 9000,
+    b"-" * 9000 + b"1",
+):
     case(f"npy: header {text[:20].decode()!r}", array(text, BODY), "npy")
 for descr in (None, 5, [("a", "<f4")], "<f3", "no", "", "<f4" * 9000):
     case(f"npy: descr {str(descr)[:20]!r}", array(header(descr), BODY), "npy")
@@ -213,16 +273,33 @@ case("npz: no stage", archive({"a.npy": npy(WHOLE)}), "nothing-compared")
 case("npz: a bomb", archive({"input_ids.npy": IDS_NPY, "logits.npy": bytes(64 << 20)}, packed=True), "dump-size")
 case("npz: a layer less", archive({"input_ids.npy": IDS_NPY, "hidden_states.npy": npy(STATES[1:])}), "dump-shape")
 case("npz: a scalar", archive({"input_ids.npy": IDS_NPY, "hidden_states.npy": npy(np.float32(1))}), "dump-shape")
-case("npz: integers as a stage", archive({"input_ids.npy": IDS_NPY, "hidden.0.npy": npy(WHOLE.astype(np.int32))}), "dump-dtype")
+case(
+    "npz: integers as a stage",
+    archive({"input_ids.npy": IDS_NPY, "hidden.0.npy": npy(WHOLE.astype(np.int32))}),
+    "dump-dtype",
+)
 case("npz: 100,001 arrays", archive({f"{n}.npy": b"" for n in range(100_001)}), "dump-files")
 LOGITS = [[0.0] * config().vocab_size] * 2
 accepted("jsonl: a prompt", raw(json.dumps({"tokens": [1, 2], "logits": LOGITS}).encode(), "x.jsonl"))
 case("jsonl: empty", raw(b"\n", "x.jsonl"), "nothing-compared")
-for line in (b"{", b"[]", b"5", b'{"tokens":[]}', b'{"tokens":[1]}', b'{"tokens":["a"],"logits":[]}', b'{"tokens":5,"logits":[]}',
-             b'{"logits":[]}', b'{"tokens":[1.5],"logits":[]}'):  # fmt: skip
+for line in (
+    b"{",
+    b"[]",
+    b"5",
+    b'{"tokens":[]}',
+    b'{"tokens":[1]}',
+    b'{"tokens":["a"],"logits":[]}',
+    b'{"tokens":5,"logits":[]}',
+    b'{"logits":[]}',
+    b'{"tokens":[1.5],"logits":[]}',
+):
     case(f"jsonl: {line.decode()}", raw(line, "x.jsonl"), "json-syntax" if line == b"{" else "jsonl")
 for logits in ([], [[1.0]], [[1.0], [1.0, 2.0]], "x", {"a": 1}, [["a"]], 5, None):
-    case(f"jsonl: logits {logits}", raw(json.dumps({"tokens": [1, 2], "logits": logits}).encode(), "x.jsonl"), "dump-size")
+    case(
+        f"jsonl: logits {logits}",
+        raw(json.dumps({"tokens": [1, 2], "logits": logits}).encode(), "x.jsonl"),
+        "dump-size",
+    )
 case("log: no tensor", folder_of({"x": b""}), "dump-empty")
 
 # --- token ids, positions, golden files
@@ -250,7 +327,11 @@ case("ids: a folder that holds none", folder_of({}, _NO_FILE), "token-ids-missin
 case("ids: a folder that is not there", lambda folder: folder / "x.safetensors", "file-missing", opens=tokens)
 for ids in ([], {}, [1.5], [True], ["a"], [[1]], None):
     case(f"token_ids.json: {ids}", stage(aprt(), ids), "token-ids")
-case("token_ids.json: not JSON", folder_of({"layer-0/attn_norm.bin": aprt(), "token_ids.json": b"["}, _NO_FILE), "json-syntax")
+case(
+    "token_ids.json: not JSON",
+    folder_of({"layer-0/attn_norm.bin": aprt(), "token_ids.json": b"["}, _NO_FILE),
+    "json-syntax",
+)
 for content in ([], {}, {"input_ids": 5}, {"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1]]}):
     code = "token-ids" if not content else "attention-mask" if "attention_mask" in content else "input-ids"
     case(f"inputs.json: {content}", folder_of({"inputs.json": content}, _NO_FILE), code, opens=tokens)
@@ -274,9 +355,20 @@ accepted("golden: as it should be", tensors(input_ids=np.array([TOKENS], np.int3
 case("golden: no ids", tensors(logits=WHOLE), "golden-inputs", opens=golden_file)
 case("golden: no values", tensors(input_ids=np.array([TOKENS], np.int32)), "nothing-compared", opens=golden_file)
 case("golden: ids of another type", tensors(input_ids=WHOLE[0], logits=WHOLE), "input-ids", opens=golden_file)
-case("golden: ids of three axes", tensors(input_ids=np.zeros((1, 2, 3), np.int32), logits=WHOLE), "input-ids", opens=golden_file)
+case(
+    "golden: ids of three axes",
+    tensors(input_ids=np.zeros((1, 2, 3), np.int32), logits=WHOLE),
+    "input-ids",
+    opens=golden_file,
+)
 case("golden: a shape that does not fit", tensors(input_ids=np.array([TOKENS], np.int32), logits=WHOLE), "dump-size")
-case("golden: a shape of the right size", tensors(**{"input_ids": np.array([TOKENS], np.int32),
-     "stage.0.attn_norm": WHOLE.reshape(1, WIDTH, len(TOKENS))}), "dump-shape")  # fmt: skip
-case("golden: a stage that no model has", tensors(**{"input_ids": np.array([TOKENS], np.int32), "stage.0.x": WHOLE}),
-     "nothing-compared")  # fmt: skip
+case(
+    "golden: a shape of the right size",
+    tensors(**{"input_ids": np.array([TOKENS], np.int32), "stage.0.attn_norm": WHOLE.reshape(1, WIDTH, len(TOKENS))}),
+    "dump-shape",
+)
+case(
+    "golden: a stage that no model has",
+    tensors(**{"input_ids": np.array([TOKENS], np.int32), "stage.0.x": WHOLE}),
+    "nothing-compared",
+)

@@ -41,8 +41,27 @@ def spread(count, stride) -> bytes:
     return file_of(entries, bytes(stride * (count - 1) + 4))
 
 
-BITS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-        "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}  # fmt: skip
+BITS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "C64": 8,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+}
 FILES: dict[str, bytes] = {
     "test_serialization": file_of({"attn.0": entry(shape=[1, 2, 3], offsets=[0, 24])}, bytes(24)),
     **{f"test_serialization {code}": typed(code, [3, 1], 3 * width) for code, width in BITS.items()},
@@ -60,7 +79,9 @@ FILES: dict[str, bytes] = {
     "test_empty with empty metadata": file_of({"__metadata__": {}}),
     "test_empty with null metadata": file_of({"__metadata__": None}),
     "test_serialization_forced_alignement": file_of({"attn0": entry(shape=[1, 1, 2, 3], offsets=[0, 24])}, bytes(24)),
-    "test_serialization_forced_alignement, not aligned": file_of(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "test_serialization_forced_alignement, not aligned": file_of(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)
+    ),
     "test_serialization_no_big_endian": typed(">F4", [1], 4),
     "test_serialization_order_invariant": file_of({"b": entry(offsets=[4, 8]), "a": F32}, bytes(8)),
     "test_serialization_metadata": file_of({"__metadata__": {"format": "np"}, "a": F32}, bytes(4)),
@@ -71,21 +92,33 @@ FILES: dict[str, bytes] = {
     "test_serialization_metadata, a key twice": file_of(b'{"__metadata__":{"a":"b","a":"c"}}'),
     "test_gpt2_tiny": file_of({f"h.{n}.w": entry(shape=[n % 3], offsets=[0, 0]) for n in (0, 3, 6)}),
     "test_slicing": spread(5, 4),
-    "test_pt_sf_save_model_overlapping_storage": file_of({"a": entry(shape=[2], offsets=[0, 8]), "b": entry(offsets=[4, 8])}, bytes(8)),
+    "test_pt_sf_save_model_overlapping_storage": file_of(
+        {"a": entry(shape=[2], offsets=[0, 8]), "b": entry(offsets=[4, 8])}, bytes(8)
+    ),
     "test_pt_sf_save_model_overlapping_storage, the same": file_of({"a": F32, "b": F32}, bytes(4)),
     "test_empty_shapes_allowed": file_of({"test": entry("I32", [], [0, 4])}, bytes(4)),
     "test_deserialization": file_of({"test": entry("I32", [2, 2], [0, 16])}, bytes(16)),
     "test_deserialization, a field more": file_of({"test": entry(stride=[1])}, bytes(4)),
     "test_deserialization, a field less": file_of({"test": {"dtype": "F32", "shape": [1]}}, bytes(4)),
-    "test_deserialization, a field twice": file_of(b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
-    "test_deserialization, a name twice": file_of(b'{"a":%(e)s,"a":%(e)s}' % {b"e": json.dumps(F32).encode()}, bytes(4)),
+    "test_deserialization, a field twice": file_of(
+        b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)
+    ),
+    "test_deserialization, a name twice": file_of(
+        b'{"a":%(e)s,"a":%(e)s}' % {b"e": json.dumps(F32).encode()}, bytes(4)
+    ),
     "test_deserialization, an empty name": file_of({"": F32}, bytes(4)),
     "test_deserialization, a name of 10 KB": file_of({"n" * 10_000: F32}, bytes(4)),
     "test_deserialization, a name with NUL": file_of({"a\0": F32}, bytes(4)),
-    "test_deserialization, half a character": file_of(b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "test_deserialization, half a character": file_of(
+        b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)
+    ),
     "test_json_attack": attack(),
-    "test_metadata_incomplete_buffer": file_of({"test": entry("I32", [2, 2], [0, 16])}, bytes(16) + b"extra_bogus_data_for_polyglot_file"),
-    "test_metadata_incomplete_buffer, missing bytes": file_of({"test": entry("I32", [1000, 500], [0, 2000000])}, bytes(7)),
+    "test_metadata_incomplete_buffer": file_of(
+        {"test": entry("I32", [2, 2], [0, 16])}, bytes(16) + b"extra_bogus_data_for_polyglot_file"
+    ),
+    "test_metadata_incomplete_buffer, missing bytes": file_of(
+        {"test": entry("I32", [1000, 500], [0, 2000000])}, bytes(7)
+    ),
     "test_metadata_incomplete_buffer, a hole": spread(3, 8),
     "test_metadata_incomplete_buffer, a hole at the start": file_of({"a": entry(offsets=[4, 8])}, bytes(8)),
     "test_header_too_large": b"<" * 8 + bytes(8),
@@ -109,7 +142,9 @@ FILES: dict[str, bytes] = {
     "test_whitespace_leading_padded_header": file_of(b"\t{}"),
     "test_whitespace_leading_padded_header, a mark": file_of(b"\xef\xbb\xbf{}"),
     "test_zero_sized_tensor": file_of({"test": entry("I32", [2, 0], [0, 0])}),
-    "test_zero_sized_tensor within another": file_of({"a": entry(shape=[2], offsets=[0, 8]), "b": entry(shape=[0], offsets=[4, 4])}, bytes(8)),
+    "test_zero_sized_tensor within another": file_of(
+        {"a": entry(shape=[2], offsets=[0, 8]), "b": entry(shape=[0], offsets=[4, 4])}, bytes(8)
+    ),
     "test_invalid_info": file_of({"test": entry("I32", [2, 2], [0, 4])}, bytes(4)),
     "test_invalid_info, the other way": file_of({"test": entry("I32", [1], [0, 16])}, bytes(16)),
     "test_invalid_info, offsets that go backwards": file_of({"a": entry(offsets=[4, 0])}, bytes(4)),
@@ -147,7 +182,10 @@ REASONS = {
 def theirs(data: bytes) -> dict[str, tuple[str, list[int], bytes]] | str:
     """Returns what the package reads, or its error."""
     try:
-        return {name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"])) for name, tensor in safetensors.deserialize(data)}
+        return {
+            name: (tensor["dtype"], tensor["shape"], bytes(tensor["data"]))
+            for name, tensor in safetensors.deserialize(data)
+        }
     except safetensors.SafetensorError as error:
         return str(error)
 
@@ -168,11 +206,20 @@ def table(folder: pathlib.Path) -> str:
     lines = [
         f"{time.strftime('%Y-%m-%d')}, safetensors {importlib.metadata.version('safetensors')}, {len(FILES)} files, "
         f"{len(REASONS)} verdicts differ.",
-        "", "| file, after the test of the package | the package | apr_jax | why they differ |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
+        "",
+        "| file, after the test of the package | the package | apr_jax | why they differ |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, data in FILES.items():
-        verdicts = [verdict if isinstance(verdict, str) else "accepted" for verdict in (theirs(data), ours(data, folder))]
-        cells = (name, ascii(verdicts[0].removeprefix("Error while deserializing header: ")[:60])[1:-1], verdicts[1], REASONS.get(name, ""))
+        verdicts = [
+            verdict if isinstance(verdict, str) else "accepted" for verdict in (theirs(data), ours(data, folder))
+        ]
+        cells = (
+            name,
+            ascii(verdicts[0].removeprefix("Error while deserializing header: ")[:60])[1:-1],
+            verdicts[1],
+            REASONS.get(name, ""),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
