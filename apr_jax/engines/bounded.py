@@ -144,7 +144,7 @@ def _npy(content: bytes, path: str | os.PathLike[str], floats: bool, name: str |
     if length > _NPY_HEADER or start + length > len(content):
         raise broken(f"a header of {length} bytes")
     try:
-        header = ast.literal_eval(content[start : start + length].decode("latin-1").strip())
+        header = ast.literal_eval(content[start : start + length].decode("latin-1").strip(" \n"))
         dtype, shape, fortran = _header(header)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, KeyError, OverflowError) as error:
         raise broken(f"a header that cannot be read ({type(error).__name__})") from None
@@ -216,7 +216,16 @@ def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     try:
         with _opened(path, MAX_FILE) as file, zipfile.ZipFile(file) as archive:
             yield archive
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error, OSError, KeyError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+        zlib.error,
+        OSError,
+        KeyError,
+        ValueError,
+    ) as error:
         raise BrokenContainerError("not a .npz archive", code="npz", file=path, found=str(error)[:200]) from None
 
 

@@ -1,7 +1,7 @@
 """Searches for inputs that a reader cannot bear, guided by the branches that they take (atheris, libFuzzer).
 
     python tests/fuzz/fuzz.py all --seconds 1200 --report RESULTS.md      every reader of targets.py, at once
-    python tests/fuzz/fuzz.py apr safetensors --seconds 120
+    python tests/fuzz/fuzz.py apr safetensors --seconds 120 --out DIR     again with the same DIR goes on and adds up
     python tests/fuzz/fuzz.py apr --replay FILE                           one input again, with its traceback
 
 A crash is whatever is no error of the family, an accepted file whose content differs from what an independent reader
@@ -61,7 +61,7 @@ def work(name: str, out: pathlib.Path, seconds: float, number: int) -> None:
     words = out / f"{name}.dict"
     words.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in target.words))
     folder = pathlib.Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    watch = _Watch(out / f"{name}.{number}.json", crashes)
+    watch = _Watch(out / f"{name}.{os.getpid()}.json", crashes)
 
     def once(data: bytes) -> None:
         begun = time.perf_counter()
@@ -153,7 +153,7 @@ class Result:
       slowest: Seconds of the slowest input, the machine's other work included.
       peak: Most resident memory beyond what the process had, and of a child, in MB.
       crashes: Kinds of crashes.
-      seconds: How long all its workers searched, together.
+      seconds: How long all its workers searched, together; without those that an input ended.
     """
 
     name: str
@@ -200,28 +200,25 @@ class _Worker:
 
     def __init__(self, name: str, number: int, out: pathlib.Path, seconds: float):
         self.name, self.number, self._out = name, number, out
-        self._end = time.monotonic() + seconds
-        self.seconds = 0.0
-        self.logs: list[pathlib.Path] = []
+        self._end, self._starts = time.monotonic() + seconds, 0
         self._start()
 
     def _start(self) -> None:
-        self.logs.append(self._out / f"{self.name}.{self.number}.{len(self.logs)}.log")
+        self._starts += 1
+        log_path = self._out / f"{self.name}.{self.number}.{time.time_ns()}.log"
         program = [sys.executable, __file__, self.name, "--work", str(self.number), "--out", str(self._out)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        with self.logs[-1].open("wb") as log:
+        with log_path.open("wb") as log:
             left = max(1, self._end - time.monotonic())
             self._process = subprocess.Popen(
                 [*program, "--seconds", str(int(left))], stdout=log, stderr=log, env=environment, cwd=ROOT
             )
-        self._begun = time.monotonic()
 
     def over(self) -> bool:
         """Whether it has ended for good."""
         if self._process.poll() is None:
             return False
-        self.seconds += time.monotonic() - self._begun
-        if self._process.returncode != 0 and time.monotonic() < self._end - 5 and len(self.logs) < 20:
+        if self._process.returncode != 0 and time.monotonic() < self._end - 5 and self._starts < 20:
             self._start()
             return False
         return True
@@ -231,29 +228,27 @@ class _Worker:
         self._process.wait()
 
 
-def result_of(name: str, workers: list[_Worker], out: pathlib.Path) -> Result:
-    """Adds up what the workers of a reader wrote."""
-    result = Result(name, seconds=sum(worker.seconds for worker in workers))
-    for worker in workers:
-        for log in worker.logs:
-            lines = [match for match in map(_SHOWS.search, log.read_text(errors="replace").splitlines()) if match]
-            if lines:
-                result.executions += int(lines[-1][1])
-                result.branches = max(result.branches, *(int(match[3]) for match in lines))
-                result.features = max(result.features, *(int(match[4]) for match in lines))
-                result.corpus = max(result.corpus, *(int(match[5]) for match in lines))
-            inited = next((int(match[3]) for match in lines if match[2] == "INITED"), 0)
-            result.seeds = result.seeds or inited
-        seen = out / f"{name}.{worker.number}.json"
-        if seen.exists():
-            told = json.loads(seen.read_text())
-            result.slowest = max(result.slowest, told["slowest"])
-            result.peak = max(result.peak, told["peak_kb"] / 1024)
-            result.child = max(result.child, told["child_kb"] / 1024)
-    crashes = out / "crashes" / name
-    result.crashes = (
-        tuple(sorted(path.name for path in crashes.iterdir() if path.suffix != ".txt")) if crashes.exists() else ()
-    )
+def result_of(name: str, out: pathlib.Path) -> Result:
+    """Adds up what the workers of a reader wrote into a folder, in this run and in earlier ones."""
+    result = Result(name)
+    for log in sorted(out.glob(f"{name}.*.log")):
+        text = log.read_text(errors="replace")
+        lines = [match for match in map(_SHOWS.search, text.splitlines()) if match]
+        if lines:
+            result.executions += int(lines[-1][1])
+            result.branches = max(result.branches, *(int(match[3]) for match in lines))
+            result.features = max(result.features, *(int(match[4]) for match in lines))
+            result.corpus = max(result.corpus, *(int(match[5]) for match in lines))
+        result.seeds = result.seeds or next((int(match[3]) for match in lines if match[2] == "INITED"), 0)
+        done = re.search(r"^Done \d+ runs in (\d+) second", text, re.MULTILINE)
+        result.seconds += int(done[1]) if done else 0
+    for seen in out.glob(f"{name}.*.json"):
+        told = json.loads(seen.read_text())
+        result.slowest = max(result.slowest, told["slowest"])
+        result.peak = max(result.peak, told["peak_kb"] / 1024)
+        result.child = max(result.child, told["child_kb"] / 1024)
+    kept = (out / "crashes" / name).glob("*")
+    result.crashes = tuple(sorted(path.name for path in kept if path.suffix != ".txt"))
     return result
 
 
@@ -261,7 +256,6 @@ def fuzz(names: list[str], seconds: float, out: pathlib.Path, workers: int, at_o
     """Fuzzes readers, `workers` processes each, `at_once` processes at a time."""
     waiting = [(name, number) for number in range(workers) for name in names]
     running: list[_Worker] = []
-    ended: dict[str, list[_Worker]] = {name: [] for name in names}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -270,22 +264,21 @@ def fuzz(names: list[str], seconds: float, out: pathlib.Path, workers: int, at_o
             time.sleep(0.2)
             for worker in [worker for worker in running if worker.over()]:
                 running.remove(worker)
-                ended[worker.name].append(worker)
                 print(f"{worker.name} has ended", file=sys.stderr, flush=True)
     finally:
         for worker in running:
             worker.stop()
-    return [result_of(name, ended[name], out) for name in names]
+    return [result_of(name, out) for name in names]
 
 
-def table(results: list[Result], seconds: float) -> str:
+def table(results: list[Result]) -> str:
     """Returns the results as Markdown."""
     rows = [Result.COLUMNS, ("---",) * len(Result.COLUMNS), *(result.row() for result in results)]
-    total = sum(result.executions for result in results)
+    total, seconds = (sum(getattr(result, name) for result in results) for name in ("executions", "seconds"))
     models = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
     machine = f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
-    head = f"{time.strftime('%Y-%m-%d')}, {machine}, Python {platform.python_version()}, {seconds:.0f} seconds each"
-    return f"{head}; {total:,} executions in all.\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    head = f"{time.strftime('%Y-%m-%d')}, {machine}, Python {platform.python_version()}, {seconds:.0f} s of all readers"
+    return f"{head}; {total:,} executions.\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def main() -> int:
@@ -319,7 +312,7 @@ def main() -> int:
         return 0
     total = len(names) * args.workers
     results = fuzz(names, args.seconds, out, args.workers, args.at_once or total)
-    text = table(results, args.seconds)
+    text = table(results)
     print(text)
     print(f"logs, inputs kept and crashes: {out}", file=sys.stderr)
     if args.report:

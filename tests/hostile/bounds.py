@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -258,10 +259,25 @@ def survivors(checks: Sequence[Check], folder: pathlib.Path) -> Iterator[tuple[C
     print(f"{len(checks)} checks, {len(made)} cases", file=sys.stderr, flush=True)
     reach = reached(made, checks)
     print(f"cases come to {len(reach)} places", file=sys.stderr, flush=True)
-    for check in checks:
-        numbers = reach.get((check.module, check.line), [])
-        if not numbers or not is_noticed(check, [made[number] for number in numbers]):
-            yield check, bool(numbers)
+    tried = [(check, reach.get((check.module, check.line), [])) for check in checks]
+    share = os.cpu_count() or 1
+    children = []
+    for first in range(share):
+        results = folder / f"{first}.noticed"
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException), results.open("w") as file:
+                for check, numbers in tried[first::share]:
+                    noticed = bool(numbers) and is_noticed(check, [made[number] for number in numbers])
+                    file.write(f"{int(noticed)}\n")
+                    file.flush()
+            os._exit(0)
+        children.append((child, results))
+    for first, (child, results) in enumerate(children):
+        os.waitpid(child, 0)
+        for (check, numbers), noticed in zip(tried[first::share], results.read_text().split(), strict=True):
+            if noticed == "0":
+                yield check, bool(numbers)
 
 
 def listed() -> dict[str, str]:
