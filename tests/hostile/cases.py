@@ -98,6 +98,10 @@ _SAYS_ALL = frozenset(
         "adapter-missing",
         "adapter-unsupported",
         "tokenizer-broken",
+        "open-failed",
+        "config-missing",
+        "adapter",
+        "adapter-tensors",
     )
 )
 """Codes of errors whose message lists what was found, or where there is nothing more to say."""
@@ -557,3 +561,54 @@ def both(folder: pathlib.Path) -> pathlib.Path:
 
 warned("model.safetensors is read", "121 a single file beside an index", both)
 refused_when(converted, "128 a truth value of 2", one(b"\2", dtype="BOOL", offsets=[0, 1]), "apr-unsupported")
+
+# --- what taking out the checks one by one has shown to be missing
+
+
+def truncated(make: Make, name: str, size: int) -> Make:
+    """The file or folder, with a file in it made as long as that by a hole."""
+
+    def made(folder: pathlib.Path) -> pathlib.Path:
+        path = make(folder)
+        with (folder / name).open("ab") as file:
+            file.truncate(size)
+        return path
+
+    return made
+
+
+def linked(target: str) -> Make:
+    def made(folder: pathlib.Path) -> pathlib.Path:
+        (folder / "m").mkdir()
+        one()(folder)
+        (folder / "m" / "model.safetensors").symlink_to(target)
+        return folder / "m"
+
+    return made
+
+
+def looped(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "x.safetensors").symlink_to("x.safetensors")
+    return folder / "x.safetensors"
+
+
+case("68 the magic of 2025", apr(magic=b"APR2"), "magic-old", softened=("lenient",))
+refused_when(lambda path: checkpoint(path, lenient=True), "73 compressed, with --lenient", apr(flags=0x0401), "flags")
+case("82 data behind the end of the file", apr(data_at=384, data=b"", footer=False), "section-bounds")
+case("81 the index one section farther", apr(index_at=192, data_at=256), "section-bounds")
+case("86 64 bytes of nothing behind the index", apr(index=WHOLE.ljust(128, b"\0")), "padding")
+case("96 nine dimensions", apr(tensors=((b"a", 0, (1,) * 9, 0, 4),)), "shape-rank")
+case("94 type 9 of 32 values in 36 bytes", apr(tensors=((b"a", 9, (32,), 0, 36),)), "dtype-ambiguous")
+case(
+    "93 a head of type 2 without data",
+    apr(tensors=((b"lm_head.weight", 2, (2,), 0, 0),)),
+    "dtype-legacy",
+    softened=("legacy",),
+)
+case("12 a link to itself", looped, "open-failed")
+case("12 a name with NUL", lambda folder: folder / "x\0", "file-missing")
+case("111 a folder of nothing", lambda folder: folder, "no-checkpoint")
+case("113 a link out of the folder", linked("../x.safetensors"), "path-escapes")
+case("113 a link to nothing", linked("../y.safetensors"), "path-escapes")
+case("122 an index of 101 MB", truncated(shards({"weight_map": MAP}, "a.safetensors"), "model.safetensors.index.json", 101_000_000),
+     "index-size")  # fmt: skip

@@ -18,7 +18,7 @@ from apr_jax.converters.convert.plan import make_plan
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.tokenizer import Tokenizer
 from tests import paths
-from tests.hostile.cases import Case, Make, apr, checkpoint, raw
+from tests.hostile.cases import Case, Make, apr, checkpoint, raw, truncated
 
 CASES: list[Case] = []
 MODEL = paths.checkpoint("gqa_tied_bf16")
@@ -522,3 +522,30 @@ for value in (5, [5], {"a": 1}, [["a"]]):
 for value in (5, [5], ["a"], [["a"]]):
     text_of = json.dumps({"tokenizer.vocabulary": ["a", "b"], "tokenizer.merges": value}).encode()
     case(f"tokenizer.merges {value}", apr(text_of), "tokenizer-broken", opens=tokenizer)
+
+# --- what taking out the checks one by one has shown to be missing
+
+case("GGUF: no values of type 99", gguf(pair(b"a", 9, struct.pack("<IQ", 99, 0)), counts=(1, 1)), "gguf-metadata")
+MANY = pair(b"split.count", 2, struct.pack("<H", 60_000)) + pair(b"split.no", 2, b"\0\0")
+case("GGUF: one of 60,000 parts", renamed(gguf(MANY, counts=(1, 2)), "x-00001-of-60000.gguf"), "one-of-several")
+case("prepared: a parameter of nothing", parameter(shape=[0], tensors={"a": [0]}), "prepared-content")
+case("prepared: a description of 65 MB", truncated(prepared(), "prepared.json", 65 << 20), "prepared-size")
+case("config.json of 17 MB", truncated(beside(config__json=PLAIN), "config.json", 17 << 20), "json-size", opens=config)
+case("no configuration", raw((2).to_bytes(8, "little") + b"{}"), "config-missing", opens=config)
+
+
+def pickled(folder: pathlib.Path) -> pathlib.Path:
+    lora(tensors=False)(folder)
+    (folder / "adapter_model.bin").write_bytes(b"")
+    return folder
+
+
+def elsewhere(folder: pathlib.Path) -> pathlib.Path:
+    path = lora()(folder) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b".layers.0.", b".layers.7."))
+    return folder
+
+
+case("adapter: a pickle", pickled, "adapter")
+case("adapter: layers that the model lacks", elsewhere, "adapter-tensors", opens=adapter)
+case("adapter: asked for its configuration", lora(), "adapter", opens=config)

@@ -18,7 +18,7 @@ from apr_jax.engines import bounded
 from apr_jax.parity import dumps
 from apr_jax.trace import golden, positions
 from tests import paths
-from tests.hostile.cases import Case, Make, raw
+from tests.hostile.cases import Case, Make, raw, truncated
 
 CASES: list[Case] = []
 TOKENS = [1, 2, 3, 4]
@@ -372,3 +372,65 @@ case(
     tensors(**{"input_ids": np.array([TOKENS], np.int32), "stage.0.x": WHOLE}),
     "nothing-compared",
 )
+
+# --- what taking out the checks one by one has shown to be missing
+
+case("map: 2 GB of holes as a stage", truncated(mapped({"file": "a.bin"}, FLAT), "a.bin", 2 << 30), "dump-size")
+case("map: layout bd", mapped({"file": "a.bin", "layout": "bd"}, FLAT), "dump-layout")
+case(
+    "map: attention_mask of -1",
+    mapped({"file": "a.bin"}, FLAT, input_ids=[TOKENS], attention_mask=[[1, 1, 1, -1]]),
+    "attention-mask",
+)
+TWO_ROWS = {
+    "dump.json": {"stages": {"logits": {"file": "a.bin"}}, "input_ids": [[1, 2], [3, 4]], "positions": [[0], [0, 1]]},
+    **FLAT,
+}
+case("map: positions of unequal rows", folder_of(TWO_ROWS), "positions")
+case("log: a tensor of no forward pass", raw(b"zzz-0 = (f32) ADD(a) = {1}\nsum = 1\n", "x.log"), "nothing-compared")
+case("ids: 17 MB of holes", truncated(raw(b"[[1]]", "ids.json"), "ids.json", 17 << 20), "file-size", opens=tokens)
+case("raw ids: 32 MB", truncated(folder_of({"input_ids.1x8388608.i32": b""}, _NO_FILE), "input_ids.1x8388608.i32", 32 << 20),
+     "inputs-size", opens=tokens)  # fmt: skip
+case("positions: no such file", lambda folder: folder / "p.json", "positions", opens=places)
+case("ranks: none of them a dump", folder_of({"rank0/x": b"", "rank1/x": b""}), "dump-ranks")
+case("ranks: APRT", folder_of({"rank0/final_norm.bin": aprt(), "rank1/final_norm.bin": aprt()}), "dump-ranks")
+ONE_STAGE = {
+    f"rank{n}/dump.json": {"stages": {f"stage.{n}.attn_norm": {"file": "a.bin"}}, "input_ids": [TOKENS]} for n in (0, 1)
+}
+case(
+    "ranks: no stage in common",
+    folder_of({**ONE_STAGE, "rank0/a.bin": FLAT["a.bin"], "rank1/a.bin": FLAT["a.bin"]}),
+    "nothing-compared",
+)
+
+
+def rounds(**changed: Any) -> Make:
+    """One request of TensorRT-Edge-LLM, of one round; None takes an array out."""
+    cache = np.zeros((1, 2, config().num_kv_heads, 4, config().head_dim), np.float32)
+    whole = {
+        "logits": np.zeros((1, config().vocab_size), np.float32),
+        "context_lengths": np.array([4], np.int32),
+        "layer_0.kv": cache,
+    }
+    given = {
+        name: array
+        for name, array in {**whole, **{n.replace("__", "."): a for n, a in changed.items()}}.items()
+        if array is not None
+    }
+
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        (folder / "token_ids.json").write_text(json.dumps(TOKENS))
+        return tensors(**{f"round_0.{name}": array for name, array in given.items()})(folder)
+
+    return make
+
+
+accepted("rounds: as they should be", rounds())
+case("rounds: no lengths", rounds(context_lengths=None), "dump-rounds")
+case("rounds: unequal lengths", rounds(context_lengths=np.array([4, 3], np.int32)), "dump-rounds")
+for shape in (
+    (1, 2, 4),
+    (1, 3, config().num_kv_heads, 4, config().head_dim),
+    (1, 2, config().num_kv_heads, 3, config().head_dim),
+):
+    case(f"rounds: a cache of shape {shape}", rounds(layer_0__kv=np.zeros(shape, np.float32)), "dump-shape")
