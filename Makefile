@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights clean
+.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -72,9 +72,27 @@ bench: $(VENV)/reference-installed
 bench-report: $(VENV)/installed
 	$(BIN)/python tests/bench/bench_report.py
 
-# Bad inputs, made as files one after the other: what each is refused with, and what that costs.
+# Bad inputs, made as files one after the other: what each is refused with, and what that costs; safetensors as a second
+# judge; chat templates that attack; texts that are dear to parse. Into tests/hostile/{RESULTS,JUDGE,TEMPLATES,JSON}.md.
 hostile-cases: $(VENV)/installed
 	$(BIN)/python tests/hostile/cases_test.py --table
+	$(BIN)/python tests/hostile/judge_test.py --table
+	$(BIN)/python tests/hostile/template_attacks.py
+	$(BIN)/python tests/hostile/json_price.py
+
+# Each check of the readers taken out in turn: at least one hostile case has to turn red. Into tests/hostile/BOUNDS.md.
+bounds: $(VENV)/installed
+	$(BIN)/python tests/hostile/bounds.py --report tests/hostile/BOUNDS.md
+
+# Inputs that a reader cannot bear, looked for along the branches that they take (atheris): PARSER is all of them, or some
+# of tests/fuzz/seeds; SECONDS each, all at once. Last results in tests/fuzz/RESULTS.md.
+fuzz: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet 'atheris>=3.0'
+	$(BIN)/python tests/fuzz/fuzz.py $(or $(PARSER),all) --seconds $(or $(SECONDS),120) $(if $(REPORT),--report $(REPORT))
+
+# 10,000 valid files with a few fields changed: refused, or read as the safetensors package reads them.
+mutations: $(VENV)/installed
+	$(BIN)/python tests/fuzz/mutations_test.py --count 10000
 
 # Every call of the file system of everything that writes goes wrong once, in every way; last results in
 # tests/hostile/CRASHES.md. Half an hour.

@@ -6,7 +6,9 @@ machine-readable (`to_json`), the text is for people; names that come from a fil
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 
@@ -85,6 +87,16 @@ class AprJaxError(Exception):
             for name, value in values.items()
             if value is not None
         }
+
+
+@contextlib.contextmanager
+def in_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names a file in errors about what it holds, if they name none."""
+    try:
+        yield
+    except AprJaxError as error:
+        error.file = os.fspath(path) if error.file is None else error.file
+        raise
 
 
 class FindingError(AprJaxError):

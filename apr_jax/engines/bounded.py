@@ -57,7 +57,7 @@ def _opened(path: str | os.PathLike[str], most: int, least: int = 0) -> Any:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise RefusedError("no regular file", code="dump-file", file=path)
+            raise RefusedError("this is no regular file", code="dump-file", file=path, expected="a regular file")
         if not least <= found.st_size <= most:
             raise RefusedError(
                 "the file is larger than what it can hold" if found.st_size > most else "the file is cut short",
@@ -132,22 +132,22 @@ def npy(path: str | os.PathLike[str], most_elements: int | None = None, floats: 
 
 def _npy(content: bytes, path: str | os.PathLike[str], floats: bool, name: str | None = None) -> np.ndarray:
     def broken(what: str) -> BrokenContainerError:
-        return BrokenContainerError(f"not a .npy array: {what}", code="npy", file=path, tensor=name)
+        return BrokenContainerError("not a .npy array", code="npy", file=path, tensor=name, found=what)
 
     if content[:6] != b"\x93NUMPY" or len(content) < 10:
-        raise broken("it does not begin as one")
+        raise broken(f"{bytes(content[:10])!r} at the beginning")
     wide = content[6] >= 2
     start = 12 if wide else 10
     if len(content) < start:
-        raise broken("the header is cut short")
+        raise broken("a header that is cut short")
     (length,) = struct.unpack("<I" if wide else "<H", content[8:start])
     if length > _NPY_HEADER or start + length > len(content):
-        raise broken("the header is too long")
+        raise broken(f"a header of {length} bytes")
     try:
-        header = ast.literal_eval(content[start : start + length].decode("latin-1").strip())
+        header = ast.literal_eval(content[start : start + length].decode("latin-1").strip(" \n"))
         dtype, shape, fortran = _header(header)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, KeyError, OverflowError) as error:
-        raise broken(f"the header cannot be read ({type(error).__name__})") from None
+        raise broken(f"a header that cannot be read ({type(error).__name__})") from None
     if dtype.kind == "V" and dtype.itemsize == 2:
         dtype = np.dtype(ml_dtypes.bfloat16)  # what np.save makes of ml_dtypes' bfloat16
     kinds = "f" if floats else "fiub"
@@ -216,8 +216,17 @@ def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     try:
         with _opened(path, MAX_FILE) as file, zipfile.ZipFile(file) as archive:
             yield archive
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error, OSError, KeyError) as error:
-        raise BrokenContainerError(f"not a .npz archive: {error}", code="npz", file=path) from None
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+        zlib.error,
+        OSError,
+        KeyError,
+        ValueError,
+    ) as error:
+        raise BrokenContainerError("not a .npz archive", code="npz", file=path, found=str(error)[:200]) from None
 
 
 def raw(path: str | os.PathLike[str], name: Any, most_elements: int) -> np.ndarray:

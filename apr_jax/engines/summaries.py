@@ -23,8 +23,8 @@ from apr_jax.trace.stages import Key
 KINDS = ("min", "max", "mean", "l2", "sum")
 _MSPROBE = {"Max": "max", "Min": "min", "Mean": "mean", "Norm": "l2"}
 _MODULE = re.compile(r"(?:Module|Cell)\.(.+)\.(\w+)\.forward\.0")
-_TENSOR = re.compile(r"([A-Za-z_]+(?:-\d{1,6})?)(?: \([\w ]+\))* = \(\w+\)\s+(\w+)\(.*= \{([\d, ]+)\}\s*$")
-_SUM = re.compile(r"\s*sum = (-?[\d.]+(?:e[-+]?\d+)?|-?nan|-?inf)\s*$")
+_TENSOR = re.compile(r"([A-Za-z_]+(?:-\d{1,6})?)(?: \([\w ]+\))* = \(\w+\)\s+(\w+)\(.*= \{((?: *\d+ *,)* *\d+ *)\}\s*$")
+_SUM = re.compile(r"\s*sum = (-?\d+\.?\d*(?:e[-+]?\d+)?|-?nan|-?inf)\s*$")
 _MAX_LINE = 4096
 _OUTPUTS = {
     "attn_norm": "attn_norm",

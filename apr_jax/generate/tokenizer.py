@@ -14,7 +14,7 @@ from typing import Any
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.convert import apr_tokenizer
-from apr_jax.converters.errors import UsageError
+from apr_jax.converters.errors import UsageError, in_file
 from apr_jax.generate import chat_template as chat_templates
 from apr_jax.generate import tokenizer_files
 
@@ -59,7 +59,8 @@ class Tokenizer:
         files, warnings = checkpoint.files, list[str]()
         found = tokenizer_files.read(files, _model_type(checkpoint), checkpoint.path)
         if found is None and checkpoint.kind == "apr":
-            files = {**files, **apr_tokenizer.files_of(checkpoint.metadata, warnings)}
+            with in_file(checkpoint.path):
+                files = {**files, **apr_tokenizer.files_of(checkpoint.metadata, warnings)}
             found = tokenizer_files.read(files, _model_type(checkpoint), checkpoint.path)
         if found is None:
             return None

@@ -126,8 +126,6 @@ def check(folder: str, device: str | jax.Device | None = None, ignore_config: It
             hint="`checkpoint save` writes one",
         )
     description = prepared_format.read(folder)
-    for parameter in description.parameters:
-        prepared_format.check_layout(folder, description, parameter)
     model = load_model(folder, description.dtype, device, fused=description.fused, ignore_config=ignore_config)
     found = hashes(named(model.parameters))
     differing = [

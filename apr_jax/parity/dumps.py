@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.errors import RefusedError, UsageError, in_file
 from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs, summaries
 from apr_jax.engines.found import Found, Stage, Summary
 from apr_jax.parity import ranks
@@ -198,7 +198,11 @@ def read(
     Raises:
       AprJaxError: Missing, broken or foreign files; sizes that do not fit the model; nothing to compare.
     """
-    place = pathlib.Path(path)
+    with in_file(path):
+        return _read(pathlib.Path(path), config, inputs, positions)
+
+
+def _read(place: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None) -> Dump:
     if places := ranks.folders(place):
         return _read_ranks(places, config, inputs, positions)
     form = next((form for form in FORMS if form.shows(place)), None)

@@ -23,7 +23,7 @@ import numpy as np
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import RefusedError, in_file
 from apr_jax.converters.formats import dtypes, safetensors_format
 from apr_jax.converters.storage.output import Notice, atomic_file
 from apr_jax.trace import stages
@@ -166,7 +166,8 @@ def read(path: str | os.PathLike[str]) -> Golden:
             found=sorted(arrays)[:5],
             hint="`golden.py MODEL -o FILE` writes one; hidden states of other programs are read by parity.",
         )
-    inputs = Inputs.of(*(arrays.get(name) for name in _INPUTS))
+    with in_file(path):
+        inputs = Inputs.of(*(arrays.get(name) for name in _INPUTS))
     positions = None
     if _POSITIONS in arrays:
         positions = checked_positions(arrays[_POSITIONS].tolist(), path)

@@ -12,19 +12,22 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError, in_file
 from apr_jax.converters.formats import strict_json
 from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
 from apr_jax.converters.storage.source import SourceFile, read_whole
 
 # Two million tokens, an id of seven digits each.
 _MAX_BYTES = 16 << 20
+# Positions of a batch, 16 bytes each here, of which more than half may be padding.
+_MAX_PADDED = 1 << 21
 TOKEN_IDS = "token_ids.json"
 """The token ids of one sequence as `apr` and others leave them beside a dump: a JSON list."""
 PLAIN = "inputs.json"
@@ -67,8 +70,8 @@ class Inputs:
           position_ids: [B, T]; None counts the tokens of each row from 0, as HuggingFace's `generate` does.
 
         Raises:
-          UsageError: Empty, ragged beyond one level, not integers, shapes that differ, or positions that do not rise
-            along a row (a causal mask is built from them).
+          UsageError: Empty, ragged beyond one level, not integers, rows too unequal to be padded, shapes that differ,
+            or positions that do not rise along a row (a causal mask is built from them).
         """
         refuse_traced(input_ids, attention_mask, position_ids)
         try:
@@ -85,6 +88,13 @@ class Inputs:
         if any(row.dtype.kind not in "iu" for row in rows):
             raise UsageError("token ids are not integers", code="input-ids", found=sorted({str(r.dtype) for r in rows}))
         lengths = [len(row) for row in rows]
+        if len(rows) * max(lengths) > max(_MAX_PADDED, 2 * sum(lengths)):
+            raise UsageError(
+                "the rows are too unequal: most of the batch would be padding",
+                code="input-ids",
+                found=f"{len(rows)} rows, {sum(lengths)} tokens, {max(lengths)} of them in one row",
+                hint="Run short and long sequences apart",
+            )
         ids = np.zeros((len(rows), max(lengths)), np.int64)
         mask = np.zeros(ids.shape, np.int32)
         for index, row in enumerate(rows):
@@ -93,10 +103,18 @@ class Inputs:
         if attention_mask is not None:
             given = _like(attention_mask, ids, "attention_mask")
             if not np.isin(given, (0, 1)).all() or (given > mask).any():
-                raise UsageError("attention_mask holds something else than 0 and 1", code="attention-mask")
+                raise UsageError(
+                    "attention_mask holds something else than 0 and 1, or marks what is no token",
+                    code="attention-mask",
+                    found=np.unique(given)[:5].tolist(),
+                )
             mask = given
         if not mask.any(axis=1).all():
-            raise UsageError("a row of the batch has no token that is not masked", code="attention-mask")
+            raise UsageError(
+                "a row of the batch has no token that is not masked",
+                code="attention-mask",
+                found=f"row {int(mask.any(axis=1).argmin())}",
+            )
         if position_ids is None:
             positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
         else:
@@ -159,8 +177,9 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
     if not isinstance(rows, list) or not all(
         isinstance(row, list) and all(type(token) is int for token in row) for row in rows
     ):
-        raise UsageError("not a list of lists of token ids", code="input-ids", file=path)
-    return Inputs.of(rows)
+        raise UsageError("not a list of lists of token ids", code="input-ids", file=path, found=reprlib.repr(rows))
+    with in_file(path):
+        return Inputs.of(rows)
 
 
 def write_plain(
@@ -232,15 +251,17 @@ def beside(folder: str | os.PathLike[str]) -> Inputs:
             expected=f"{TOKEN_IDS}, or what golden.py --export-inputs writes",
             hint="Or say which tokens were run with --input-ids FILE.",
         )
-    return Inputs.of(*(arrays.get(name) for name in _NAMES))
+    with in_file(root):
+        return Inputs.of(*(arrays.get(name) for name in _NAMES))
 
 
 def from_mapping(content: Any, file: str | os.PathLike[str]) -> Inputs:
     """Takes a batch out of a JSON object: "input_ids" and, where given, "attention_mask" and "position_ids"."""
     if not isinstance(content, dict) or "input_ids" not in content:
-        raise BrokenContainerError('no "input_ids" in it', code="token-ids", file=file)
+        raise BrokenContainerError('no "input_ids" in it', code="token-ids", file=file, found=reprlib.repr(content))
     try:
-        return Inputs.of(*(content.get(name) for name in _NAMES))
+        with in_file(file):
+            return Inputs.of(*(content.get(name) for name in _NAMES))
     except (TypeError, ValueError, OverflowError) as error:
         raise BrokenContainerError(f"not a batch of tokens: {error}", code="token-ids", file=file) from None
 
@@ -248,8 +269,9 @@ def from_mapping(content: Any, file: str | os.PathLike[str]) -> Inputs:
 def _token_ids(path: pathlib.Path) -> Inputs:
     ids = _json(path, "token ids")
     if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
-        raise BrokenContainerError("not a list of token ids", code="token-ids", file=path)
-    return Inputs.of([ids])
+        raise BrokenContainerError("not a list of token ids", code="token-ids", file=path, found=reprlib.repr(ids))
+    with in_file(path):
+        return Inputs.of([ids])
 
 
 def _json(path: str | os.PathLike[str], what: str) -> Any:
@@ -295,5 +317,7 @@ def _check_rising(positions: np.ndarray, mask: np.ndarray) -> None:
         tokens: Sequence[int] = row_positions[row_mask == 1]
         if (np.diff(tokens) <= 0).any() or min(tokens) < 0:
             raise UsageError(
-                f"position_ids do not rise along row {row}; the causal mask is built from them", code="position-ids"
+                f"position_ids do not rise along row {row}; the causal mask is built from them",
+                code="position-ids",
+                found=[int(position) for position in tokens[:8]],
             )

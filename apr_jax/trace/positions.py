@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -74,7 +75,13 @@ def checked_positions(value: object, file: str | os.PathLike[str]) -> Positions:
     lists = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     if all(isinstance(one, list) and one and all(type(position) is int for position in one) for one in lists):
         return value  # type: ignore[return-value]
-    raise UsageError("not a list of positions", code="positions", file=file, expected="such as [64, 65, 66]")
+    raise UsageError(
+        "not a list of positions",
+        code="positions",
+        file=file,
+        found=reprlib.repr(value),
+        expected="such as [64, 65, 66]",
+    )
 
 
 def find_columns(positions: Positions, inputs: Inputs) -> np.ndarray:

@@ -119,7 +119,9 @@ class _Adapter:
             text = source.read_at(0, min(source.size, _MAX_CONFIG_BYTES + 1))
         config = strict_json.loads(text, what=ADAPTER_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES, file=folder)
         if not isinstance(config, dict):
-            raise BrokenContainerError(f"{ADAPTER_CONFIG_NAME} is no JSON object", code="config-type", file=folder)
+            raise BrokenContainerError(
+                f"{ADAPTER_CONFIG_NAME} is no JSON object", code="config-type", file=folder, found=type(config).__name__
+            )
         if not exists(path):
             pickled = exists(os.path.join(folder, "adapter_model.bin"))
             raise MissingFileError(

@@ -209,7 +209,9 @@ class Checkpoint:
             return None
         value = strict_json.loads(self.files[name], what=name, max_bytes=_MAX_CONFIG_BYTES, file=self.path)
         if not isinstance(value, dict):
-            raise BrokenContainerError(f"{name} is no JSON object", code="config-type", file=self.path)
+            raise BrokenContainerError(
+                f"{name} is no JSON object", code="config-type", file=self.path, found=type(value).__name__
+            )
         return value
 
 

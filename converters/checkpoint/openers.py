@@ -12,6 +12,7 @@ import binascii
 import contextlib
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -155,7 +156,9 @@ def _embedded_files(encoded: Any, path: str) -> SideFiles:
     if encoded is None:
         return SideFiles({})
     if not isinstance(encoded, dict):
-        raise BrokenContainerError("the embedded side files are no object", code="source-files", file=path)
+        raise BrokenContainerError(
+            "the embedded side files are no object", code="source-files", file=path, found=type(encoded).__name__
+        )
 
     def reader(name: str) -> Callable[[], bytes]:
         return lambda: _embedded_file(name, encoded[name], path)
@@ -414,10 +417,13 @@ def _parse_index(source: SourceFile) -> _ShardIndex:
             "the index has no weight_map from tensor names to file names",
             code="index-weight-map",
             file=path,
+            found=repr(value)[:80],
             hint="Give the folder, or the path of an index of shards",
         )
     if not weight_map:
-        raise BrokenContainerError("the index lists no tensors", code="index-weight-map", file=path, hint=_REPAIR)
+        raise BrokenContainerError(
+            "the index lists no tensors", code="index-weight-map", file=path, found="weight_map {}", hint=_REPAIR
+        )
     metadata = value.get("metadata")
     index = _ShardIndex(path, weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None)
     _check_shard_names(index)
@@ -443,11 +449,13 @@ def _check_shard_names(index: _ShardIndex) -> None:
                 found=repr(name)[:300],
                 hint=_REPAIR,
             )
-    if len({name.casefold() for name in shards}) != len(shards):
+    folded = Counter(map(str.casefold, shards))
+    if alike := [name for name in shards if folded[name.casefold()] > 1]:
         raise RefusedError(
             "the index names shards that differ in upper and lower case only",
             code="shard-case",
             file=index.path,
+            found=", ".join(alike)[:300],
             hint=_REPAIR,
         )
     if len(shards) > _MAX_SHARDS:

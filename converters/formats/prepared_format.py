@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, in_file
 from apr_jax.converters.formats import dtypes, strict_json
 from apr_jax.converters.formats.dtypes import DType
 from apr_jax.converters.storage.source import SourceFile, is_folder, is_plain_name
@@ -102,11 +102,22 @@ def read(folder: str) -> Description:
     path = os.path.join(folder, PREPARED_NAME)
     with SourceFile(path) as source:
         if source.size > _MAX_DESCRIPTION_BYTES:
-            raise BrokenContainerError("the description is too large", code="prepared-size", file=path)
+            raise BrokenContainerError(
+                "the description is too large",
+                code="prepared-size",
+                file=path,
+                found=f"{source.size} bytes",
+                expected=f"at most {_MAX_DESCRIPTION_BYTES}",
+            )
         text = bytes(source.read_at(0, source.size))
     content = strict_json.loads(text, what=PREPARED_NAME, max_bytes=_MAX_DESCRIPTION_BYTES, file=path)
     if not isinstance(content, dict) or not isinstance(content.get("format"), str):
-        raise BrokenContainerError("this describes no prepared checkpoint", code="prepared-content", file=path)
+        raise BrokenContainerError(
+            "this describes no prepared checkpoint",
+            code="prepared-content",
+            file=path,
+            expected=f'an object with "format": "{FORMAT}"',
+        )
     if content["format"] != FORMAT:
         raise RefusedError(
             "a prepared checkpoint of another version",
@@ -117,8 +128,9 @@ def read(folder: str) -> Description:
             hint="Prepare it anew from its source",
         )
     try:
-        description = _parsed(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        with in_file(path):
+            description = _parsed(content)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise BrokenContainerError(
             "the description lacks something, or has it in another form",
             code="prepared-content",
@@ -147,15 +159,14 @@ def open_parameter(folder: str, description: Description, parameter: Parameter) 
     """
     place = os.path.join(folder, PREPARED_FOLDER, parameter.name)
     nbytes = description.stored.nbytes(parameter.shape)
+    _check_layout(place, description, parameter)
     try:
         source = SourceFile(os.path.join(place, ".".join("0" for _ in parameter.shape)))
     except MissingFileError as error:
-        check_layout(folder, description, parameter)
         error.hint = _NOT_WHOLE
         raise
     if source.size != nbytes:
         source.close()
-        check_layout(folder, description, parameter)
         raise BrokenContainerError(
             "the parameter's file has another size",
             code="prepared-size",
@@ -167,13 +178,8 @@ def open_parameter(folder: str, description: Description, parameter: Parameter) 
     return source
 
 
-def check_layout(folder: str, description: Description, parameter: Parameter) -> None:
-    """Checks what Orbax says about a parameter against the description.
-
-    Raises:
-      As `open_parameter`.
-    """
-    place = os.path.join(folder, PREPARED_FOLDER, parameter.name)
+def _check_layout(place: str, description: Description, parameter: Parameter) -> None:
+    """Checks what Orbax says about a parameter against the description."""
     layout = _layout(os.path.join(place, ".zarray"))
     expected = {"shape": list(parameter.shape), "dtype": _TYPES[description.dtype][1]}
     found = {key: layout.get(key) for key in expected}
@@ -207,6 +213,7 @@ def refuse_orbax(folder: str, listed: list[str]) -> None:
         f"this is an Orbax checkpoint without {PREPARED_NAME}: nothing says which model its arrays are",
         code="foreign-orbax",
         file=folder,
+        expected=PREPARED_NAME,
         hint="Give the folder above it, if `checkpoint save` wrote it; else convert it to safetensors",
     )
 
@@ -220,7 +227,9 @@ def _layout(path: str) -> Mapping[str, Any]:
         raise
     layout = strict_json.loads(text, what=".zarray", max_bytes=1 << 16, file=path)
     if not isinstance(layout, dict):
-        raise BrokenContainerError("this describes no Zarr array", code="prepared-parameter", file=path)
+        raise BrokenContainerError(
+            "this describes no Zarr array", code="prepared-parameter", file=path, found=type(layout).__name__
+        )
     return layout
 
 

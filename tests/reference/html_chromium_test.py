@@ -69,6 +69,31 @@ class ChromiumTest(absltest.TestCase):
             self.assertIn("model.embed_tokens.weight", dom)
             self.assertGreaterEqual(dom.count("<svg"), 25)
 
+    def test_scripts_in_names_and_metadata_do_not_run(self):
+        run = "document.title='owned';console.log('owned');fetch('http://127.0.0.1:9/')"
+        evil = [
+            f"<script>{run}</script>",
+            f'"><img src=x onerror="{run}">',
+            f"'-{run}-'",
+            f"</script><svg onload={run}>",
+            "\u2039b\u203a&lt;b",
+        ]
+        names = {
+            name: {"dtype": "F32", "shape": [1], "data_offsets": [4 * n, 4 * n + 4]} for n, name in enumerate(evil)
+        }
+        header = json.dumps({"__metadata__": {name: name for name in evil}, **names}).encode()
+        model = self.folder / "<img src=x onerror=alert(1)>"
+        model.mkdir()
+        (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * len(evil)))
+        config = json.loads((checkpoint(NAMES[0]) / "config.json").read_bytes())
+        (model / "config.json").write_text(json.dumps({**config, "_name_or_path": evil[0], "architectures": [evil[1]]}))
+        dom, console, asked = self.browse(self.page(model))
+        self.assertEmpty(console)
+        self.assertEmpty(asked)
+        self.assertNotIn("<title>owned", dom)
+        self.assertIn("&lt;script&gt;document.title='owned'", dom, "the names are shown")
+        self.assertEqual(dom.count("<img"), 0)
+
     def test_a_page_that_asks_for_something_is_noticed(self):
         path = self.page(checkpoint(NAMES[0]))
         text = path.read_text()

@@ -1,0 +1,156 @@
+"""Both containers on a machine of the other byte order, and beyond 4 GiB.
+
+qemu-user for s390x cannot be had here. In its place the byte order is changed wherever Python code can see it: a child
+says that it is big-endian (`sys.byteorder`), and `struct` packs big-endian unless it is told. NumPy is not loaded by
+such conversions, and no dtype without a byte order is in the readers (the second test). What is read and written
+has to be the same to the byte: containers are little-endian by definition, whoever reads them.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
+
+from absl.testing import absltest, parameterized
+
+from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.formats import apr_format, dtypes, safetensors_format
+from tests import paths
+
+READERS = ("converters/formats", "converters/storage", "converters/checkpoint", "converters/convert")
+# What pads or aligns by itself is native, and so is a type without a sign.
+NATIVE = re.compile(r"""(struct\.\w+|Struct|unpack_from)\(f?["'](?![<>!])|sys\.byteorder""")
+
+PROGRAM = """
+import ctypes, hashlib, json, os, struct, sys
+sys.byteorder = "big"
+_names = ("pack", "unpack", "pack_into", "unpack_from", "calcsize", "iter_unpack")
+_real = {name: getattr(struct, name) for name in _names}
+def signed(form):
+    form = form.decode() if isinstance(form, bytes) else form
+    return form if form[:1] in "<>!" and form else ">" + form.lstrip("=@")
+for name, function in _real.items():
+    setattr(struct, name, lambda form, *rest, _function=function, **more: _function(signed(form), *rest, **more))
+_Struct = struct.Struct
+struct.Struct = lambda form: _Struct(signed(form))
+sys.path = %(path)r
+from apr_jax.converters.convert.run import convert
+source, apr, back, single = sys.argv[1:]
+convert(source, apr, to="apr")
+convert(apr, back, to="safetensors")
+convert(apr, single, to="safetensors")
+found = {}
+for path in (apr, single, *(os.path.join(back, name) for name in sorted(os.listdir(back)))):
+    found[os.path.basename(path)] = hashlib.sha256(open(path, "rb").read()).hexdigest()
+print(json.dumps(found))
+"""
+
+
+class OtherByteOrderTest(parameterized.TestCase):
+    @parameterized.parameters("gqa_tied_bf16", "mixed_dtypes")
+    def test_conversions_write_the_same_bytes(self, name):
+        found = []
+        for program in (
+            PROGRAM % {"path": sys.path},
+            "import sys\n" + PROGRAM[PROGRAM.index("sys.path =") :] % {"path": sys.path},
+        ):
+            folder = pathlib.Path(self.create_tempdir().full_path)
+            out = [str(folder / end) for end in ("x.apr", "back", "x.safetensors")]
+            program = "import hashlib, json, os, struct, sys\n" + program
+            done = subprocess.run(
+                [sys.executable, "-c", program, str(paths.checkpoint(name)), *out],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            self.assertEqual(done.returncode, 0, done.stderr)
+            found.append(json.loads(done.stdout))
+        self.assertEqual(*found)
+        self.assertGreater(len(found[0]), 3)
+
+    def test_no_reader_unpacks_or_views_in_native_order(self):
+        files = [file for room in READERS for file in sorted((paths.ROOT / room).glob("*.py"))]
+        self.assertGreater(len(files), 30)
+        for file in files:
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                self.assertNotRegex(line, NATIVE, f"{file.name}:{number}")
+                # NumPy's short names without a sign are native; one byte has no order.
+                self.assertNotRegex(line, r"""(frombuffer|dtype)\([^()]*["'][iuf][248]["']""", f"{file.name}:{number}")
+                # from_bytes has to be told; Python 3.11's default is big.
+                if "from_bytes(" in line or "to_bytes(" in line:
+                    self.assertRegex(line, '"(little|big)"|byteorder', f"{file.name}:{number}")
+
+    def test_the_search_for_native_order_finds_it(self):
+        for line in (
+            'struct.unpack("I", data)',
+            "struct.unpack('=Q', data)",
+            "_H = struct.Struct('QQ')",
+            "sys.byteorder",
+        ):
+            self.assertRegex(line, NATIVE)
+        for line in ('struct.unpack("<I", data)', 'struct.Struct("<Q").unpack_from', 'struct.pack(f"<H{n}s", x)'):
+            self.assertNotRegex(line, NATIVE)
+
+
+class BeyondFourGibibytesTest(absltest.TestCase):
+    """Offsets beyond 2^32: what lies there is read, in files of holes, and headers say it."""
+
+    LARGE = (1 << 32) + (1 << 20)
+
+    def setUp(self):
+        super().setUp()
+        self.folder = pathlib.Path(self.create_tempdir().full_path)
+
+    def test_safetensors(self):
+        path = self.folder / "x.safetensors"
+        entries = {
+            "a": {"dtype": "U8", "shape": [self.LARGE], "data_offsets": [0, self.LARGE]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [self.LARGE, self.LARGE + 8]},
+        }
+        header = json.dumps(entries).encode()
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + self.LARGE)
+            file.seek(0, os.SEEK_END)
+            file.write(b"\1\2\3\4\5\6\7\x08")
+        with open_checkpoint(path) as checkpoint:
+            self.assertEqual(checkpoint.tensors["a"].nbytes, self.LARGE)
+            self.assertEqual(checkpoint.tensors["b"].raw(), b"\1\2\3\4\5\6\7\x08")
+            self.assertEqual(checkpoint.tensors["a"].raw(slice(self.LARGE - 3, self.LARGE)), bytes(3))
+
+    def test_apr(self):
+        from tests.fuzz.seeds import apr
+        from tests.hostile.cases import index_entry
+
+        path = self.folder / "x.apr"
+        small = apr(b"{}", [("a", 7, (4,), bytes(4)), ("b", 0, (2,), bytes(8))])
+        index = index_entry(b"a", 0, (self.LARGE // 4,), 0, self.LARGE) + index_entry(b"b", 0, (2,), self.LARGE, 8)
+        prologue = small[:128] + index.ljust(64, b"\0")
+        with path.open("wb") as file:
+            file.write(prologue)
+            file.truncate(192 + self.LARGE)
+            file.seek(0, os.SEEK_END)
+            file.write(b"\1\2\3\4\5\6\7\x08".ljust(64, b"\0") + bytes(4))
+        with open_checkpoint(path) as checkpoint:
+            self.assertEqual(checkpoint.tensors["a"].nbytes, self.LARGE)
+            self.assertEqual(checkpoint.tensors["b"].raw(), b"\1\2\3\4\5\6\7\x08")
+
+    def test_headers_of_both_are_written_with_such_offsets_and_read_again(self):
+        f32 = dtypes.by_name("f32")
+        tensors = [("a", f32, (self.LARGE // 4,)), ("b", f32, (2,)), ("c", f32, (self.LARGE // 4,))]
+        total = 2 * self.LARGE + 8
+        text = safetensors_format.serialise_header(tensors)
+        header = safetensors_format.parse_header(text[8:], len(text) + total)
+        self.assertEqual([entry.begin for entry in header.entries], [0, self.LARGE, self.LARGE + 8])
+        entries = apr_format.lay_out([(name, dtype, shape, dtype.nbytes(shape)) for name, dtype, shape in tensors])
+        prologue = apr_format.serialise_prologue({}, entries)
+        parsed = apr_format.parse_prologue(prologue, len(prologue) + 2 * self.LARGE + 64 + 4)
+        self.assertEqual([entry.offset for entry in parsed.entries], [0, self.LARGE, self.LARGE + 64])
+
+
+if __name__ == "__main__":
+    absltest.main()
