@@ -83,7 +83,12 @@ class Inputs:
                 hint=_how_to_make_a_batch(input_ids, rows),
             )
         if any(row.dtype.kind not in "iu" for row in rows):
-            raise UsageError("token ids are not integers", code="input-ids", found=sorted({str(r.dtype) for r in rows}))
+            raise UsageError(
+                "token ids are not integers",
+                code="input-ids",
+                found=sorted({str(r.dtype) for r in rows}),
+                hint="Convert them: numpy.asarray(ids, numpy.int32)",
+            )
         lengths = [len(row) for row in rows]
         ids = np.zeros((len(rows), max(lengths)), np.int64)
         mask = np.zeros(ids.shape, np.int32)
@@ -93,10 +98,18 @@ class Inputs:
         if attention_mask is not None:
             given = _like(attention_mask, ids, "attention_mask")
             if not np.isin(given, (0, 1)).all() or (given > mask).any():
-                raise UsageError("attention_mask holds something else than 0 and 1", code="attention-mask")
+                raise UsageError(
+                    "attention_mask holds something else than 0 and 1",
+                    code="attention-mask",
+                    hint="1 stands for a token, 0 for padding",
+                )
             mask = given
         if not mask.any(axis=1).all():
-            raise UsageError("a row of the batch has no token that is not masked", code="attention-mask")
+            raise UsageError(
+                "a row of the batch has no token that is not masked",
+                code="attention-mask",
+                hint="Leave the row out, or set its mask to 1 where it has tokens",
+            )
         if position_ids is None:
             positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
         else:
@@ -108,7 +121,10 @@ class Inputs:
             )
         if ids.min() < 0 or ids.max() >= 2**31:
             raise UsageError(
-                "a token id is out of range", code="input-ids", found=int(ids.min() if ids.min() < 0 else ids.max())
+                "a token id is out of range",
+                code="input-ids",
+                found=int(ids.min() if ids.min() < 0 else ids.max()),
+                hint="Padding is said by attention_mask; its id may be any of the vocabulary",
             )
         return cls(ids.astype(np.int32), mask, positions)
 
@@ -159,7 +175,12 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
     if not isinstance(rows, list) or not all(
         isinstance(row, list) and all(type(token) is int for token in row) for row in rows
     ):
-        raise UsageError("not a list of lists of token ids", code="input-ids", file=path)
+        raise UsageError(
+            "not a list of lists of token ids",
+            code="input-ids",
+            file=path,
+            hint="A JSON list with a list for each row: [[1, 2, 3]]",
+        )
     return Inputs.of(rows)
 
 
@@ -288,5 +309,7 @@ def _check_rising(positions: np.ndarray, mask: np.ndarray) -> None:
         tokens: Sequence[int] = row_positions[row_mask == 1]
         if (np.diff(tokens) <= 0).any() or min(tokens) < 0:
             raise UsageError(
-                f"position_ids do not rise along row {row}; the causal mask is built from them", code="position-ids"
+                f"position_ids do not rise along row {row}; the causal mask is built from them",
+                code="position-ids",
+                hint="Give rows whose positions rise, and sequences that were packed together one to a row",
             )

@@ -39,6 +39,10 @@ _FLOAT8 = ("f8_e4m3", "f8_e5m2")
 _FLOATS = ("f16", "bf16", "f32")
 _DEFAULT_BLOCK = 128
 _MAX_STATE_BYTES = 1 << 16
+_CARRIED = (
+    "`convert --to safetensors` carries it as it is; to decode it, load it with the library that wrote it, and save it "
+    "dense"
+)
 # Scales of activations and of the key-value cache: the weights do not depend on them.
 _ACTIVATION_PARTS = (
     "input_scale",
@@ -170,8 +174,7 @@ class _Settings:
             code="quantisation-unsupported",
             file=self.path,
             expected=f"one of {', '.join(known)}",
-            hint="`convert --to safetensors` carries it as it is; to decode it, load it with the library that wrote it "
-            "and save it dense",
+            hint=_CARRIED,
         )
 
     @property
@@ -303,7 +306,11 @@ class _Search:
 
     def _misfit(self, name: str, what: str) -> RefusedError:
         return RefusedError(
-            f"a part of a quantised tensor {what}", code="quantised-tensor", file=self._settings.path, tensor=name
+            f"a part of a quantised tensor {what}",
+            code="quantised-tensor",
+            file=self._settings.path,
+            tensor=name,
+            hint=_CARRIED,
         )
 
     def _tensor(
@@ -623,6 +630,7 @@ def _group_of_column(index: Tensor, groups: int, group: int) -> np.ndarray | Non
             tensor=index.name,
             found=f"{order.min()} to {order.max()}",
             expected=f"0 to {groups - 1}",
+            hint=_CARRIED,
         )
     return None if np.array_equal(order, np.arange(order.size) // group) else order
 

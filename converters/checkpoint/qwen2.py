@@ -324,6 +324,8 @@ def check_tensors(config: Qwen2Config, found: Mapping[str, tuple[int, ...]], fil
             f"the tensors do not match the configuration, {len(problems)} of them:\n  " + "\n  ".join(listed),
             code="tensors-mismatch",
             file=file,
+            hint="`convert --rename FROM=TO` gives tensors other names, `convert --leave-out GLOB` leaves some out; "
+            "what is missing only another file, or another config.json, can give it",
         )
 
 

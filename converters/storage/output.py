@@ -115,7 +115,13 @@ class OutputFolder:
           StorageError: The operating system refused.
         """
         if any(part in ("", ".", "..") for part in name.split("/")):
-            raise UsageError("this is no name of a file in the folder", code="file-name", file=self.path, found=name)
+            raise UsageError(
+                "this is no name of a file in the folder",
+                code="file-name",
+                file=self.path,
+                found=name,
+                hint="Give a name without folders",
+            )
         shown, place = os.path.join(self.path, name), os.path.join(self.temporary, name)
         with _as_storage_error(shown):
             os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -231,9 +237,16 @@ def check_target(
         if folder:
             _check_replaceable(path, final, folder)
         elif stat.S_ISDIR(found.st_mode):
-            raise UsageError("the output is a folder, a file is to be written", code="output-is-folder", file=path)
+            raise UsageError(
+                "the output is a folder, a file is to be written",
+                code="output-is-folder",
+                file=path,
+                hint="Name a file in it",
+            )
         elif not stat.S_ISREG(found.st_mode):
-            raise UsageError("the output is not a regular file", code="output-not-file", file=path)
+            raise UsageError(
+                "the output is not a regular file", code="output-not-file", file=path, hint="Name another output"
+            )
         if found.st_uid != os.geteuid() and os.geteuid() != 0:
             raise UsageError(
                 "the output belongs to another user, whose it would be no longer",
@@ -253,13 +266,22 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
     for source in sources:
         with contextlib.suppress(OSError):
             if os.path.samestat(found, os.stat(source)):
-                raise UsageError("input and output are the same", code="same-file", file=path, found=source)
+                raise UsageError(
+                    "input and output are the same",
+                    code="same-file",
+                    file=path,
+                    found=source,
+                    hint="Name another output",
+                )
         parent = os.path.dirname(os.path.realpath(source))
         while True:
             with contextlib.suppress(OSError):
                 if os.path.samestat(found, os.stat(parent)):
                     raise UsageError(
-                        "the output is a folder that holds the input", code="output-holds-source", file=path
+                        "the output is a folder that holds the input",
+                        code="output-holds-source",
+                        file=path,
+                        hint="Name another output",
                     )
             if parent == os.path.dirname(parent):
                 break
@@ -268,7 +290,12 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
 
 def _check_replaceable(path: str, final: str, kind: FolderKind) -> None:
     if not os.path.isdir(final):
-        raise UsageError("the output exists and is no folder", code="output-not-folder", file=path)
+        raise UsageError(
+            "the output exists and is no folder",
+            code="output-not-folder",
+            file=path,
+            hint="Remove it yourself, or name another output",
+        )
     names = list(_files(final))
     foreign = sorted(name for name in names if not kind.holds(name))
     if foreign or (names and not any(map(kind.shows, names))):
