@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import DumpError, RefusedError, UsageError
+from apr_jax.converters.errors import DumpError, UsageError
 from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs, summaries
 from apr_jax.engines.found import Found, Stage, Summary
 from apr_jax.parity import ranks
