@@ -22,6 +22,8 @@ def printable(text: str) -> str:
 _OPTION = re.compile(r"--([a-z][a-z-]*)(?=( [A-Z0-9]|=)?)")
 
 
+# What a hint says of Python by itself.
+_IN_PYTHON_ONLY = re.compile(r" \(in Python:.*\)")
 # Options whose argument in Python has another name, or None where only a command has such a thing.
 _IN_PYTHON = {"max-shard-size": "max_shard_bytes", "adapter": "adapters"} | dict.fromkeys(
     ("greedy", "ignore-generation-config", "input-ids", "positions", "prompt", "right-dtype", "tensors", "trace")
@@ -88,8 +90,9 @@ class AprJaxError(Exception):
 
     def __str__(self) -> str:
         advice = self.advice or ""
-        named = [] if "in Python" in advice else list(filter(None, options(advice).values()))
-        return self.text() + (f" (in Python: {', '.join(named)})" if named else "")
+        own = _IN_PYTHON_ONLY.search(advice)
+        named = ", ".join(filter(None, options(advice).values()))
+        return self.text() + (own[0] if own else f" (in Python: {named})" if named else "")
 
     def text(self) -> str:
         """Returns the message as a command prints it; `str` adds the names of arguments in Python."""
@@ -107,7 +110,7 @@ class AprJaxError(Exception):
         if details:
             text += f" ({', '.join(details)})"
         if self.advice:
-            text += f". {self.advice}"
+            text += f". {_IN_PYTHON_ONLY.sub('', self.advice)}"
         return "\n".join(printable(line) for line in text.split("\n"))
 
     def to_json(self) -> dict[str, Any]:
