@@ -49,8 +49,8 @@ WITHOUT_EFFECT = frozenset(
     reward_model_type value_head_dropout summary_dropout_prob peft_config merge_config mergekit_config
     use_fast_tokenizer use_fast attention_probs_dropout neftune_alpha max_model_len gguf_file nemo_version ds_config
     fsdp_config tensor_parallel_size tp_size model_parallel_size sequence_parallel normalize_reward mean std
-    value_head_prefix transformers.js_config neuron sentence_transformers sbert_ce_default_activation_function classifier_activation
-    matryoshka_dimensions kv_cache_dtype""".split()
+    value_head_prefix transformers.js_config neuron sentence_transformers sbert_ce_default_activation_function
+    classifier_activation matryoshka_dimensions kv_cache_dtype""".split()
 )
 """Whatever they say."""
 
