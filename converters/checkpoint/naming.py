@@ -214,9 +214,18 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
 
     Raises:
       RefusedError: Code "names-prefixed": every name is known, behind something that transformers does not know. Code
-        "tensors-mismatch": see `qwen2.check_tensors`.
+        "adapter-unmerged": PEFT wrapped some of the modules. Code "tensors-mismatch": see `qwen2.check_tensors`.
     """
     shapes = {name: shape for name, shape in shapes.items() if not is_no_weight(name)}
+    wrapped = [name for name in shapes if ".base_layer." in name]
+    if wrapped:
+        raise RefusedError(
+            "the adapter in this model is not merged: PEFT's parts stand beside the weights",
+            code="adapter-unmerged",
+            file=path,
+            tensor=wrapped[0],
+            hint="PEFT's merge_and_unload makes a plain checkpoint of it",
+        )
     naming = recognise(shapes, expected_names(config))
     if naming is not None and not naming.known_to_transformers:
         raise RefusedError(
