@@ -115,7 +115,7 @@ _PROGRAMS = (
     ),
     (r"weights.*\.npz", "weights of MLX", "`mlx_lm.convert --hf-path FOLDER --mlx-path OUT` writes safetensors"),
     (
-        r"(?!training_args|optimizer|scheduler|rng_state|scaler).*\.(bin|pth?|ckpt)",
+        r"(?!openvino_|training_args|optimizer|scheduler|rng_state|scaler).*\.(bin|pth?|ckpt)",
         "PyTorch's pickles",
         foreign.PICKLES,
     ),
