@@ -131,7 +131,7 @@ class RefusalsTest(parameterized.TestCase):
         self.assertEqual(caught.exception.code, "quantisation-unsupported")
 
     def test_field_what_mlx_packed_is_refused_by_name(self):
-        """FIELD Forms: MLX's packed matrices (scales and biases, quantization in config.json) -> MLX named, the way out"""
+        """FIELD Forms: MLX's packed matrices (scales, biases, quantization) -> named, the way out"""
         folder = self.dense_folder({"quantization": {"group_size": 32, "bits": 4}})
         tensors = safetensors.numpy.load_file(folder / "model.safetensors")
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -150,15 +150,12 @@ class RefusalsTest(parameterized.TestCase):
     )
     def test_field_a_dense_checkpoint_that_names_a_quantisation(self, **quantization):
         """FIELD Forms: quantization_config "none", or switched off, beside dense tensors -> the same dense checkpoint"""
-        with (
-            open_checkpoint(self.dense_folder({"quantization_config": quantization})) as raw,
-            open_checkpoint(BASE) as base,
-        ):
+        folder = self.dense_folder({"quantization_config": quantization})
+        with open_checkpoint(folder) as raw, open_checkpoint(BASE) as base:
             view = dense_view(raw)
             self.assertEqual(view.model_config(), base.model_config())
-            self.assertEqual(
-                {n: t.raw() for n, t in view.tensors.items()}, {n: t.raw() for n, t in base.tensors.items()}
-            )
+            bytes_of = {name: tensor.raw() for name, tensor in base.tensors.items()}
+            self.assertEqual({name: tensor.raw() for name, tensor in view.tensors.items()}, bytes_of)
 
     def dense_folder(self, keys):
         folder = pathlib.Path(self.create_tempdir().full_path) / "dense"
