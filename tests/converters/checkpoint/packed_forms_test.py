@@ -149,7 +149,7 @@ class RefusalsTest(parameterized.TestCase):
         {"quant_method": None},
     )
     def test_field_a_dense_checkpoint_that_names_a_quantisation(self, **quantization):
-        """FIELD Forms: quantization_config "none", or switched off, beside dense tensors -> the same dense checkpoint"""
+        """FIELD Forms: quantization_config "none", or switched off, beside dense tensors -> the same model"""
         folder = self.dense_folder({"quantization_config": quantization})
         with open_checkpoint(folder) as raw, open_checkpoint(BASE) as base:
             view = dense_view(raw)
