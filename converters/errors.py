@@ -2,12 +2,16 @@
 
 Every error says what was found, what was expected, where (file, byte, tensor) and what to do about it. The fields are
 machine-readable (`to_json`), the text is for people; names that come from a file are escaped in both messages.
+
+Hints name options as commands spell them, "--as-is converts it all the same": `text` prints that for whoever called a
+command, and `str` adds what the argument is called in Python. What stands in backticks is a command line of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -15,6 +19,26 @@ from typing import Any, ClassVar
 def printable(text: str) -> str:
     """Returns `text` with control, bidirectional and unpaired surrogate characters escaped, safe to print."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+_OPTION = re.compile(r"--([a-z][a-z-]*)(?=( [A-Z0-9]|=)?)")
+
+
+# What a hint says of Python by itself.
+_IN_PYTHON_ONLY = re.compile(r" \(in Python:.*\)")
+# Options whose argument in Python has another name, or None where only a command has such a thing.
+_IN_PYTHON = {"max-shard-size": "max_shard_bytes", "adapter": "adapters"} | dict.fromkeys(
+    ("greedy", "ignore-generation-config", "input-ids", "positions", "prompt", "right-dtype", "tensors", "trace")
+)
+
+
+def options(hint: str) -> dict[str, str | None]:
+    """Returns option -> argument in Python of the options that a hint tells to add to what was called."""
+    found = {}
+    for name, has_value in _OPTION.findall(re.sub("`[^`]*`", "", hint)):
+        argument = _IN_PYTHON.get(name, name.replace("-", "_"))
+        found[f"--{name}"] = argument and f"{argument}={'...' if has_value else 'True'}"
+    return found
 
 
 def counted(number: int, noun: str) -> str:
@@ -33,10 +57,11 @@ class AprJaxError(Exception):
       tensor: The tensor's name as it stands in the file.
       expected: What should have been there.
       found: What was there.
-      hint: What the user can do.
+      hint: What the user can do; where it is None, that is what its class says (`usual_hint`).
     """
 
     exit_code: ClassVar[int] = 1
+    usual_hint: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -60,7 +85,19 @@ class AprJaxError(Exception):
         self.found = found
         self.hint = hint
 
+    @property
+    def advice(self) -> str | None:
+        """What the user can do, in the words of the command line."""
+        return self.hint or self.usual_hint
+
     def __str__(self) -> str:
+        advice = self.advice or ""
+        own = _IN_PYTHON_ONLY.search(advice)
+        named = ", ".join(filter(None, options(advice).values()))
+        return self.text() + (own[0] if own else f" (in Python: {named})" if named else "")
+
+    def text(self) -> str:
+        """Returns the message as a command prints it; `str` adds the names of arguments in Python."""
         where = [] if self.file is None else [self.file]
         if self.offset is not None:
             where.append(f"byte {self.offset}")
@@ -74,14 +111,14 @@ class AprJaxError(Exception):
         ]
         if details:
             text += f" ({', '.join(details)})"
-        if self.hint:
-            text += f". {self.hint}"
+        if self.advice:
+            text += f". {_IN_PYTHON_ONLY.sub('', self.advice)}"
         return "\n".join(printable(line) for line in text.split("\n"))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as plain JSON values."""
-        fields = ("code", "message", "file", "offset", "tensor", "expected", "found", "hint")
-        values = {name: getattr(self, name) for name in fields}
+        fields = ("code", "message", "file", "offset", "tensor", "expected", "found")
+        values = {name: getattr(self, name) for name in fields} | {"hint": self.advice}
         return {
             name: value if isinstance(value, int | float | str | list | dict) else str(value)
             for name, value in values.items()
@@ -113,12 +150,14 @@ class MissingFileError(FindingError):
     """A file or folder that was named does not exist."""
 
     exit_code = 3
+    usual_hint = "Is it spelt as it should be? Relative paths begin where the command runs"
 
 
 class BrokenContainerError(FindingError):
     """The bytes are not a valid container."""
 
     exit_code = 4
+    usual_hint = "Fetch it again, or write it anew: nothing can be said of what damaged bytes meant"
 
 
 class RefusedError(FindingError):
@@ -127,7 +166,14 @@ class RefusedError(FindingError):
     exit_code = 5
 
 
+class DumpError(RefusedError):
+    """A dump of another program's forward pass that does not say what it should, or not of this model."""
+
+    usual_hint = "`parity --explain-format` and docs/dumps.md say what a dump looks like; is it of this model?"
+
+
 class StorageError(AprJaxError):
     """The operating system refused to read or write."""
 
     exit_code = 7
+    usual_hint = "This is the system's answer: when disk, memory or permissions are seen to, run it again"

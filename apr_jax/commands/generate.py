@@ -166,7 +166,12 @@ def _chat_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.tools:
         settings["tools"] = _read_json(args.tools, "tools")
         if not isinstance(settings["tools"], list):
-            raise UsageError("not a list of tools", code="chat-tools", file=args.tools)
+            raise UsageError(
+                "not a list of tools",
+                code="chat-tools",
+                file=args.tools,
+                hint='A JSON list of {"type": "function", "function": {"name": ..., "parameters": ...}}',
+            )
     if args.chat_template is not None:
         settings["chat_template"] = args.chat_template
     return settings
@@ -233,7 +238,12 @@ def _read_json(path: str, what: str) -> Any:
 def _read_prompts(path: str) -> list[Any]:
     items = _read_json(path, "prompts")
     if not isinstance(items, list) or not items or not all(isinstance(item, str | list) for item in items):
-        raise UsageError("not a list of texts or conversations", code="prompts", file=path)
+        raise UsageError(
+            "not a list of texts or conversations",
+            code="prompts",
+            file=path,
+            hint='A JSON list of texts, or of conversations: [[{"role": "user", "content": "..."}], ...]',
+        )
     return items
 
 

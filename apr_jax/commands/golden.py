@@ -294,7 +294,12 @@ def _bar(args: argparse.Namespace, reference: Golden) -> Callable[[str], float]:
 
     theirs = reference.metadata.get("dtype", "float32")
     if theirs not in _DTYPES:
-        raise RefusedError("the golden file was computed in an unknown dtype", code="golden-dtype", found=theirs)
+        raise RefusedError(
+            "the golden file was computed in an unknown dtype",
+            code="golden-dtype",
+            found=theirs,
+            hint="Write it anew: `golden MODEL -o FILE`",
+        )
     coarser = min(args.dtype, theirs, key=_DTYPES.index)
     if coarser != "bfloat16":
         fixed = tolerances.relative_l2(coarser, reference.inputs.input_ids.shape[1])

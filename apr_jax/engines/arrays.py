@@ -12,7 +12,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import DumpError, RefusedError
 from apr_jax.engines import bounded, names
 from apr_jax.engines.found import Found, Load, Stage
 from apr_jax.trace.inputs import Inputs
@@ -115,7 +115,7 @@ def _stacked(path: pathlib.Path, name: str, load: Load, config: Qwen2Config) -> 
     def one(index: int, most: int | None) -> np.ndarray:
         array = load(None if most is None else most * count)
         if not array.ndim or len(array) != count:
-            raise RefusedError(
+            raise DumpError(
                 "not as many entries as this model has",
                 code="dump-shape",
                 file=path,
@@ -144,7 +144,7 @@ def _rounds(
     lengths = [f"round_{index}.context_lengths" for index in range(count)]
     made = [f"round_{index}.generated_token_ids" for index in range(count)]
     if missing := [name for name in (*lengths, *made[:-1]) if name not in loads]:
-        raise RefusedError("a round is not whole", code="dump-rounds", file=path, found=f"no {missing[0]}")
+        raise DumpError("a round is not whole", code="dump-rounds", file=path, found=f"no {missing[0]}")
     prompt, last = (np.ravel(loads[name](_MOST_TOKENS)).astype(int) for name in (lengths[0], lengths[-1]))
     if len(set(prompt.tolist())) != 1 or len(set(last.tolist())) != 1:
         raise RefusedError(
@@ -171,7 +171,7 @@ def _rounds(
         cache = loads[name](None)
         del most
         if cache.ndim != 5 or cache.shape[1] != 2 or cache.shape[3] < total:
-            raise RefusedError(
+            raise DumpError(
                 "not a cache of keys and values",
                 code="dump-shape",
                 file=path,

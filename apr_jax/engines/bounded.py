@@ -18,7 +18,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError, UsageError
+from apr_jax.converters.errors import (
+    BrokenContainerError,
+    DumpError,
+    MissingFileError,
+    StorageError,
+    UsageError,
+)
 from apr_jax.converters.formats import strict_json
 
 DTYPES: dict[str, Any] = {
@@ -57,9 +63,9 @@ def _opened(path: str | os.PathLike[str], most: int, least: int = 0) -> Any:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise RefusedError("this is no regular file", code="dump-file", file=path, expected="a regular file")
+            raise DumpError("this is no regular file", code="dump-file", file=path, expected="a regular file")
         if not least <= found.st_size <= most:
-            raise RefusedError(
+            raise DumpError(
                 "the file is larger than what it can hold" if found.st_size > most else "the file is cut short",
                 code="dump-size",
                 file=path,
@@ -81,7 +87,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """
     parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
     if not name or "\0" in name or name.startswith(("/", "\\")) or ".." in parts or ":" in (parts[:1] or ("",))[0]:
-        raise RefusedError(
+        raise DumpError(
             "the map names a file outside of its folder",
             code="file-name",
             file=folder,
@@ -96,7 +102,7 @@ def files(folder: pathlib.Path, suffix: str) -> list[pathlib.Path]:
     found = []
     for count, path in enumerate(_walk(folder)):
         if count > _MAX_FILES:
-            raise RefusedError(
+            raise DumpError(
                 "too many files for a dump", code="dump-files", file=folder, expected=f"at most {_MAX_FILES}"
             )
         if path.suffix == suffix:
@@ -152,7 +158,7 @@ def _npy(content: bytes, path: str | os.PathLike[str], floats: bool, name: str |
         dtype = np.dtype(ml_dtypes.bfloat16)  # what np.save makes of ml_dtypes' bfloat16
     kinds = "f" if floats else "fiub"
     if (dtype.kind not in kinds and dtype != ml_dtypes.bfloat16) or (dtype.kind == "f" and dtype.itemsize > 8):
-        raise RefusedError(
+        raise DumpError(
             "no array of floats" if floats else "no array of numbers",
             code="dump-dtype",
             file=path,
@@ -186,7 +192,7 @@ def npz(path: str | os.PathLike[str]) -> dict[str, Callable[[int | None], np.nda
     with _archive(path) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
     if len(members) > _MAX_MEMBERS:
-        raise RefusedError("too many arrays for a dump", code="dump-files", file=path, found=len(members))
+        raise DumpError("too many arrays for a dump", code="dump-files", file=path, found=len(members))
     return {
         member.filename.removesuffix(".npy"): functools.partial(_member, path, member.filename) for member in members
     }
@@ -198,7 +204,7 @@ def _member(path: str | os.PathLike[str], member: str, most_elements: int | None
     with _archive(path) as archive:
         size = archive.getinfo(member).file_size
         if size > most:
-            raise RefusedError(
+            raise DumpError(
                 "an array is larger than what it can hold",
                 code="dump-size",
                 file=path,

@@ -34,7 +34,12 @@ def watch(
     from flax import nnx
 
     if not isinstance(model, nnx.Module):
-        raise UsageError("no flax.nnx.Module", code="capture-model", found=type(model).__name__)
+        raise UsageError(
+            "no flax.nnx.Module",
+            code="capture-model",
+            found=type(model).__name__,
+            hint="Give the nnx.Module itself; capture.torch watches torch's modules, capture.arrays takes arrays",
+        )
     modules = dict(_modules(model, nnx))
     parts = [_part(name, module, nnx) for name, module in modules.items() if name]
     roles = assign(parts, names)

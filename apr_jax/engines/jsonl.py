@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.errors import BrokenContainerError, DumpError
 from apr_jax.converters.formats import strict_json
 from apr_jax.converters.storage.output import atomic_file
 from apr_jax.engines import bounded
@@ -26,7 +26,7 @@ def read(path: pathlib.Path, config: Qwen2Config) -> Found:
     lines = [line for line in bounded.data(path, _MAX_BYTES).split(b"\n") if line.strip()]
     rows = [_line(line, number, path, config) for number, line in enumerate(lines, 1)]
     if not rows:
-        raise RefusedError("the file holds no prompt", code="nothing-compared", file=path)
+        raise DumpError("the file holds no prompt", code="nothing-compared", file=path)
     inputs = Inputs.of([tokens for tokens, _ in rows])
     logits = np.zeros((*inputs.input_ids.shape, config.vocab_size), np.float32)
     for row, (tokens, values) in enumerate(rows):
@@ -55,7 +55,7 @@ def _line(line: bytes, number: int, path: pathlib.Path, config: Qwen2Config) -> 
     if values.ndim == 3 and len(values) == 1:
         values = values[0]
     if values.shape != (len(tokens), config.vocab_size):
-        raise RefusedError(
+        raise DumpError(
             f"the logits of line {number} do not fit this model",
             code="dump-size",
             file=path,

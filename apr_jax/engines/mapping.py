@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.errors import DumpError, UsageError
 from apr_jax.engines import recorder
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
@@ -35,7 +35,7 @@ def write(
     inputs = Inputs.of(ids, mask, places)
     taken = {name: recorder.as_numpy(value) for name, value in renamed(values, names).items()}
     if not taken:
-        raise RefusedError(
+        raise DumpError(
             "no array has a name of the mapping",
             code="nothing-captured",
             found=", ".join(sorted(values)[:8]) or "no arrays",
@@ -61,7 +61,12 @@ def renamed(values: Mapping[str, Any], names: Mapping[str, str] | None) -> dict[
                 "no such stage", code="capture-names", found=stage, expected=", ".join((*_OUTER, *stages.LAYER_STAGES))
             )
         if inner and "{layer}" not in theirs:
-            raise UsageError("a stage of a layer needs {layer} in its name", code="capture-names", found=theirs)
+            raise UsageError(
+                "a stage of a layer needs {layer} in its name",
+                code="capture-names",
+                found=theirs,
+                hint='As in "blocks.{layer}.attn_out"',
+            )
         pattern = re.compile(re.escape(theirs).replace(re.escape("{layer}"), r"(\d{1,6})"))
         for name, value in values.items():
             if match := pattern.fullmatch(name):

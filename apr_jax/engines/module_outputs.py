@@ -100,7 +100,12 @@ def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
-        raise UsageError("SGLang's passes are PyTorch files; torch is not installed", code="torch", file=path) from None
+        raise UsageError(
+            "SGLang's passes are PyTorch files; torch is not installed",
+            code="torch",
+            file=path,
+            hint="pip install torch",
+        ) from None
     bounded.checked(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)

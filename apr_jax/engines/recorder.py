@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.errors import DumpError, RefusedError, UsageError
 from apr_jax.converters.storage.output import FolderKind, atomic_folder, check_target
 from apr_jax.engines.roles import Part, Role
 from apr_jax.trace import stages
@@ -268,7 +268,7 @@ class Recorder:
         if array.ndim > 2 and array.shape[:2] == (length, batch) and array.shape[:2] != (batch, length):
             array = array.swapaxes(0, 1)
         if array.size % (batch * length) or not array.size:
-            raise RefusedError(
+            raise DumpError(
                 "a module's output does not fit the token ids",
                 code="capture-shape",
                 found=list(array.shape),
@@ -368,6 +368,7 @@ def joined(calls: Sequence[_Call], input_ids: Any) -> tuple[Inputs, dict[str, np
             "the tokens that were run are not the last ones of input_ids",
             code="input-ids",
             found=f"{length} captured, {whole.shape[1]} given",
+            hint="Give all tokens of the sequence, those that a cache holds first",
         )
     inputs = _inputs(calls, whole, before)
     values: dict[str, np.ndarray] = {}
@@ -438,7 +439,7 @@ def write(
     for key, value in values.items():
         dtype = str(value.dtype)
         if dtype not in _NAMES:
-            raise RefusedError("a stage is not of floats", code="dump-dtype", tensor=key, found=dtype)
+            raise DumpError("a stage is not of floats", code="dump-dtype", tensor=key, found=dtype)
         name = f"{key}.{'raw' if dtype == 'bfloat16' else 'npy'}"
         entries[key] = {"file": name, "dtype": dtype}
         files[name] = value.tobytes() if dtype == "bfloat16" else _npy(value)

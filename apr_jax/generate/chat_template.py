@@ -27,7 +27,7 @@ _AT_LEAST = (3, 1, 6)
 _FILE, _LEGACY = "chat_template.jinja", "chat_template.json"
 _MAX_BYTES = 16 << 20
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
-_ANOTHER = "--chat-template FILE takes another one (in Python: chat_template=TEXT)"
+_ANOTHER = "--chat-template FILE takes another one"
 # Under any of these a message holds what was thought before it; the first is the one that templates read.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -89,14 +89,14 @@ def choose(templates: Templates, wanted: str | None, with_tools: bool, file: str
             code="chat-template-several",
             file=file,
             found=", ".join(sorted(named)),
-            hint="--chat-template NAME chooses one (in Python: chat_template=NAME)",
+            hint="--chat-template NAME chooses one",
         )
     raise RefusedError(
         "the checkpoint has no chat template",
         code="chat-template-missing",
         file=file,
         expected=f"{_FILE}, or chat_template in tokenizer_config.json",
-        hint="--chat-template FILE gives one (in Python: chat_template=TEXT), --prompt takes the whole text",
+        hint="--chat-template FILE gives one, --prompt takes the whole text",
     )
 
 
@@ -164,7 +164,9 @@ def rendered(template: str, variables: Mapping[str, Any], given: Sequence[str]) 
         text.encode()
     except _Refusal as refusal:
         raise UsageError(
-            f"the chat template refuses the messages: {printable(str(refusal))}", code="chat-messages"
+            f"the chat template refuses the messages: {printable(str(refusal))}",
+            code="chat-messages",
+            hint="Change the messages as it says, or take another: --chat-template FILE",
         ) from None
     except MemoryError:
         raise
@@ -184,7 +186,11 @@ def _plain(value: Any, what: str) -> Any:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):
-        raise UsageError(f"{what} are not plain JSON values", code="chat-messages") from None
+        raise UsageError(
+            f"{what} are not plain JSON values",
+            code="chat-messages",
+            hint="Make them of numbers, text, lists and dictionaries",
+        ) from None
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ class GenerationConfig:
         replaced = {name: given.pop(name) for name in given.keys() & _OTHERS.keys()}
         for name, value in replaced.items():
             if _OTHERS[name](value):
-                raise UsageError(f"{name} is not supported", code="generation-config", found=value)
+                raise UsageError(f"{name} is not supported", code="generation-config", found=value, hint="Leave it out")
         others = {name: value for name, value in self.others.items() if name not in replaced}
         changed = dataclasses.replace(self, **given, others=others)
         for name in given:

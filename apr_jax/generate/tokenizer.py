@@ -84,7 +84,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UsageError("the prompt is not UTF-8", code="prompt") from None
+            raise UsageError(
+                "the prompt is not UTF-8", code="prompt", hint="Encode it as UTF-8, or give token ids: --input-ids FILE"
+            ) from None
         return self._files.encode(text, special_tokens, self._file)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:

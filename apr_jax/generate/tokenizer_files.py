@@ -39,7 +39,6 @@ _MAX_BYTES = 64 << 20
 # Far above what any tokenizer has; the package takes minutes for millions.
 _MAX_VOCABULARY, _MAX_ADDED, _MAX_PIECES = 1_000_000, 100_000, 64
 _CHILD_SECONDS, _CHILD_BYTES = 5.0, 512 << 20
-_WITHOUT_TOKENIZER = "Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python."
 _MODEL_TYPE, _CLASS = "qwen2", "Qwen2Tokenizer"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -200,7 +199,7 @@ def missing(path: str | None = None) -> RefusedError:
         code="tokenizer-missing",
         file=path,
         expected="tokenizer.json, or vocab.json and merges.txt",
-        hint=_WITHOUT_TOKENIZER,
+        hint=apr_tokenizer.WITHOUT_TOKENIZER,
     )
 
 
@@ -256,7 +255,13 @@ def _qwen2(vocabulary: dict[str, int], merges: list[list[str]], config: Mapping[
     if len(vocabulary) > _MAX_VOCABULARY or len(merges) > _MAX_VOCABULARY:
         found = f"{len(vocabulary)} tokens, {len(merges)} merges"
         expected = f"at most {_MAX_VOCABULARY}"
-        raise RefusedError("the tokenizer is too large", code="tokenizer-size", found=found, expected=expected)
+        raise RefusedError(
+            "the tokenizer is too large",
+            code="tokenizer-size",
+            found=found,
+            expected=expected,
+            hint=apr_tokenizer.WITHOUT_TOKENIZER,
+        )
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[(left, right) for left, right in merges]))
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(qwen2_tokenizer.WORDS), "isolated")
@@ -367,7 +372,11 @@ class _Tokens:
         if len(self.added) + len(self.named) + len(self.extra) > _MAX_ADDED:
             found = len(self.added) + len(self.extra)
             raise RefusedError(
-                "too many added tokens", code="tokenizer-size", found=found, expected=f"at most {_MAX_ADDED}"
+                "too many added tokens",
+                code="tokenizer-size",
+                found=found,
+                expected=f"at most {_MAX_ADDED}",
+                hint=apr_tokenizer.WITHOUT_TOKENIZER,
             )
         new: list[Any] = [token for _, token in sorted(self.added.items())]
         roles = {_text(token) for token in self.named.values() if token is not None}
@@ -450,7 +459,7 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
             files[name], what=name, max_bytes=_MAX_BYTES, per_byte=strict_json.TOKENIZER, file=path
         )
     except AprJaxError as error:
-        error.hint = error.hint or _WITHOUT_TOKENIZER
+        error.hint = error.hint or apr_tokenizer.WITHOUT_TOKENIZER
         raise
     if not isinstance(value, dict):
         raise _refused(f"{name} is no object", path)
@@ -458,4 +467,4 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
 
 
 def _refused(message: str, path: str | None, code: str = "tokenizer-broken", **details: Any) -> RefusedError:
-    return RefusedError(message, code=code, file=path, hint=_WITHOUT_TOKENIZER, **details)
+    return RefusedError(message, code=code, file=path, hint=apr_tokenizer.WITHOUT_TOKENIZER, **details)

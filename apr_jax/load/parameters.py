@@ -59,7 +59,11 @@ def load_parameters(
     }
     if strange:
         raise RefusedError(
-            "parameters are not floating point", code="parameter-dtype", file=checkpoint.path, found=strange
+            "parameters are not floating point",
+            code="parameter-dtype",
+            file=checkpoint.path,
+            found=strange,
+            hint="If they are packed, config.json needs the quantization_config that says how; or save them dense",
         )
     if config.tie_word_embeddings and HEAD in checkpoint.tensors:
         _check_tied_head(checkpoint)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import RefusedError, UsageError, in_file
+from apr_jax.converters.errors import DumpError, UsageError, in_file
 from apr_jax.engines import arrays, bounded, jsonl, maps, module_outputs, summaries
 from apr_jax.engines.found import Found, Stage, Summary
 from apr_jax.parity import ranks
@@ -207,12 +207,11 @@ def _read(place: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, posit
         return _read_ranks(places, config, inputs, positions)
     form = next((form for form in FORMS if form.shows(place)), None)
     if form is None:
-        raise RefusedError(
+        raise DumpError(
             "no dump is in this folder",
             code="dump-empty",
             file=place,
             expected=f"{MAP}, .npy files, or APRT files such as layer-0/attn_norm.bin",
-            hint="parity.py --explain-format and docs/dumps.md say what can be read.",
         )
     if form.name == "APRT":
         return _read_aprt(place, config, inputs, positions)
@@ -235,11 +234,11 @@ def _read_ranks(
     for place in places:
         form = next((form for form in FORMS if form.shows(place)), None)
         if form is None or form.name == "APRT":
-            raise RefusedError("no dump of a rank is in this folder", code="dump-ranks", file=place, expected=MAP)
+            raise DumpError("no dump of a rank is in this folder", code="dump-ranks", file=place, expected=MAP)
         all_found.append(form.read(place, config))
     first, keys = all_found[0], set.intersection(*(set(found.stages) for found in all_found))
     if not keys:
-        raise RefusedError("the ranks have no stage in common", code="nothing-compared", file=places[0].parent)
+        raise DumpError("the ranks have no stage in common", code="nothing-compared", file=places[0].parent)
     _check_keys(keys, config, places[0])
     batch = _tokens(first, places[0], inputs)
     positions = first.positions if positions is None else positions
@@ -257,13 +256,12 @@ def _fitted(
 ) -> Dump:
     """Fits what was found to the model: tokens, positions and the shape of every stage."""
     if not found.stages and not found.summaries:
-        raise RefusedError(
+        raise DumpError(
             "the dump holds no stage of this model",
             code="nothing-compared",
             file=path,
             found=", ".join(found.strangers[:8]) or "no names at all",
             expected="names such as stage.0.attn_norm, hidden.0, logits",
-            hint="parity.py --explain-format says what is read.",
         )
     _check_keys([*found.stages, *found.summaries], config, path)
     batch = _tokens(found, path, inputs)
@@ -295,7 +293,7 @@ def _same_tokens(one: Inputs, other: Inputs) -> bool:
 def _check_keys(keys: Iterable[str], config: Qwen2Config, path: str | os.PathLike[str]) -> None:
     # One layer more than the model has: an engine may run one twice.
     if unknown := sorted(set(keys) - set(stages.trace_keys(config.num_layers + 1))):
-        raise RefusedError(
+        raise DumpError(
             "the dump names stages that this model lacks",
             code="dump-stage",
             file=path,
@@ -311,7 +309,7 @@ def _values(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np.n
     whole = math.prod((batch, *stages.shape(config, Key(key).stage, length)))
     array = stage.load(whole // length * (length + _SPARE_KEYS) if pair else whole)
     if array.dtype.kind in "iub":
-        raise RefusedError("no array of floats", code="dump-dtype", file=stage.file, tensor=key, found=str(array.dtype))
+        raise DumpError("no array of floats", code="dump-dtype", file=stage.file, tensor=key, found=str(array.dtype))
     if pair and array.ndim >= 3 and array.shape[-1] > length and stage.layout is None:
         array = array[..., :length]
     # float32 and float64 as they are, whatever their byte order; narrower types are widened.
@@ -322,7 +320,7 @@ def _load(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs, columns: 
     wide = _values(key, stage, config, inputs)
     shape = dumped_shape(config, key, wide.size, inputs, columns, stage.file)
     if stage.shaped and wide.ndim == len(shape) and wide.shape != shape:
-        raise RefusedError(
+        raise DumpError(
             "a tensor has another shape than this model's",
             code="dump-shape",
             file=stage.file,
@@ -339,7 +337,7 @@ def _in_order(
 ) -> np.ndarray:
     attention = len(shape) == 4
     if layout is not None and not isinstance(layout, str):
-        raise UsageError('a layout is a text such as "btd"', code="dump-layout", file=path, found=layout)
+        raise UsageError("a layout is no text", code="dump-layout", file=path, found=layout, expected='such as "btd"')
     wanted = "bhts" if attention else "btd"
     layout = layout or wanted
     sizes = {"b": shape[0], "t": shape[2] if attention else shape[1]}

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import DumpError
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.faults.record import Fault
 from apr_jax.parity.faults.seen import ALL_REDUCE, RANK_ORDER
@@ -77,7 +77,7 @@ def folders(path: Path) -> list[Path]:
             if (match := _RANK.fullmatch(entry.name)) and entry.is_dir():
                 found.setdefault(int(match[1]), Path(entry.path))
     if len(found) > 1 and sorted(found) != list(range(len(found))):
-        raise RefusedError(
+        raise DumpError(
             "a rank is missing", code="dump-ranks", file=path, found=sorted(found), expected=f"0 to {max(found)}"
         )
     return [found[rank] for rank in sorted(found)] if len(found) > 1 else []
@@ -99,7 +99,7 @@ def sort_out(
             part = _part_shape(key, shape, count, config) if split else shape
             if part is not None and {each.size for each in flat} == {math.prod(part)}:
                 return Parts(tuple(each.reshape(part) for each in flat), split)
-    raise RefusedError(
+    raise DumpError(
         "what the ranks hold is neither this stage nor their parts of it",
         code="dump-size",
         file=file,

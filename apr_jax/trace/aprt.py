@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
+from apr_jax.converters.errors import BrokenContainerError, DumpError, UsageError
 from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
 from apr_jax.converters.storage.source import SourceFile
 from apr_jax.trace import stages
@@ -169,7 +169,7 @@ def read(
                 trace[key] = _load(candidate, config, key, inputs, columns)
                 break
     if not trace:
-        raise RefusedError(
+        raise DumpError(
             "no stage of this model was found",
             code="aprt-empty",
             file=root,
@@ -203,7 +203,7 @@ def _load(path: pathlib.Path, config: Qwen2Config, key: str, inputs: Inputs, col
         shape = dumped_shape(config, key, count, inputs, columns, path)
         values = np.frombuffer(source.read_at(_HEADER_BYTES, 4 * count), "<f4")
     if layer != _layer_of(key):
-        raise RefusedError(
+        raise DumpError(
             "the header names another layer",
             code="aprt-layer",
             file=path,

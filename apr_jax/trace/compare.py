@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import DumpError, RefusedError
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import (
@@ -97,7 +97,7 @@ def compare(
     """
     keys = [key for key in left if key in right]
     if not keys:
-        raise RefusedError(
+        raise DumpError(
             "nothing to compare: the two sides have no tensor in common",
             code="nothing-compared",
             found=f"{sorted(left)[:5]} and {sorted(right)[:5]}",
@@ -116,9 +116,7 @@ def compare(
             part = dumped_columns(key, theirs.shape[position_axis(key)], inputs, columns)
             ours = gather_positions(key, ours, part)
         if ours.shape != theirs.shape:
-            raise RefusedError(
-                "shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape
-            )
+            raise DumpError("shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape)
         window = None if config is None else config.window_of(stages.Key(key).layer)
         chosen = compared_positions(key, inputs, ours.shape, part, window)
         results.append(_compare_one(key, ours[chosen], theirs[chosen], bar(key)))
@@ -127,7 +125,7 @@ def compare(
 
 def _compare_one(key: str, left: np.ndarray, right: np.ndarray, bar: float) -> Comparison:
     if left.size == 0:
-        raise RefusedError("nothing to compare", code="nothing-compared", tensor=key)
+        raise DumpError("nothing to compare", code="nothing-compared", tensor=key)
     ours, theirs = left.astype(np.float64), right.astype(np.float64)
     norms = float(np.linalg.norm(ours)), float(np.linalg.norm(theirs))
     cosine = float(np.vdot(ours, theirs)) / (norms[0] * norms[1]) if all(norms) else float(norms[0] == norms[1])
@@ -168,7 +166,12 @@ def loss_nats(logits: np.ndarray, inputs: Inputs) -> float:
     """
     pairs = next_token_pairs(inputs)
     if not pairs.any():
-        raise RefusedError("no next token to predict", code="nothing-compared", expected="two tokens in a row at least")
+        raise RefusedError(
+            "no next token to predict",
+            code="nothing-compared",
+            expected="two tokens in a row at least",
+            hint="Give a longer text",
+        )
     predicting, targets = logits[:, :-1][pairs], inputs.input_ids[:, 1:][pairs]
     total = 0.0
     for part in _parts(len(targets)):

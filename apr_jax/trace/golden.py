@@ -173,7 +173,12 @@ def read(path: str | os.PathLike[str]) -> Golden:
         positions = checked_positions(arrays[_POSITIONS].tolist(), path)
     values = {name: array for name, array in arrays.items() if name not in (*_INPUTS, _LOSS, _POSITIONS)}
     if not values:
-        raise RefusedError("the golden file holds no values", code="nothing-compared", file=path)
+        raise RefusedError(
+            "the golden file holds no values",
+            code="nothing-compared",
+            file=path,
+            hint="`golden MODEL -o FILE` writes one with logits",
+        )
     return Golden(inputs, values, metadata, positions)
 
 

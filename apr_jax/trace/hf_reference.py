@@ -68,7 +68,9 @@ def run(
     if dtype not in get_args(DType):
         raise UsageError(f"unknown dtype {dtype!r}", code="dtype-unknown", expected=" or ".join(get_args(DType)))
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("torch finds no CUDA device", code="device", found=device)
+        raise UsageError(
+            "torch finds no CUDA device", code="device", found=device, hint="Without device it computes on the CPU"
+        )
     ids = np.asarray(input_ids)
     mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0) if position_ids is None else np.asarray(position_ids)
@@ -118,7 +120,11 @@ def load(folder: str | os.PathLike[str], dtype: DType = "float32", device: str =
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and "error_msgs" not in kind}
     if wrong:
         raise RefusedError(
-            "transformers did not find exactly the model's tensors", code="tensors-mismatch", file=path, found=wrong
+            "transformers did not find exactly the model's tensors",
+            code="tensors-mismatch",
+            file=path,
+            found=wrong,
+            hint="`verify MODEL` says what is missing and what has another name",
         )
     return model.to(device).eval()
 

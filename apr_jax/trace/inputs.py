@@ -86,7 +86,12 @@ class Inputs:
                 hint=_how_to_make_a_batch(input_ids, rows),
             )
         if any(row.dtype.kind not in "iu" for row in rows):
-            raise UsageError("token ids are not integers", code="input-ids", found=sorted({str(r.dtype) for r in rows}))
+            raise UsageError(
+                "token ids are not integers",
+                code="input-ids",
+                found=sorted({str(r.dtype) for r in rows}),
+                hint="Convert them: numpy.asarray(ids, numpy.int32)",
+            )
         lengths = [len(row) for row in rows]
         if len(rows) * max(lengths) > max(_MAX_PADDED, 2 * sum(lengths)):
             raise UsageError(
@@ -107,6 +112,7 @@ class Inputs:
                     "attention_mask holds something else than 0 and 1, or marks what is no token",
                     code="attention-mask",
                     found=np.unique(given)[:5].tolist(),
+                    hint="1 stands for a token, 0 for padding",
                 )
             mask = given
         if not mask.any(axis=1).all():
@@ -114,6 +120,7 @@ class Inputs:
                 "a row of the batch has no token that is not masked",
                 code="attention-mask",
                 found=f"row {int(mask.any(axis=1).argmin())}",
+                hint="Leave the row out, or set its mask to 1 where it has tokens",
             )
         if position_ids is None:
             positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
@@ -126,7 +133,10 @@ class Inputs:
             )
         if ids.min() < 0 or ids.max() >= 2**31:
             raise UsageError(
-                "a token id is out of range", code="input-ids", found=int(ids.min() if ids.min() < 0 else ids.max())
+                "a token id is out of range",
+                code="input-ids",
+                found=int(ids.min() if ids.min() < 0 else ids.max()),
+                hint="Padding is said by attention_mask; its id may be any of the vocabulary",
             )
         return cls(ids.astype(np.int32), mask, positions)
 
@@ -177,7 +187,13 @@ def from_json(path: str | os.PathLike[str]) -> Inputs:
     if not isinstance(rows, list) or not all(
         isinstance(row, list) and all(type(token) is int for token in row) for row in rows
     ):
-        raise UsageError("not a list of lists of token ids", code="input-ids", file=path, found=reprlib.repr(rows))
+        raise UsageError(
+            "not a list of lists of token ids",
+            code="input-ids",
+            file=path,
+            found=reprlib.repr(rows),
+            hint="A JSON list with a list for each row: [[1, 2, 3]]",
+        )
     with in_file(path):
         return Inputs.of(rows)
 
@@ -320,4 +336,5 @@ def _check_rising(positions: np.ndarray, mask: np.ndarray) -> None:
                 f"position_ids do not rise along row {row}; the causal mask is built from them",
                 code="position-ids",
                 found=[int(position) for position in tokens[:8]],
+                hint="Give rows whose positions rise, and sequences that were packed together one to a row",
             )

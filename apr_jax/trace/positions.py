@@ -177,7 +177,7 @@ def dumped_shape(
         tensor=key,
         found=size,
         expected=" or ".join(f"{math.prod(shape)}, that is {list(shape)}" for shape in dict.fromkeys(shapes)),
-        hint=None if columns is not None else "If it holds some positions only, say which with --positions.",
+        hint="--positions says which it holds, where it does not hold all",
     )
 
 

@@ -159,6 +159,7 @@ class _Adapter:
                 code="adapter-unsupported",
                 file=self.path,
                 found=repr(value)[:80],
+                hint="PEFT's merge_and_unload makes a plain checkpoint of it",
             )
         return float(value)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 
 from apr_jax.converters.errors import MissingFileError
+from apr_jax.converters.formats import foreign
 from apr_jax.converters.storage.source import is_plain_name
 
 _REPOSITORY = re.compile(r"models--.+")
@@ -85,3 +87,72 @@ def _holds_checkpoint(path: str) -> bool:
         return is_cache(path) or any(name.endswith(_TENSORS) for name in os.listdir(path))
     except OSError:
         return False
+
+
+# Files and folders by which a checkpoint of another program is known -> what it is, and what makes something of it that
+# can be read. The first that fits counts: a trainer's folder holds pickles too.
+_PROGRAMS = (
+    (r".*\.(apr|gguf|safetensors)", None, "Give the path of the file itself"),
+    (
+        r"zero_to_fp32\.py|global_step\d+|(bf16_)?zero_pp_rank_.*|mp_rank_\d+_model_states\.pt",
+        "a checkpoint of DeepSpeed",
+        "The script in it makes safetensors of it: `python zero_to_fp32.py . OUT --safe_serialization`",
+    ),
+    (
+        r"__\d+_\d+\.distcp|pytorch_model_fsdp_\d+",
+        "a distributed checkpoint of PyTorch (FSDP)",
+        "`accelerate merge-weights FOLDER OUT` makes safetensors of it, given the folder of the .distcp files",
+    ),
+    (
+        r"mp_rank_\d+(_\d+)?|model_optim_rng\.pt|latest_checkpointed_iteration\.txt",
+        "a checkpoint of Megatron",
+        "Megatron's own tools export it to HuggingFace's format",
+    ),
+    (
+        r".*\.(msgpack|h5)",
+        "weights of Flax or TensorFlow",
+        foreign.OLD_FRAMEWORKS,
+    ),
+    (r"weights.*\.npz", "weights of MLX", "`mlx_lm.convert --hf-path FOLDER --mlx-path OUT` writes safetensors"),
+    (
+        r"(?!openvino_|training_args|optimizer|scheduler|rng_state|scaler).*\.(bin|pth?|ckpt)",
+        "PyTorch's pickles",
+        foreign.PICKLES,
+    ),
+    (
+        r".*\.(onnx|onnx_data)|openvino_.*|.*\.engine",
+        "a model that was exported to run elsewhere",
+        "Give the checkpoint that it was made from: an export is a program, not a table of weights",
+    ),
+)
+
+
+def what_else(path: str) -> tuple[str | None, str | None]:
+    """Returns what a folder without a checkpoint holds of other programs, if it is known, and what to do with it.
+
+    Folders of trainers are looked into: accelerate and DeepSpeed keep the weights one further down.
+    """
+    runs = further_down(path)
+    if runs:
+        return None, runs
+    names = os.listdir(path)
+    for pattern, what, hint in _PROGRAMS:
+        if any(re.fullmatch(pattern, name) for name in names):
+            return what, hint
+    below = [name for folder in sorted(names) for name in _names(os.path.join(path, folder))]
+    for pattern, what, hint in _PROGRAMS[1:]:
+        if any(re.fullmatch(pattern, name) for name in below):
+            return what, hint
+    return None, None
+
+
+def tensor_files(names: Sequence[str]) -> list[str]:
+    """Returns those of a folder's names that are files of tensors, of any program."""
+    return [name for name in names if any(re.fullmatch(pattern, name) for pattern, _, _ in _PROGRAMS)]
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

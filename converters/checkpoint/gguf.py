@@ -95,6 +95,7 @@ def _others(path: str, metadata: Mapping[str, Any]) -> list[str]:
             code="one-of-several",
             file=path,
             expected=f"NAME-00001-of-{count:05d}.gguf",
+            hint="Name all parts as llama-gguf-split does, or join them: `llama-gguf-split --merge FIRST OUT`",
         )
     folder = os.path.dirname(path)
     names = [f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
@@ -102,7 +103,12 @@ def _others(path: str, metadata: Mapping[str, Any]) -> list[str]:
     missing = [other for other in paths if not exists(other)]
     if missing:
         listed = ", ".join(map(os.path.basename, missing[:20]))
-        raise MissingFileError(f"of {count} parts these are missing: {listed}", code="shard-missing", file=missing[0])
+        raise MissingFileError(
+            f"of {count} parts these are missing: {listed}",
+            code="shard-missing",
+            file=missing[0],
+            hint="Download them into the same folder: no part is a model of its own",
+        )
     return paths
 
 

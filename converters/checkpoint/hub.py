@@ -214,7 +214,12 @@ def _translated(path: str, name: HubName) -> Iterator[None]:
             f"the repository has no revision '{name.revision}'", code="hub-revision", file=path, hint=f"See {page}"
         ) from None
     except errors.HFValidationError as error:
-        raise UsageError(f"this is no name on the Hub: {error}", code="hub-name", file=path) from None
+        raise UsageError(
+            f"this is no name on the Hub: {error}",
+            code="hub-name",
+            file=path,
+            hint="hf://OWNER/NAME[@REVISION] is one; a path on this machine may begin with ./",
+        ) from None
     # Whatever its HTTP library raises: of which there have been three.
     except Exception as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):

@@ -37,7 +37,8 @@ WITHOUT_EFFECT = frozenset(
     guidance_scale low_memory""".split()
     # which biases there are: the tensors say so, and transformers does not ask
     + """attention_bias qkv_bias mlp_bias bias use_bias no_bias""".split()
-    # trainers, mergers, exporters: unsloth, axolotl, TRL, LLaMA-Factory, ms-swift, FastChat, LLaVA, mergekit
+    # trainers, mergers, exporters: unsloth, axolotl, TRL, LLaMA-Factory, ms-swift, FastChat, LLaVA, mergekit,
+    # OpenRLHF, vLLM, NeMo, Optimum, transformers.js, sentence-transformers
     + """unsloth_fixed unsloth_version unsloth_tokenizer model_name tokenizer_name tokenizer_model_max_length
     tokenizer_padding_side tokenizer_truncation_side model_max_length max_seq_length max_seq_len max_sequence_length
     seq_length seq_len use_flash_attn use_flash_attention use_flash_attention_2 flash_attn flash_attention
@@ -45,7 +46,11 @@ WITHOUT_EFFECT = frozenset(
     enable_gradient_checkpointing neftune_noise_alpha label_smoothing freeze_backbone tune_lm_head lora_rank
     lora_alpha lora_dropout training_args trl_version merge_method merged_from base_model base_model_name
     base_model_name_or_path hub_model_id onnx fp16 bf16 fp32 device_map low_cpu_mem_usage trust_remote_code
-    reward_model_type value_head_dropout summary_dropout_prob""".split()
+    reward_model_type value_head_dropout summary_dropout_prob peft_config merge_config mergekit_config
+    use_fast_tokenizer use_fast attention_probs_dropout neftune_alpha max_model_len gguf_file nemo_version ds_config
+    fsdp_config tensor_parallel_size tp_size model_parallel_size sequence_parallel normalize_reward mean std
+    value_head_prefix transformers.js_config neuron sentence_transformers sbert_ce_default_activation_function
+    classifier_activation matryoshka_dimensions kv_cache_dtype""".split()
 )
 """Whatever they say."""
 
@@ -71,6 +76,10 @@ HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "logit_scale": (1,),
         "attn_logit_softcapping": (0,),
         "final_logit_softcapping": (0,),
+        "lm_head_bias": (False,),
+        "use_rmsnorm": (True,),
+        "use_rms_norm": (True,),
+        "num_experts_per_tok": (0,),
         "num_experts": (0,),
         "num_local_experts": (0, 1),
         "num_nextn_predict_layers": (0,),

@@ -98,6 +98,7 @@ def renamed(names: Iterable[str], rules: Sequence[Rename]) -> dict[str, str]:
             f"no tensor's name begins with {', '.join(repr(rule.before) for rule in rules if rule in unused)}",
             code="rename-matches-nothing",
             found=f"{min(found)!r}" if found else "no tensors",
+            hint="`show MODEL` lists the names",
         )
     twice = [new for new, count in Counter(found.values()).items() if count > 1 or not new]
     if twice:
@@ -105,6 +106,7 @@ def renamed(names: Iterable[str], rules: Sequence[Rename]) -> dict[str, str]:
             f"several tensors would be called {twice[0]!r}" if twice[0] else "a tensor would have no name",
             code="rename-collides",
             found=sorted(name for name, new in found.items() if new == twice[0])[:5],
+            hint="Name more of the beginnings, so that what follows differs",
         )
     return found
 
@@ -212,9 +214,18 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
 
     Raises:
       RefusedError: Code "names-prefixed": every name is known, behind something that transformers does not know. Code
-        "tensors-mismatch": see `qwen2.check_tensors`.
+        "adapter-unmerged": PEFT wrapped some of the modules. Code "tensors-mismatch": see `qwen2.check_tensors`.
     """
     shapes = {name: shape for name, shape in shapes.items() if not is_no_weight(name)}
+    wrapped = [name for name in shapes if ".base_layer." in name]
+    if wrapped:
+        raise RefusedError(
+            "the adapter in this model is not merged: PEFT's parts stand beside the weights",
+            code="adapter-unmerged",
+            file=path,
+            tensor=wrapped[0],
+            hint="PEFT's merge_and_unload makes a plain checkpoint of it",
+        )
     naming = recognise(shapes, expected_names(config))
     if naming is not None and not naming.known_to_transformers:
         raise RefusedError(
@@ -225,12 +236,7 @@ def check_names(path: str, config: Qwen2Config, shapes: Mapping[str, tuple[int, 
         )
     names: Mapping[str, str] = {} if naming is None else naming.names
     found = {names.get(name, name): shape for name, shape in shapes.items()}
-    try:
-        check_tensors(config, found, path)
-    except RefusedError as error:
-        if not set(found) <= expected_names(config):
-            error.hint = "`convert --leave-out GLOB` writes a checkpoint without those that are unexpected"
-        raise
+    check_tensors(config, found, path)
     return naming
 
 
@@ -251,14 +257,7 @@ def for_model(checkpoint: Checkpoint, config: Qwen2Config) -> Checkpoint:
       RefusedError: As `check_names`.
     """
     checkpoint = checkpoint.without(filter(is_no_weight, checkpoint.tensors))
-    try:
-        naming = check_names(checkpoint.path, config, {name: t.shape for name, t in checkpoint.tensors.items()})
-    except RefusedError as error:
-        error.hint = error.hint or (
-            "`convert --rename FROM=TO` gives tensors other names, --leave-out GLOB leaves some out; what is missing "
-            "only another file, or another config.json, can give it."
-        )
-        raise
+    naming = check_names(checkpoint.path, config, {name: t.shape for name, t in checkpoint.tensors.items()})
     return checkpoint if naming is None else checkpoint.renamed(naming.names)
 
 

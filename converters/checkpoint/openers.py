@@ -269,24 +269,15 @@ def _open_folder(path: str, follow: bool) -> Checkpoint:
         pickled = recognise(ADAPTER_NAME, (), files.get(ADAPTER_CONFIG_NAME))
         if pickled is not None:
             raise pickled.error(path, "Its weights are no safetensors: save_pretrained of peft writes them")
-    others = [name for name in present if name.endswith((".apr", ".bin", ".gguf", ".pth", ".pt", ".safetensors"))]
+    what, hint = folders.what_else(path)
     raise MissingFileError(
-        "the folder holds no checkpoint that can be told apart",
+        f"the folder holds {what}" if what else "the folder holds no checkpoint that can be told apart",
         code="no-checkpoint",
         file=path,
-        found=", ".join((*indices, *others))[:300] or None,
+        found=", ".join((*indices, *folders.tensor_files(present)))[:300] or None,
         expected=f"{SINGLE_NAME} or {INDEX_NAME}",
-        hint=folders.further_down(path) or _hint(others),
+        hint=hint,
     )
-
-
-def _hint(others: Sequence[str]) -> str | None:
-    """Returns what to do with the files of a folder without a checkpoint."""
-    if any(name.endswith((".apr", ".gguf", ".safetensors")) for name in others):
-        return "Give the path of the file itself"
-    if others:
-        return "PyTorch's pickles are not read: save_pretrained of transformers writes safetensors"
-    return None
 
 
 def _open_prepared(path: str) -> Checkpoint:

@@ -39,6 +39,11 @@ _FLOAT8 = ("f8_e4m3", "f8_e5m2")
 _FLOATS = ("f16", "bf16", "f32")
 _DEFAULT_BLOCK = 128
 _MAX_STATE_BYTES = 1 << 16
+_BY_MLX = "`mlx_lm.convert --hf-path FOLDER --mlx-path OUT --dequantize` writes it dense"
+_CARRIED = (
+    "`convert --to safetensors` carries it as it is; to decode it, load it with the library that wrote it, and save it "
+    "dense"
+)
 # Scales of activations and of the key-value cache: the weights do not depend on them.
 _ACTIVATION_PARTS = (
     "input_scale",
@@ -107,6 +112,11 @@ def packed_forms(checkpoint: Checkpoint) -> dict[str, int]:
 # --- what the configuration says
 
 
+def _refused(what: str, path: str, hint: str, **details: Any) -> RefusedError:
+    what = f"{what}, which nothing here decodes"
+    return RefusedError(what, code="quantisation-unsupported", file=path, hint=hint, **details)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Settings:
     """What config.json says of the quantisation.
@@ -131,6 +141,8 @@ class _Settings:
         for holder in (config, config.get("text_config")):
             if values is None and isinstance(holder, dict):
                 values = holder.get(QUANTIZATION_KEY, holder.get("compression_config"))
+        if any(name.endswith(".biases") and f"{name[:-6]}scales" in checkpoint.tensors for name in checkpoint.tensors):
+            raise _refused("the checkpoint is packed by MLX", checkpoint.path, _BY_MLX)
         stated = values is not None
         for name in _OWN_FILES:
             if values is None and name in checkpoint.files:
@@ -152,7 +164,7 @@ class _Settings:
 
     def check(self) -> None:
         """Refuses methods and variants that nothing here decodes."""
-        if self.method is not None and self.method not in METHODS:
+        if self.method not in (None, "none", *METHODS):
             raise self.refused(f"the checkpoint is quantised by {self.method!r}", METHODS)
         layout = self.values.get("checkpoint_format", self.values.get("format"))
         if self.method == "gptq" and layout not in (None, "", *_GPTQ_FORMATS):
@@ -165,14 +177,7 @@ class _Settings:
             raise self.refused(f"the checkpoint is packed as {packing!r}", ("auto_round:auto_gptq", "...:auto_awq"))
 
     def refused(self, what: str, known: tuple[str, ...]) -> RefusedError:
-        return RefusedError(
-            f"{what}, which nothing here decodes",
-            code="quantisation-unsupported",
-            file=self.path,
-            expected=f"one of {', '.join(known)}",
-            hint="`convert --to safetensors` carries it as it is; to decode it, load it with the library that wrote it "
-            "and save it dense",
-        )
+        return _refused(what, self.path, _CARRIED, expected=f"one of {', '.join(known)}")
 
     @property
     def zeros_less_one(self) -> bool:
@@ -303,7 +308,11 @@ class _Search:
 
     def _misfit(self, name: str, what: str) -> RefusedError:
         return RefusedError(
-            f"a part of a quantised tensor {what}", code="quantised-tensor", file=self._settings.path, tensor=name
+            f"a part of a quantised tensor {what}",
+            code="quantised-tensor",
+            file=self._settings.path,
+            tensor=name,
+            hint=_CARRIED,
         )
 
     def _tensor(
@@ -623,6 +632,7 @@ def _group_of_column(index: Tensor, groups: int, group: int) -> np.ndarray | Non
             tensor=index.name,
             found=f"{order.min()} to {order.max()}",
             expected=f"0 to {groups - 1}",
+            hint=_CARRIED,
         )
     return None if np.array_equal(order, np.arange(order.size) // group) else order
 

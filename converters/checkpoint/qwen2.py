@@ -40,6 +40,7 @@ _ACTIVATIONS = ("silu", "swish")
 _NULL_SAYS_SOMETHING = ("num_key_value_heads", "sliding_window")
 _LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -324,6 +325,8 @@ def check_tensors(config: Qwen2Config, found: Mapping[str, tuple[int, ...]], fil
             f"the tensors do not match the configuration, {len(problems)} of them:\n  " + "\n  ".join(listed),
             code="tensors-mismatch",
             file=file,
+            hint="`convert --rename FROM=TO` gives tensors other names, `convert --leave-out GLOB` leaves some out; "
+            "what is missing only another file, or another config.json, can give it",
         )
 
 
@@ -374,7 +377,14 @@ def _hf_problems(given: Mapping[str, Any], ignored: Collection[str]) -> Iterator
         yield Problem("model_type", f"model_type is {model_type!r}, expected 'qwen2'")
     for key, value in given.items():
         if key not in _USED and not leaves_unchanged(key, value):
-            yield Problem(key, f"{key} ({_shown(value)}) is not known to leave the forward pass unchanged")
+            within = key in ("text_config", "llm_config") and isinstance(value, Mapping)
+            sentence = (
+                f"{key} describes a language model within this one: make it config.json of a folder of its tensors, "
+                "which `convert --to safetensors --as-is --rename FROM=TO --leave-out GLOB` writes"
+                if within
+                else f"{key} ({_shown(value)}) is not known to leave the forward pass unchanged"
+            )
+            yield Problem(key, sentence)
 
 
 def _shown(value: Any) -> str:
@@ -444,10 +454,18 @@ def _raise_if(problems: Iterable[Problem], file: str | None = None) -> None:
     listed = list(problems)
     if listed:
         keys = list(dict.fromkeys(problem.key for problem in listed))
+        # Without these the model is another one; what is missing cannot be left out.
+        wrong = [key for key in keys if key in _SIZES or f"{key} is missing" in [p.sentence for p in listed]]
+        asked = [key for key in keys if key not in wrong]
+        hints = [f"The configuration has to say {', '.join(wrong)} as the tensors have it"] if wrong else []
+        if asked:
+            hints.append(
+                f"What changes nothing is left out, as if it were not there, by "
+                f"{' '.join(f'--ignore-config {key}' for key in asked)} (in Python: ignore_config={asked!r})"
+            )
         raise RefusedError(
             "the configuration is not supported:\n  " + "\n  ".join(problem.sentence for problem in listed),
             code="config-unsupported",
             file=file,
-            hint=f"What changes nothing is left out, as if it were not there, by "
-            f"{' '.join(f'--ignore-config {key}' for key in keys)} (in Python ignore_config={keys!r}).",
+            hint=". ".join(hints),
         )

@@ -24,6 +24,9 @@ _SETTINGS = frozenset(
 )
 # What older YaRN programs read and transformers does not.
 _HARMLESS = {"extrapolation_factor": 1, "attn_factor": 1}
+# Qwen2-VL's: positions of text are the same in every section, so that plain RoPE is left of it; transformers writes
+# "default" beside the old "mrope", and Qwen2 does not look at the sections.
+_OF_TEXT, _SECTIONS = "mrope", "mrope_section"
 
 
 class Problem(NamedTuple):
@@ -149,16 +152,21 @@ class _Reader:
 
     def _kind(self) -> str:
         kinds = [self._value[name] for name in ("rope_type", "type") if self._value.get(name) is not None]
+        if kinds == ["default", _OF_TEXT]:
+            kinds.pop()
         if len(kinds) == 2 and kinds[0] != kinds[1]:
             self._wrong("type", f"is {kinds[1]!r} and rope_type is {kinds[0]!r}: they contradict each other")
         kind = kinds[0] if kinds else "default"
         if kind not in ("default", *_RULES):
-            self._wrong("rope_type", f"is {kind!r}: not a rule that is known here ({', '.join(_RULES)})")
+            spelling = "type" if self._value.get("rope_type") is None else "rope_type"
+            self._wrong(spelling, f"is {kind!r}: not a rule that is known here ({', '.join(_RULES)})")
         return kind if isinstance(kind, str) else "default"
 
     def _check_keys(self, kind: str) -> None:
         for name, value in self._value.items():
             if value is None or name in _SETTINGS or (name in _HARMLESS and value == _HARMLESS[name]):
+                continue
+            if name == _SECTIONS and kind == "default":
                 continue
             sentence = f"{self._key}.{name} is not known to leave the forward pass unchanged"
             self._problems.append(Problem(f"{self._key}.{name}", sentence))

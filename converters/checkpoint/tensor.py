@@ -259,6 +259,7 @@ class Tensor:
             code="rows-not-addressable",
             file=self.source.path,
             tensor=self.name,
+            hint="`convert --dequantise` writes it dense, so that they can",
         )
 
 

@@ -195,7 +195,7 @@ def report(error: AprJaxError, as_json: bool) -> int:
         # Where the error is that nothing can be written to stdout, this cannot be either.
         with contextlib.suppress(OSError):
             print_json({"error": error.to_json()})
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error.text()}", file=sys.stderr)
     return error.exit_code
 
 

@@ -39,7 +39,12 @@ def main(args: argparse.Namespace) -> int:
     with cli.open_from(args, args.path) as checkpoint:
         listed = [tensor for name, tensor in checkpoint.tensors.items() if fnmatch.fnmatchcase(name, args.tensors)]
         if not listed and args.tensors != "*":
-            raise UsageError(f"no tensor's name matches {args.tensors}", code="glob-matches-nothing", file=args.path)
+            raise UsageError(
+                f"no tensor's name matches {args.tensors}",
+                code="glob-matches-nothing",
+                file=args.path,
+                hint="Without --tensors all are listed; * stands for anything",
+            )
         found = None
         if args.html is not None:
             found = _write_page(checkpoint, listed, args.html, args.force)

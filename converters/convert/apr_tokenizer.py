@@ -18,6 +18,7 @@ VOCABULARY = "tokenizer.vocabulary"
 _MERGES, _TYPES, _TEMPLATE = "tokenizer.merges", "tokenizer.token_type", "tokenizer.chat_template"
 _END_IDS = {"bos_token": "tokenizer.bos_token_id", "eos_token": "tokenizer.eos_token_id"}
 _HOLE = "<unk>"
+WITHOUT_TOKENIZER = "Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python"
 # GGML's types of tokens, which imports of GGUF keep.
 _CONTROL, _USER_DEFINED = 3, 4
 # Spelt as special tokens are, but shown in texts by Qwen2.5 and Qwen3.
@@ -75,7 +76,7 @@ def _ids(tokens: Any, merges: Sequence[Sequence[str]]) -> dict[str, int]:
     Qwen2's vocabulary has a token of that spelling; it stands before all holes.
     """
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise RefusedError(f"{VOCABULARY} is no list of texts", code="tokenizer-broken")
+        raise RefusedError(f"{VOCABULARY} is no list of texts", code="tokenizer-broken", hint=WITHOUT_TOKENIZER)
     ids: dict[str, int] = {}
     for number, token in enumerate(tokens):
         ids.setdefault(token, number)
@@ -105,7 +106,9 @@ def pairs(merges: Any, what: str) -> list[list[str]]:
       RefusedError: Code "tokenizer-broken": one is neither.
     """
     if not isinstance(merges, list | tuple):
-        raise RefusedError(f"{what}: no list of merges", code="tokenizer-broken", found=type(merges).__name__)
+        raise RefusedError(
+            f"{what}: no list of merges", code="tokenizer-broken", found=type(merges).__name__, hint=WITHOUT_TOKENIZER
+        )
     found = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for number, pair in enumerate(found):
         if not _is_pair(pair):
@@ -114,7 +117,7 @@ def pairs(merges: Any, what: str) -> list[list[str]]:
                 code="tokenizer-broken",
                 found=f"number {number}: {merges[number]!r}"[:200],
                 expected='"left right" or ["left", "right"]',
-                hint="Token ids work without a tokenizer: --input-ids FILE, or lists of ids in Python.",
+                hint=WITHOUT_TOKENIZER,
             )
     return found
 

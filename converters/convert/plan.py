@@ -40,6 +40,7 @@ from apr_jax.converters.storage.source import SourceFile, is_folder
 
 _SHOWN_NAMES = 10
 _LOOKED_AT_BYTES = 1 << 20
+_ALL_THE_SAME = "--as-is converts it all the same"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +231,12 @@ def make_plan(
     _check_output_name(output, to)
     is_folder = to == "safetensors" and not output.endswith(".safetensors")
     if max_shard_bytes is not None and not is_folder:
-        raise UsageError("shards need a folder as output", code="shards-need-folder", file=output)
+        raise UsageError(
+            "shards need a folder as output",
+            code="shards-need-folder",
+            file=output,
+            hint="Name a folder, or leave --max-shard-size out",
+        )
     if checkpoint.incomplete is not None and not as_is:
         raise checkpoint.incomplete.error(checkpoint.path, "--as-is converts these tensors alone")
     if rename:
@@ -257,7 +263,6 @@ def make_plan(
         warnings += _contradictions(checkpoint, chosen)
     for error in _doubts(checkpoint, chosen):
         if not as_is:
-            error.hint = "--as-is converts it all the same"
             raise error
         warnings.append(error.message)
     warnings += _broken(checkpoint)
@@ -373,6 +378,7 @@ def _matched(checkpoint: Checkpoint, globs: Sequence[str]) -> list[str]:
             code="leave-out-matches-nothing",
             file=checkpoint.path,
             found=idle,
+            hint="`show MODEL` lists the names; * stands for anything",
         )
     return sorted({name for found in matched.values() for name in found})
 
@@ -395,7 +401,11 @@ def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path
         targets |= {name: _target(tensors[name], name, rule.target) for name in matched}
     if unmatched:
         raise UsageError(
-            f"no tensor's name matches {', '.join(unmatched)}", code="cast-matches-nothing", file=path, found=unmatched
+            f"no tensor's name matches {', '.join(unmatched)}",
+            code="cast-matches-nothing",
+            file=path,
+            found=unmatched,
+            hint="`show MODEL` lists the names; * stands for anything",
         )
     castable = (*casts.FLOATS, *(dtype.name for dtype in dtypes.TYPES.values() if dtype.codec_name))
     problems = [
@@ -410,6 +420,7 @@ def _choose_types(tensors: Mapping[str, Tensor], rules: Sequence[CastRule], path
             code="cast-source",
             file=path,
             expected=f"one of {', '.join(castable)}",
+            hint="--cast GLOB=TYPE names those that can be; what no rule names stays as it is",
         )
     f32 = dtypes.by_name("f32")
 
@@ -618,6 +629,7 @@ def _doubts(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[AprJaxError]:
             offset=hidden,
             found=f"{checkpoint.sources[0].read_at(hidden, 1)[0]:#04x}",
             expected="0x00",
+            hint=_ALL_THE_SAME,
         )
     wrong = [*apr_metadata.malformed(checkpoint.metadata), *_misshapen(checkpoint, chosen)]
     if wrong:
@@ -625,6 +637,7 @@ def _doubts(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[AprJaxError]:
             "the metadata are not those of such a model:\n  " + "\n  ".join(wrong[:20]),
             code="metadata-values",
             file=checkpoint.path,
+            hint=_ALL_THE_SAME,
         )
 
 

@@ -37,6 +37,8 @@ VERSION = (2, 0)
 # A head of 0 bytes but full shape is `apr`'s way of saying that the head is the embedding (section 4.4).
 HEAD_NAMES = frozenset(("lm_head.weight", "output.weight"))
 
+_EXPORT = "What wrote it can read it: `apr export FILE --format safetensors -o OUT`, and convert that"
+
 FLAG_ROW_MAJOR = 0x0400
 FLAG_NAMES: Mapping[int, str] = {
     0x0001: "LZ4_COMPRESSED",
@@ -297,6 +299,7 @@ def serialise_prologue(
             code="metadata-size",
             found=f"{len(text)} bytes",
             expected=f"1..{MAX_METADATA_BYTES}",
+            hint="`convert --to safetensors` has no such bound: side files stay beside the tensors",
         )
     strict_json.check_limits(text, what="the metadata")
     index = b"".join(map(_entry_bytes, entries))
@@ -388,6 +391,7 @@ def _check_identity(header: AprHeader, judge: _Judge) -> None:
             offset=4,
             found=f"{major}.{minor}",
             expected=f"{VERSION[0]}.{VERSION[1]}",
+            hint=_EXPORT,
         )
     if minor != VERSION[1]:
         judge.warnings.append(f"version {major}.{minor} is newer than {VERSION[0]}.{VERSION[1]}, which is known here")
@@ -407,6 +411,7 @@ def _check_flags(header: AprHeader, judge: _Judge) -> None:
                 found=f"{header.flags:#06x}",
             )
             if mask == _FLAGS_REFUSED:
+                error.hint = _EXPORT
                 raise error
             judge.soften(error)
     if not header.flags & FLAG_ROW_MAJOR:

@@ -61,7 +61,11 @@ def target_type(name: str) -> dtypes.DType:
         raise UsageError(f"unknown type '{name}'", code="cast-unknown", expected=f"one of {_TARGETS}")
     if known not in (*FLOATS, *QUANTISED):
         raise RefusedError(
-            f"cannot cast to '{name}'", code="cast-unsupported", found=name, expected=f"one of {_TARGETS}"
+            f"cannot cast to '{name}'",
+            code="cast-unsupported",
+            found=name,
+            expected=f"one of {_TARGETS}",
+            hint="Cast to one of these, or leave the type as it is: without a cast everything is converted bit for bit",
         )
     return dtypes.TYPES[known]
 
@@ -118,7 +122,12 @@ def quantise(values: np.ndarray, dtype_name: str, shape: Sequence[int]) -> bytes
     dtype = dtypes.by_name(dtype_name)
     codec = dtype.codec
     if not isinstance(codec, codecs.Encoder):
-        raise RefusedError(f"cannot quantise to {dtype_name}", code="cast-unsupported", found=dtype_name)
+        raise RefusedError(
+            f"cannot quantise to {dtype_name}",
+            code="cast-unsupported",
+            found=dtype_name,
+            hint="Cast to f16 or bf16, or leave the type as it is: without a cast everything is converted bit for bit",
+        )
     flat = np.ascontiguousarray(values, np.float32).reshape(-1)
     if not np.isfinite(flat).all():
         raise RefusedError(

@@ -25,6 +25,22 @@ _FOREIGN = (
     (b"version https://git-lfs", "a Git-LFS pointer, not the file that it stands for"),
     (b"<?xml", "an XML document, perhaps the error page of a server"),
 )
+# A word of what a file is -> what makes something of it that can be read.
+PICKLES = "PyTorch's pickles are not read: save_pretrained of transformers writes safetensors"
+OLD_FRAMEWORKS = (
+    "transformers before version 5 loads Flax's and TensorFlow's weights; its save_pretrained writes safetensors"
+)
+_WAYS = (
+    ("Git-LFS", "Fetch it with `git lfs pull`"),
+    ("GGUF", "`gguf-convert-endian` of the gguf package turns it round"),
+    ("ZIP", PICKLES),
+    ("pickle", PICKLES),
+    ("HDF5", OLD_FRAMEWORKS),
+    ("NumPy", "save_file of safetensors.numpy writes arrays with their names"),
+    ("error page", "Download it again: this is what a server said in its place"),
+    ("APRN", "Write it anew with today's `apr import`"),
+    *((packed, "Unpack it first") for packed in ("gzip", "Zstandard", "xz", "bzip2")),
+)
 _TSP_TYPE = (0x54535000).to_bytes(4, "little")
 
 
@@ -48,7 +64,7 @@ def refuse_foreign(first: Bytes, *, wanted: str, file: str | None) -> None:
     """Raises BrokenContainerError, code "foreign-format", if the first bytes are those of another known format."""
     name = foreign_format(first)
     if name is not None:
-        hint = "Fetch it with `git lfs pull`" if "Git-LFS" in name else None
+        hint = next((way for word, way in _WAYS if word in name), None)
         raise BrokenContainerError(
             f"this is {name}", code="foreign-format", file=file, offset=0, expected=wanted, hint=hint
         )

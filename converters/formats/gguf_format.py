@@ -93,7 +93,9 @@ def read_header(source: SourceFile) -> GgufHeader:
             offset=4,
             found=version,
             expected=" or ".join(map(str, VERSIONS)),
-            hint="The `gguf` package's gguf-convert-endian turns it round." if swapped else None,
+            hint="`gguf-convert-endian` of the gguf package turns it round"
+            if swapped
+            else "llama.cpp writes it anew: `llama-quantize --allow-requantize FILE OUT COPY`",
         )
     tensors = reader.count(min(MAX_TENSORS, reader.left // 24), "tensors")
     pairs = reader.count(min(MAX_PAIRS, reader.left // 13), "pairs of metadata")
@@ -274,6 +276,7 @@ def _type(number: int) -> dtypes.DType:
             code="dtype-unknown",
             found=number,
             expected=f"one of {' '.join(str(known) for known in sorted(_BY_GGML))}",
+            hint="llama.cpp can make it one of these: `llama-quantize --allow-requantize FILE OUT F16`",
         )
     return _BY_GGML[number]
 

@@ -154,14 +154,28 @@ def serialise_header(
     if metadata is not None:
         header[METADATA_KEY] = dict(metadata)
         if not all(isinstance(text, str) for pair in header[METADATA_KEY].items() for text in pair):
-            raise RefusedError("safetensors metadata has to be text", code="metadata-type")
+            raise RefusedError(
+                "safetensors metadata has to be text",
+                code="metadata-type",
+                hint="Give numbers and objects as JSON text",
+            )
     position = 0
     seen: set[str] = set()
     for name, dtype, shape in tensors:
         if name == METADATA_KEY or name in seen:
-            raise RefusedError("this name cannot be used (again)", code="name-reserved", tensor=name)
+            raise RefusedError(
+                "this name cannot be used (again)",
+                code="name-reserved",
+                tensor=name,
+                hint="`convert --rename FROM=TO` gives it another",
+            )
         if dtype.safetensors is None:
-            raise RefusedError(f"safetensors has no code for {dtype.name}", code="dtype-unsupported", tensor=name)
+            raise RefusedError(
+                f"safetensors has no code for {dtype.name}",
+                code="dtype-unsupported",
+                tensor=name,
+                hint="`convert --dequantise` writes blocks dense, `convert --cast GLOB=TYPE` in a type that it has",
+            )
         tensor_names.check(name, max_bytes=MAX_NAME_BYTES)
         seen.add(name)
         end = position + dtype.nbytes(shape)
@@ -170,7 +184,13 @@ def serialise_header(
     text = strict_json.dumps(header)
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
-        raise RefusedError("the header is too large", code="header-length", found=len(text), expected=MAX_HEADER_BYTES)
+        raise RefusedError(
+            "the header is too large",
+            code="header-length",
+            found=len(text),
+            expected=MAX_HEADER_BYTES,
+            hint="`convert --max-shard-size` writes several files, each with a header of its own",
+        )
     return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 

@@ -66,7 +66,12 @@ def f32(value: float) -> SpeltFloat:
     """
     nearest = _as_f32(value)
     if not math.isfinite(nearest):
-        raise RefusedError("not a finite float32", code="json-number", found=value)
+        raise RefusedError(
+            "not a finite float32",
+            code="json-number",
+            found=value,
+            hint="Put a number in its place that float32 can hold",
+        )
     return SpeltFloat(nearest, _decimal_text(_f32_digits(nearest), 13, -6))
 
 
@@ -134,7 +139,13 @@ def check_limits(data: Bytes, *, what: str) -> None:
         if _Census(reader, _BUDGET_BYTES + len(data), _MAX_DEPTH).take(data):
             raise reader.error("is nested too deeply", "json-depth", expected=f"at most {_MAX_DEPTH} levels")
     except BrokenContainerError as error:
-        raise RefusedError(error.message, code=error.code, found=error.found, expected=error.expected) from None
+        raise RefusedError(
+            error.message,
+            code=error.code,
+            found=error.found,
+            expected=error.expected,
+            hint="Leave out what makes it so large: no reader would take it",
+        ) from None
 
 
 def dumps(value: Any) -> bytes:
@@ -147,7 +158,11 @@ def dumps(value: Any) -> bytes:
     try:
         return b"".join(piece.encode() for piece in _pieces(value))
     except UnicodeEncodeError as error:
-        raise RefusedError("text with an unpaired surrogate cannot be written", code="json-surrogate") from error
+        raise RefusedError(
+            "text with an unpaired surrogate cannot be written",
+            code="json-surrogate",
+            hint="Replace it: text.encode('utf-8', 'replace').decode()",
+        ) from error
 
 
 class _Reader:
@@ -314,7 +329,9 @@ def _pieces(value: Any) -> Iterator[str]:
         separator = "{"
         for key, member in value.items():
             if not isinstance(key, str):
-                raise RefusedError("a key of a JSON object has to be text", code="json-type", found=repr(key))
+                raise RefusedError(
+                    "a key of a JSON object has to be text", code="json-type", found=repr(key), hint="Write str(key)"
+                )
             yield f"{separator}{_encode_string(key)}:"
             yield from _pieces(member)
             separator = ","
@@ -333,12 +350,19 @@ def _pieces(value: Any) -> Iterator[str]:
     elif value is None or isinstance(value, str | int):
         yield _encode_plain(value)
     else:
-        raise RefusedError("JSON cannot express this", code="json-type", found=type(value).__name__)
+        raise RefusedError(
+            "JSON cannot express this",
+            code="json-type",
+            found=type(value).__name__,
+            hint="Make it of numbers, text, lists and dictionaries",
+        )
 
 
 def _spelling(value: float) -> str:
     if not math.isfinite(value):
-        raise RefusedError("JSON has no such number", code="json-number", found=value)
+        raise RefusedError(
+            "JSON has no such number", code="json-number", found=value, hint="Put a finite number in its place, or null"
+        )
     return value.text if isinstance(value, SpeltFloat) else SpeltFloat(value).text
 
 

@@ -118,7 +118,11 @@ def accumulate(dtype: DType, shape: tuple[int, ...]) -> PatternAccumulator | Wid
     if dtype.is_block:
         return WideAccumulator(shape)
     if dtype.numpy.kind == "c":
-        raise RefusedError(f"values of type {dtype.name} are no real numbers", code="dtype-not-decoded")
+        raise RefusedError(
+            f"values of type {dtype.name} are no real numbers",
+            code="dtype-not-decoded",
+            hint="It is listed without statistics, and converts bit for bit",
+        )
     return PatternAccumulator(dtype, shape) if dtype.numpy.itemsize <= 2 else WideAccumulator(shape)
 
 

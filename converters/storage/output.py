@@ -133,7 +133,13 @@ class OutputFolder:
           StorageError: The operating system refused.
         """
         if any(part in ("", ".", "..") for part in name.split("/")):
-            raise UsageError("this is no name of a file in the folder", code="file-name", file=self.path, found=name)
+            raise UsageError(
+                "this is no name of a file in the folder",
+                code="file-name",
+                file=self.path,
+                found=name,
+                hint="Give a name without folders",
+            )
         shown, place = os.path.join(self.path, name), os.path.join(self._temporary, name)
         with _as_storage_error(shown):
             os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -269,13 +275,22 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
     for source in sources:
         with contextlib.suppress(OSError):
             if os.path.samestat(found, os.stat(source)):
-                raise UsageError("input and output are the same", code="same-file", file=path, found=source)
+                raise UsageError(
+                    "input and output are the same",
+                    code="same-file",
+                    file=path,
+                    found=source,
+                    hint="Name another output",
+                )
         parent = os.path.dirname(os.path.realpath(source))
         while True:
             with contextlib.suppress(OSError):
                 if os.path.samestat(found, os.stat(parent)):
                     raise UsageError(
-                        "the output is a folder that holds the input", code="output-holds-source", file=path
+                        "the output is a folder that holds the input",
+                        code="output-holds-source",
+                        file=path,
+                        hint="Name another output",
                     )
             if parent == os.path.dirname(parent):
                 break
@@ -287,12 +302,24 @@ def _check_replaceable(path: str, place: str, kind: FolderKind | None) -> None:
     mode = os.stat(place).st_mode
     if kind is None:
         if stat.S_ISDIR(mode):
-            raise UsageError("the output is a folder, a file is to be written", code="output-is-folder", file=path)
+            raise UsageError(
+                "the output is a folder, a file is to be written",
+                code="output-is-folder",
+                file=path,
+                hint="Name a file in it",
+            )
         if not stat.S_ISREG(mode):
-            raise UsageError("the output is not a regular file", code="output-not-file", file=path)
+            raise UsageError(
+                "the output is not a regular file", code="output-not-file", file=path, hint="Name another output"
+            )
         return
     if not stat.S_ISDIR(mode):
-        raise UsageError("the output exists and is no folder", code="output-not-folder", file=path)
+        raise UsageError(
+            "the output exists and is no folder",
+            code="output-not-folder",
+            file=path,
+            hint="Remove it yourself, or name another output",
+        )
     names = list(_files(place))
     foreign = sorted(name for name in names if not kind.holds(name))
     if foreign or (names and not any(map(kind.shows, names))):

@@ -218,4 +218,5 @@ def _refuse_irregular(found: os.stat_result, path: str) -> None:
         code="not-a-regular-file",
         file=path,
         expected="a regular file",
+        hint="Name a file; what a pipe or a device gives can be written into one",
     )

@@ -11,6 +11,7 @@ import struct
 import sys
 import tempfile
 import zlib
+from typing import ClassVar
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -776,6 +777,89 @@ class AnyArchitectureTest(FieldTestCase):
         self.assertIn("unexpected: score.weight", self.convert(source, "--as-is"))
         self.assertIn("no tensor's name matches", self.convert(source, "--leave-out", "nothing.*", code=2))
         self.assertIn("identical", self.verify(source, self.folder / "out.apr"))
+
+
+class OtherProgramsTest(FieldTestCase):
+    """Folders that other programs wrote, alone: nothing of them is read, and what makes a checkpoint of it is said."""
+
+    FOLDERS: ClassVar = {
+        "deepspeed": (
+            ("zero_to_fp32.py", "latest", "global_step500/mp_rank_00_model_states.pt", "training_args.bin"),
+            "DeepSpeed",
+            "python zero_to_fp32.py . OUT --safe_serialization",
+        ),
+        "accelerate_fsdp": (
+            ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp"),
+            "FSDP",
+            "accelerate merge-weights",
+        ),
+        "torchtitan": ((".metadata", "__0_0.distcp", "__1_0.distcp"), "FSDP", "accelerate merge-weights"),
+        "megatron": (
+            ("latest_checkpointed_iteration.txt", "iter_0000500/mp_rank_00/model_optim_rng.pt"),
+            "Megatron",
+            "export it to HuggingFace's format",
+        ),
+        "flax": (("flax_model.msgpack",), "Flax or TensorFlow", "transformers before version 5"),
+        "tensorflow": (("tf_model.h5",), "Flax or TensorFlow", "transformers before version 5"),
+        "mlx_npz": (("weights.npz",), "MLX", "mlx_lm.convert"),
+        "pickles": (("pytorch_model.bin", "training_args.bin"), "pickles", "save_pretrained of transformers"),
+        "sharded_pickles": (
+            ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"),
+            "pickles",
+            "save_pre",
+        ),
+        "onnx": (("onnx/model.onnx", "onnx/model.onnx_data"), "exported", "the checkpoint that it was made from"),
+        "openvino": (("openvino_model.xml", "openvino_model.bin"), "", "made from"),
+        "gguf_beside": (("a-q4_0.gguf", "a-q8_0.gguf"), "", "Give the path of the file itself"),
+        "only_the_state_of_a_run": (
+            ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"),
+            "",
+            "spelt",
+        ),
+    }
+
+    @parameterized.named_parameters((name, *case) for name, case in FOLDERS.items())
+    def test_field_folders_of_other_programs(self, names, what, way):
+        """FIELD Configurations: DeepSpeed, FSDP, Megatron, Flax, TF, MLX, pickles, ONNX -> named, with the way out"""
+        source = self.copy()
+        (source / "model.safetensors").unlink()
+        for name in names:
+            (source / name).parent.mkdir(exist_ok=True, parents=True)
+            (source / name).write_bytes(b"x")
+        for said in (
+            self.convert(source, code=3),
+            self.verify(source, code=3),
+            self.run_command(show, source, code=3),
+        ):
+            self.assertIn(what, said)
+            self.assertIn(way, said)
+            self.assertLen(said.splitlines(), 1)
+
+    @parameterized.parameters(
+        (b"PK\3\4" + bytes(60), "save_pretrained"),
+        (b"\x80\2}q\0" + bytes(60), "save_pretrained"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(60), "transformers before version 5"),
+        (b"\x1f\x8b\x08" + bytes(60), "Unpack it first"),
+        (b"\x93NUMPY" + bytes(60), "safetensors.numpy"),
+        (HTML, "Download it again"),
+        (LFS, "git lfs pull"),
+        (bytes(range(1, 65)), "Fetch it again"),
+    )
+    def test_field_files_of_other_programs(self, content, way):
+        """FIELD Configurations: a pickle, HDF5, gzip, .npy, HTML, LFS pointer as model.safetensors -> the way out"""
+        source = self.copy()
+        (source / "model.safetensors").write_bytes(content)
+        self.assertIn(way, self.convert(source, code=4))
+
+    def test_field_a_peft_model_saved_whole(self):
+        """FIELD Configurations: base_layer and lora_A of a PEFT model that was not merged -> said, with the way out"""
+        source = self.renamed(TIED, lambda name: "base_model.model." + name.replace("q_proj.", "q_proj.base_layer."))
+        said = self.convert(source, code=5)
+        self.assertIn("the adapter in this model is not merged", said)
+        self.assertIn("merge_and_unload", said)
+        self.convert(source, "--as-is")
+        with open_checkpoint(source) as opened, self.assertRaisesRegex(AprJaxError, "merge_and_unload"):
+            for_model(opened, opened.model_config())
 
 
 if __name__ == "__main__":

@@ -27,17 +27,16 @@ BASE = paths.checkpoint("gqa_tied_bf16")
 TEMPLATES = paths.DATA / "chat_templates"
 USER = [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
-# Which of the committed templates stand for those that upstream recorded; the first two are the very ones.
-RECORDED = {
+# The committed templates: those that upstream recorded, to the byte, and, for three, the model's in another version.
+EXACT = {
     "cd8e9439f057": "qwen2_5",
     "d5495a1e5db0": "qwen2_5_gguf",
-    "57f1fd00f001": "qwen3",
-    "5da44855ab7e": "qwen3",
-    "8428c815ac94": "qwen3",
+    "5da44855ab7e": "qwen3_0_6b",
+    "8428c815ac94": "qwen3_8b",
     "40c21f34cf67": "qwen3_instruct_2507",
-    "7f0e529032c2": "qwen3_5_nothink",
     "e60df41481b6": "qwen3_5_think",
 }
+RECORDED = EXACT | {"57f1fd00f001": "qwen3", "7f0e529032c2": "qwen3_5_nothink", "87710339d25b": "qwen3_coder"}
 THINKING = {"on": {"enable_thinking": True}, "off": {"enable_thinking": False}, "unset": {}}
 
 
@@ -63,11 +62,12 @@ class RecordedRenderingsTest(parameterized.TestCase):
     @parameterized.product(sha=tuple(RECORDED), thinking=tuple(THINKING))
     def test_field_qwens_templates_render_as_upstream_recorded(self, sha, thinking):
         """FIELD Text: Qwen's templates with thinking on, off and unset -> aprender's recorded renderings"""
-        template = (TEMPLATES / f"{RECORDED[sha]}.jinja").read_text()
-        if RECORDED[sha].startswith("qwen2"):
-            self.assertStartsWith(hashlib.sha256(template.encode()).hexdigest(), sha)
+        content = (TEMPLATES / f"{RECORDED[sha]}.jinja").read_bytes()
+        self.assertEqual(hashlib.sha256(content).hexdigest().startswith(sha), sha in EXACT)
+        template = content.decode()
         reference = json.loads((TEMPLATES / "renderings.json").read_text())
         self.assertLen(reference["message_sets"], 3)
+        self.assertEqual({key.partition("/")[0] for key in reference["sha256"]}, set(RECORDED))
         for name, messages in reference["message_sets"].items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 """What people's configurations become: known keys, nulls, RoPE rules and windows open; the rest names its way past."""
 
 import pathlib
+import re
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
@@ -59,6 +60,10 @@ class KnownKeysTest(parameterized.TestCase):
             "cross_attention_hidden_size": None,
             "_experts_implementation": "a",
         },
+        {"peft_config": {"r": 8}, "merge_config": {"a": 1}, "use_fast_tokenizer": True, "neftune_alpha": 5},
+        {"max_model_len": 4096, "kv_cache_dtype": "auto", "tensor_parallel_size": 1, "gguf_file": "x.gguf"},
+        {"normalize_reward": False, "mean": 0, "std": 1, "value_head_prefix": "score"},
+        {"transformers.js_config": {"dtype": "q4"}, "sentence_transformers": {"version": "5"}, "neuron": {}},
         {"unheard_of": None, "base_model_tp_plan": {"layers.*": "colwise"}, "min_p": 0.1, "cls_token_id": 3},
     )
     def test_field_bookkeeping_of_trainers_and_exporters(self, **keys):
@@ -72,6 +77,9 @@ class KnownKeysTest(parameterized.TestCase):
         {"rope_scaling": False},
         {"rope_scaling": {"rope_type": None}},
         {"is_causal": True},
+        {"lm_head_bias": False, "use_rmsnorm": True, "num_experts_per_tok": 0},
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+        {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": [16, 24, 24]}},
         {"num_experts": 0, "use_qk_norm": False, "logit_scale": 1.0, "pruned_heads": []},
         {"original_max_position_embeddings": 8192},
         {"use_sliding_window": True, "max_window_layers": 24},
@@ -82,6 +90,26 @@ class KnownKeysTest(parameterized.TestCase):
     def test_field_values_that_equal_the_default(self, **keys):
         """FIELD Configurations: a rope factor of 1, windows that no layer has, is_causal true -> the same model."""
         self.assertEqual(Qwen2Config.from_hf(BASE | keys), PLAIN)
+
+    @parameterized.parameters(
+        ({"hidden_size": 64.0}, "say hidden_size, head_dim", ()),
+        (
+            {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+            "",
+            ("rope_scaling", "rope_scaling.mrope_section"),
+        ),
+        ({"rms_norm_eps": "1e-06"}, "", ("rms_norm_eps",)),
+        ({"text_config": {"model_type": "qwen2"}}, "make it config.json of a folder", ("text_config",)),
+    )
+    def test_field_the_options_of_a_refusal_get_past_it(self, keys, words, options):
+        """FIELD Configurations: a size as a float, mrope, text_config -> what mends it is named"""
+        with self.assertRaises(RefusedError) as caught:
+            Qwen2Config.from_hf(BASE | keys)
+        said = caught.exception.text()
+        self.assertIn(words, said)
+        self.assertEqual(tuple(re.findall(r"--ignore-config (\S+)", said)), options)
+        if options:
+            self.assertEqual(Qwen2Config.from_hf(BASE | keys, ignored=options), PLAIN)
 
     @parameterized.parameters(
         ({"is_causal": False},),

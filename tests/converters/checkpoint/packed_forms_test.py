@@ -4,8 +4,11 @@ to what plain formulas say; what does not fit is refused.
 
 import json
 import pathlib
+import shutil
 
+import ml_dtypes  # noqa: F401, gives numpy the name bfloat16
 import numpy as np
+import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.decoded import DecodedTensor
@@ -126,6 +129,40 @@ class RefusalsTest(parameterized.TestCase):
         with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, name) as caught:
             dense_view(raw)
         self.assertEqual(caught.exception.code, "quantisation-unsupported")
+
+    def test_field_what_mlx_packed_is_refused_by_name(self):
+        """FIELD Forms: MLX's packed matrices (scales, biases, quantization) -> named, the way out"""
+        folder = self.dense_folder({"quantization": {"group_size": 32, "bits": 4}})
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            rows, columns = tensors[name].shape
+            tensors[name] = np.zeros((rows, columns // 8), np.uint32)
+            for part in ("scales", "biases"):
+                tensors[name.removesuffix("weight") + part] = np.zeros((rows, columns // 32), np.float16)
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "MLX.*--dequantize"):
+            dense_view(raw)
+
+    @parameterized.parameters(
+        {"quant_method": "none"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False},
+        {"quant_method": None},
+    )
+    def test_field_a_dense_checkpoint_that_names_a_quantisation(self, **quantization):
+        """FIELD Forms: quantization_config "none", or switched off, beside dense tensors -> the same model"""
+        folder = self.dense_folder({"quantization_config": quantization})
+        with open_checkpoint(folder) as raw, open_checkpoint(BASE) as base:
+            view = dense_view(raw)
+            self.assertEqual(view.model_config(), base.model_config())
+            bytes_of = {name: tensor.raw() for name, tensor in base.tensors.items()}
+            self.assertEqual({name: tensor.raw() for name, tensor in view.tensors.items()}, bytes_of)
+
+    def dense_folder(self, keys):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "dense"
+        shutil.copytree(BASE, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | keys))
+        return folder
 
     def test_a_configuration_that_is_no_object(self):
         folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
