@@ -296,7 +296,7 @@ class Pair:
         product = before * after
         told = int(np.count_nonzero(np.abs(product) == 1))
         agreement = np.count_nonzero(product == 1) / max(1, told)
-        return told >= _SIGNS and abs(agreement - 0.5) <= _BY_CHANCE
+        return told >= _SIGNS and bool(abs(agreement - 0.5) <= _BY_CHANCE)
 
     @staticmethod
     def chunks(size: int, columns: int) -> Iterator[slice]:
