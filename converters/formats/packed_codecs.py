@@ -176,8 +176,8 @@ class _Spread:
 
     def __init__(self, bits: int, most: int):
         """Takes the bits of a field, and the most bytes that there will be at once."""
-        self._bits = bits
-        self._halved = {}
+        # Bits of a field once bytes are halved so far -> memory for pairs of bytes, and for what is moved in them.
+        self._halved: dict[int, np.ndarray] = {}
         width = 8
         while width > bits:
             width //= 2

@@ -150,7 +150,8 @@ class _Fingerprints:
 
     def like(self, tensor: Tensor) -> list[str]:
         """Returns the names of tensors that have as many elements, and these values in one of the two types."""
-        count, wanted, found = dtypes.element_count(tensor.shape), _fingerprint(tensor), set()
+        count, wanted = dtypes.element_count(tensor.shape), _fingerprint(tensor)
+        found: set[str] = set()
         for kind in self._by_type:
             for rounded in dict.fromkeys((kind, tensor.dtype.name)):
                 found.update(self._table(kind, rounded).get((count, _rounded(wanted, rounded)), ()))
