@@ -480,15 +480,12 @@ class _Search:
         def make() -> Decoder:
             from apr_jax.converters.formats import packed_codecs as codecs
 
-            values = _bytes(weight) if is_float else weight.read()
-            pairs = is_float and columns % 2 == 0
-            table = codecs.floats(weight.dtype.numpy, pairs) if is_float else None
             zeros = None if zero is None else _floats(zero).reshape(shape)
             return codecs.Grouped(
-                values.view("<u2") if pairs else values,
-                table,
+                codecs.eight_bit_floats(_bytes(weight), weight.dtype.numpy)
+                if is_float
+                else codecs.Whole(weight.read()),
                 _floats(scale).reshape(shape),
-                columns,
                 group,
                 zeros=zeros,
                 rows_per_scale=by_rows,
@@ -586,7 +583,7 @@ class _Search:
             scales = _floats(scale) if scale.dtype.is_float else np.exp2(_floats(scale) - np.float32(127))
             if whole is not None:
                 scales = scales / _floats(whole).reshape(())
-            return codecs.Grouped(_bytes(packed), codecs.e2m1(), scales, columns, group)
+            return codecs.Grouped(codecs.four_bit_floats(_bytes(packed)), scales, group)
 
         form = Form("compressed-tensors", (("type", kind), *_group_words(group, columns)))
         return self._tensor(name, (rows, columns), form, parts, make)

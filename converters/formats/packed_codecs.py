@@ -5,8 +5,8 @@ Whatever a library calls its tensors, a value is
     (code - zero point) * scale,
 
 where the code is a number of a few bits (or an index into a table of 16, or a float of 8 bits) and scale and zero point
-belong to a group of neighbours. `Grouped` decodes that; a function for each layout brings its tensors into the one
-order that `Grouped` reads: rows of the weight [out, in], codes packed from the lowest bits of a byte on.
+belong to a group of neighbours. `Grouped` decodes that from rows of the weight [out, in], some at a time; a class of
+`Codes` for each way to pack gives it their numbers.
 
 Values are float32: products of codes of at most 8 bits with half-precision scales are exact there, so that a library
 which computes in half precision gives the same numbers rounded. Sources: qlinear of GPTQModel and AutoGPTQ (`pack`,
@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
 # Values decoded at once: they are about what the second-level cache holds; with fewer, threads wait for each other.
 _TILE = 1 << 17
-# Position in an int32 of AWQ's gemm layout -> which of its 8 columns is there.
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # What makes int8 codes of bitsandbytes fractions of the largest magnitude of a row; its own float literal.
 _INT8_STEP = np.float32(7.874015718698502e-3)
@@ -47,26 +46,173 @@ class Decoder(Protocol):
         """Writes rows `first` to `last` into `out`, float32 [rows, width], contiguous."""
 
 
+class Codes(Protocol):
+    """The codes of a packed tensor as numbers.
+
+    Attributes:
+      columns: Values of one row.
+    """
+
+    @property
+    def columns(self) -> int: ...
+
+    def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields rows `first` to `last`, so many at a time, a multiple of 8.
+
+        Whole numbers are int8 or uint8 [rows, columns], in memory that the next tile overwrites or the file's own;
+        others are written into the rows of `out`, float32, where they belong.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Numbers as they are: int8 or uint8 [rows, columns]."""
+
+    codes: np.ndarray
+
+    @property
+    def columns(self) -> int:
+        return int(self.codes.shape[1])
+
+    def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
+        for begin in range(first, last, step):
+            yield self.codes[begin : min(begin + step, last)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Numbers of few bits, packed densely from the lowest bits of each word on.
+
+    Attributes:
+      words: uint32 [rows, words], not necessarily contiguous.
+      bits: 1, 2, 4 or 8.
+      columns: Values of one row; bytes that are left over are padding.
+      offset: Taken from each of them; what is left fits int8.
+    """
+
+    words: np.ndarray
+    bits: int
+    columns: int
+    offset: int = 0
+
+    def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
+        rows = min(step, last - first)
+        words = np.empty((rows, self.words.shape[1]), np.uint32)
+        spread = _Spread(self.bits, words.nbytes)
+        for begin in range(first, last, step):
+            here = words[: min(step, last - begin)]
+            # A transposition, where codes are packed along the inputs.
+            np.copyto(here, self.words[begin : begin + len(here)])
+            numbers = spread(here.reshape(-1).view(np.uint8)).reshape(len(here), -1)
+            if self.offset:
+                numbers -= np.uint8(self.offset)
+            signed = self.offset or self.bits < 8
+            yield (numbers.view(np.int8) if signed else numbers)[:, : self.columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eights:
+    """AWQ's gemm layout: numbers of 4 bits, those of eight rows in one word, in an order of their own.
+
+    Attributes:
+      words: uint32 [columns, ceil(rows / 8)], as they stand in the file.
+    """
+
+    words: np.ndarray
+
+    @property
+    def columns(self) -> int:
+        return int(self.words.shape[0])
+
+    def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
+        most = -(-min(step, last - first) // 8) + 1
+        turned = np.empty((most, self.columns), np.uint32)
+        pairs = np.empty((most, 2, 2, self.columns), np.uint8)
+        numbers = np.empty((most, 2, 2, 2, self.columns), np.uint8)
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            low, high = begin // 8, -(-end // 8)
+            np.copyto(turned[: high - low], self.words[:, low:high].T)
+            # The halves of byte 2 j + k of a word belong to its rows j + 4 k and j + 4 k + 2.
+            there = pairs[: high - low]
+            bytes_ = turned[: high - low].view(np.uint8).reshape(high - low, self.columns, 2, 2)
+            np.copyto(there, bytes_.transpose(0, 3, 2, 1))
+            np.bitwise_and(there, 15, out=numbers[: high - low, :, 0])
+            np.right_shift(there, 4, out=numbers[: high - low, :, 1])
+            yield numbers.reshape(-1, self.columns)[begin - 8 * low : end - 8 * low].view(np.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Numbers that are looked up, all of a byte or of two at once.
+
+    Attributes:
+      codes: uint8 or uint16 [rows, codes].
+      values: float32 [256 or 65536, k]: the numbers that one of them stands for.
+      columns: Values of one row; what is left over is padding.
+    """
+
+    codes: np.ndarray
+    values: np.ndarray
+    columns: int
+
+    def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
+        indices = np.empty((min(step, last - first), self.codes.shape[1]), np.intp)
+        width = self.values.shape[1]
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            here, target = indices[: end - begin], out[begin - first : end - first]
+            np.copyto(here, self.codes[begin:end])
+            if here.shape[1] * width == self.columns:
+                np.take(self.values, here, axis=0, out=target.reshape(*here.shape, width), mode="clip")
+            else:
+                found = np.take(self.values, here, axis=0, mode="clip")
+                np.copyto(target, found.reshape(len(here), -1)[:, : self.columns])
+            yield target
+
+
+class _Spread:
+    """Brings the fields of bytes into bytes of their own."""
+
+    def __init__(self, bits: int, most: int):
+        """Takes the bits of a field, and the most bytes that there will be at once."""
+        # Bits of a field once bytes are halved so far -> memory for pairs of bytes, and for what is moved in them.
+        self._halved: dict[int, np.ndarray] = {}
+        width = 8
+        while width > bits:
+            width //= 2
+            self._halved[width] = np.empty((2, most), np.uint16)
+            most *= 2
+
+    def __call__(self, fields: np.ndarray) -> np.ndarray:
+        """Returns uint8, 8 / bits for each of `fields`, uint8; the next call overwrites them."""
+        for width, (pairs, moved) in self._halved.items():
+            pairs, moved = pairs[: fields.size], moved[: fields.size]
+            np.copyto(pairs, fields)
+            # The upper field goes into the next byte.
+            np.left_shift(pairs, np.uint16(8 - width), out=moved)
+            np.bitwise_or(pairs, moved, out=pairs)
+            np.bitwise_and(pairs, np.uint16(((1 << width) - 1) * 0x0101), out=pairs)
+            fields = pairs.view(np.uint8)
+        return fields
+
+
 @dataclasses.dataclass(frozen=True)
 class Grouped:
     """Codes in rows, with a scale for each group of columns of some rows.
 
     Attributes:
-      codes: uint8 [rows, bytes], or uint16 of two bytes each; int8 or uint8 [rows, columns] where they are the values
-        themselves.
-      table: float32 [256 or 65536, k]: the values of the k codes in one of them; None: the codes are their values.
+      codes: The codes.
       scales: float32 [ceil(rows / rows_per_scale), groups].
-      columns: Values of one row; bytes that are left over are padding.
       group: Columns that share a scale, in order; the last group may be shorter.
-      zeros: float32, shaped as the scales: taken from the codes' values before they are scaled; None: 0.
+      zeros: Shaped as the scales: taken from the codes before they are scaled, in their own type, which holds the
+        differences: int8, int16 or float32; None: 0.
       rows_per_scale: Rows that share scales.
       group_of_column: int64 [columns], where the groups are not neighbours (act-order); `group` does not count then.
     """
 
-    codes: np.ndarray
-    table: np.ndarray | None
+    codes: Codes
     scales: np.ndarray
-    columns: int
     group: int
     zeros: np.ndarray | None = None
     rows_per_scale: int = 1
@@ -74,59 +220,56 @@ class Grouped:
 
     @property
     def width(self) -> int:
-        return self.columns
+        return self.codes.columns
 
     def decode(self, first: int, last: int, out: np.ndarray) -> None:
-        step = max(1, _TILE // max(1, self.columns))
-        # One for all tiles: the system would give the pages of each new one anew.
-        rows = min(step, last - first)
-        indices = None if self.table is None else np.empty((rows, self.codes.shape[1]), np.intp)
-        spread = None if self.group_of_column is None else np.empty((rows, self.columns), np.float32)
+        step = max(1, _TILE // max(1, 8 * self.width)) * 8
+        # Memory for all tiles: the system would give the pages of each new one anew.
+        shape = min(step, last - first), self.width
+        types = {out.dtype} if self.zeros is None else {out.dtype, self.zeros.dtype}
+        spread = {} if self.group_of_column is None else {kind: np.empty(shape, kind) for kind in types}
+        differences = out if self.zeros is None else np.empty(shape, self.zeros.dtype)
+        begin = first
         with np.errstate(all="ignore"):
-            for begin in range(first, last, step):
-                end = min(begin + step, last)
-                tile = out[begin - first : end - first]
-                self._look_up(self.codes[begin:end], tile, indices)
-                if self.zeros is not None:
-                    self._apply(np.subtract, self.zeros, begin, end, tile, spread)
-                self._apply(np.multiply, self.scales, begin, end, tile, spread)
-
-    def _look_up(self, codes: np.ndarray, out: np.ndarray, indices: np.ndarray | None) -> None:
-        if self.table is None or indices is None:
-            out[:] = codes
-        else:
-            indices = indices[: len(codes)]
-            indices[:] = codes
-            if codes.shape[1] * self.table.shape[1] == self.columns:
-                target = out.reshape(*codes.shape, self.table.shape[1])
-                np.take(self.table, indices, axis=0, out=target, mode="clip")
-            else:
-                out[:] = np.take(self.table, indices, axis=0).reshape(len(codes), -1)[:, : self.columns]
+            for numbers in self.codes.tiles(first, last, step, out):
+                rows = len(numbers)
+                tile = out[begin - first : begin - first + rows]
+                for operation, per_group in ((np.subtract, self.zeros), (np.multiply, self.scales)):
+                    if per_group is None:
+                        continue
+                    values = tile if per_group.dtype == tile.dtype else differences[:rows]
+                    if numbers.dtype != tile.dtype:
+                        np.copyto(values, numbers)
+                    self._apply(operation, per_group, begin, values, spread.get(per_group.dtype))
+                    numbers = values
+                begin += rows
 
     def _apply(
-        self,
-        operation: np.ufunc,
-        per_group: np.ndarray,
-        begin: int,
-        end: int,
-        out: np.ndarray,
-        spread: np.ndarray | None,
+        self, operation: np.ufunc, per_group: np.ndarray, begin: int, values: np.ndarray, spread: np.ndarray | None
     ) -> None:
-        if self.rows_per_scale == 1:
-            rows = per_group[begin:end]
-        else:
-            rows = per_group[np.arange(begin, end) // self.rows_per_scale]
-        if rows.shape[1] == 1:
-            operation(out, rows, out=out)
-        elif self.group_of_column is not None and spread is not None:
+        """Applies the numbers of the groups to rows from `begin` on, in place."""
+        height, end = self.rows_per_scale, begin + len(values)
+        if height > 1:
+            for block in range(begin // height, -(-end // height)):
+                rows = values[max(0, block * height - begin) : (block + 1) * height - begin]
+                operation(rows, self._repeated(per_group[block : block + 1]), out=rows)
+            return
+        per_group = per_group[begin:end]
+        if self.group_of_column is not None and spread is not None:
             # "wrap" costs least; no index is out of range.
-            np.take(rows, self.group_of_column, axis=1, out=spread[: len(rows)], mode="wrap")
-            operation(out, spread[: len(rows)], out=out)
-        elif self.columns % self.group:
-            operation(out, np.repeat(rows, self.group, axis=1)[:, : self.columns], out=out)
+            spread = np.take(per_group, self.group_of_column, axis=1, out=spread[: len(values)], mode="wrap")
+            operation(values, spread, out=values)
+        elif self.width % self.group or per_group.shape[1] == 1:
+            operation(values, self._repeated(per_group), out=values)
         else:
-            grouped = out.reshape(end - begin, -1, self.group)
-            operation(grouped, rows[:, :, None], out=grouped)
+            grouped = values.reshape(len(values), -1, self.group)
+            operation(grouped, per_group[:, :, None], out=grouped)
+
+    def _repeated(self, per_group: np.ndarray) -> np.ndarray:
+        """Returns the numbers of groups, [rows, groups], for each column, or the one that all of a row share."""
+        if per_group.shape[1] == 1:
+            return per_group
+        return np.repeat(per_group, self.group, axis=1)[:, : self.width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +302,33 @@ class Sum:
             out *= (self.lengths[first:last] / np.linalg.norm(out, axis=1))[:, None]
 
 
-# --- tables: byte -> the values of its codes
+# --- numbers of few bits
 
 
-def integers(bits: int, offset: int = 0) -> np.ndarray:
-    """Returns float32 [256, 8 // bits]: codes of 1, 2, 4 or 8 bits from the lowest bit on, less an offset."""
-    bytes_ = np.arange(256)[:, None]
-    return ((bytes_ >> np.arange(0, 8, bits) & (1 << bits) - 1) - offset).astype(np.float32)
+def packed(words: np.ndarray, bits: int, columns: int, offset: int = 0) -> Codes:
+    """Returns the codes of rows of densely packed words, uint32 [rows, words], less an offset; see `Packed`."""
+    if 8 % bits == 0:
+        return Packed(words, bits, columns, offset)
+    return Whole((unpacked(words, bits, columns) - offset).astype(np.int8))
+
+
+def fits_int8(bits: int, zero: int) -> bool:
+    """Whether codes less a zero point do."""
+    return (1 << bits) - 1 - zero < 128 and zero <= 128
+
+
+def unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Returns the first `count` codes of each row of densely packed words, uint32 [rows, words], as int16."""
+    words = np.ascontiguousarray(words)
+    if 8 % bits == 0:
+        codes = _Spread(bits, words.nbytes)(words.reshape(-1).view(np.uint8))
+        return codes.reshape(len(words), -1)[:, :count].astype(np.int16)
+    starts = np.arange(count) * bits
+    at, shift = starts // 32, (starts % 32).astype(np.uint64)
+    # A code may begin in one word and end in the next.
+    following = np.minimum(at + 1, words.shape[1] - 1)
+    pairs = words[:, at].astype(np.uint64) | words[:, following].astype(np.uint64) << np.uint64(32)
+    return (pairs >> shift & np.uint64((1 << bits) - 1)).astype(np.int16)
 
 
 def indexed(values: np.ndarray, high_first: bool) -> np.ndarray:
@@ -175,18 +338,22 @@ def indexed(values: np.ndarray, high_first: bool) -> np.ndarray:
     return np.stack([np.asarray(values, np.float32)[half] for half in halves], 1)
 
 
-def e2m1() -> np.ndarray:
-    """Returns float32 [256, 2]: floats of 4 bits, the lower half of a byte first."""
-    return indexed(np.array([*_E2M1, *(-value for value in _E2M1)]), high_first=False)
+def four_bit_floats(data: np.ndarray) -> Table:
+    """E2M1, uint8 [rows, bytes]: two to a byte, the lower half first."""
+    values = indexed(np.array([*_E2M1, *(-value for value in _E2M1)]), high_first=False)
+    return Table(data, values, 2 * data.shape[1])
+
+
+def eight_bit_floats(data: np.ndarray, dtype: np.dtype) -> Table:
+    """Floats of 8 bits, uint8 [rows, columns], looked up in pairs where they can."""
+    columns = int(data.shape[1])
+    return Table(data.view("<u2") if columns % 2 == 0 else data, _floats8(dtype, columns % 2 == 0), columns)
 
 
 @functools.cache
-def floats(dtype: np.dtype, pairs: bool = False) -> np.ndarray:
-    """Returns float32 [256, 1]: floats of 8 bits; or float32 [65536, 2]: two of them, looked up at once."""
+def _floats8(dtype: np.dtype, pairs: bool) -> np.ndarray:
     values = np.arange(256).astype(np.uint8).view(dtype).astype(np.float32)
-    if not pairs:
-        return values[:, None]
-    return np.stack([np.tile(values, 256), np.repeat(values, 256)], 1)
+    return np.stack([np.tile(values, 256), np.repeat(values, 256)], 1) if pairs else values[:, None]
 
 
 # --- layouts
@@ -213,19 +380,19 @@ def gptq(
       zeros_less_one: Whether zero points are stored less one (version 1 of the format), not as they are (version 2).
     """
     inputs = qweight.shape[0] * 32 // bits
-    codes, table = _byte_codes(np.ascontiguousarray(qweight.T), bits, inputs)
     if zeros_less_one and bits in _ONES:
         # As GPTQModel does it: what one field borrowed from the next when 1 was taken is given back.
         qzeros = qzeros + np.uint32(_ONES[bits])
-    zeros = unpacked(qzeros, bits, scales.shape[1])
+    zeros = unpacked(qzeros, bits, scales.shape[1]).T
     if zeros_less_one and bits not in _ONES:
         zeros = zeros + 1 & (1 << bits) - 1
-    if table is not None and (zeros == zeros[0, 0]).all():
-        # As symmetric quantisation has them: one pass less.
+    alike = int(zeros[0, 0])
+    if not (zeros == alike).all() or not fits_int8(bits, alike):
         return Grouped(
-            codes, table - np.float32(zeros[0, 0]), _f32(scales.T), inputs, group, group_of_column=group_of_column
+            packed(qweight.T, bits, inputs), _f32(scales.T), group, _zeros(zeros, bits), group_of_column=group_of_column
         )
-    return Grouped(codes, table, _f32(scales.T), inputs, group, zeros=_f32(zeros.T), group_of_column=group_of_column)
+    # As symmetric quantisation has them.
+    return Grouped(packed(qweight.T, bits, inputs, alike), _f32(scales.T), group, group_of_column=group_of_column)
 
 
 def awq(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: int) -> Grouped:
@@ -237,22 +404,9 @@ def awq(qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, group: int)
       scales: Any float [groups, out].
       group: Inputs that share a scale.
     """
-    codes = _awq_columns(qweight)
-    return Grouped(codes, None, _f32(scales.T), codes.shape[1], group, zeros=_f32(_awq_columns(qzeros)))
-
-
-def _awq_columns(packed: np.ndarray) -> np.ndarray:
-    """Returns uint8 [8 * words, rows] from uint32 [rows, words]."""
-    words = np.ascontiguousarray(packed.T)
-    out = np.empty((words.shape[0], 8, words.shape[1]), np.uint8)
-    step = max(1, _TILE // (4 * max(1, words.shape[1])))
-    for first in range(0, len(words), step):
-        tile, into = words[first : first + step], out[first : first + step]
-        for position in range(0, 8, 2):
-            pair = (tile >> np.uint32(4 * position)).astype(np.uint8)
-            np.bitwise_and(pair, 15, out=into[:, _AWQ_ORDER[position]])
-            np.right_shift(pair, 4, out=into[:, _AWQ_ORDER[position + 1]])
-    return out.reshape(-1, words.shape[1])
+    outputs = scales.shape[1]
+    (zeros,) = Eights(qzeros).tiles(0, outputs, outputs, np.empty(0))
+    return Grouped(Eights(qweight), _f32(scales.T), group, zeros)
 
 
 def packed_rows(
@@ -268,15 +422,14 @@ def packed_rows(
       group: Columns that share a scale.
       zeros: uint32 [ceil(rows * bits / 32), groups], packed along the rows; None: the numbers are symmetric.
     """
-    codes, table = _byte_codes(words, bits, columns)
-    half = 1 << bits - 1
-    if zeros is None and table is not None:
-        table = table - np.float32(half)
-    elif zeros is None:
-        codes = (codes ^ 128 if bits == 8 else codes - half).view(np.int8)
-    else:
-        zeros = _f32(unpacked(np.ascontiguousarray(zeros.T), bits, len(words)).T)
-    return Grouped(codes, table, _f32(scales), columns, group, zeros=zeros)
+    if zeros is None:
+        return Grouped(packed(words, bits, columns, 1 << bits - 1), _f32(scales), group)
+    zeros = unpacked(zeros.T, bits, len(words)).T
+    return Grouped(packed(words, bits, columns), _f32(scales), group, _zeros(zeros, bits))
+
+
+def _zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
+    return np.ascontiguousarray(zeros, np.int8 if bits < 7 else np.int16)
 
 
 def bitsandbytes(data: np.ndarray, code: np.ndarray, absmax: np.ndarray, block: int) -> Grouped:
@@ -293,7 +446,7 @@ def bitsandbytes(data: np.ndarray, code: np.ndarray, absmax: np.ndarray, block: 
     else:
         rows = np.zeros((absmax.size, block // 2), np.uint8)
         rows.reshape(-1)[: data.size] = data
-    return Grouped(rows, indexed(code, high_first=True), _f32(absmax)[:, None], block, block)
+    return Grouped(Table(rows, indexed(code, high_first=True), block), _f32(absmax)[:, None], block)
 
 
 def nested_absmax(codes: np.ndarray, code: np.ndarray, absmax: np.ndarray, block: int, offset: float) -> np.ndarray:
@@ -304,27 +457,7 @@ def nested_absmax(codes: np.ndarray, code: np.ndarray, absmax: np.ndarray, block
 
 def int8_rows(codes: np.ndarray, absmax: np.ndarray) -> Grouped:
     """LLM.int8: uint8 [rows, columns] (int8 bytes), float32 [rows]: the largest magnitude of each row."""
-    scales = (_f32(absmax) * _INT8_STEP)[:, None]
-    return Grouped(codes.view(np.int8), None, scales, codes.shape[1], codes.shape[1])
-
-
-def _byte_codes(words: np.ndarray, bits: int, columns: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns codes and table as `Grouped` has them, from rows of densely packed little-endian words."""
-    if 8 % bits:
-        return unpacked(words, bits, columns).astype(np.uint8), None
-    codes = words.view(np.uint8).reshape(len(words), -1)
-    return (codes[:, :columns], None) if bits == 8 else (codes, integers(bits))
-
-
-def unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Returns the first `count` codes of each row of densely packed words, uint32 [rows, words], as int64."""
-    words = np.ascontiguousarray(words)
-    starts = np.arange(count) * bits
-    at, shift = starts // 32, (starts % 32).astype(np.uint64)
-    # A code may begin in one word and end in the next.
-    following = np.minimum(at + 1, words.shape[1] - 1)
-    pairs = words[:, at].astype(np.uint64) | words[:, following].astype(np.uint64) << np.uint64(32)
-    return np.asarray((pairs >> shift & np.uint64((1 << bits) - 1)).astype(np.int64))
+    return Grouped(Whole(codes.view(np.int8)), (_f32(absmax) * _INT8_STEP)[:, None], codes.shape[1])
 
 
 def _f32(values: np.ndarray) -> np.ndarray:

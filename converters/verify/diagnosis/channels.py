@@ -24,7 +24,7 @@ _ENOUGH = 8
 def single_lines(pair: Pair) -> tuple[int, np.ndarray] | None:
     """Returns the axis and numbers of the lines that differ, if they are few and the others are equal."""
     rows, columns = pair.shape
-    if len(pair.b.shape) != 2 or not pair.differing:
+    if len(pair.b.shape) != 2 or not 0 < pair.differing <= _FEW * pair.size:
         return None
     for axis, count in ((0, rows), (1, columns)):
         hit = np.unique(pair.sample // columns if axis == 0 else pair.sample % columns)

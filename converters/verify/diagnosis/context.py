@@ -88,27 +88,23 @@ class Context:
             if (codec, label) not in self._codecs:
                 self._codecs.append((codec, label))
 
-    @functools.cached_property
-    def _by_count_a(self) -> dict[int, list[tuple[str, np.ndarray]]]:
-        return _fingerprints(self.a)
-
-    @functools.cached_property
-    def _by_count_b(self) -> dict[int, list[tuple[str, np.ndarray]]]:
-        return _fingerprints(self.b)
-
     def same_as(self, tensor: Tensor, *, side: str) -> list[str]:
         """Returns the names of the tensors on one side ("a" or "b") whose elements look like those of `tensor`.
 
         A fingerprint is compared, rounded to the coarser of the two types; to be verified.
         """
-        table = self._by_count_a if side == "a" else self._by_count_b
-        tensors = self.a if side == "a" else self.b
-        wanted = _fingerprint(tensor)
-        names = []
-        for name, found in table.get(dtypes.element_count(tensor.shape), ()):
-            if _alike(wanted, tensor.dtype.name, found, tensors[name].dtype.name):
-                names.append(name)
-        return names
+        # Made once, also where several threads ask.
+        with self._lock:
+            table = self._fingerprints_a if side == "a" else self._fingerprints_b
+        return table.like(tensor)
+
+    @functools.cached_property
+    def _fingerprints_a(self) -> _Fingerprints:
+        return _Fingerprints(self.a)
+
+    @functools.cached_property
+    def _fingerprints_b(self) -> _Fingerprints:
+        return _Fingerprints(self.b)
 
 
 def _config(checkpoint: Checkpoint) -> Qwen2Config | None:
@@ -139,16 +135,47 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(number // k for k in small)}))
 
 
-def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[int, list[tuple[str, np.ndarray]]]:
-    table: dict[int, list[tuple[str, np.ndarray]]] = {}
-    for name, tensor in tensors.items():
-        if tensor.nbytes:
-            table.setdefault(dtypes.element_count(tensor.shape), []).append((name, _fingerprint(tensor)))
-    return table
+class _Fingerprints:
+    """Finds tensors by some of their values."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._numbers = {name: number for number, name in enumerate(tensors)}
+        self._by_type: dict[str, list[tuple[str, int, np.ndarray]]] = {}
+        for name, tensor in tensors.items():
+            if tensor.nbytes:
+                entry = name, dtypes.element_count(tensor.shape), _fingerprint(tensor)
+                self._by_type.setdefault(tensor.dtype.name, []).append(entry)
+        # (type of the tensors, type to which they are rounded) -> count and rounded values -> names.
+        self._tables: dict[tuple[str, str], dict[tuple[int, bytes], list[str]]] = {}
+
+    def like(self, tensor: Tensor) -> list[str]:
+        """Returns the names of tensors that have as many elements, and these values in one of the two types."""
+        count, wanted = dtypes.element_count(tensor.shape), _fingerprint(tensor)
+        found: set[str] = set()
+        for kind in self._by_type:
+            for rounded in dict.fromkeys((kind, tensor.dtype.name)):
+                found.update(self._table(kind, rounded).get((count, _rounded(wanted, rounded)), ()))
+        return sorted(found, key=self._numbers.__getitem__)
+
+    def _table(self, kind: str, rounded: str) -> dict[tuple[int, bytes], list[str]]:
+        if (kind, rounded) not in self._tables:
+            table: dict[tuple[int, bytes], list[str]] = {}
+            for name, count, values in self._by_type[kind]:
+                table.setdefault((count, _rounded(values, rounded)), []).append(name)
+            self._tables[kind, rounded] = table
+        return self._tables[kind, rounded]
+
+
+def _rounded(fingerprint: np.ndarray, name: str) -> bytes:
+    """Returns a fingerprint as it would be in another type; as it is, where one of the two is not plain."""
+    if fingerprint.dtype.kind != "f" or pair.element_bytes(dtypes.by_name(name)) is None:
+        return fingerprint.tobytes()
+    # A zero has no sign here.
+    return pair.bits_of(fingerprint + 0.0, name).tobytes()
 
 
 def _fingerprint(tensor: Tensor) -> np.ndarray:
-    """Returns some values (f64, or the bytes of types that are not plain), from the same places for equal counts."""
+    """Returns some values (or the bytes of types that are not plain), from the same places for equal counts."""
     width = pair.element_bytes(tensor.dtype)
     count, width = (tensor.nbytes, 1) if width is None else (tensor.nbytes // width, width)
     run = min(_RUN, count)
@@ -158,15 +185,4 @@ def _fingerprint(tensor: Tensor) -> np.ndarray:
         tensor.readinto_at(int(start) * width, memoryview(data)[at * run * width : (at + 1) * run * width])
     if pair.element_bytes(tensor.dtype) is None:
         return np.frombuffer(data, "u1")
-    return pair.values_of(np.frombuffer(data, f"<u{width}"), tensor.dtype.name).astype("<f8")
-
-
-def _alike(left: np.ndarray, left_type: str, right: np.ndarray, right_type: str) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    if np.array_equal(left, right, equal_nan=left.dtype.kind == "f"):
-        return True
-    if left_type == right_type or left.dtype.kind != "f":
-        return False
-    types = (left_type, right_type)
-    return any(np.array_equal(pair.bits_of(left, name), pair.bits_of(right, name)) for name in types)
+    return pair.values_of(np.frombuffer(data, f"<u{width}"), tensor.dtype.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,8 +62,9 @@ def casts_of(pair: Pair) -> Iterator[Found]:
         return
     # Into 8 bits a narrow range collapses to one value, as it does when somebody resets it.
     varied = len(np.unique(pair.y[pair.sample])) > 2
+    representable = functools.cache(lambda name: _representable(pair, name))
     for steps, rounding, name in _chains(source, target):
-        if (name in _EIGHT_BITS and not varied) or (name and not _representable(pair, name)):
+        if (name in _EIGHT_BITS and not varied) or (name and not representable(name)):
             continue
         predict = _chain(pair, steps, rounding)
         if pair.plausible(predict):

@@ -33,6 +33,8 @@ ACCEPTED = 0.95
 # What is computed from so many elements stays in the second-level cache.
 _CHUNK = 1 << 16
 _SAMPLED_CHUNKS = 128
+# Signs that agree in half of the sampled elements, give or take three standard deviations, when so many are compared.
+_BY_CHANCE, _SIGNS = 0.03, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +281,22 @@ class Pair:
     @property
     def differing(self) -> int:
         return self._differences[2]
+
+    @functools.cached_property
+    def unrelated(self) -> bool:
+        """Whether the suspect has the original's signs only as often as chance gives them.
+
+        Then nothing of the original is left: no cast, factor, quantised type or merged adapter brings that about. Signs
+        and no correlation: a single huge value says nothing here.
+        """
+        before, after = (
+            np.sign(values_of(bits[self.sample], name))
+            for bits, name in ((self.original.bits, self.original.dtype.name), (self.y, self.type))
+        )
+        product = before * after
+        told = int(np.count_nonzero(np.abs(product) == 1))
+        agreement = np.count_nonzero(product == 1) / max(1, told)
+        return told >= _SIGNS and bool(abs(agreement - 0.5) <= _BY_CHANCE)
 
     @staticmethod
     def chunks(size: int, columns: int) -> Iterator[slice]:

@@ -1,7 +1,10 @@
 """How a tensor came to differ from its original: a search for the cause, and its proof.
 
 Every hypothesis is tried on a sample of the differing elements first; what survives is verified over all elements,
-bit for bit, so that the share that it explains is measured. Families of causes, a file each:
+bit for bit, so that the share that it explains is measured. Where the sample shows that nothing of the original is left
+(`Pair.unrelated`), only what moves content or puts other content in its place is tried.
+
+Families of causes, a file each:
 
   elementwise.py    misread types, casts, swapped bytes, a factor, a constant, fractions cut
   sparse.py         zeros, cut tails, NaN and infinities, flipped bits
@@ -149,17 +152,21 @@ def _found(pair: Pair, context: Context) -> Iterator[Found]:
         yield found
     if not pair.differing or settled:
         return
-    for family in (relocation.shifted(pair), channels.rescaled(pair), quantisation.quantised(pair, context)):
+    families = [relocation.shifted(pair), channels.rescaled(pair)]
+    if not pair.unrelated:
+        families.append(quantisation.quantised(pair, context))
+    for family in families:
         for found in family:
             some = True
             yield found
     # A few lines that changed are of low rank, too, and easier to say.
-    if not some and channels.single_lines(pair) is None:
+    if not some and not pair.unrelated and channels.single_lines(pair) is None:
         yield from low_rank.low_rank(pair)
 
 
 def _cheaper(pair: Pair, context: Context) -> Iterator[Found]:
-    yield from elementwise.casts_of(pair)
+    if not pair.unrelated:
+        yield from elementwise.casts_of(pair)
     if not pair.differing:
         return
     yield from sparse.zeros(pair)
@@ -167,9 +174,10 @@ def _cheaper(pair: Pair, context: Context) -> Iterator[Found]:
     yield from sparse.bit_flips(pair)
     yield from elementwise.byte_swapped(pair)
     yield from elementwise.misread(pair)
-    yield from elementwise.mantissas(pair)
-    yield from elementwise.scaled(pair)
-    yield from channels.scaled_lines(pair)
+    if not pair.unrelated:
+        yield from elementwise.mantissas(pair)
+        yield from elementwise.scaled(pair)
+        yield from channels.scaled_lines(pair)
     yield from elementwise.moved(pair)
     yield from relocation.swapped(pair, context)
     yield from permutations.transposed(pair)

@@ -15,7 +15,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import Context
 from apr_jax.converters.verify.diagnosis.missing import Match, diagnose_missing
-from apr_jax.converters.verify.diagnosis.pair import bits_of
+from apr_jax.converters.verify.diagnosis.pair import Pair, bits_of
 from apr_jax.converters.verify.diagnosis.search import diagnose
 from tests.battery.damage_battery import KB, QB, VB, Q, Stored, from_bits, stored, write
 from tests.paths import DATA
@@ -237,6 +237,49 @@ class DiagnosisTest(parameterized.TestCase):
         self.assertEqual(first.cause, "different-weights")
 
     # --- two things at once in one tensor, and casts along the way
+
+    @parameterized.parameters(("lora", "low-rank"), ("negative", "scaled"), ("two bits", "quantised"))
+    def test_what_leaves_little_of_the_original_is_still_related_to_it(self, change, cause):
+        """Five times as much added as there was, all signs turned round, two bits left."""
+        before, random = _random(160, 128), np.random.default_rng(3)
+        added = random.normal(0, 0.05, (160, 4)) @ random.normal(0, 1, (4, 128))
+        step = np.abs(before).max(1, keepdims=True) / 2
+        after = {
+            "lora": (before + added).astype("<f4"),
+            "negative": before * np.float32(-0.5),
+            "two bits": (np.clip(np.rint(before / step), -2, 1) * step).astype("<f4"),
+        }[change]
+        (first, *_) = self.diagnose(stored(before), stored(after))
+        self.assertEqual(first.cause, cause)
+
+    def test_unrelated_are_only_weights_of_which_nothing_is_left(self):
+        before, other = _random(160, 128), _random(160, 128, seed=1)
+        huge = before.copy()
+        huge[::5, 7] = 3e38
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        cases = {
+            "other weights": (other, True),
+            "some others among few": (other[:4], False),
+            "trained on": (before + other / 10, False),
+            "a thirtieth of it is left": (before + 30 * other, True),
+            "huge values": (huge + other / 10, False),
+        }
+        for name, (after, unrelated) in cases.items():
+            write(folder / name / "a", {NAME: stored(before[: len(after)])})
+            write(folder / name / "b", {NAME: stored(after)})
+            with open_checkpoint(folder / name / "a") as a, open_checkpoint(folder / name / "b") as b:
+                self.assertEqual(Pair(a.tensors[NAME], b.tensors[NAME]).unrelated, unrelated, name)
+
+    def test_a_copy_is_found_whatever_type_either_side_has(self):
+        """Fingerprints of two types are compared as they are rounded."""
+        names = [NAME.replace("0", str(layer)) for layer in range(3)]
+        for code, other in (("F32", "BF16"), ("BF16", "F16"), ("F64", "F32")):
+            before = {name: stored(_random(32, 32, seed=seed), code) for seed, name in enumerate(names)}
+            wanted = before[names[2]].array.astype("<f4")
+            after = {name: stored(before[name].array.astype("<f4"), other) for name in names[:2]}
+            after |= {names[0]: stored(wanted, other), names[2]: stored(wanted, other)}
+            (first, *_) = self.diagnose_all(before, after)[names[0]]
+            self.assertEqual(first.parameters, {"layer": 0, "copy_of_layer": 2}, (code, other, first))
 
     def test_a_transpose_is_found_behind_a_cast(self):
         before = stored(_random(40, 24), "BF16")
