@@ -9,6 +9,7 @@ that error and the rounding of its own output; only that multiple is a constant,
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping
 
 import jax
@@ -45,7 +46,7 @@ ROW_FACTOR = 3.0
 """How much more a single position or channel may be off than the stage as a whole, relative to its own budget."""
 TURN_FACTOR = 3.0
 """How many times the roundings of a rotation a rotated value may be off; another right program's worst has 1.6."""
-UNWIDENED: Mapping[str, float] = {}
+UNWIDENED: Mapping[str, float] = types.MappingProxyType({})
 """No budget is other than rounding asks for."""
 STANDINGS = ("as right as the dtype allows", "within budget", "beyond budget")
 """The three verdicts on a stage, the best first; see `Site.allowed`."""
@@ -137,7 +138,7 @@ class Localisation:
     dtype: str
     theirs: Mapping[str, np.ndarray]
     columns: Mapping[str, np.ndarray]
-    widened: Mapping[str, float] = UNWIDENED
+    widened: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def infer_dtype(values: Mapping[str, np.ndarray]) -> str:

@@ -149,7 +149,7 @@ def agreement(judged: np.ndarray, reference: np.ndarray) -> Agreement:
 
 def _nothing(positions: int) -> Agreement:
     """Where no position is finite nothing can be said, and no limit holds."""
-    numbers = {field.name: math.nan for field in dataclasses.fields(Agreement)}
+    numbers: dict[str, Any] = {field.name: math.nan for field in dataclasses.fields(Agreement)}
     return Agreement(**numbers | {"positions": 0, "not_finite": positions, "worst_position": -1, "worst_token": -1})
 
 

@@ -110,7 +110,8 @@ def _check_table(checks: Iterable[Check]) -> str:
         f'<td class="words">{text(check.sentence)}</td></tr>'
         for check in checks
     )
-    head = '<thead><tr><th scope="col">outcome</th><th scope="col">check</th><th scope="col">what was seen</th></tr></thead>'
+    columns = "".join(f'<th scope="col">{name}</th>' for name in ("outcome", "check", "what was seen"))
+    head = f"<thead><tr>{columns}</tr></thead>"
     return scrollable(f'<table class="checks">{head}<tbody>{rows}</tbody></table>', "checks") if rows else ""
 
 
@@ -210,8 +211,9 @@ def _histogram(found: Statistics, suspicious: bool) -> str:
     band = (RELABEL_OCTAVES.start - LOWEST_OCTAVE) * _BAR
     one = -LOWEST_OCTAVE * _BAR
     bars = "".join(_bars(found.histogram))
+    kind = "sus" if suspicious else "fine"
     return (
-        f'<svg class="{"sus" if suspicious else "fine"}" aria-hidden="true" viewBox="0 0 {len(OCTAVES) * _BAR} {_HEIGHT}">'
+        f'<svg class="{kind}" aria-hidden="true" viewBox="0 0 {len(OCTAVES) * _BAR} {_HEIGHT}">'
         f'<rect x="{band}" width="{len(RELABEL_OCTAVES) * _BAR}" height="{_HEIGHT}"/>'
         f'<path class="one" d="M{one} 0v{_HEIGHT}"/>'
         f'<path d="{bars}"/></svg>'
