@@ -491,10 +491,12 @@ def _print_logits(found: dict[str, Any]) -> None:
     if not found["positions"]:
         print(f"logits: none of {found['not_finite']} positions is finite")
         return
+    from apr_jax.converters.errors import counted
+
     beyond = [name for name, limit in found["limits"].items() if not limit["within"]]
     said = f"beyond apr parity's limits: {', '.join(beyond)}" if beyond else "within all limits of apr parity"
     unfinished = f", {found['not_finite']} more are not finite" if found["not_finite"] else ""
-    print(f"logits from the tokens on, {found['positions']} positions{unfinished}: {said}")
+    print(f"logits from the tokens on, {counted(found['positions'], 'position')}{unfinished}: {said}")
     print(
         f"  cosine {found['cosine_min']:.9f} or more, KL {found['kl_max']:.1e} nats or less,"
         f" max abs {found['max_abs']:.1e}, sigma {found['sigma_min']:.3g} or more, Cpk {found['cpk_min']:.3g} or more"

@@ -80,8 +80,7 @@ def _numbers(config: Qwen2Config) -> dict[str, Any]:
 
 def _made_at(fault: Fault, seen: str) -> str:
     """The stage at which a fault is made, where it was seen behind a gap: the first that it is made at."""
-    if callable(fault.stages):
-        return seen
+    assert not callable(fault.stages), fault  # those have both of their formulas: Instead
     if isinstance(fault.formula, Mapping):
         return seen if seen in fault.formula else next(iter(fault.formula))
     return seen if seen in fault.stages else fault.stages[0]

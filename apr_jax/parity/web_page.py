@@ -62,7 +62,14 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "times": times, "shade": shade, "said": said, "drawn": drawn}
+    environment.filters |= {
+        "number": number,
+        "times": times,
+        "shade": shade,
+        "said": said,
+        "drawn": drawn,
+        "value": value,
+    }
     return environment.from_string(_file("report.html"))
 
 
@@ -73,6 +80,13 @@ def _shown(value: Any) -> Any:
 def number(value: float | None) -> str:
     """Returns a number with four digits; "not finite" for None."""
     return "not finite" if value is None else f"{value:.4g}"
+
+
+def value(parameter: Any) -> str:
+    """Returns a parameter of a finding as text."""
+    if isinstance(parameter, list | tuple):
+        return ", ".join(map(value, parameter))
+    return f"{parameter:.6g}" if isinstance(parameter, float) else str(parameter)
 
 
 def times(share: float | None) -> str:
@@ -106,12 +120,11 @@ def _layers(answer: Mapping[str, Any]) -> list[int]:
 
 def _rows(answer: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any] | None]]]:
     """The rows of the map, in order of execution: a stage, and its site outside the layers and in each of them."""
-    by_key = {site["key"]: site for site in answer.get("stages", ())}
-    layers = _layers(answer)
+    by_place = {(site["stage"], site["layer"]): site for site in answer.get("stages", ())}
+    places = [None, *_layers(answer)]
     rows: list[tuple[str, list[Mapping[str, Any] | None]]] = []
     for name in ("embedding", *stages.LAYER_STAGES, "final_norm", "logits"):
-        places: list[int | None] = [None, *layers]
-        cells = [by_key.get(str(stages.Key.of(layer, name))) for layer in places]
+        cells = [by_place.get((name, layer)) for layer in places]
         if any(cells):
             rows.append((name, cells))
     return rows

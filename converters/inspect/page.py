@@ -128,7 +128,7 @@ text-align:center}
 .ok{color:var(--ok);background:var(--okbg)}
 .skipped{color:var(--dim);background:var(--offbg)}
 .bad{color:var(--bad);font-weight:600}
-@media (max-width:600px){body{padding:16px 12px 32px}}
+@media (max-width:600px){body{padding:16px 12px 32px}th,td{padding:4px 6px}}
 @media print{.scroll,.tall{overflow:visible;max-height:none}body{max-width:none;padding:0;font-size:11px}
 th,td{padding:1px 4px;white-space:normal;overflow-wrap:anywhere}thead th{font-size:10px}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}

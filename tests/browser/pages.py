@@ -42,13 +42,15 @@ REPORTS = {"clean": (), "four-fold": REAL_CASE}
 
 def write_pages(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Writes the pages; returns them by name."""
-    checkpoint = paths.checkpoint(CHECKPOINT)
+    # Pages say how their files were called: nothing of this machine is to stand in screenshots.
+    os.chdir(folder)
+    checkpoint = pathlib.Path(shutil.copytree(paths.checkpoint(CHECKPOINT), CHECKPOINT))
     weights, config = oracle.load(checkpoint)
     ids = seeded(config["vocab_size"], 1, LENGTH).input_ids
     pages = {}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         for name, faults in REPORTS.items():
-            dump, page = folder / f"{name}-dump", folder / f"parity-{name}.html"
+            dump, page = pathlib.Path(f"{name}-dump"), folder / f"parity-{name}.html"
             write_aprt(dump, forward(weights, config, ids, faults=faults), ids)
             command = ["parity.py", str(checkpoint), "--right", str(dump), "--html", str(page)]
             assert parity.main(parity.parse(command)) == bool(faults), name
@@ -180,15 +182,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--screenshots", metavar="DIR", type=pathlib.Path, help="where to put those of the parity page")
     args = parser.parse_args(argv)
     source, failed = args.axe.read_text(), False
+    screenshots = args.screenshots and args.screenshots.resolve()
     with tempfile.TemporaryDirectory() as scratch, browser() as started:
         for name, path in write_pages(pathlib.Path(scratch)).items():
             for width in WIDTHS:
                 for scheme in SCHEMES:
                     visit = Visit(started, path, width, scheme)
                     visit.check_width()
-                    if args.screenshots and name != "show":
+                    if screenshots and name != "show":
                         png = shrunk(visit.page.screenshot(full_page=True))
-                        (args.screenshots / f"{name}-{width}-{scheme}.png").write_bytes(png)
+                        (screenshots / f"{name}-{width}-{scheme}.png").write_bytes(png)
                         visit.wrong += [f"screenshot of {len(png)} bytes"] if len(png) > MOST_BYTES else []
                     rules = visit.check_axe(source)
                     cells = visit.walk() if name != "show" else 0

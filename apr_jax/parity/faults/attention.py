@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.parity import narrow, round_numbers
-from apr_jax.parity.faults.record import IGNORED, UNION, Fault, Grid, Mistakes
+from apr_jax.parity.faults.record import IGNORED, UNION, Fault, Grid, Instead, Mistakes
 from apr_jax.parity.localise import EPSILON
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import At
@@ -202,7 +202,7 @@ CACHE_PRECISION = Fault(
     merge={"part": UNION},
     alone=True,
     chaotic=True,
-    formula="{right}, {part} rounded to {dtype} in the cache",
+    formula=Instead("{part} rounded to {dtype} in the cache", "{part} in the cache as it was computed"),
 )
 
 # --- The cache -------------------------------------------------------------------------------------------------------
