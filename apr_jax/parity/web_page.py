@@ -62,14 +62,8 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, finalize=_shown, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "number": number,
-        "times": times,
-        "shade": shade,
-        "said": said,
-        "drawn": drawn,
-        "value": value,
-    }
+    for function in (number, value, times, shade, said, drawn):
+        environment.filters[function.__name__] = function
     return environment.from_string(_file("report.html"))
 
 

@@ -2,8 +2,8 @@
 
     python tests/browser/pages.py AXE [--screenshots DIR]
 
-makes the parity page of a right engine and of the real four-fold case, and the page of `show`, and opens each in headless
-Chromium at the width of a phone and of a desk, dark and light. Fails if a page logs anything, asks for anything, moves
+makes the parity page of a right engine and of the real four-fold case, and the page of `show`, and opens each in
+headless Chromium at the width of a phone and of a desk, dark and light. Fails if a page logs anything, asks for anything, moves
 sideways (on screen or on paper), or if axe-core finds something serious; and if the heat map cannot be walked with the
 keyboard. AXE is axe.min.js of the npm package axe-core; Chromium is `$CHROMIUM` or what is on the path.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import pathlib
 import shutil
@@ -129,7 +130,8 @@ class Visit:
             """() => { const e = document.activeElement, s = getComputedStyle(e), m = document.getElementById('map');
             return {inside: m.contains(e), said: e.dataset?.said, status: document.getElementById('said').textContent,
             name: e.getAttribute('aria-label'), outline: s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2,
-            stops: m.querySelectorAll('[tabindex="0"]').length, row: e.parentElement?.rowIndex, column: e.cellIndex}; }"""
+            stops: m.querySelectorAll('[tabindex="0"]').length,
+            row: e.parentElement?.rowIndex, column: e.cellIndex}; }"""
         )
 
     def walk(self) -> int:
@@ -142,7 +144,10 @@ class Visit:
         for key in ("ArrowDown", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "End", "Home", "Control+End"):
             self.page.keyboard.press(key)
             seen.append(self._here())
-        moves = [(after["row"] - before["row"], after["column"] - before["column"]) for before, after in pairs(seen)]
+        moves = [
+            (after["row"] - before["row"], after["column"] - before["column"])
+            for before, after in itertools.pairwise(seen)
+        ]
         expected = [(1, 1), (0, 1), (1, 0), (0, -1), (-1, 0), (0, 1), (0, -1)]
         if moves[:7] != expected:
             self.wrong.append(f"keyboard: moved {moves[:7]}, expected {expected}")
@@ -161,10 +166,6 @@ class Visit:
         if self.page.locator("#said").text_content() != hovered:
             self.wrong.append("the pointer's stage is not said")
         return len(seen)
-
-
-def pairs(items: Sequence[Any]) -> zip:
-    return zip(items[:-1], items[1:], strict=True)
 
 
 def shrunk(png: bytes) -> bytes:
