@@ -3,9 +3,9 @@
     python tests/browser/pages.py AXE [--screenshots DIR]
 
 makes the parity page of a right engine and of the real four-fold case, and the page of `show`, and opens each in
-headless Chromium at the width of a phone and of a desk, dark and light. Fails if a page logs anything, asks for anything, moves
-sideways (on screen or on paper), or if axe-core finds something serious; and if the heat map cannot be walked with the
-keyboard. AXE is axe.min.js of the npm package axe-core; Chromium is `$CHROMIUM` or what is on the path.
+headless Chromium at the width of a phone and of a desk, dark and light. Fails if a page logs anything, asks for
+anything, moves sideways (on screen or on paper), or if axe-core finds something serious; and if the heat map cannot be
+walked with the keyboard. AXE is axe.min.js of the npm package axe-core; Chromium is `$CHROMIUM` or what is on the path.
 """
 
 from __future__ import annotations
