@@ -506,7 +506,7 @@ def _print_logits(found: dict[str, Any]) -> None:
         f" ranks of the top 50: Kendall {found['kendall_mean']:.4f}, Spearman {found['spearman_mean']:.4f} (means)"
     )
     worst, texts = found["worst"], (found["worst_text"], found["worst_input_text"])
-    token, after = (f" {text!r}" if text is not None else "" for text in texts)
+    token, after = (f" '{text}'" if text is not None else "" for text in texts)
     cli.show(
         f"  worst: token {found['worst_token']}{token} has {found['worst_judged']:.6g}, right is"
         f" {found['worst_reference']:.6g}, at row {worst['row']} position {worst['position']}"

@@ -106,7 +106,7 @@ section{margin-top:28px;min-width:0}
 .tiles div{padding:10px 16px;background:var(--card);border:1px solid var(--line);border-radius:8px}
 .tiles dt{color:var(--dim);font-size:12px}
 .tiles dd{margin:0;font-size:18px;font-weight:600;font-variant-numeric:tabular-nums}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:0 28px;align-items:start}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:12px 28px;align-items:start}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px}
 .tall{overflow:auto;max-height:82vh}
 table{border-collapse:collapse;width:100%}
