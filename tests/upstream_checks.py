@@ -941,8 +941,8 @@ ROWS = (
         "QFR-003..005",
         "container",
         "bare export re-imports alone; unmapped tensors and other families refused",
-        "unmapped tensors refused by name; another family, whose bytes are not computed with, is converted with a warning "
-        "that names it, and refused by name where it is loaded",
+        "unmapped tensors refused by name; another family, whose bytes are not computed with, is converted with a "
+        "warning that names it, and refused by name where it is loaded",
         s22,
         _fixed(convert),
         lambda: functools.partial(convert, as_is=True),
