@@ -212,7 +212,9 @@ def _texts(args: argparse.Namespace, logits: dict[str, Any]) -> dict[str, str | 
 
 
 def _files(path: str) -> list[str]:
-    """The files of a dump."""
+    """The files of a dump; none of what is computed here."""
+    if path in _SIDES:
+        return []
     if os.path.isdir(path):
         return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
     return [path] if os.path.isfile(path) else []
@@ -290,14 +292,15 @@ def _print_summaries(report: dict[str, Any]) -> None:
     for one in report["first"]:
         print(
             f"  {one['kind']} {_number(one['theirs'])}, right is {_number(one['right'])}"
-            f" (up to {one['allowed']:.1e} is rounding)"
+            f" (up to {_number(one['allowed'], '.1e')} is rounding)"
         )
     print("  it may be: " + ("; ".join(report["shortlist"]) or "nothing that is known"))
     print("Values tell more than numbers: docs/dumps.md says how to dump them.")
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.7g}"
+def _number(value: float | None, form: str = ".7g") -> str:
+    """A number of the answer, in which None is what is not finite."""
+    return "not finite" if value is None else format(value, form)
 
 
 def _budgets_said(widened: dict[str, float]) -> str:
@@ -498,18 +501,20 @@ def _print_logits(found: dict[str, Any]) -> None:
     unfinished = f", {found['not_finite']} more are not finite" if found["not_finite"] else ""
     print(f"logits from the tokens on, {counted(found['positions'], 'position')}{unfinished}: {said}")
     print(
-        f"  cosine {found['cosine_min']:.9f} or more, KL {found['kl_max']:.1e} nats or less,"
-        f" max abs {found['max_abs']:.1e}, sigma {found['sigma_min']:.3g} or more, Cpk {found['cpk_min']:.3g} or more"
+        f"  cosine {_number(found['cosine_min'], '.9f')} or more, KL {_number(found['kl_max'], '.1e')} nats or less,"
+        f" max abs {_number(found['max_abs'], '.1e')}, sigma {_number(found['sigma_min'], '.3g')} or more,"
+        f" Cpk {_number(found['cpk_min'], '.3g')} or more"
     )
     print(
-        f"  in common: top-1 {found['top1']:.1%}, top-5 {found['top5']:.1%}, top-10 {found['top10']:.1%};"
-        f" ranks of the top 50: Kendall {found['kendall_mean']:.4f}, Spearman {found['spearman_mean']:.4f} (means)"
+        f"  in common: top-1 {_number(found['top1'], '.1%')}, top-5 {_number(found['top5'], '.1%')},"
+        f" top-10 {_number(found['top10'], '.1%')}; ranks of the top 50 (means):"
+        f" Kendall {_number(found['kendall_mean'], '.4f')}, Spearman {_number(found['spearman_mean'], '.4f')}"
     )
     worst, texts = found["worst"], (found["worst_text"], found["worst_input_text"])
     token, after = (f" '{text}'" if text is not None else "" for text in texts)
     cli.show(
-        f"  worst: token {found['worst_token']}{token} has {found['worst_judged']:.6g}, right is"
-        f" {found['worst_reference']:.6g}, at row {worst['row']} position {worst['position']}"
+        f"  worst: token {found['worst_token']}{token} has {_number(found['worst_judged'], '.6g')}, right is"
+        f" {_number(found['worst_reference'], '.6g')}, at row {worst['row']} position {worst['position']}"
         f" (behind token {worst['input_id']}{after})"
     )
 

@@ -159,7 +159,7 @@ def _sentence(curve: Mapping[str, Any]) -> str:
     if not finite:
         return f"Error over {curve['over']}: nothing is finite"
     (least, _), (most, where) = min(finite), max(finite)
-    over = sum(v is None or v > b for v, b in zip(curve["theirs"], curve["budget"], strict=True))
+    over = sum(v is None or (b is not None and v > b) for v, b in zip(curve["theirs"], curve["budget"], strict=True))
     return (
         f"Error over {curve['over']}, relative: from {number(least)} to {number(most)}, the largest at {where};"
         f" {over} of {len(curve['theirs'])} points are beyond the budget"

@@ -222,6 +222,22 @@ class PageTest(parameterized.TestCase):
         self.assertEmpty({"\x1b", "\u202e"} & set(made))
         self.assertIn("\\x1b[2J\\u202e", made)
 
+    def test_numbers_that_are_not_finite_are_said_to_be_so(self):
+        answer, _, _ = self.both("--right", self.dump(name="plain"), code=0)
+
+        def without(value):
+            if isinstance(value, dict):
+                return {name: without(item) for name, item in value.items()}
+            if isinstance(value, list):
+                return list(map(without, value))
+            return None if isinstance(value, float) else value
+
+        page = Page(web_page.render(without(answer)).decode())
+        self.assertGreater(page.texts.count("not finite"), 37 * 5)
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+            parity._print(without(answer))
+        self.assertIn("cosine not finite or more", out.getvalue())
+
     def test_a_dump_of_numbers_has_a_page_too(self):
         from apr_jax.parity.summaries import numbers
 
