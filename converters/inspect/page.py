@@ -90,9 +90,9 @@ STYLE = """
 :root{color-scheme:light dark;--bg:#fbfbf9;--fg:#1d2329;--dim:#56606a;--line:#dcdfe2;--card:#fff;--bar:#2c6fbb;
 --band:#f2c14e55;--bad:#b3261e;--badbg:#fbe9e7;--note:#7a4f00;--notebg:#fdf3dc;--ok:#1e6b3a;--okbg:#e5f4ea;
 --offbg:#eceef0;--hover:#f1f4f8;--focus:#0b57d0}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#14181c;--fg:#e3e7ea;--dim:#a3adb7;--line:#2e353c;--card:#1b2026;
---bar:#74ace8;--band:#e0a83040;--bad:#ff8a80;--badbg:#4a1f1c;--note:#f3c969;--notebg:#40330f;--ok:#7fd3a0;--okbg:#16351f;
---offbg:#2a3037;--hover:#222931;--focus:#9cc4ff}}
+@media screen and (prefers-color-scheme:dark){:root{--bg:#14181c;--fg:#e3e7ea;--dim:#a3adb7;--line:#2e353c;
+--card:#1b2026;--bar:#74ace8;--band:#e0a83040;--bad:#ff8a80;--badbg:#4a1f1c;--note:#f3c969;--notebg:#40330f;--ok:#7fd3a0;
+--okbg:#16351f;--offbg:#2a3037;--hover:#222931;--focus:#9cc4ff}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1560px;padding:24px 28px 48px;background:var(--bg);color:var(--fg);
 font:14px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
