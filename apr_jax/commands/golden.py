@@ -361,7 +361,8 @@ def _print_report(report: _Report) -> None:
 
 
 def _row(c: Comparison) -> list[str]:
-    of_logits = [] if c.kl is None else [f"{c.kl:.1e}", f"{c.top1:.3f}", f"{c.top5:.3f}"]
+    logits = c.logits
+    of_logits = [] if logits is None else [f"{logits.kl_max:.1e}", f"{logits.top1:.3f}", f"{logits.top5:.3f}"]
     verdict = ("ok" if c.within else "OUTSIDE") + (f" ({c.note})" if c.note else "")
     numbers = [f"{c.max_abs:.2e}", f"{c.relative_l2:.2e}", f"{c.bar:.0e}", f"{c.cosine:.9f}"]
     return [c.key, *numbers, *(of_logits or ["", "", ""]), verdict]

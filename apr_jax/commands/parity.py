@@ -82,8 +82,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--check-upload", action="store_true", help="read every parameter back and compare it")
     cli.add_checkpoint_arguments(parser)
     cli.add_adapter_argument(parser)
+    parser.add_argument(
+        "--budget",
+        metavar="[STAGE=]FACTOR",
+        action="append",
+        default=[],
+        help="apply every budget, or one stage's, FACTOR times: for those who must; it is said wherever the answer is",
+    )
+    parser.add_argument("--html", metavar="FILE", help="write the answer as one self-contained page, too")
+    parser.add_argument("--force", action="store_true", help="replace a page that exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv[1:])
+    try:
+        args.widened = _widened(args.budget)
+    except ValueError as error:
+        parser.error(f"--budget: {error}")
     computed = args.right in _SIDES
     for given, applies, to in (
         ("dtype", computed, "--right cpu, cuda and hf; a dump's is --right-dtype"),
@@ -95,12 +108,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _widened(given: Sequence[str]) -> dict[str, float]:
+    """Stage -> how many times its budget is applied, one where it is not named; ValueError says what is wrong."""
+    from apr_jax.trace.stages import LAYER_STAGES
+
+    known = ("embedding", *LAYER_STAGES, "final_norm", "logits")
+    every, single = {}, {}
+    for text in given:
+        stage, equals, number = text.rpartition("=")
+        if equals and stage not in known:
+            raise ValueError(f"no stage is called {stage!r}; they are {', '.join(known)}")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not 0 < factor < math.inf:
+            raise ValueError(f"{number!r} is no positive number")
+        if equals:
+            single[stage] = factor
+        else:
+            every = dict.fromkeys(known, factor)
+    return every | single
+
+
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.checkpoint.hub import located
+    from apr_jax.converters.inspect import page
     from apr_jax.generate import compilation_cache
     from apr_jax.model.parameters import DTYPES
-    from apr_jax.parity.diagnose import diagnose
     from apr_jax.parity.localise import infer_dtype
 
     compilation_cache.enable()
@@ -108,6 +144,9 @@ def main(args: argparse.Namespace) -> int:
     with cli.open_dense_from(args, args.model) as checkpoint:
         config = checkpoint.model_config()
         cli.say_warnings(checkpoint)
+        sources = [*checkpoint.paths, *_files(args.right)]
+    if args.html is not None:
+        page.check(args.html, force=args.force, sources=sources)
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
     exact = _load(args, "float64", "cpu")
@@ -122,20 +161,102 @@ def main(args: argparse.Namespace) -> int:
         )
     same = _load(args, dtype, args.left)
     if dump.summaries and not dump.values:
-        return _summaries(args, dump, exact, same)
+        answer, show = _of_summaries(args, dump, exact, same), _print_summaries
+    else:
+        answer, show = _of_values(args, dump, exact, same), _print
+    answer["sides"] = _sides(args, dump, same)
+    if args.html is not None:
+        from apr_jax.parity import web_page
+
+        page.write(args.html, web_page.render(answer), force=args.force, sources=sources, notice=cli.say)
+    if args.json:
+        cli.print_json(answer)
+    else:
+        show(answer)
+    return cli.EXIT_DIFFERS if answer["verdict"] == "mistake" else 0
+
+
+def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel) -> dict[str, Any]:
+    """Judges a dump of values."""
+    from apr_jax.parity.diagnose import diagnose
+    from apr_jax.parity.report import report
+
     notes = _notes(args, dump, exact)
     dump, of_ranks = _put_together(dump, exact)
-    diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told())
+    diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told(), args.widened)
     diagnosis = dataclasses.replace(diagnosis, findings=(*of_ranks, *diagnosis.findings))
     diagnosis = _without_expected(args, diagnosis, notes)
     if args.check_upload:
-        diagnosis = _with_upload(args, dtype, diagnosis, notes)
-    report = _report(diagnosis, dump, exact, dtype, notes)
-    if args.json:
-        cli.print_json(report)
-    else:
-        _print(report, diagnosis)
-    return cli.EXIT_DIFFERS if report["verdict"] == "mistake" else 0
+        diagnosis = _with_upload(args, same.dtype, diagnosis, notes)
+    answer = report(diagnosis, dump, exact, notes)
+    if answer["logits"] is not None:
+        answer["logits"] |= _texts(args, answer["logits"])
+    return answer
+
+
+def _texts(args: argparse.Namespace, logits: dict[str, Any]) -> dict[str, str | None]:
+    """The texts of the worst token and of the one that it was to follow; none without a tokenizer."""
+    from apr_jax.converters.errors import AprJaxError
+    from apr_jax.generate.tokenizer import Tokenizer
+
+    with cli.open_dense_from(args, args.model) as checkpoint:
+        try:
+            tokenizer = Tokenizer.of(checkpoint)
+        except AprJaxError:  # says nothing about the logits
+            tokenizer = None
+    wanted = {"worst_text": logits["worst_token"], "worst_input_text": (logits["worst"] or {}).get("input_id", -1)}
+    if tokenizer is None or logits["worst"] is None:
+        return dict.fromkeys(wanted)
+    # A token may be a part of a character.
+    return {name: tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") for name, token in wanted.items()}
+
+
+def _files(path: str) -> list[str]:
+    """The files of a dump; none of what is computed here."""
+    if path in _SIDES:
+        return []
+    if os.path.isdir(path):
+        return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
+    return [path] if os.path.isfile(path) else []
+
+
+def _sides(args: argparse.Namespace, dump: Dump, same: LanguageModel) -> dict[str, dict[str, str]]:
+    """Where both sides come from: name -> text of each."""
+    import importlib.metadata
+    import platform
+
+    from apr_jax.trace.positions import shown_positions
+
+    def listed(files: Sequence[str]) -> str:
+        sizes = [os.path.getsize(file) for file in files]
+        named = ", ".join(map(os.path.basename, files[:_LISTED])) + (", ..." if len(files) > _LISTED else "")
+        return f"{len(files)} ({sum(sizes)} bytes): {named}"
+
+    with cli.open_dense_from(args, args.model) as checkpoint:
+        types = sorted({tensor.dtype.name for tensor in checkpoint.tensors.values()})
+        reference = {
+            "checkpoint": checkpoint.path,
+            "files": listed(checkpoint.paths),
+            "tensors": f"{len(checkpoint.tensors)} ({', '.join(types)})",
+        }
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    reference |= {
+        "computed in": "float64 on the CPU",
+        "rounding measured in": f"{same.dtype} on {same.device.platform} ({same.device.device_kind})",
+        "versions": ", ".join(f"{name} {v}" for name, v in (versions | {"python": platform.python_version()}).items()),
+    }
+    files = _files(args.right)
+    theirs = {"examined": args.right, "form": dump.form or "computed here"}
+    theirs |= {"files": listed(files)} if files else {}
+    theirs |= {"dtype declared": dump.dtype or "not said", "judged as": same.dtype, **dump.origin}
+    held = "all" if dump.columns is None else shown_positions(dump.inputs, dump.columns)
+    rows, length = dump.inputs.input_ids.shape
+    theirs |= {
+        "tokens": f"{dump.inputs.tokens} in {rows} x {length} positions",
+        "positions held": held,
+        "stages held": str(len(dump.values or dump.summaries)),
+    }
+    return {"reference": reference, "theirs": theirs}
 
 
 def _put_together(dump: Dump, exact: LanguageModel) -> tuple[Dump, list[Finding]]:
@@ -148,35 +269,52 @@ def _put_together(dump: Dump, exact: LanguageModel) -> tuple[Dump, list[Finding]
     return dataclasses.replace(dump, values=values), findings
 
 
-def _summaries(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel) -> int:
+def _of_summaries(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel) -> dict[str, Any]:
     """Judges a dump that holds a few numbers of each stage only."""
     from apr_jax.parity import summaries
+    from apr_jax.parity.report import of_summaries
 
     if dump.inputs.tokens != dump.inputs.input_ids.size:
         raise UsageError("numbers over padding mean nothing", code="padding", file=args.right, hint="Dump row by row.")
-    answer = summaries.judge(exact, same, dump.inputs, dump.summaries)
-    report = {
-        "verdict": "mistake" if answer.differences else "rounding",
-        "compared": {
-            "stages": len(answer.compared),
-            "numbers": sum(len(dump.summaries[k].numbers) for k in answer.compared),
-        },
-        "dtype": same.dtype,
-        "first": [dataclasses.asdict(difference) for difference in answer.differences],
-        "shortlist": list(answer.shortlist),
-    }
-    if args.json:
-        cli.print_json(report)
-    elif not answer.differences:
-        print(f"rounding: the numbers of all {len(answer.compared)} stages are those of a right run in {same.dtype}")
-    else:
-        first = answer.differences[0]
-        print(f"mistake: {first.key} is the first stage that differs; {len(answer.compared) - 1} before it are right")
-        for one in answer.differences:
-            print(f"  {one.kind} {one.theirs:.7g}, right is {one.right:.7g} (up to {one.allowed:.1e} is rounding)")
-        print("  it may be: " + ("; ".join(answer.shortlist) or "nothing that is known"))
-        print("Values tell more than numbers: docs/dumps.md says how to dump them.")
-    return cli.EXIT_DIFFERS if answer.differences else 0
+    answer = summaries.judge(exact, same, dump.inputs, dump.summaries, args.widened)
+    return of_summaries(answer, dump, same.dtype, args.widened)
+
+
+def _print_summaries(report: dict[str, Any]) -> None:
+    stages, judged = report["compared"]["stages"], report["dtype"] + _budgets_said(report["widened"])
+    if not report["first"]:
+        print(f"rounding: the numbers of all {stages} stages are those of a right run in {judged}")
+        return
+    first = report["first"][0]
+    print(
+        f"mistake: {first['key']} is the first stage that differs; {stages - 1} before it are right, judged as {judged}"
+    )
+    for one in report["first"]:
+        print(
+            f"  {one['kind']} {_number(one['theirs'])}, right is {_number(one['right'])}"
+            f" (up to {_number(one['allowed'], '.1e')} is rounding)"
+        )
+    print("  it may be: " + ("; ".join(report["shortlist"]) or "nothing that is known"))
+    print("Values tell more than numbers: docs/dumps.md says how to dump them.")
+
+
+def _number(value: float | None, form: str = ".7g") -> str:
+    """A number of the answer, in which None is what is not finite."""
+    return "not finite" if value is None else format(value, form)
+
+
+def _budgets_said(widened: dict[str, float]) -> str:
+    """Says which budgets were applied more than once, or less; nothing where rounding alone decides."""
+    if not widened:
+        return ""
+    groups: dict[float, list[str]] = {}
+    for stage, factor in widened.items():
+        groups.setdefault(factor, []).append(stage)
+    said = [
+        f"{factor:g} times for {'most stages' if len(stages) > _LISTED else ', '.join(stages)}"
+        for factor, stages in groups.items()
+    ]
+    return f", budgets applied {' and '.join(said)}"
 
 
 def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
@@ -186,6 +324,8 @@ def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
         return load_model(checkpoint, dtype, device)
 
 
+_LISTED = 4
+"""As many files or stages are named in a line."""
 _FIRST, _BETWEEN = 5.0, 5.0
 """Seconds before the first word of progress, and from one to the next."""
 
@@ -314,82 +454,28 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     return dataclasses.replace(diagnosis, findings=(wrong, *diagnosis.findings))
 
 
-def _report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, dtype: str, notes: Sequence[str]) -> dict[str, Any]:
+def _print(report: dict[str, Any]) -> None:
     from apr_jax.parity.faults.table import FAULTS
-
-    sites = [site for site in diagnosis.localisation.sites if site.elements]
-    mistakes = [finding for finding in diagnosis.findings if FAULTS[finding.fault].mistake]
-    exactly = all(site.error == 0 for site in sites)
-    unexplained = any(site.wrong for site in sites) and not diagnosis.by_design
-    verdict = "mistake" if mistakes or unexplained else ("equal" if exactly else "rounding")
-    return {
-        "verdict": verdict,
-        "compared": {
-            "stages": len(sites),
-            "elements": sum(site.elements for site in sites),
-            "positions": _compared_positions(diagnosis, dump),
-        },
-        "dtype": dtype,
-        "unexamined": _unexamined(diagnosis, dump, exact),
-        "findings": [_to_json(finding) for finding in diagnosis.findings],
-        "notes": list(notes),
-    }
-
-
-def _compared_positions(diagnosis: Diagnosis, dump: Dump) -> int:
-    """The number of positions of which some stage was compared."""
-    import numpy as np
-
-    from apr_jax.trace.positions import dumped_tokens
-
-    partial, seen = diagnosis.localisation.columns, np.zeros(dump.inputs.input_ids.shape, bool)
-    for site in diagnosis.localisation.sites:
-        if site.elements:
-            seen = seen | dumped_tokens(dump.inputs, partial.get(site.key))
-    return int(seen.sum())
-
-
-def _unexamined(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel) -> list[str]:
-    """Stages that were not dumped, or only behind a value that is not finite; positions that were not dumped."""
-    import numpy as np
-
-    from apr_jax.trace import stages
-    from apr_jax.trace.positions import shown_positions
-
-    judged = {site.key for site in diagnosis.localisation.sites if site.elements}
-    keys: list[str] = [key for key in stages.trace_keys(exact.config.num_layers) if key not in judged]
-    if dump.columns is None:
-        return keys
-    others = np.delete(np.arange(dump.inputs.input_ids.shape[1]), np.unique(dump.columns))
-    missing = shown_positions(dump.inputs, np.tile(others, (len(dump.columns), 1)))
-    return [*keys, f"positions {missing}"] if missing else keys
-
-
-def _to_json(finding: Finding) -> dict[str, Any]:
-    values = dataclasses.asdict(finding)
-    values["parameters"] = {k: list(v) if isinstance(v, tuple) else v for k, v in finding.parameters.items()}
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
-
-
-def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
-    from apr_jax.parity.faults.table import FAULTS
+    from apr_jax.parity.localise import STANDINGS
 
     for note in report["notes"]:
         cli.say(f"note: {note}")
     compared, dtype = report["compared"], report["dtype"]
+    standings = [stage["standing"] for stage in report["stages"]]
     mistakes = sum(FAULTS[finding["fault"]].mistake for finding in report["findings"])
+    by_design = report["verdict"] != "mistake" and STANDINGS[2] in standings
     words = {
         "equal": "equal: every stage is bit for bit what float64 gives",
-        "rounding": f"rounding: every stage is as right as {dtype} can be"
-        + (", but for what the file asks for (see the notes)" if diagnosis.by_design else ""),
+        "rounding": f"rounding: every stage is within the budget of {dtype}"
+        + (", but for what the file asks for (see the notes)" if by_design else ""),
         "mistake": f"mistake: {mistakes} found",
     }
     print(
         f"{words[report['verdict']]} ({compared['stages']} stages, {compared['elements']} elements,"
-        f" {compared['positions']} positions compared, judged as {dtype})"
+        f" {compared['positions']} positions compared, judged as {dtype}{_budgets_said(report['widened'])})"
     )
+    counts = [f"{standings.count(standing)} {standing}" for standing in STANDINGS]
+    print(f"beside float64 the stages are: {', '.join(counts)}")
     for finding in report["findings"]:
         also = f" [or: {', '.join(finding['alternatives'])}]" if finding["alternatives"] else ""
         cli.show(f"  - {finding['sentence']}{also}")
@@ -397,20 +483,54 @@ def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
         shown = ", ".join(report["unexamined"][:6])
         more = f" and {len(report['unexamined']) - 6} more" if len(report["unexamined"]) > 6 else ""
         cli.show(f"not examined on their own: {shown}{more}")
-    _print_grid(diagnosis)
+    _print_grid(report["stages"])
+    if report["logits"]:
+        _print_logits(report["logits"])
 
 
-def _print_grid(diagnosis: Diagnosis) -> None:
+def _print_logits(found: dict[str, Any]) -> None:
+    """The statistics of `apr parity`, with its limits, and how the ranks agree."""
+    print()
+    if not found["positions"]:
+        print(f"logits: none of {found['not_finite']} positions is finite")
+        return
+    from apr_jax.converters.errors import counted
+
+    beyond = [name for name, limit in found["limits"].items() if not limit["within"]]
+    said = f"beyond apr parity's limits: {', '.join(beyond)}" if beyond else "within all limits of apr parity"
+    unfinished = f", {found['not_finite']} more are not finite" if found["not_finite"] else ""
+    print(f"logits from the tokens on, {counted(found['positions'], 'position')}{unfinished}: {said}")
+    print(
+        f"  cosine {_number(found['cosine_min'], '.9f')} or more, KL {_number(found['kl_max'], '.1e')} nats or less,"
+        f" max abs {_number(found['max_abs'], '.1e')}, sigma {_number(found['sigma_min'], '.3g')} or more,"
+        f" Cpk {_number(found['cpk_min'], '.3g')} or more"
+    )
+    print(
+        f"  in common: top-1 {_number(found['top1'], '.1%')}, top-5 {_number(found['top5'], '.1%')},"
+        f" top-10 {_number(found['top10'], '.1%')}; ranks of the top 50 (means):"
+        f" Kendall {_number(found['kendall_mean'], '.4f')}, Spearman {_number(found['spearman_mean'], '.4f')}"
+    )
+    worst, texts = found["worst"], (found["worst_text"], found["worst_input_text"])
+    token, after = (f" '{text}'" if text is not None else "" for text in texts)
+    cli.show(
+        f"  worst: token {found['worst_token']}{token} has {_number(found['worst_judged'], '.6g')}, right is"
+        f" {_number(found['worst_reference'], '.6g')}, at row {worst['row']} position {worst['position']}"
+        f" (behind token {worst['input_id']}{after})"
+    )
+
+
+def _print_grid(sites: Sequence[dict[str, Any]]) -> None:
     """Layers by stages: '.' right, 'X' wrong, '?' not finite before it already, ' ' not dumped."""
+    from apr_jax.parity.localise import STANDINGS
     from apr_jax.trace import stages
 
-    by_key = {site.key: site for site in diagnosis.localisation.sites}
-    layers = sorted({site.layer for site in by_key.values() if site.layer is not None})
+    by_key = {site["key"]: site for site in sites}
+    layers = sorted({site["layer"] for site in sites if site["layer"] is not None})
 
     def mark(key: stages.Key) -> str:
         if key not in by_key:
             return " "
-        return "?" if not by_key[key].elements else ("X" if by_key[key].wrong else ".")
+        return "?" if not by_key[key]["elements"] else ("X" if by_key[key]["standing"] == STANDINGS[2] else ".")
 
     names = stages.LAYER_STAGES
     print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -21,6 +22,7 @@ from apr_jax.trace.stages import Key
 
 _MOST_TOKENS = 1 << 24
 _IGNORED = ("loss_nats",)
+_ORIGIN = ("witness", "device", "precision", "versions", "weights_sha256")
 _STACKED = re.compile(r"hidden_states|attentions")
 _ROUND = re.compile(r"round_(\d{1,6})\.(logits|context_lengths|generated_token_ids|layer_(\d{1,6})\.kv)")
 
@@ -35,7 +37,8 @@ def safetensors(path: pathlib.Path, config: Qwen2Config) -> Found:
         return _rounds(path, loads, rounds, config)
     dtype = metadata.get("dtype")
     found = _by_name(path, loads, config, dtype if dtype in bounded.DTYPES else None, shaped=True)
-    return Found(**{**vars(found), "weights_sha256": metadata.get("weights_sha256")})
+    origin = {name: text for name, text in metadata.items() if name in _ORIGIN}
+    return dataclasses.replace(found, weights_sha256=metadata.get("weights_sha256"), origin=origin)
 
 
 def _tensor(path: pathlib.Path, name: str, most: int | None) -> np.ndarray:

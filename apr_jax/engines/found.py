@@ -59,6 +59,7 @@ class Found:
       weights_sha256: Of which weights it was made, as `golden.weights_sha256`.
       strangers: Names in the dump that are no stage.
       summaries: Trace key -> numbers of stages whose values are not there.
+      origin: What it says of how it was made, as text.
       finish: What the tokens become once they are known from elsewhere: a dump may hold those that were generated.
     """
 
@@ -70,6 +71,7 @@ class Found:
     strangers: tuple[str, ...] = ()
     finish: Callable[[Inputs], tuple[Inputs, Positions | None]] | None = None
     summaries: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def of_array(array: np.ndarray, file: str | os.PathLike[str], layout: str | None = None, shaped: bool = False) -> Stage:

@@ -23,6 +23,7 @@ from apr_jax.parity.findings import Explanation, Finding, cannot_show, gather, l
 from apr_jax.parity.layer_order import execution_order, reordered
 from apr_jax.parity.layouts import undo
 from apr_jax.parity.localise import (
+    UNWIDENED,
     Localisation,
     Site,
     judge,
@@ -73,6 +74,7 @@ def diagnose(
     theirs: Mapping[str, np.ndarray],
     columns: np.ndarray | None = None,
     progress: Callable[[str], None] = silent,
+    widened: Mapping[str, float] = UNWIDENED,
 ) -> Diagnosis:
     """Localises and explains.
 
@@ -83,6 +85,7 @@ def diagnose(
       theirs: Trace key -> array [B, T, ...], or rows [B, R, ...]; stages may be missing.
       columns: Which columns of the batch such rows stand for, [B, R].
       progress: Is told what is going on, often.
+      widened: Stage -> how many times its budget is applied; one where it is not named.
     """
     dumped, layouts = undo(exact, inputs, complete(theirs, inputs, columns, lambda: exact.trace(inputs)))
     order, mistake = execution_order(exact, inputs, dumped.rows())
@@ -90,7 +93,7 @@ def diagnose(
         exact, same = (reordered(model, order) for model in (exact, same))
         dumped = dumped.over(exact.trace(inputs)) if dumped.partial else dumped
     progress(f"{len(dumped.values)} stages are judged")
-    located = localise(exact, same, inputs, dumped)
+    located = localise(exact, same, inputs, dumped, widened)
     replay = Replay(exact.config, exact.parameters, inputs, located.theirs)
     explained = _explain_all(replay, located, progress)
     if dumped.partial and _unknown(explained) and all(site.finite for site in located.sites):
@@ -224,6 +227,7 @@ def _explain_in_order(
         values[key], doubted[key] = (_filled_up(key, theirs, each, part) for each in (right, doubtful))
         own = right + np.hypot(right * (before.own / before.norm if before.norm else 0.0), doubtful - right)
         site = judge(key, values[key], right, own, replay.inputs, located.dtype, part, each)
+        site = dataclasses.replace(site, widened=before.widened)
         if site.wrong:
             one = dataclasses.replace(located, sites=(site,), reference={key: right}, theirs=values)
             explanation = explain(here, site, one, known)

@@ -52,6 +52,8 @@ class Dump:
       strangers: Files of the dump that are no stage of this model.
       summaries: Trace key -> a few numbers of stages whose values were not dumped.
       ranks: Trace key -> what each tensor-parallel rank dumped of it.
+      form: The name of its form, one of FORMS; "" if it was computed here.
+      origin: What the file says of how it was made: witness, device, versions.
     """
 
     inputs: Inputs
@@ -62,6 +64,8 @@ class Dump:
     strangers: tuple[str, ...] = ()
     summaries: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
     ranks: Mapping[str, Parts] = dataclasses.field(default_factory=dict)
+    form: str = ""
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +208,8 @@ def read(
 
 def _read(place: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None) -> Dump:
     if places := ranks.folders(place):
-        return _read_ranks(places, config, inputs, positions)
+        dump = _read_ranks(places, config, inputs, positions)
+        return dataclasses.replace(dump, form=f"{len(places)} tensor-parallel ranks")
     form = next((form for form in FORMS if form.shows(place)), None)
     if form is None:
         raise DumpError(
@@ -214,8 +219,10 @@ def _read(place: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, posit
             expected=f"{MAP}, .npy files, or APRT files such as layer-0/attn_norm.bin",
         )
     if form.name == "APRT":
-        return _read_aprt(place, config, inputs, positions)
-    return _fitted(form.read(place, config), place, config, inputs, positions)
+        dump = _read_aprt(place, config, inputs, positions)
+    else:
+        dump = _fitted(form.read(place, config), place, config, inputs, positions)
+    return dataclasses.replace(dump, form=form.name)
 
 
 def _read_aprt(folder: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None) -> Dump:
@@ -270,7 +277,16 @@ def _fitted(
         batch, positions = found.finish(batch)
     columns = None if positions is None else find_columns(positions, batch)
     values = {key: _load(key, stage, config, batch, columns) for key, stage in found.stages.items()}
-    return Dump(batch, values, found.dtype, columns, found.weights_sha256, found.strangers, found.summaries)
+    return Dump(
+        batch,
+        values,
+        found.dtype,
+        columns,
+        found.weights_sha256,
+        found.strangers,
+        found.summaries,
+        origin=found.origin,
+    )
 
 
 def _tokens(found: Found, path: pathlib.Path, inputs: Inputs | None) -> Inputs:

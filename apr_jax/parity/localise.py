@@ -9,6 +9,7 @@ that error and the rounding of its own output; only that multiple is a constant,
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping
 
 import jax
@@ -45,6 +46,10 @@ ROW_FACTOR = 3.0
 """How much more a single position or channel may be off than the stage as a whole, relative to its own budget."""
 TURN_FACTOR = 3.0
 """How many times the roundings of a rotation a rotated value may be off; another right program's worst has 1.6."""
+UNWIDENED: Mapping[str, float] = types.MappingProxyType({})
+"""No budget is other than rounding asks for."""
+STANDINGS = ("as right as the dtype allows", "within budget", "beyond budget")
+"""The three verdicts on a stage, the best first; see `Site.allowed`."""
 _CHANNEL_ROWS, _FEWEST_ROWS = 64, 16
 """How many positions a channel is judged by, and the fewest that do: what one has is no trait of a channel."""
 
@@ -66,6 +71,7 @@ class Site:
       elements: Number of elements compared.
       finite: Whether all of theirs are finite.
       constant: Whether all of theirs are one value, where ours are not.
+      widened: How many times the budgets above are applied, because somebody asked for it; rounding asks for one.
     """
 
     key: Key
@@ -79,6 +85,7 @@ class Site:
     elements: int
     finite: bool
     constant: bool
+    widened: float = 1.0
 
     @property
     def stage(self) -> str:
@@ -95,12 +102,22 @@ class Site:
         """How much of its budget the error takes, over the whole stage or where it is worst; 0 without an error."""
         if not self.error:
             return 0.0
-        return max(self.error / self.budget if self.budget else float("inf"), self.worst)
+        return max(self.error / self.budget if self.budget else float("inf"), self.worst) / self.widened
 
     @property
     def wrong(self) -> bool:
-        """Whether the stage is beyond rounding."""
-        return not (self.finite and not self.constant and self.error <= self.budget and self.worst <= 1.0)
+        """Whether the stage is beyond its budget; what is not finite, or all one value, always is."""
+        return not (self.finite and not self.constant and self.share <= 1.0)
+
+    @property
+    def allowed(self) -> float:
+        """What the dtype itself makes of the stage: the larger of our own error in it and one rounding."""
+        return self.budget / FACTORS[CLASS_OF[self.stage]]
+
+    @property
+    def standing(self) -> str:
+        """Where theirs stands between float64 and the budget: one of STANDINGS."""
+        return STANDINGS[2 if self.wrong else int(self.error > self.allowed)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +130,7 @@ class Localisation:
       dtype: The dtype that the other side was judged in.
       theirs: The other side's values, [B, T, ...]; positions that it did not dump hold ours.
       columns: For the stages of which it dumped some positions only: which, [B, R].
+      widened: Stage -> how many times its budget was applied; one where it is not named.
     """
 
     sites: tuple[Site, ...]
@@ -120,6 +138,7 @@ class Localisation:
     dtype: str
     theirs: Mapping[str, np.ndarray]
     columns: Mapping[str, np.ndarray]
+    widened: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def infer_dtype(values: Mapping[str, np.ndarray]) -> str:
@@ -150,6 +169,7 @@ def localise(
     same: LanguageModel,
     inputs: Inputs,
     dumped: Dumped,
+    widened: Mapping[str, float] = UNWIDENED,
 ) -> Localisation:
     """Judges every stage of a dump.
 
@@ -160,6 +180,7 @@ def localise(
       dumped: The other side's values, over ours in float64 where it dumped some positions only; stages may be missing.
         There the run that shows rounding goes on with values of another right engine in the other side's dtype, so
         that the budget holds what keys and values that were not dumped may be off.
+      widened: Stage -> how many times its budget is applied; one where it is not named.
     """
     keys: list[str] = [key for key in stages.trace_keys(exact.config.num_layers) if key in dumped.values]
     theirs = {key: dumped.values[key] for key in keys}
@@ -170,9 +191,10 @@ def localise(
     for key in keys:
         values, part = (theirs[key], reference[key], own[key]), dumped.columns.get(key)
         each, window = turn_budgets(replay, key, same.dtype), exact.config.window_of(Key(key).layer)
-        sites.append(judge(key, *values, judged, same.dtype, part, each, window))
+        site = judge(key, *values, judged, same.dtype, part, each, window)
+        sites.append(dataclasses.replace(site, widened=widened.get(site.stage, 1.0)))
         judged = _before_the_first_nan(key, judged, theirs[key])
-    return Localisation(tuple(sites), reference, same.dtype, theirs, dumped.columns)
+    return Localisation(tuple(sites), reference, same.dtype, theirs, dumped.columns, widened)
 
 
 class _WithAnotherPow(LanguageModel):

@@ -16,7 +16,7 @@ from apr_jax.engines.found import Summary
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.faults.record import Mistake, once
 from apr_jax.parity.faults.table import FAULTS
-from apr_jax.parity.localise import EPSILON
+from apr_jax.parity.localise import EPSILON, UNWIDENED
 from apr_jax.parity.replay import Replay
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
@@ -62,7 +62,13 @@ class Answer:
     shortlist: tuple[str, ...]
 
 
-def judge(exact: LanguageModel, same: LanguageModel, inputs: Inputs, theirs: Mapping[str, Summary]) -> Answer:
+def judge(
+    exact: LanguageModel,
+    same: LanguageModel,
+    inputs: Inputs,
+    theirs: Mapping[str, Summary],
+    widened: Mapping[str, float] = UNWIDENED,
+) -> Answer:
     """Compares the numbers of a dump with those of a right run, in order of execution.
 
     Args:
@@ -70,11 +76,13 @@ def judge(exact: LanguageModel, same: LanguageModel, inputs: Inputs, theirs: Map
       same: The model in the dtype that the other side computes in.
       inputs: The batch, without padding.
       theirs: Trace key -> numbers.
+      widened: Stage -> how many times more a number may be off; one where it is not named.
     """
     keys = [key for key in stages.trace_keys(exact.config.num_layers) if key in theirs]
     right, own = exact.trace(inputs), same.trace(inputs, keys)
     for place, key in enumerate(keys):
-        wrong = tuple(_differences(key, theirs[key], right[key], own[key], same.dtype))
+        factor = widened.get(key.stage, 1.0)
+        wrong = tuple(_differences(key, theirs[key], right[key], own[key], same.dtype, factor))
         if wrong:
             names = tuple(_shortlist(exact, inputs, right, key, theirs[key], own[key], same.dtype))
             return Answer(tuple(keys[: place + 1]), wrong, names)
@@ -93,7 +101,9 @@ def numbers(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _differences(key: Key, theirs: Summary, right: np.ndarray, own: np.ndarray, dtype: str) -> Iterator[Difference]:
+def _differences(
+    key: Key, theirs: Summary, right: np.ndarray, own: np.ndarray, dtype: str, widened: float = 1.0
+) -> Iterator[Difference]:
     right, own = (_summed(key, values, theirs) for values in (right, own))
     exactly, rounded = numbers(right), numbers(own)
     size, rms = right.size, float(np.sqrt(np.mean(np.square(right, dtype=np.float64))))
@@ -108,6 +118,7 @@ def _differences(key: Key, theirs: Summary, right: np.ndarray, own: np.ndarray, 
     for kind, number in theirs.numbers.items():
         allowed = _FACTOR * max(abs(rounded[kind] - exactly[kind]), least[kind])
         allowed += _PRINTED * max(1.0 if kind == "sum" else 0.0, abs(exactly[kind]), least[kind])
+        allowed *= widened
         if not abs(number - exactly[kind]) <= allowed:  # NaN is no right number
             yield Difference(key, kind, number, exactly[kind], allowed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import DumpError, RefusedError
 from apr_jax.trace import stages
+from apr_jax.trace.agreement import Agreement, agreement, log_softmax, parts
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import (
     compared_positions,
@@ -33,9 +34,7 @@ class Comparison:
       relative_l2: |left - right| / |right|.
       cosine: Cosine of the angle between the two.
       bar: What relative_l2 may be.
-      kl: For logits, the largest KL divergence KL(right || left) of a position, in nats.
-      top1: For logits, the share of positions with the same most likely token.
-      top5: For logits, the mean share of the five most likely tokens in common.
+      logits: For logits, how the distributions agree, position by position.
       note: What else stands out ("all zero", "not finite").
     """
 
@@ -45,9 +44,7 @@ class Comparison:
     relative_l2: float
     cosine: float
     bar: float
-    kl: float | None = None
-    top1: float | None = None
-    top5: float | None = None
+    logits: Agreement | None = None
     note: str = ""
 
     @property
@@ -57,7 +54,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values; a number that is not finite becomes a string."""
-        values = dataclasses.asdict(self) | {"within": self.within}
+        values = vars(self) | {"within": self.within, "logits": self.logits and self.logits.to_json()}
         return {
             key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
@@ -135,7 +132,6 @@ def _compare_one(key: str, left: np.ndarray, right: np.ndarray, bar: float) -> C
         for what, holds in (("not finite", not np.isfinite(values).all()), ("all zero", not values.any()))
         if holds
     ]
-    logits = _compare_logits(ours, theirs) if key == stages.LOGITS else {}
     return Comparison(
         key,
         left.size,
@@ -144,14 +140,8 @@ def _compare_one(key: str, left: np.ndarray, right: np.ndarray, bar: float) -> C
         cosine=cosine,
         bar=bar,
         note=", ".join(notes),
-        **logits,
+        logits=agreement(ours, theirs) if key == stages.LOGITS else None,
     )
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities over the last axis, float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def loss_nats(logits: np.ndarray, inputs: Inputs) -> float:
@@ -174,28 +164,6 @@ def loss_nats(logits: np.ndarray, inputs: Inputs) -> float:
         )
     predicting, targets = logits[:, :-1][pairs], inputs.input_ids[:, 1:][pairs]
     total = 0.0
-    for part in _parts(len(targets)):
+    for part in parts(len(targets)):
         total -= np.take_along_axis(log_softmax(predicting[part]), targets[part][:, None], axis=-1).sum()
     return float(total / len(targets))
-
-
-def _compare_logits(left: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """KL divergence and agreement of the most likely tokens, of logits [positions, V]."""
-    count = min(5, left.shape[-1])
-    kl, top1, top5 = [], [], []
-    for part in _parts(len(left)):
-        log_left, log_right = log_softmax(left[part]), log_softmax(right[part])
-        kl.append((np.exp(log_right) * (log_right - log_left)).sum(axis=-1))
-        ours, theirs = (np.argsort(-side, axis=-1, kind="stable")[:, :count] for side in (log_left, log_right))
-        top1.append(ours[:, 0] == theirs[:, 0])
-        top5.append((ours[:, :, None] == theirs[:, None, :]).any(axis=-1).mean(axis=-1))
-    return {
-        "kl": float(np.concatenate(kl).max()),
-        "top1": float(np.concatenate(top1).mean()),
-        "top5": float(np.concatenate(top5).mean()),
-    }
-
-
-def _parts(count: int, size: int = 64) -> Iterator[slice]:
-    """Slices of `size` positions: a vocabulary in float64 is more than a megabyte a position."""
-    return (slice(start, start + size) for start in range(0, count, size))

@@ -79,17 +79,14 @@ def _write_page(
     """Writes the page, unless the output is refused, and returns the statistics in it."""
     import sys
 
-    from apr_jax.converters.inspect import html_report
-    from apr_jax.converters.storage import output
+    from apr_jax.converters.inspect import html_report, page
 
     sources = checkpoint.paths
-    # Before minutes are spent on reading.
-    output.check_target(path, force=force, sources=sources)
+    page.check(path, force=force, sources=sources)
     found = _measure(listed)
-    page = html_report.render(_page(checkpoint, listed, found))
-    with output.atomic_file(path, len(page), force=force, sources=sources, notice=cli.say) as file:
-        file.write_at(page, 0)
-    print(f"wrote {printable(path)}: {counted(len(listed), 'tensor')}, {len(page)} bytes", file=sys.stderr)
+    content = html_report.render(_page(checkpoint, listed, found))
+    page.write(path, content, force=force, sources=sources, notice=cli.say)
+    print(f"wrote {printable(path)}: {counted(len(listed), 'tensor')}, {len(content)} bytes", file=sys.stderr)
     return found
 
 

@@ -1,19 +1,17 @@
 """One self-contained HTML page about a checkpoint: facts, checks, metadata, and every tensor with a small histogram.
 
-No script, no image, nothing from elsewhere (a content security policy in the page forbids it): the page can be mailed,
-archived and opened without a network. Whatever comes from the checkpoint is escaped.
+No script, no image, nothing from elsewhere. Whatever comes from the checkpoint is escaped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from apr_jax.converters.errors import printable
 from apr_jax.converters.inspect.checks import RELABEL_SHARE, RELABEL_STD, TINY_SHARE, TINY_STD, Check
+from apr_jax.converters.inspect.page import document, scrollable, text
 from apr_jax.converters.inspect.statistics import HIGHEST_OCTAVE, LOWEST_OCTAVE, OCTAVES, RELABEL_OCTAVES, Statistics
 
 _BAR, _HEIGHT = 4, 26
@@ -65,20 +63,10 @@ class Page:
 
 def render(page: Page) -> bytes:
     """Returns the page as UTF-8."""
-    title = _text(page.path.rstrip("/").rpartition("/")[2] or page.path)
+    title = page.path.rstrip("/").rpartition("/")[2] or page.path
     parts = (
-        "<!doctype html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">',
-        """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">""",
-        f"<title>{title}</title>",
-        f"<style>{_CSS}</style>",
-        "</head>",
-        "<body>",
-        f"<h1>{title}</h1>",
-        f'<p class="path">{_text(page.path)}</p>' if _text(page.path) != title else "",
+        f"<h1>{text(title)}</h1>",
+        f'<p class="path">{text(page.path)}</p>' if page.path != title else "",
         _tiles(page),
         _section("Checks", _checks(page.checks), f"{_tally(page.checks)}"),
         _section("Tensors", _tensors(page), _LEGEND),
@@ -87,15 +75,8 @@ def render(page: Page) -> bytes:
         _section("Side files", _pairs("file", "bytes", ((name, f"{n:,}") for name, n in page.side_files.items()))),
         "</div>",
         _section("Metadata", _pairs("key", "value", page.metadata.items())),
-        "</body>",
-        "</html>",
-        "",
     )
-    return "\n".join(parts).encode("utf-8", "backslashreplace")
-
-
-def _text(value: object) -> str:
-    return html.escape(printable(str(value)))
+    return document(title, "\n".join(parts), _CSS)
 
 
 def _section(heading: str, content: str, lead: str = "") -> str:
@@ -104,7 +85,7 @@ def _section(heading: str, content: str, lead: str = "") -> str:
 
 
 def _tiles(page: Page) -> str:
-    tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in page.summary.items())
+    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in page.summary.items())
     return f'<dl class="tiles">{tiles}</dl>'
 
 
@@ -125,21 +106,23 @@ def _checks(checks: Sequence[Check]) -> str:
 
 def _check_table(checks: Iterable[Check]) -> str:
     rows = "".join(
-        f'<tr><td><b class="{check.severity}">{check.severity}</b></td><td>{_text(check.name)}</td>'
-        f'<td class="words">{_text(check.sentence)}</td></tr>'
+        f'<tr><td><b class="{check.severity}">{check.severity}</b></td><td>{text(check.name)}</td>'
+        f'<td class="words">{text(check.sentence)}</td></tr>'
         for check in checks
     )
-    return f'<div class="scroll"><table class="checks">{rows}</table></div>' if rows else ""
+    columns = "".join(f'<th scope="col">{name}</th>' for name in ("outcome", "check", "what was seen"))
+    head = f"<thead><tr>{columns}</tr></thead>"
+    return scrollable(f'<table class="checks">{head}<tbody>{rows}</tbody></table>', "checks") if rows else ""
 
 
 def _pairs(left: str, right: str, pairs: Iterable[tuple[str, object]]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{_text(name)}</th><td class="words">{_text(value)}</td></tr>' for name, value in pairs
+        f'<tr><th scope="row">{text(name)}</th><td class="words">{text(value)}</td></tr>' for name, value in pairs
     )
     if not rows:
         return "<p>none</p>"
     head = f'<thead><tr><th scope="col">{left}</th><th scope="col">{right}</th></tr></thead>'
-    return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
+    return scrollable(f"<table>{head}<tbody>{rows}</tbody></table>", f"{left} and {right}")
 
 
 # --- tensors
@@ -173,12 +156,12 @@ def _tensors(page: Page) -> str:
     head = "".join(f'<th scope="col"{_class(kind)}>{name}</th>' for name, kind in _COLUMNS)
     rows = "".join(map(_row, sorted(page.tensors, key=lambda row: _natural(row.name))))
     rows += "".join(
-        f'<tr><th scope="row">{_text(name)}</th><td></td><td>{_shape(shape)}</td>'
+        f'<tr><th scope="row">{text(name)}</th><td></td><td>{_shape(shape)}</td>'
         f'<td colspan="{len(_COLUMNS) - 3}" class="bad">has no data: it stands for the embedding</td></tr>'
         for name, shape in page.placeholders.items()
     )
     table = f'<table class="tensors"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return f'<div class="scroll tall">{table}</div>'
+    return scrollable(table, "tensors", "scroll tall")
 
 
 def _class(kind: str) -> str:
@@ -191,10 +174,10 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _row(row: TensorRow) -> str:
-    first = f'<th scope="row">{_text(row.name)}</th><td>{_text(row.dtype)}</td><td>{_shape(row.shape)}</td>'
+    first = f'<th scope="row">{text(row.name)}</th><td>{text(row.dtype)}</td><td>{_shape(row.shape)}</td>'
     found = row.statistics
     if isinstance(found, str):
-        words = f'<td colspan="{len(_COLUMNS) - 4}" class="words">{_text(found)}</td>'
+        words = f'<td colspan="{len(_COLUMNS) - 4}" class="words">{text(found)}</td>'
         return f"<tr>{first}{words}<td class=n>{row.nbytes:,}</td></tr>"
     relabelled = len(row.shape) > 1 and found.relabel_share >= RELABEL_SHARE and found.std > RELABEL_STD
     tiny = len(row.shape) > 1 and found.tiny_share >= TINY_SHARE and not found.std >= TINY_STD
@@ -208,7 +191,7 @@ def _row(row: TensorRow) -> str:
         (f"{found.dead_rows:,}" if found.rows else "", found.rows > 0 and 4 * found.dead_rows >= found.rows),
         (f"{row.nbytes:,}", False),
     )
-    numbers = "".join(f"<td{_class('n bad' if bad else 'n')}>{text}</td>" for text, bad in cells)
+    numbers = "".join(f"<td{_class('n bad' if bad else 'n')}>{cell}</td>" for cell, bad in cells)
     return f"<tr>{first}<td>{_histogram(found, relabelled or tiny)}</td>{numbers}</tr>"
 
 
@@ -228,8 +211,9 @@ def _histogram(found: Statistics, suspicious: bool) -> str:
     band = (RELABEL_OCTAVES.start - LOWEST_OCTAVE) * _BAR
     one = -LOWEST_OCTAVE * _BAR
     bars = "".join(_bars(found.histogram))
+    kind = "sus" if suspicious else "fine"
     return (
-        f'<svg class="{"sus" if suspicious else "fine"}" viewBox="0 0 {len(OCTAVES) * _BAR} {_HEIGHT}">'
+        f'<svg class="{kind}" aria-hidden="true" viewBox="0 0 {len(OCTAVES) * _BAR} {_HEIGHT}">'
         f'<rect x="{band}" width="{len(RELABEL_OCTAVES) * _BAR}" height="{_HEIGHT}"/>'
         f'<path class="one" d="M{one} 0v{_HEIGHT}"/>'
         f'<path d="{bars}"/></svg>'
@@ -246,51 +230,11 @@ def _bars(counts: Sequence[int]) -> Iterator[str]:
 
 
 _CSS = """
-:root{color-scheme:light dark;--bg:#fbfbf9;--fg:#1d2329;--dim:#606a74;--line:#dcdfe2;--card:#fff;--bar:#2c6fbb;
---band:#f2c14e55;--bad:#b3261e;--badbg:#fbe9e7;--note:#8a5a00;--notebg:#fdf3dc;--ok:#1e6b3a;--okbg:#e5f4ea;
---offbg:#eceef0;--hover:#f1f4f8}
-@media (prefers-color-scheme:dark){:root{--bg:#14181c;--fg:#e3e7ea;--dim:#97a1ab;--line:#2e353c;--card:#1b2026;
---bar:#74ace8;--band:#e0a83040;--bad:#ff8a80;--badbg:#4a1f1c;--note:#f3c969;--notebg:#40330f;--ok:#7fd3a0;--okbg:#16351f;
---offbg:#2a3037;--hover:#222931}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1560px;padding:24px 28px 48px;background:var(--bg);color:var(--fg);
-font:14px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-h1{margin:0;font-size:24px;overflow-wrap:anywhere}
-h2{margin:0 0 6px;font-size:16px}
-p{margin:0}
-.path{color:var(--dim);overflow-wrap:anywhere}
-.lead{margin:0 0 10px;color:var(--dim);max-width:110ch}
-section{margin-top:28px;min-width:0}
-.tiles{display:flex;flex-wrap:wrap;gap:10px;margin:18px 0 0}
-.tiles div{padding:10px 16px;background:var(--card);border:1px solid var(--line);border-radius:8px}
-.tiles dt{color:var(--dim);font-size:12px}
-.tiles dd{margin:0;font-size:18px;font-weight:600;font-variant-numeric:tabular-nums}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(380px,1fr));gap:0 28px;align-items:start}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px}
-.tall{overflow:auto;max-height:82vh}
-table{border-collapse:collapse;width:100%}
-th,td{padding:4px 10px;text-align:left;white-space:nowrap;border-top:1px solid var(--line);font-weight:400;
-vertical-align:middle}
-tr:first-child>*{border-top:0}
-thead th{background:var(--card);color:var(--dim);font-size:12px;font-weight:600}
-tbody tr:hover>*{background:var(--hover)}
-.n{text-align:right;font-variant-numeric:tabular-nums}
-.words{white-space:normal;overflow-wrap:anywhere}
 .checks .words{min-width:36ch;width:100%}
-sup{line-height:0;font-size:.75em}
-details{margin-top:10px}
-summary{cursor:pointer;color:var(--dim);margin-bottom:6px}
 .tensors thead th{position:sticky;top:0;z-index:2;border-bottom:1px solid var(--line)}
 .tensors tbody th{position:sticky;left:0;z-index:1;background:var(--card)}
 .tensors thead th:first-child{left:0;z-index:3}
 .tensors th,.tensors td{padding:2px 9px}
-b{display:inline-block;min-width:64px;padding:1px 8px;border-radius:9px;font-size:12px;font-weight:600;
-text-align:center}
-.failure{color:var(--bad);background:var(--badbg)}
-.note{color:var(--note);background:var(--notebg)}
-.ok{color:var(--ok);background:var(--okbg)}
-.skipped{color:var(--dim);background:var(--offbg)}
-.bad{color:var(--bad);font-weight:600}
 svg{display:block;width:144px;height:26px;fill:var(--bar)}
 svg.sus{fill:var(--bad)}
 svg rect{fill:var(--band)}

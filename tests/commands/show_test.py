@@ -267,10 +267,11 @@ class Page(html.parser.HTMLParser):
 
     ALLOWED = frozenset(
         """html head meta title style body h1 h2 p dl div dt dd section table thead tbody tr th td b svg rect path
-        details summary sup span""".split()
+        details summary sup span main""".split()
     )
     ATTRIBUTES = frozenset(
-        """lang charset name content http-equiv class scope colspan viewbox x y width height d""".split()
+        """lang charset name content http-equiv class scope colspan viewbox x y width height d role aria-label
+        aria-hidden tabindex""".split()
     )
 
     def __init__(self, text):

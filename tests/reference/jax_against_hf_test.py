@@ -55,7 +55,7 @@ class AgainstHuggingFaceTest(parameterized.TestCase):
             for result in results:
                 self.assertTrue(result.within, result)
             (logits,) = (result for result in results if result.key == stages.LOGITS)
-            self.assertEqual(logits.top1, 1.0)
+            self.assertEqual(logits.logits.top1, 1.0)
             tokens = inputs.attention_mask == 1
             reference = np.asarray(exact.logits(inputs))[tokens]
             error, theirs_error = (relative_l2(side[stages.LOGITS][tokens], reference) for side in (ours, theirs))

@@ -19,7 +19,7 @@ if not hf_reference.available():
 
 class TorchExampleTest(parameterized.TestCase):
     @parameterized.parameters(
-        (None, "rounding: every stage is as right as float32 can be (35 stages"),
+        (None, "rounding: every stage is within the budget of float32 (35 stages"),
         ("rope", "adjacent-pair RoPE"),
         ("eps", "rms_norm eps is 0.001"),
         ("heads", "reads KV head h mod n_kv"),

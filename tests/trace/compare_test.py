@@ -85,14 +85,16 @@ class CompareTest(parameterized.TestCase):
         left = np.log(np.array([[[0.2, 0.7, 0.05, 0.03, 0.005, 0.015]]]))
         result = one(left, right, key="logits", inputs=Inputs.of([[1]]))
         p, q = np.exp(right), np.exp(left)
-        self.assertAlmostEqual(result.kl, float((p * np.log(p / q)).sum()), places=12)
-        self.assertEqual((result.top1, result.top5), (0.0, 0.8))
+        self.assertAlmostEqual(result.logits.kl_max, float((p * np.log(p / q)).sum()), places=12)
+        self.assertEqual((result.logits.top1, result.logits.top5), (0.0, 0.8))
 
     def test_the_worst_positions_kl_counts(self):
         right = np.zeros((1, 2, 3))
         left = np.stack([np.zeros(3), np.log([0.8, 0.1, 0.1])])[None]
         result = one(left, right, key="logits", inputs=Inputs.of([[1, 2]]))
-        self.assertAlmostEqual(result.kl, float(np.log(np.array([1 / 3] * 3) / [0.8, 0.1, 0.1]).mean()), places=12)
+        self.assertAlmostEqual(
+            result.logits.kl_max, float(np.log(np.array([1 / 3] * 3) / [0.8, 0.1, 0.1]).mean()), places=12
+        )
 
     def test_a_tensor_that_only_the_reference_has_is_an_error(self):
         with self.assertRaises(RefusedError) as caught:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.parity import narrow, round_numbers
-from apr_jax.parity.faults.record import IGNORED, UNION, Fault, Grid, Mistakes
+from apr_jax.parity.faults.record import IGNORED, UNION, Fault, Grid, Instead, Mistakes
 from apr_jax.parity.localise import EPSILON
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import At
@@ -60,6 +60,7 @@ WITHOUT_WINDOW = Fault(
     _MASKED,
     {"window": lambda right, at: None},
     variants=lambda question, node: [{}] if question.replay.config.window_of(node.layer) is not None else [],
+    formula="{right}, but for all j ≤ i",
 )
 OFF_BY_ONE = Fault(
     "mask-off-by-one",
@@ -68,6 +69,7 @@ OFF_BY_ONE = Fault(
     {"last_key": lambda right, at, last, empty=None: last, "empty_row": _empty_row},
     variants=_last_keys,
     merge={"empty": IGNORED},
+    formula="{right}, but for j ≤ i {last:+d}",
 )
 _MASKS = (
     Fault(
@@ -75,6 +77,7 @@ _MASKS = (
         "the attention mask is not causal: all keys are seen",
         _MASKED,
         {"last_key": lambda right, at: at.replay.inputs.input_ids.shape[1]},
+        formula="{right}, for all j",
     ),
     OFF_BY_ONE,
     Fault(
@@ -83,6 +86,7 @@ _MASKS = (
         _MASKED,
         {"real_keys": lambda real, at: np.ones_like(real)},
         variants=lambda question, node: [{}] if (question.replay.inputs.attention_mask == 0).any() else [],
+        formula="{right}, padded j too",
     ),
     Fault(
         "mask-window",
@@ -90,6 +94,7 @@ _MASKS = (
         _MASKED,
         {"window": lambda right, at, window: window},
         variants=_windows,
+        formula="{right}, but for i − {window} < j ≤ i",
     ),
     WITHOUT_WINDOW,
 )
@@ -122,6 +127,7 @@ SCALE = Fault(
     {"scale": lambda right, at, scale: scale},
     solve=_scales,
     grid=Grid("scale", tuple(2.0 ** (power / 2) for power in range(-12, 5)), round_numbers.scales),
+    formula="s[h, i, j] = {scale:.6g} · q[h, i] · k[h // {group}, j]",
 )
 
 # --- Less precise than float32, or bounded ---------------------------------------------------------------------------
@@ -161,6 +167,7 @@ SOFT_CAP = Fault(
     solve=_caps,
     grid=Grid("cap", _CAPS, round_numbers.near),
     alone=True,
+    formula="s′ = {cap:.6g} · tanh(s / {cap:.6g})",
 )
 SCORES_PRECISION = Fault(
     "scores-precision",
@@ -175,6 +182,7 @@ SCORES_PRECISION = Fault(
     ways=lambda dtype: ({"steps": "product"},),
     alone=True,
     chaotic=True,
+    formula="{right}, rounded to {dtype}",
 )
 _CACHED = {"k": ("attn_scores",), "v": ("attention",)}
 
@@ -194,6 +202,7 @@ CACHE_PRECISION = Fault(
     merge={"part": UNION},
     alone=True,
     chaotic=True,
+    formula=Instead("{part} rounded to {dtype} in the cache", "{part} in the cache as it was computed"),
 )
 
 # --- The cache -------------------------------------------------------------------------------------------------------
@@ -238,12 +247,17 @@ FAULTS = (
         "query head h reads KV head h mod n_kv; it needs h // group",
         ("attn_scores", "attention"),
         {"kv_heads": lambda heads, at: np.arange(len(heads)) % at.replay.config.num_kv_heads},
+        formula={
+            "attn_scores": "s[h, i, j] = q[h, i] · k[h mod {num_kv_heads}, j] / √d",
+            "attention": "y[h, i] = Σ_j p[h, i, j] v[h mod {num_kv_heads}, j]",
+        },
     ),
     Fault(
         "v-heads-swapped",
         "the heads of v are in reverse order",
         ("attention",),
         {"v_heads": lambda v, at: v[:, :, ::-1]},
+        formula="y[h, i] = Σ_j p[h, i, j] v[{num_kv_heads} − 1 − h // {group}, j]",
     ),
     *_MASKS,
     Fault(
@@ -251,6 +265,7 @@ FAULTS = (
         "the softmax sums over the first 32 keys of every 64 only",
         ("attn_softmax",),
         {"summed": _warp},
+        formula="p[i, j] = exp(s[i, j]) / Σ_m exp(s[i, m]), m mod 64 < 32 only",
     ),
     Fault(
         "cache-position",
@@ -258,5 +273,6 @@ FAULTS = (
         ("attn_scores", "attention"),
         {"tokens_read": _tokens_read},
         variants=_caches,
+        formula="{right}, where j is {side} at j {shift:+d} in decoding steps",
     ),
 )

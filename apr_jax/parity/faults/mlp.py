@@ -20,24 +20,33 @@ def _gelu_tanh(x: Value) -> Value:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _activation(name: str, wording: str, function: Callable[[Value], Value]) -> Fault:
-    return Fault(name, wording, ("ffn_silu",), {"activation": lambda right, at: function})
+def _activation(name: str, wording: str, function: Callable[[Value], Value], formula: str) -> Fault:
+    return Fault(name, wording, ("ffn_silu",), {"activation": lambda right, at: function}, formula=formula)
 
 
 def _residual(name: str, stage: str, what: str) -> Fault:
     stream = {"stream": lambda x, at: np.zeros_like(x) if at.what == stage else x}
-    return Fault(name, f"the residual around {what} is missing", (stage,), stream)
+    update = "attn_out" if stage == "post_attn_residual" else "ffn_out"
+    return Fault(name, f"the residual around {what} is missing", (stage,), stream, formula=f"y = {update}")
 
 
 FAULTS = (
-    _activation("activation-gelu", "the activation is GELU (erf), not SiLU", _gelu),
-    _activation("activation-gelu-tanh", "the activation is GELU (tanh), not SiLU", _gelu_tanh),
-    _activation("activation-relu", "the activation is ReLU, not SiLU", lambda x: np.maximum(x, 0.0)),
+    _activation("activation-gelu", "the activation is GELU (erf), not SiLU", _gelu, "y = gate · Φ(gate)"),
+    _activation(
+        "activation-gelu-tanh",
+        "the activation is GELU (tanh), not SiLU",
+        _gelu_tanh,
+        "y = gate · (1 + tanh(√(2/π) (gate + 0.044715 gate³))) / 2",
+    ),
+    _activation(
+        "activation-relu", "the activation is ReLU, not SiLU", lambda x: np.maximum(x, 0.0), "y = max(gate, 0)"
+    ),
     Fault(
         "activation-on-up",
         "the activation is applied to up, not to gate",
         ("ffn_silu", "ffn_swigl"),
         {"gating": lambda pair, at: pair[::-1]},
+        formula={"ffn_silu": "y = SiLU(up)", "ffn_swigl": "y = SiLU(up) · gate"},
     ),
     _residual("attention-residual-missing", "post_attn_residual", "attention"),
     _residual("mlp-residual-missing", "post_ffn_residual", "the MLP"),

@@ -77,6 +77,7 @@ EPS = Fault(
     variants=_norms,
     grid=Grid("eps", tuple(10.0**power for power in range(-12, -1)), round_numbers.epsilons),
     merge={"norms": UNION},
+    formula="y = w · x / √(mean(x²) + ε), ε = {eps:.6g}",
 )
 FAULTS = (
     Fault(
@@ -84,18 +85,21 @@ FAULTS = (
         "the norm's weight is missing",
         _STAGES,
         {"norm_weight": lambda weight, at: np.ones_like(weight)},
+        formula="y = x / √(mean(x²) + ε)",
     ),
     Fault(
         "norm-weight-plus-one",
         "the norm multiplies by 1 + weight",
         _STAGES,
         {"norm_weight": lambda weight, at: 1 + weight},
+        formula="y = (1 + w) · x / √(mean(x²) + ε)",
     ),
     Fault(
         "norm-mean-subtracted",
         "the norm subtracts the mean (LayerNorm)",
         _STAGES,
         {"norm_input": lambda x, at: x - x.mean(axis=-1, keepdims=True)},
+        formula="y = w · (x − mean(x)) / √(mean((x − mean(x))²) + ε)",
     ),
     EPS,
     Fault(
@@ -103,5 +107,6 @@ FAULTS = (
         "the final norm is missing",
         ("final_norm",),
         {"normed": lambda y, at: norm_input(at.replay, at.layer, at.what) if at.what == "final_norm" else y},
+        formula="y = x",
     ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.parity.faults.record import Fault, Mistakes
+from apr_jax.parity.faults.record import Fault, Instead, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import At, Value, head_product
 from apr_jax.trace.stages import Key
@@ -40,10 +40,23 @@ SHIFTED = Fault(
     {"logits": _rolled},
     solve=_shifts,
     slight=False,
+    formula="y′[n] = y[n − ({shift})], over the flat buffer",
 )
-ORDER = Fault("layer-order", "layers are executed in the order {order}")
-SKIPPED = Fault("layer-skipped", "layer {layer} is skipped")
-REPEATED = Fault("layer-repeated", "layer {layer} is executed twice")
+ORDER = Fault(
+    "layer-order",
+    "layers are executed in the order {order}",
+    formula=Instead("x → layers {order}", "x → layers 0, 1, 2, …"),
+)
+SKIPPED = Fault(
+    "layer-skipped",
+    "layer {layer} is skipped",
+    formula=Instead("x → … → layer {layer} left out → …", "x → layers 0, 1, 2, …"),
+)
+REPEATED = Fault(
+    "layer-repeated",
+    "layer {layer} is executed twice",
+    formula=Instead("x → … → layer {layer} → layer {layer} → …", "x → layers 0, 1, 2, …"),
+)
 LAYOUT = Fault("layout", "not a mistake, undone: the dump is {kind} there", mistake=False)
 
 FAULTS = (
@@ -52,6 +65,7 @@ FAULTS = (
         "the embedding reads row id + 1",
         ("embedding",),
         {"row": lambda ids, at: ids + 1},
+        formula="y[t] = E[id[t] + 1]",
     ),
     Fault(
         "head-missing",
@@ -59,6 +73,7 @@ FAULTS = (
         ("logits",),
         {"logits": lambda value, at: np.zeros_like(value)},
         variants=_silent,
+        formula="y = 0",
     ),
     SHIFTED,
     ORDER,

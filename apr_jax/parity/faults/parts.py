@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.parity import round_numbers
-from apr_jax.parity.faults.record import Fault, Mistakes, Region
+from apr_jax.parity.faults.record import Fault, Instead, Mistakes, Region
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import FORMULAS, At, Value
 
@@ -111,11 +111,22 @@ SCALED = Fault(
     _EVERY,
     {"result": lambda value, at, factor: factor * value},
     variants=_none,
+    formula=Instead("{factor:.6g} · y", "y"),
 )
 ZEROED = Fault(
-    "part-zeroed", "{where} {be} zero", _EVERY, {"result": lambda value, at: np.zeros_like(value)}, variants=_none
+    "part-zeroed",
+    "{where} {be} zero",
+    _EVERY,
+    {"result": lambda value, at: np.zeros_like(value)},
+    variants=_none,
+    formula=Instead("0", "y"),
 )
 EXCHANGED = Fault(
-    "part-exchanged", "{where} {be} exchanged: there stand {those}", _EVERY, {"result": _taken}, variants=_none
+    "part-exchanged",
+    "{where} {be} exchanged: there stand {those}",
+    _EVERY,
+    {"result": _taken},
+    variants=_none,
+    formula=Instead("y of {those}", "y"),
 )
 FAULTS = (SCALED, ZEROED, EXCHANGED)

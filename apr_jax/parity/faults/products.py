@@ -114,6 +114,7 @@ TF32 = Fault(
     slight=True,
     # Ties go to even (cuBLAS, XLA) or away from zero (PTX's cvt.rna.tf32).
     ways=lambda mode: ({"ties": "away"},) if mode == "round" else (),
+    formula="y = TF32(x) · TF32(W)ᵀ, {mode}",
 )
 FAULTS = (
     TF32,
@@ -126,6 +127,7 @@ FAULTS = (
         merge={"codec": COMMON},
         slight=True,
         beside_blocks=True,
+        formula="y = Q(x) Wᵀ, Q rounds to {codec}",
     ),
     Fault(
         "bf16-accumulation",
@@ -135,5 +137,6 @@ FAULTS = (
         variants=_chunks,
         merge={"chunk": LEAST},
         slight=True,
+        formula="y = bf16(… bf16(bf16(Σ_1) + Σ_2) + …), each Σ over {chunk} terms",
     ),
 )

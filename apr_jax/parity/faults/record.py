@@ -110,15 +110,28 @@ def ranges(numbers: Iterable[int]) -> str:
     )
 
 
-def _fields(text: str) -> set[str]:
+def fields(text: str) -> set[str]:
+    """The names in braces."""
     return {name for _, name, _, _ in string.Formatter().parse(text) if name}
 
 
-def _shown(value: Any) -> Any:
-    """Names in a row, or how many there are."""
+def shown(value: Any) -> Any:
+    """Names in a row, or how many there are; anything else as it is."""
     if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
         return value
     return ", ".join(value) if len(value) <= _SHOWN else f"{len(value)} of them ({value[0]}, ...)"
+
+
+class Instead(NamedTuple):
+    """What is computed in another way, where that is not a stage's own formula.
+
+    Attributes:
+      theirs: The mistaken way.
+      right: The right way.
+    """
+
+    theirs: str
+    right: str
 
 
 class Grid(NamedTuple):
@@ -165,6 +178,8 @@ class Fault:
         right.
       chaotic: Whether it moves values by whole steps, so that a last bit here or there is a step elsewhere: it is told
         by most values, not by all.
+      formula: The mistaken formula for people to read, of the stage; forms as of the wording, or stage -> formula.
+        "{right}" is the stage's own (`formulas.RIGHT`), other braces are parameters and the configuration's numbers.
     """
 
     name: str
@@ -186,6 +201,7 @@ class Fault:
     mistake: bool = True
     alone: bool = False
     chaotic: bool = False
+    formula: str | tuple[str, ...] | Mapping[str, str] | Instead = ""
 
     def __repr__(self) -> str:
         return f"Fault({self.name!r})"
@@ -196,11 +212,11 @@ class Fault:
 
     def said(self, parameters: Mapping[str, Any]) -> str:
         """Returns what is wrong, in words."""
-        shown = {name: _shown(value) for name, value in parameters.items()}
-        where = shown.get("where")
-        shown["be"] = "are" if where and where.split()[0].endswith("s") else "is"
-        text = next(text for text in self.wordings if _fields(text) <= shown.keys())
-        return text.format(**shown) + (f", in {where} only" if where and "where" not in _fields(text) else "")
+        words = {name: shown(value) for name, value in parameters.items()}
+        where = words.get("where")
+        words["be"] = "are" if where and where.split()[0].endswith("s") else "is"
+        text = next(text for text in self.wordings if fields(text) <= words.keys())
+        return text.format(**words) + (f", in {where} only" if where and "where" not in fields(text) else "")
 
     @property
     def wordings(self) -> tuple[str, ...]:

@@ -112,6 +112,7 @@ ADJACENT_PAIRS = Fault(
     _STAGES,
     _set(adjacent=True),
     solve=rotations,
+    formula="(y[2i], y[2i + 1]) = R(t · θ^(−2i/d)) (x[2i], x[2i + 1])",
 )
 HALF_DIMS = Fault(
     "rope-half-dims",
@@ -120,8 +121,16 @@ HALF_DIMS = Fault(
     _set(half=True),
     solve=rotations,
     variants=_halved,
+    formula="(y[i], y[i + d/4]) = R(t · θ^(−4i/d)) (x[i], x[i + d/4]) for i < d/4; y[d/2:] = x[d/2:]",
 )
-SIGN = Fault("rope-sign", "the RoPE angles are negated", _STAGES, _set(negated=True), solve=rotations)
+SIGN = Fault(
+    "rope-sign",
+    "the RoPE angles are negated",
+    _STAGES,
+    _set(negated=True),
+    solve=rotations,
+    formula="(y[i], y[i + d/2]) = R(−t · θ^(−2i/d)) (x[i], x[i + d/2])",
+)
 THETA = Fault(
     "rope-theta",
     "the RoPE base is {theta:.6g}",
@@ -129,6 +138,7 @@ THETA = Fault(
     {"rotation": lambda turn, at, theta: dataclasses.replace(turn, theta=theta)},
     solve=rotations,
     grid=Grid("theta", rope_fit.BASES, round_numbers.near),
+    formula="(y[i], y[i + d/2]) = R(t · θ^(−2i/d)) (x[i], x[i + d/2]), θ = {theta:.6g}",
 )
 POSITION = Fault(
     "rope-position",
@@ -137,6 +147,10 @@ POSITION = Fault(
     {"rotation": _moved},
     solve=rotations,
     variants=_restarts,
+    formula=(
+        "(y[i], y[i + d/2]) = R((t {shift:+d}) · θ^(−2i/d)) (x[i], x[i + d/2])",
+        "(y[i], y[i + d/2]) = R((t mod {restart}) · θ^(−2i/d)) (x[i], x[i + d/2])",
+    ),
 )
 NOT_ON_Q = Fault(
     "rope-not-on-q",
@@ -144,6 +158,7 @@ NOT_ON_Q = Fault(
     ("q_post_rope",),
     {"rotation": lambda turn, at: dataclasses.replace(turn, none=turn.none or at.what == "q_proj")},
     solve=rotations,
+    formula="y = x",
 )
 NOT_ON_K = Fault(
     "rope-not-on-k",
@@ -151,6 +166,7 @@ NOT_ON_K = Fault(
     ("k_post_rope",),
     {"rotation": lambda turn, at: dataclasses.replace(turn, none=turn.none or at.what == "k_proj")},
     solve=rotations,
+    formula="y = x",
 )
 SCALING = Fault(
     "rope-scaling",
@@ -164,6 +180,7 @@ SCALING = Fault(
     variants=_rules,
     merge={"original": IGNORED},
     alone=True,
+    formula="{right}, angles by {rule} with factor {factor:.6g}",
 )
 NOT_SCALED = Fault(
     "rope-unscaled",
@@ -173,6 +190,7 @@ NOT_SCALED = Fault(
     solve=rotations,
     variants=lambda question, node: [{}] if question.replay.config.rope_scaling is not None else [],
     alone=True,
+    formula="(y[i], y[i + d/2]) = R(t · θ^(−2i/d)) (x[i], x[i + d/2]), as if there were no rule",
 )
 PRECISION = Fault(
     "rope-precision",
@@ -183,6 +201,7 @@ PRECISION = Fault(
     variants=_precisions,
     alone=True,
     ways=lambda what, dtype: tuple({"besides": besides} for besides in _WITH[what][1:]),
+    formula="{right}, {what} rounded to {dtype}",
 )
 BIAS_AFTER_ROPE = Fault(
     "bias-after-rope",
@@ -194,6 +213,7 @@ BIAS_AFTER_ROPE = Fault(
     },
     variants=lambda question, node: [{}] if node.stage in _STAGES else [],
     hides=("q-bias-missing", "k-bias-missing"),
+    formula="y = R(x Wᵀ) + b",
 )
 FAULTS = (
     ADJACENT_PAIRS,

@@ -10,7 +10,7 @@ import numpy as np
 
 from apr_jax.converters.formats import codecs
 from apr_jax.parity import narrow
-from apr_jax.parity.faults.record import IGNORED, UNION, Fault
+from apr_jax.parity.faults.record import IGNORED, UNION, Fault, Instead
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import EMBEDDING, NORMS, PRODUCTS, QKV, At, Replay, Value, head_input, head_name
 from apr_jax.trace import stages
@@ -193,7 +193,8 @@ def _transposed(name: str, stage: str, wording: str, first: str | None, second: 
         buffers = [{} if first is None else {"buffer": first}, {"buffer": second}]
         return buffers if rows != columns else buffers[:1]
 
-    return Fault(name, wording, (stage,), {"matrix": matrix}, variants=variants, slight=False)
+    formula = "y = x W, W square; else y = x W′ᵀ, W′ the other axis first"
+    return Fault(name, wording, (stage,), {"matrix": matrix}, variants=variants, slight=False, formula=formula)
 
 
 # --- The right values in another order -------------------------------------------------------------------------------
@@ -228,6 +229,7 @@ ROWS_PERMUTED = Fault(
     variants=lambda question, node: _row_orders(question, node) if node.stage in ("qkv_matmul", "qkv_bias") else (),
     merge={"tensor": UNION},
     alone=True,
+    formula=Instead("W = W₀ with each head's rows in {order}", "W = W₀, the file's {tensor}"),
 )
 
 _BLOCKS = (32, 64, 16, 128, 256)
@@ -282,12 +284,26 @@ def _twice(parts: str) -> tuple[Callable[..., Value], Callable[[Question, Key], 
 
 def _missing(name: str, wording: str, parts: str, consists_of: tuple[str, ...] = ()) -> Fault:
     bias, variants = _without(parts)
-    return Fault(name, wording, ("qkv_bias",), {"bias": bias}, variants=variants, consists_of=consists_of)
+    formula = f"{{right}}, but b{parts} = 0" if len(parts) == 1 else "[q, k, v] = x [Wq, Wk, Wv]ᵀ"
+    return Fault(
+        name, wording, ("qkv_bias",), {"bias": bias}, variants=variants, consists_of=consists_of, formula=formula
+    )
 
 
 def _doubled(name: str, wording: str, parts: str, consists_of: tuple[str, ...] = ()) -> Fault:
     bias, variants = _twice(parts)
-    return Fault(name, wording, ("qkv_bias",), {"bias": bias}, variants=variants, consists_of=consists_of, alone=True)
+    twice = f"2 b{parts}" if len(parts) == 1 else "2 [bq, bk, bv]"
+    formula = f"{{right}}, but with {twice}"
+    return Fault(
+        name,
+        wording,
+        ("qkv_bias",),
+        {"bias": bias},
+        variants=variants,
+        consists_of=consists_of,
+        alone=True,
+        formula=formula,
+    )
 
 
 _TWICE = tuple(_doubled(f"{part}-bias-twice", f"the {part} bias is added twice", part) for part in "qkv")
@@ -306,6 +322,7 @@ FAULTS = (
         ("ffn_gate", "ffn_up"),
         {"tensor": _swapped},
         slight=False,
+        formula={"ffn_gate": "y = x W_upᵀ", "ffn_up": "y = x W_gateᵀ"},
     ),
     _transposed("head-transposed", "logits", "the head is used transposed", "file", "transposed"),
     Fault(
@@ -319,6 +336,7 @@ FAULTS = (
         in_weights=True,
         together="codec",
         chaotic=True,
+        formula=Instead("W = {codec}(W₀)", "W = W₀, the file's {tensor}"),
     ),
     ROWS_PERMUTED,
     Fault(
@@ -330,6 +348,7 @@ FAULTS = (
         slight=False,
         in_weights=True,
         alone=True,
+        formula=Instead("W = W₀, in each block of {block} columns {order}", "W = W₀, the file's {tensor}"),
     ),
     Fault(
         "embedding-transposed",
@@ -338,6 +357,7 @@ FAULTS = (
         {"table": lambda table, at, buffer: _other_stride(table, buffer)},
         variants=lambda question, node: [{"buffer": "file"}, {"buffer": "transposed"}],
         merge={"buffer": IGNORED},
+        formula=Instead("E read as [hidden, vocabulary]", "E read as [vocabulary, hidden]"),
     ),
     Fault(
         "weights-relabelled",
@@ -347,6 +367,7 @@ FAULTS = (
         variants=_labels,
         slight=False,
         in_weights=True,
+        formula=Instead("W = the bytes of W₀, {direction}", "W = W₀, the file's {tensor}"),
     ),
     Fault(
         "weights-from-another-layer",
@@ -356,5 +377,6 @@ FAULTS = (
         variants=_layers,
         slight=False,
         in_weights=True,
+        formula=Instead("W = W of layer {layer}", "W = W₀, the file's {tensor}"),
     ),
 )
