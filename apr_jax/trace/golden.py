@@ -126,11 +126,22 @@ def write(path: str | os.PathLike[str], golden: Golden, force: bool = False, sou
     arrays = {name: getattr(golden.inputs, name) for name in _INPUTS} | dict(golden.values)
     if next_token_pairs(golden.inputs).any():
         arrays[_LOSS] = np.array([loss_nats(golden.values[stages.LOGITS], golden.inputs)], np.float64)
+    write_arrays(path, arrays, golden.metadata, force, sources)
+
+
+def write_arrays(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    force: bool = False,
+    sources: Iterable[str] = (),
+) -> None:
+    """Writes float32, float64 and int32 arrays as a safetensors file, atomically; arguments and errors as `write`."""
     names = sorted(arrays)
     types = {name: _type_of(arrays[name]) for name in names}
     order = safetensors_format.data_order((name, types[name]) for name in names)
     header = safetensors_format.serialise_header(
-        ((name, types[name], arrays[name].shape) for name in order), dict(golden.metadata)
+        ((name, types[name], arrays[name].shape) for name in order), dict(metadata)
     )
     size = len(header) + sum(arrays[name].nbytes for name in order)
     with atomic_file(os.fspath(path), size, force=force, sources=sources) as output:
