@@ -23,8 +23,6 @@ from apr_jax.converters.storage.source import read_whole
 from apr_jax.generate.tokenizer import Tokenizer
 from apr_jax.trace import golden
 
-IGNORED = -100
-"""The label of a token that does not count (`ignore_index` of `torch.nn.CrossEntropyLoss`)."""
 _MAX_TEXT, _MAX_LINE = 1 << 30, 64 << 20
 _KINDS = ('"text"', '"messages"', '"input_ids"')
 
@@ -136,15 +134,15 @@ def _of_ids(content: dict[str, Any], path: str, where: str) -> Document:
             expected=f"{len(ids)}",
         )
     for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if label not in (token, IGNORED):
+        if label not in (token, golden.IGNORED):
             raise BrokenContainerError(
                 "a label is neither its token nor ignored; a model shifts them itself",
                 code="loss-labels",
                 file=where,
                 found=f"label {label} at token {at}, which is {token}",
-                expected=f"{token}, or {IGNORED} where the token does not count",
+                expected=f"{token}, or {golden.IGNORED} where the token does not count",
             )
-    return Document(path, _int32(ids, where), _but_the_first(np.asarray(labels, np.int64) != IGNORED))
+    return Document(path, _int32(ids, where), _but_the_first(np.asarray(labels, np.int64) != golden.IGNORED))
 
 
 def _everything(source: str, ids: Sequence[int] | np.ndarray, size: int | None) -> Document:
