@@ -53,7 +53,7 @@ _APR_JAX = _floors(
     ("load", "cuda", "parity", "capture"),
     "kernels",
     ("generate", "testing"),
-    "bench",
+    ("bench", "loss"),
     "commands",
 )
 # What looks for mistakes and what writes text never meet.

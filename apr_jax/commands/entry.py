@@ -14,6 +14,7 @@ COMMANDS = {
     "golden": ("apr_jax.commands.golden", "write reference logits and stages, or check a model against them"),
     "parity": ("apr_jax.commands.parity", "find and name mistakes in another forward pass of the same checkpoint"),
     "generate": ("apr_jax.commands.generate", "write text with a model"),
+    "loss": ("apr_jax.commands.loss", "compute the loss on text, or say what is wrong with another engine's"),
     "checkpoint": ("apr_jax.commands.checkpoint", "prepare a model for a fast start, or check one that was prepared"),
     "bench": ("apr_jax.commands.bench", "measure speed beside peers and beside the machine's limits"),
     "make-sample": ("apr_jax.commands.make_sample", "write a seeded Qwen2 checkpoint"),

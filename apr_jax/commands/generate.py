@@ -9,11 +9,11 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
-from apr_jax.converters.errors import AprJaxError, UsageError, printable
+from apr_jax.converters.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from apr_jax.generate.generator import Delta, Generation, Generator, Stream
@@ -180,6 +180,7 @@ def _chat_settings(args: argparse.Namespace) -> dict[str, Any]:
 def _prompts(
     args: argparse.Namespace, items: Sequence[Any], chat: dict[str, Any], generator: Generator
 ) -> Sequence[str | Sequence[int]]:
+    from apr_jax.generate.chat_template import by_name_or_file
     from apr_jax.trace import golden
 
     if args.input_ids:
@@ -191,7 +192,8 @@ def _prompts(
         system = [] if args.system is None else [{"role": "system", "content": args.system}]
         items = [[*system, {"role": "user", "content": text}] for text in args.chat]
     if "chat_template" in chat:
-        chat["chat_template"] = _template(chat["chat_template"], generator)
+        templates = generator.tokenizer.chat_template if generator.tokenizer else None
+        chat["chat_template"] = by_name_or_file(templates, chat["chat_template"])
     with _said():
         return [item if isinstance(item, str) else generator.chat_prompt(item, **chat) for item in items]
 
@@ -204,27 +206,6 @@ def _said() -> Iterator[None]:
         yield
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         cli.say(f"warning: {message}")
-
-
-def _template(wanted: str, generator: Generator) -> str:
-    """Returns the name of one of the checkpoint's templates as it is, else the text of the file of that name."""
-    found = generator.tokenizer.chat_template if generator.tokenizer else None
-    names = found if isinstance(found, Mapping) else {}
-    if wanted in names:
-        return wanted
-    if wanted == "default" and isinstance(found, str):
-        return found
-    from apr_jax.converters.storage.source import read_whole
-
-    try:
-        return read_whole(wanted, _MAX_BYTES, "a chat template").decode()
-    except (AprJaxError, UnicodeDecodeError) as error:
-        raise UsageError(
-            "neither a chat template of the checkpoint nor a Jinja file",
-            code="chat-template",
-            found=f"{wanted} ({error.message if isinstance(error, AprJaxError) else 'not UTF-8'})",
-            expected=", ".join(sorted(names)) or ("default" if found else "a file"),
-        ) from None
 
 
 def _read_json(path: str, what: str) -> Any:

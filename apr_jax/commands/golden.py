@@ -67,15 +67,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--hidden-states", action="store_true", help="store the input of every layer as well")
     parser.add_argument("--trace", action="store_true", help="store every stage as well")
+    parser.add_argument(
+        "--gradients", action="store_true", help="store the loss's gradients, with --trace those of stages too"
+    )
     cli.add_checkpoint_arguments(parser)
     cli.add_adapter_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv[1:])
-    if args.check and (args.hidden_states or args.trace or args.prompt or args.force):
-        parser.error("--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace and --force out")
-    if args.export_inputs and (args.hidden_states or args.trace):
-        parser.error("--export-inputs computes nothing: leave --hidden-states and --trace out")
+    if args.check and (args.hidden_states or args.trace or args.gradients or args.prompt or args.force):
+        parser.error(
+            "--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace, --gradients and --force out"
+        )
+    if args.export_inputs and (args.hidden_states or args.trace or args.gradients):
+        parser.error("--export-inputs computes nothing: leave --hidden-states, --trace and --gradients out")
     return args
 
 
@@ -100,6 +105,8 @@ def _make(args: argparse.Namespace) -> int:
     from apr_jax.trace.inputs import paths_of
 
     as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
+    if as_dump and args.gradients:
+        raise UsageError("a folder of APRT files holds no gradients", code="aprt-gradients", hint="Name a file.")
     if as_dump and not args.trace:
         raise UsageError("a folder of APRT files holds stages", code="aprt-trace", hint="Add --trace.")
     with cli.open_dense_from(args, args.model) as checkpoint:
@@ -110,7 +117,7 @@ def _make(args: argparse.Namespace) -> int:
         cli.say_warnings(checkpoint)
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
         inputs.check_vocabulary(config.vocab_size)
-        made = _compute(args, checkpoint, inputs)
+        made = _compute(args, checkpoint, inputs, _labels(args))
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
     if as_dump:
         written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
@@ -149,18 +156,28 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compute(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> Golden:
+def _labels(args: argparse.Namespace) -> np.ndarray | None:
+    """Returns the labels that come with the inputs: those of a golden file."""
     from apr_jax.trace import golden
 
-    values, device, precision = (_run_hf if args.reference == "hf" else _run_jax)(args, checkpoint, inputs)
+    if args.input_ids is None or not args.input_ids.endswith(".safetensors"):
+        return None
+    return golden.read(args.input_ids).labels
+
+
+def _compute(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs, labels: np.ndarray | None) -> Golden:
+    from apr_jax.trace import golden
+
+    counted = None if labels is None else labels != golden.IGNORED
+    values, device, precision = (_run_hf if args.reference == "hf" else _run_jax)(args, checkpoint, inputs, counted)
     witness = {"hf": "huggingface", "jax": "jax"}[args.reference]
     config = checkpoint.model_config()
     metadata = golden.provenance(checkpoint, config, witness, args.dtype, device, precision)
-    return golden.Golden(inputs, golden.stored(values), metadata)
+    return golden.Golden(inputs, golden.stored(values), metadata, labels=labels)
 
 
 def _run_jax(
-    args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs
+    args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs, counted: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], str, str]:
     from apr_jax.load.load_model import load_model
     from apr_jax.trace import golden, stages
@@ -175,10 +192,16 @@ def _run_jax(
     if args.hidden_states:
         hidden = golden.with_hidden_states(trace, layers)
         values |= {key: hidden[key] for key in hidden if stages.Key(key).is_hidden}
+    if args.gradients:
+        from apr_jax.model.gradients import gradients
+
+        values |= gradients(model, inputs, counted, with_stages=args.trace)[1]
     return values, f"{model.device.platform} ({model.device.device_kind})", "dots HIGHEST, no excess precision"
 
 
-def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) -> tuple[dict[str, np.ndarray], str, str]:
+def _run_hf(
+    args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs, counted: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], str, str]:
     from apr_jax.converters.checkpoint.dense import is_computed
     from apr_jax.converters.checkpoint.naming import check_names
     from apr_jax.trace import hf_reference
@@ -206,8 +229,22 @@ def _run_hf(args: argparse.Namespace, checkpoint: Checkpoint, inputs: Inputs) ->
                 trace=args.trace,
                 device=args.device,
             )
+            if args.gradients:
+                values |= _hf_gradients(args, checkpoint, folder, inputs, counted)
     precision = "eager attention" + (", casts to float32 removed" if args.dtype == "float64" else "")
     return values, args.device, precision
+
+
+def _hf_gradients(
+    args: argparse.Namespace, checkpoint: Checkpoint, folder: str, inputs: Inputs, counted: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    from apr_jax.trace import hf_reference, stages
+    from apr_jax.trace.positions import predicted_pairs
+
+    predicted = predicted_pairs(inputs, counted)
+    batch = (inputs.input_ids, inputs.attention_mask, inputs.position_ids)
+    _, found = hf_reference.gradients(folder, *batch, predicted, args.dtype, args.trace, args.device)
+    return {stages.GRADIENT + key: value for key, value in found.items()}
 
 
 def _inputs(args: argparse.Namespace, checkpoint: Checkpoint, batch: int) -> Inputs:
@@ -291,6 +328,7 @@ def _compare(args: argparse.Namespace) -> _Report:
 def _bar(args: argparse.Namespace, reference: Golden) -> Callable[[str], float]:
     """Returns what each tensor's relative L2 may be, by the coarser of the two sides' dtypes."""
     from apr_jax.trace import compare, tolerances
+    from apr_jax.trace.stages import Key
 
     theirs = reference.metadata.get("dtype", "float32")
     if theirs not in _DTYPES:
@@ -301,12 +339,21 @@ def _bar(args: argparse.Namespace, reference: Golden) -> Callable[[str], float]:
             hint="Write it anew: `golden MODEL -o FILE`",
         )
     coarser = min(args.dtype, theirs, key=_DTYPES.index)
-    if coarser != "bfloat16":
-        fixed = tolerances.relative_l2(coarser, reference.inputs.input_ids.shape[1])
-        return lambda key: fixed
-    coarse, fine = (_recompute(args, dtype, reference) for dtype in ("bfloat16", "float32"))
-    own = {c.key: c.relative_l2 for c in compare.compare(coarse, fine, reference.inputs, bar=lambda key: 0.0)}
-    return lambda key: tolerances.bfloat16(own[key])
+    has_gradients = any(Key(key).is_gradient for key in reference.values)
+    own: dict[str, float] = {}
+    if coarser == "bfloat16" or has_gradients:
+        fine_dtype = "float64" if has_gradients else "float32"
+        coarse, fine = (_recompute(args, dtype, reference) for dtype in (coarser, fine_dtype))
+        own = {c.key: c.relative_l2 for c in compare.compare(coarse, fine, reference.inputs, bar=lambda key: 0.0)}
+
+    def bar(key: str) -> float:
+        if Key(key).is_gradient:
+            return tolerances.gradient(coarser, own[key])
+        if coarser == "bfloat16":
+            return tolerances.bfloat16(own[key])
+        return tolerances.relative_l2(coarser, reference.inputs.input_ids.shape[1])
+
+    return bar
 
 
 def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
@@ -328,10 +375,12 @@ def _recompute(args: argparse.Namespace, dtype: str, reference: Golden) -> dict[
 
     settings = argparse.Namespace(**vars(args) | {"dtype": dtype})
     keys = [Key(key) for key in reference.values]
-    settings.trace = any(key.is_inner for key in keys)
+    settings.trace = any(key.is_inner or (key.is_gradient and not key.of_parameter) for key in keys)
     settings.hidden_states = any(key.is_hidden for key in keys)
+    settings.gradients = any(key.is_gradient for key in keys)
     with cli.open_dense_from(args, args.model) as checkpoint:
-        values, _, _ = (_run_hf if args.reference == "hf" else _run_jax)(settings, checkpoint, reference.inputs)
+        run = _run_hf if args.reference == "hf" else _run_jax
+        values, _, _ = run(settings, checkpoint, reference.inputs, reference.counted)
     return values
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from apr_jax.converters.checkpoint.file_names import CHAT_TEMPLATES_FOLDER
 from apr_jax.converters.errors import AprJaxError, RefusedError, UsageError, printable
 from apr_jax.converters.formats import strict_json
 from apr_jax.converters.storage.isolation import Isolated
+from apr_jax.converters.storage.source import read_whole
 
 Templates = str | Mapping[str, str] | None
 """One template, or several by name, as `tokenizer.chat_template` of transformers."""
@@ -27,9 +29,22 @@ _AT_LEAST = (3, 1, 6)
 _FILE, _LEGACY = "chat_template.jinja", "chat_template.json"
 _MAX_BYTES = 16 << 20
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
+_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _ANOTHER = "--chat-template FILE takes another one"
 # Under any of these a message holds what was thought before it; the first is the one that templates read.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class Rendered(NamedTuple):
+    """A conversation as text.
+
+    Attributes:
+      text: All of it.
+      generated: Which characters the template marks as the assistant's, from and up to; None if it has no such marks.
+    """
+
+    text: str
+    generated: list[tuple[int, int]] | None
 
 
 def of_files(files: Mapping[str, bytes], config: Mapping[str, Any]) -> Templates:
@@ -100,6 +115,28 @@ def choose(templates: Templates, wanted: str | None, with_tools: bool, file: str
     )
 
 
+def by_name_or_file(templates: Templates, wanted: str) -> str:
+    """Returns the name of one of the checkpoint's templates as it is, else the text of the file of that name.
+
+    Raises:
+      UsageError: It is neither.
+    """
+    names = templates if isinstance(templates, Mapping) else {}
+    if wanted in names:
+        return wanted
+    if wanted == _DEFAULT and isinstance(templates, str):
+        return templates
+    try:
+        return read_whole(wanted, _MAX_BYTES, "a chat template").decode()
+    except (AprJaxError, UnicodeDecodeError) as error:
+        raise UsageError(
+            "neither a chat template of the checkpoint nor a Jinja file",
+            code="chat-template",
+            found=f"{wanted} ({error.message if isinstance(error, AprJaxError) else 'not UTF-8'})",
+            expected=", ".join(sorted(names)) or (_DEFAULT if templates else "a file"),
+        ) from None
+
+
 def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -108,7 +145,7 @@ def render(
     file: str | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     arguments: Mapping[str, Any] | None = None,
-) -> str:
+) -> Rendered:
     """Renders messages as the text of a prompt.
 
     Args:
@@ -134,7 +171,7 @@ def render(
     }
     given = [*(arguments or ()), *(["tools"] if tools is not None else [])]
     try:
-        text, unasked = _templates().call("rendered", template, variables, given)
+        text, generated, unasked = _templates().call("rendered", template, variables, given)
     except AprJaxError as error:
         error.file = file
         if isinstance(error, RefusedError):
@@ -142,7 +179,18 @@ def render(
         raise
     for name in unasked:
         warnings.warn(f"the chat template does not ask for {name}: it changes nothing", stacklevel=3)
-    return str(text)
+    return Rendered(text, generated)
+
+
+def without_marks(file: str | None) -> RefusedError:
+    """Returns the error for a template that does not say which text is the assistant's."""
+    return RefusedError(
+        "the chat template does not mark what the assistant says",
+        code="chat-template-unmarked",
+        file=file,
+        expected="{% generation %} ... {% endgeneration %} around it",
+        hint="--chat-template FILE takes one that does (in Python: chat_template=TEXT)",
+    )
 
 
 @functools.cache
@@ -150,8 +198,12 @@ def _templates() -> Isolated:
     return Isolated(__name__, "the chat template")
 
 
-def rendered(template: str, variables: Mapping[str, Any], given: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the text, and which of the `given` variables the template does not ask for; `render` calls it in a child.
+def rendered(
+    template: str, variables: Mapping[str, Any], given: Sequence[str]
+) -> tuple[str, list[tuple[int, int]] | None, list[str]]:
+    """Returns what `Rendered` holds, and which of the `given` variables the template does not ask for.
+
+    `render` calls it in a child.
 
     Raises:
       UsageError: The template refuses the messages, or jinja2 is missing.
@@ -160,7 +212,7 @@ def rendered(template: str, variables: Mapping[str, Any], given: Sequence[str]) 
     _jinja2()
     try:
         asked_for = _variables(template) if given else frozenset()
-        text: str = _compiled(template).render(**variables)
+        text, generated = _marked(template, variables)
         text.encode()
     except _Refusal as refusal:
         raise UsageError(
@@ -179,7 +231,7 @@ def rendered(template: str, variables: Mapping[str, Any], given: Sequence[str]) 
         raise RefusedError(
             f"the chat template does not work: {said[:300]}", code="chat-template-broken", hint=_ANOTHER
         ) from None
-    return text, [name for name in given if name not in asked_for]
+    return text, generated, [name for name in given if name not in asked_for]
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -244,6 +296,18 @@ def _jinja2() -> Any:
     return jinja2
 
 
+def _marked(template: str, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]] | None]:
+    """Renders a template; returns the text and, if it has marks at all, where what they enclose came to stand."""
+    compiled = _compiled(template)
+    marks = next(each for each in _environment().extensions.values() if "generation" in each.tags)
+    marks.spans, marks.length = [], 0
+    parts = []
+    for part in compiled.generate(**variables):
+        parts.append(part)
+        marks.length += len(part)
+    return "".join(parts), marks.spans if _MARK.search(template) else None
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
     return _environment().from_string(template)
@@ -263,14 +327,30 @@ def _environment() -> Any:
     from jinja2.exceptions import SecurityError
 
     class Generation(ext.Extension):
-        """`{% generation %} ... {% endgeneration %}` marks what the assistant said, for training; here it is text."""
+        """`{% generation %} ... {% endgeneration %}` marks what the assistant said; here that is told apart.
+
+        Attributes:
+          length: Of the text so far.
+          spans: What was marked in it, from and up to; in a macro or a block that is set it is where that began, as in
+            transformers.
+        """
 
         tags = {"generation"}  # noqa: RUF012
+        length = 0
+
+        def __init__(self, environment: Any):
+            super().__init__(environment)
+            self.spans: list[tuple[int, int]] = []
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+        def _said(self, caller: Any) -> str:
+            text: str = caller()
+            self.spans.append((self.length, self.length + len(text)))
+            return text
 
     class Namespace(utils.Namespace):
         """Refuses names that begin with an underscore, as transformers does."""

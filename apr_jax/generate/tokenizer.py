@@ -81,6 +81,9 @@ class Tokenizer:
           UsageError: The text holds unpaired surrogates.
           RefusedError: The tokenizer cannot encode it, or does not end.
         """
+        return self._encoded(text, special_tokens).ids
+
+    def _encoded(self, text: str, special_tokens: bool) -> tokenizer_files.Encoded:
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -118,6 +121,16 @@ class Tokenizer:
           RefusedError: There is no template, or it does not work.
           UsageError: The template itself refuses the messages, or jinja2 is missing.
         """
+        return self._rendered(messages, add_generation_prompt, tools, chat_template, arguments).text
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        chat_template: str | None,
+        arguments: Mapping[str, Any],
+    ) -> chat_templates.Rendered:
         template = chat_templates.choose(self.chat_template, chat_template, tools is not None, self._file)
         return chat_templates.render(
             template, messages, add_generation_prompt, self.special_tokens, self._file, tools, arguments
@@ -126,6 +139,32 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> list[int]:
         """Returns the ids of a conversation; arguments and errors are those of `apply_chat_template`."""
         return self.encode(self.apply_chat_template(messages, **settings), special_tokens=False)
+
+    def encode_marked_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **arguments: Any,
+    ) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a whole conversation, and which of them the assistant said.
+
+        Those are the tokens of what the template puts between `{% generation %}` and `{% endgeneration %}`, as
+        `return_assistant_tokens_mask` of transformers has them. Arguments and errors as `apply_chat_template`.
+
+        Raises:
+          RefusedError: The template has no such marks.
+        """
+        rendered = self._rendered(messages, False, tools, chat_template, arguments)
+        if rendered.generated is None:
+            raise chat_templates.without_marks(self._file)
+        ids, spans = self._encoded(rendered.text, special_tokens=False)
+        said = [
+            any(begin < end and first < end and begin < last for begin, end in rendered.generated)
+            for first, last in spans
+        ]
+        return ids, said
 
     def token_bytes(self, token: int) -> bytes:
         """Returns what a token adds to the text, special tokens included."""
@@ -136,6 +175,13 @@ class Tokenizer:
         if all(character in alphabet for character in spelt):
             return bytes(alphabet[character] for character in spelt)
         return spelt.encode()
+
+    @property
+    def unknown_token(self) -> int | None:
+        """The id of the token that stands for what the tokenizer does not know; None if it has none."""
+        spelt = self.special_tokens.get("unk_token")
+        number: int | None = None if spelt is None else self._backend.token_to_id(spelt)
+        return number
 
     def _is_left_out(self, token: int) -> bool:
         """Whether the text that is shown leaves a token out; `AddedToken.special` says so in new versions only."""

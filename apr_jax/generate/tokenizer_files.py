@@ -20,7 +20,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -46,6 +46,18 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _DEFAULTS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
 
 
+class Encoded(NamedTuple):
+    """A text as tokens.
+
+    Attributes:
+      ids: Their ids.
+      spans: For each token the first character that it has a part of, and one behind the last.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
     """What a checkpoint's files say of its tokenizer.
@@ -64,23 +76,22 @@ class TokenizerFiles:
     warnings: tuple[str, ...] = ()
     is_strange: bool = False
 
-    def encode(self, text: str, special_tokens: bool, path: str | None = None) -> list[int]:
-        """Returns the ids of a text.
+    def encode(self, text: str, special_tokens: bool, path: str | None = None) -> Encoded:
+        """Returns the ids of a text, and which of its characters each stands for.
 
         Raises:
           RefusedError: The tokenizer does not end, takes too much memory, or cannot encode it.
         """
         with _native(path):
             if not self.is_strange:
-                ids: list[int] = self.backend.encode(text, add_special_tokens=special_tokens).ids
-                return ids
+                return _encoded(self.backend, text, special_tokens)
             digest, text_of_all = self._serialised
             arguments = (digest, text, special_tokens, bool(self.backend.encode_special_tokens))
             found = _child().call("encoded", *arguments)
             if found is None:
                 _child().call("kept", digest, text_of_all)
                 found = _child().call("encoded", *arguments)
-            return list(found)
+            return Encoded(*found)
 
     @functools.cached_property
     def _serialised(self) -> tuple[str, str]:
@@ -181,15 +192,19 @@ def kept(digest: str, serialised: str) -> None:
         _kept[digest] = tokenizers.Tokenizer.from_str(serialised)
 
 
-def encoded(digest: str, text: str, special_tokens: bool, split_special: bool) -> list[int] | None:
-    """Returns the ids of a text, in a child; None if this child does not have the tokenizer."""
+def encoded(digest: str, text: str, special_tokens: bool, split_special: bool) -> Encoded | None:
+    """Returns a text as tokens, in a child; None if this child does not have the tokenizer."""
     if digest not in _kept:
         return None
     backend = _kept[digest]
     backend.encode_special_tokens = split_special
     with _native(None):
-        ids: list[int] = backend.encode(text, add_special_tokens=special_tokens).ids
-        return ids
+        return _encoded(backend, text, special_tokens)
+
+
+def _encoded(backend: tokenizers.Tokenizer, text: str, special_tokens: bool) -> Encoded:
+    encoding = backend.encode(text, add_special_tokens=special_tokens)
+    return Encoded(encoding.ids, encoding.offsets)
 
 
 def missing(path: str | None = None) -> RefusedError:

@@ -112,7 +112,7 @@ class LanguageModel:
         inputs.check_vocabulary(self.config.vocab_size)
         with self.scope():
             program = _forward_program(*self._key())
-            return program(self.parameters, inputs.input_ids, inputs.positions(), *self._rotary(inputs))
+            return program(self.parameters, inputs.input_ids, inputs.positions(), *self.rotary_of(inputs))
 
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a KV cache for `batch` rows of up to `capacity` tokens, padding included."""
@@ -152,7 +152,7 @@ class LanguageModel:
             # What runs first tokens alone may take the mask as causal along the row: padding has to stand behind.
             behind = bool(((positions[:, 1:] < 0) | (positions[:, :-1] >= 0)).all())
             program = _step_program(*self._key(), first=filled == 0 and behind)
-            tables = self._rotary(inputs, at_least=capacity)
+            tables = self.rotary_of(inputs, at_least=capacity)
             return program(self.parameters, inputs.input_ids, inputs.positions(), *tables, cache)
 
     def trace(
@@ -197,7 +197,7 @@ class LanguageModel:
 
         wide = jnp.promote_types(self.dtype, jnp.float32)
         outer = _outer_programs(config, self.dtype, self.fused, self.ops)
-        step = outer["step"](inputs.positions(), *self._rotary(inputs))
+        step = outer["step"](inputs.positions(), *self.rotary_of(inputs))
         x = keep(stages.EMBEDDING, outer["embed"](self.parameters, inputs.input_ids))
         for layer in range(config.num_layers):
             names = {stage: stages.Key.of(layer, stage) for stage in stages.LAYER_STAGES}
@@ -248,7 +248,8 @@ class LanguageModel:
         with jax.default_device(self.device):
             return jnp.asarray(cos), jnp.asarray(sin)
 
-    def _rotary(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
+    def rotary_of(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
+        """Returns `rotary_tables` for a batch, for `at_least` that many positions."""
         reach = int(inputs.positions().max()) + 1
         return self.rotary_tables(max(at_least, reach), reach)
 

@@ -18,8 +18,8 @@ from apr_jax.trace.positions import (
     compared_positions,
     dumped_columns,
     gather_positions,
-    next_token_pairs,
     position_axis,
+    predicted_pairs,
 )
 
 
@@ -109,13 +109,14 @@ def compare(
     results = []
     for key in keys:
         ours, theirs, part = left[key], right[key], None
-        if theirs.ndim == ours.ndim:
+        of_parameter = stages.Key(key).of_parameter
+        if theirs.ndim == ours.ndim and not of_parameter:
             part = dumped_columns(key, theirs.shape[position_axis(key)], inputs, columns)
             ours = gather_positions(key, ours, part)
         if ours.shape != theirs.shape:
             raise DumpError("shapes differ", code="shape-differs", tensor=key, found=ours.shape, expected=theirs.shape)
         window = None if config is None else config.window_of(stages.Key(key).layer)
-        chosen = compared_positions(key, inputs, ours.shape, part, window)
+        chosen: Any = ... if of_parameter else compared_positions(key, inputs, ours.shape, part, window)
         results.append(_compare_one(key, ours[chosen], theirs[chosen], bar(key)))
     return results
 
@@ -144,17 +145,18 @@ def _compare_one(key: str, left: np.ndarray, right: np.ndarray, bar: float) -> C
     )
 
 
-def loss_nats(logits: np.ndarray, inputs: Inputs) -> float:
+def loss_nats(logits: np.ndarray, inputs: Inputs, counted: np.ndarray | None = None) -> float:
     """Returns the mean next-token cross-entropy in nats, over pairs of neighbouring positions that are both tokens.
 
     Args:
       logits: [B, T, V].
       inputs: The batch.
+      counted: Which tokens count, bool [B, T]; None is all.
 
     Raises:
       RefusedError: No such pair.
     """
-    pairs = next_token_pairs(inputs)
+    pairs = predicted_pairs(inputs, counted)
     if not pairs.any():
         raise RefusedError(
             "no next token to predict",

@@ -2,9 +2,10 @@
 
 Content (B rows, T positions): `input_ids`, `attention_mask`, `position_ids` int32 [B, T]; `logits` float32 [B, T, V]
 (float64 where computed so); `loss_nats` float64 [1]; `hidden.{layer}` and `hidden.final_norm` [B, T, D] on request;
-`stage.*` on request, in the shapes of `stages.shape` behind a batch axis. Values computed in bfloat16 are stored as
-float32, which holds them exactly. At padding the values mean nothing. A file with `positions` int32 [R] or [B, R] holds
-the values of those positions only, [B, R, ...]: such are made by engines that decode.
+`stage.*` on request, in the shapes of `stages.shape` behind a batch axis; `grad.*` on request, the gradients of the
+loss (`stages.Key`); and `labels` int32 [B, T] where some tokens do not count in the loss (-100). Values computed in
+bfloat16 are stored as float32, which holds them exactly. At padding the values mean nothing. A file with `positions`
+int32 [R] or [B, R] holds the values of those positions only, [B, R, ...]: such are made by engines that decode.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from apr_jax.converters.storage.output import Notice, atomic_file
 from apr_jax.trace import stages
 from apr_jax.trace.compare import loss_nats
 from apr_jax.trace.inputs import Inputs, beside, from_json
-from apr_jax.trace.positions import Positions, checked_positions, next_token_pairs
+from apr_jax.trace.positions import Positions, checked_positions, next_token_pairs, predicted_pairs
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _LOSS = "loss_nats"
 _POSITIONS = "positions"
+_LABELS = "labels"
+IGNORED = -100
+"""The label of a token that does not count (`ignore_index` of `torch.nn.CrossEntropyLoss`)."""
 FORMAT = "apr_jax golden 1"
 
 
@@ -46,12 +50,19 @@ class Golden:
       values: Trace key -> float32 or float64 array.
       metadata: Provenance: witness, dtype, versions, device, precision, weights' hash, configuration.
       positions: The positions that the values stand for, [R] or [B, R]; None is all of them.
+      labels: The token of each place, or -100 where it does not count in the loss, int32 [B, T]; None: all count.
     """
 
     inputs: Inputs
     values: Mapping[str, np.ndarray]
     metadata: Mapping[str, str]
     positions: Positions | None = None
+    labels: np.ndarray | None = None
+
+    @property
+    def counted(self) -> np.ndarray | None:
+        """Which tokens the loss is over, bool [B, T]; None is all."""
+        return None if self.labels is None else self.labels != IGNORED
 
 
 def with_hidden_states(trace: Mapping[str, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
@@ -131,13 +142,28 @@ def write(
       StorageError: The disk.
     """
     arrays = {name: getattr(golden.inputs, name) for name in _INPUTS} | dict(golden.values)
-    if next_token_pairs(golden.inputs).any():
-        arrays[_LOSS] = np.array([loss_nats(golden.values[stages.LOGITS], golden.inputs)], np.float64)
+    if golden.labels is not None:
+        arrays[_LABELS] = golden.labels
+    if predicted_pairs(golden.inputs, golden.counted).any():
+        loss = loss_nats(golden.values[stages.LOGITS], golden.inputs, golden.counted)
+        arrays[_LOSS] = np.array([loss], np.float64)
+    write_arrays(path, arrays, golden.metadata, force, sources, notice)
+
+
+def write_arrays(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    force: bool = False,
+    sources: Iterable[str] = (),
+    notice: Notice | None = None,
+) -> None:
+    """Writes float32, float64 and int32 arrays as a safetensors file, atomically; arguments and errors as `write`."""
     names = sorted(arrays)
     types = {name: _type_of(arrays[name]) for name in names}
     order = safetensors_format.data_order((name, types[name]) for name in names)
     header = safetensors_format.serialise_header(
-        ((name, types[name], arrays[name].shape) for name in order), dict(golden.metadata)
+        ((name, types[name], arrays[name].shape) for name in order), dict(metadata)
     )
     size = len(header) + sum(arrays[name].nbytes for name in order)
     with atomic_file(os.fspath(path), size, force=force, sources=sources, notice=notice) as output:
@@ -171,7 +197,8 @@ def read(path: str | os.PathLike[str]) -> Golden:
     positions = None
     if _POSITIONS in arrays:
         positions = checked_positions(arrays[_POSITIONS].tolist(), path)
-    values = {name: array for name, array in arrays.items() if name not in (*_INPUTS, _LOSS, _POSITIONS)}
+    labels = None if _LABELS not in arrays else _checked_labels(arrays[_LABELS], inputs, path)
+    values = {name: array for name, array in arrays.items() if name not in (*_INPUTS, _LOSS, _POSITIONS, _LABELS)}
     if not values:
         raise RefusedError(
             "the golden file holds no values",
@@ -179,7 +206,20 @@ def read(path: str | os.PathLike[str]) -> Golden:
             file=path,
             hint="`golden MODEL -o FILE` writes one with logits",
         )
-    return Golden(inputs, values, metadata, positions)
+    return Golden(inputs, values, metadata, positions, labels)
+
+
+def _checked_labels(labels: np.ndarray, inputs: Inputs, path: str | os.PathLike[str]) -> np.ndarray:
+    ids = inputs.input_ids
+    if labels.shape != ids.shape or not ((labels == ids) | (labels == IGNORED)).all():
+        raise RefusedError(
+            "labels are not the tokens themselves; a model shifts them by one",
+            code="golden-labels",
+            file=path,
+            tensor=_LABELS,
+            expected=f"input_ids, or {IGNORED} where a token does not count, {list(ids.shape)}",
+        )
+    return labels.astype(np.int32)
 
 
 def read_inputs(path: str | os.PathLike[str]) -> Inputs:

@@ -75,23 +75,105 @@ def run(
     mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0) if position_ids is None else np.asarray(position_ids)
     model = load(folder, dtype, device)
-    taken: dict[str, np.ndarray] = {}
+    taken = _Taken()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         if hidden_states or trace:
             stack.enter_context(_hidden_states(model, taken))
         if trace:
             stack.enter_context(_trace(model, taken))
-        # The mask goes in even where nothing is padded: without it transformers may guess packed sequences.
-        logits = model(
-            input_ids=torch.tensor(ids.astype(np.int64), device=device),
-            attention_mask=torch.tensor(mask.astype(np.int64), device=device),
-            position_ids=torch.tensor(positions.astype(np.int64), device=device),
-            use_cache=False,
-        ).logits
-    if not hidden_states:
-        taken = {name: value for name, value in taken.items() if not Key(name).is_hidden}
-    return {stages.LOGITS: _numpy(logits)} | taken
+        logits = _forward(model, ids, mask, positions)
+    values = {name: value for name, value in taken.items() if hidden_states or not Key(name).is_hidden}
+    return {stages.LOGITS: _numpy(logits)} | values
+
+
+def gradients(
+    folder: str | os.PathLike[str],
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    position_ids: np.ndarray,
+    predicted: np.ndarray,
+    dtype: DType = "float32",
+    trace: bool = False,
+    device: str = "cpu",
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Runs HuggingFace's Qwen2ForCausalLM forward and backward by torch's autograd.
+
+    Args:
+      folder: A HuggingFace folder on this machine.
+      input_ids: Token ids [B, T].
+      attention_mask: [B, T], 0 at padding.
+      position_ids: [B, T].
+      predicted: Which positions predict a token that the loss is over, bool [B, T - 1].
+      dtype: As for `run`.
+      trace: Also return the gradient with respect to every stage.
+      device: A torch device.
+
+    Returns:
+      The mean cross-entropy in nats, and name -> gradient: of parameters by their names, of stages by their keys.
+
+    Raises:
+      UsageError, MissingFileError, RefusedError: As `run`.
+    """
+    torch = _torch()
+    model = load(folder, dtype, device)
+    taken = _Taken(keep=True)
+    with _trace(model, taken) if trace else contextlib.nullcontext():
+        logits = _forward(model, input_ids, attention_mask, position_ids)
+    if trace:
+        taken.take(stages.LOGITS, logits)
+    counted = torch.tensor(predicted, device=device)
+    targets = torch.tensor(np.asarray(input_ids, np.int64)[:, 1:], device=device)[counted]
+    # In float32 at least, as `ForCausalLMLoss` does.
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    loss = torch.nn.functional.cross_entropy(wide[:, :-1][counted], targets)
+    loss.backward()
+    own = {name: _numpy(parameter.grad) for name, parameter in model.named_parameters()}
+    return float(loss.item()), own | taken.gradients()
+
+
+def _forward(model: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> Any:
+    import torch
+
+    ids, mask, positions = (
+        torch.tensor(np.asarray(array, np.int64), device=model.device) for array in (ids, mask, positions)
+    )
+    # The mask goes in even where nothing is padded: without it transformers may guess packed sequences.
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+class _Taken(dict[str, np.ndarray]):
+    """Stage -> value, and, of a run that is differentiated, the tensors that they were taken of.
+
+    Attributes:
+      keep: Whether the tensors are kept.
+    """
+
+    def __init__(self, keep: bool = False):
+        super().__init__()
+        self.keep = keep
+        self._tensors: dict[str, list[tuple[Any, Callable[[Any], Any]]]] = {}
+
+    def take(self, key: str, tensor: Any, view: Callable[[Any], Any] = lambda tensor: tensor) -> None:
+        """Takes a stage's value out of the tensor that the computation goes on with."""
+        self.join(key, [(tensor, view)])
+
+    def join(self, key: str, parts: list[tuple[Any, Callable[[Any], Any]]]) -> None:
+        """Takes a stage's value out of several tensors, one behind the other on the last axis."""
+        self[key] = np.concatenate([_numpy(view(tensor)) for tensor, view in parts], -1)
+        if self.keep:
+            for tensor, _ in parts:
+                tensor.retain_grad()
+            self._tensors[key] = parts
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Returns stage -> gradient, once the loss went backward; one of a product without a bias is the bias's."""
+        found = {
+            key: np.concatenate([_numpy(view(tensor.grad)) for tensor, view in parts], -1)
+            for key, parts in self._tensors.items()
+        }
+        biased = {key: Key(key) for key in found if Key(key).stage == "qkv_bias"}
+        return found | {Key.of(key.layer, "qkv_matmul"): found[name] for name, key in biased.items()}
 
 
 def load(folder: str | os.PathLike[str], dtype: DType = "float32", device: str = "cpu") -> Any:
@@ -208,29 +290,29 @@ def _hooks(*hooks: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _output(taken: dict[str, np.ndarray], key: str, module: Any) -> Any:
+def _output(taken: _Taken, key: str, module: Any) -> Any:
     def take(_module: Any, _args: Any, output: Any) -> None:
-        taken[key] = _numpy(output[0] if isinstance(output, tuple) else output)
+        taken.take(key, output[0] if isinstance(output, tuple) else output)
 
     return module.register_forward_hook(take)
 
 
-def _input(taken: dict[str, np.ndarray], key: str, module: Any) -> Any:
+def _input(taken: _Taken, key: str, module: Any) -> Any:
     def take(_module: Any, args: Any, kwargs: Any) -> None:
-        taken[key] = _numpy(args[0] if args else kwargs["hidden_states"])
+        taken.take(key, args[0] if args else kwargs["hidden_states"])
 
     return module.register_forward_pre_hook(take, with_kwargs=True)
 
 
-def _hidden_states(model: Any, taken: dict[str, np.ndarray]) -> contextlib.AbstractContextManager[None]:
+def _hidden_states(model: Any, taken: _Taken) -> contextlib.AbstractContextManager[None]:
     inputs = [_input(taken, Key.of(index, "hidden"), layer) for index, layer in enumerate(model.model.layers)]
     return _hooks(*inputs, _output(taken, Key.of(None, "hidden"), model.model.norm))
 
 
 @contextlib.contextmanager
-def _trace(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
+def _trace(model: Any, taken: _Taken) -> Iterator[None]:
     hooks = [_output(taken, stages.EMBEDDING, model.model.embed_tokens)]
-    parts: dict[str, np.ndarray] = {}
+    parts: dict[str, Any] = {}
     products: list[Any] = []
     for index, layer in enumerate(model.model.layers):
         for key, module in (
@@ -275,9 +357,9 @@ def _unbiased(products: list[Any]) -> Iterator[None]:
 
 
 def _projection(
-    parts: dict[str, np.ndarray],
+    parts: dict[str, Any],
     products: list[Any],
-    taken: dict[str, np.ndarray],
+    taken: _Taken,
     layer: int,
     name: str,
     attention: Any,
@@ -289,14 +371,16 @@ def _projection(
         products.clear()
 
     def take(_module: Any, _args: Any, output: Any) -> None:
-        parts[f"qkv_bias.{name}"] = _numpy(output)
-        parts.update({f"qkv_matmul.{name}": _numpy(product) for product in products})
+        parts[f"qkv_bias.{name}"] = output
+        parts.update({f"qkv_matmul.{name}": product for product in products})
         if name == "v":
-            for stage in ("qkv_matmul", "qkv_bias"):
-                names = [f"{stage}.{part}" for part in "qkv"]
-                # A projection that never called torch's product has none to show.
-                if set(names) <= set(parts):
-                    taken[Key.of(layer, stage)] = np.concatenate([parts[part] for part in names], -1)
+            # A projection that never called torch's product has none to show.
+            if {f"qkv_matmul.{part}" for part in "qkv"} <= set(parts):
+                products_of_all = [_numpy(parts[f"qkv_matmul.{part}"]) for part in "qkv"]
+                taken[Key.of(layer, "qkv_matmul")] = np.concatenate(products_of_all, -1)
+            taken.join(
+                Key.of(layer, "qkv_bias"), [(parts[f"qkv_bias.{part}"], lambda tensor: tensor) for part in "qkv"]
+            )
             parts.clear()
 
     yield module.register_forward_pre_hook(forget)
@@ -304,7 +388,7 @@ def _projection(
 
 
 @contextlib.contextmanager
-def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[None]:
+def _attention_internals(model: Any, taken: _Taken) -> Iterator[None]:
     """Wraps RoPE, the eager attention and its softmax, which `modeling_qwen2` looks up by name at each call."""
     import torch
     from transformers.models.qwen2 import modeling_qwen2 as qwen2
@@ -325,16 +409,16 @@ def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[N
     def rotated(_args: Any, result: Any) -> None:
         index = next(rotations)
         for name, value in zip("qk", result, strict=True):
-            taken[Key.of(index, f"{name}_post_rope")] = _numpy(value.transpose(1, 2).flatten(2))
+            taken.take(Key.of(index, f"{name}_post_rope"), value, lambda heads: heads.transpose(1, 2).flatten(2))
 
     def attended(args: Any, result: Any) -> None:
         mask, index = args[4], next(attentions)
         if softmax_inputs:
             scores = softmax_inputs.pop()
             # The mask has been added to the scores: plus 0 where the key is visible, a huge negative value elsewhere.
-            seen = scores if mask is None else torch.where(mask == 0, scores, 0)
-            taken[Key.of(index, "attn_scores")] = _numpy(seen)
-        taken[Key.of(index, "attn_softmax")] = _numpy(result[1])
+            seen = None if mask is None else mask == 0
+            taken.take(Key.of(index, "attn_scores"), scores, functools.partial(_seen, seen))
+        taken.take(Key.of(index, "attn_softmax"), result[1])
 
     functional = torch.nn.functional
     with (
@@ -345,3 +429,8 @@ def _attention_internals(model: Any, taken: dict[str, np.ndarray]) -> Iterator[N
         ),
     ):
         yield
+
+
+def _seen(visible: Any, scores: Any) -> Any:
+    """Scores, 0 where the mask hides the key."""
+    return scores if visible is None else scores.masked_fill(~visible, 0)

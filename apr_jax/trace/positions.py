@@ -270,6 +270,15 @@ def next_token_pairs(inputs: Inputs) -> np.ndarray:
     return tokens[:, :-1] & tokens[:, 1:]
 
 
+def predicted_pairs(inputs: Inputs, counted: np.ndarray | None = None) -> np.ndarray:
+    """Returns which positions predict a token that a loss is over, bool [B, T - 1].
+
+    `counted` says which tokens count, bool [B, T]; None is all.
+    """
+    pairs = next_token_pairs(inputs)
+    return pairs if counted is None else pairs & counted[:, 1:]
+
+
 def dumped_tokens(inputs: Inputs, columns: np.ndarray | None) -> np.ndarray:
     """Returns which positions hold a token and are the other side's, bool [B, T]."""
     tokens = token_mask(inputs)

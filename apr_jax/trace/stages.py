@@ -32,12 +32,17 @@ PER_PAIR = ("attn_scores", "attn_softmax")
 """Stages with a value for every pair of a query and a key: [B, N, T, T]. All others have rows: [B, T, ...]."""
 
 
+GRADIENT = "grad."
+
+
 class Key(str):
     """Key of one value of a trace. It is its own text, so that it finds what stands under that text in any dict.
 
         stage.{layer}.{stage}                        a stage of a layer, which counts in order of execution
         stage.embedding, stage.final_norm, logits    a stage outside the layers: layer None
         hidden.{layer}, hidden.final_norm            the input of a layer, or of the head (layer None): stage "hidden"
+        grad.{one of these}                          the gradient of the loss with respect to it: same layer and stage
+        grad.{parameter}                             the same of a parameter
 
     `Key(text)` reads a key and `Key.of(layer, stage)` makes one. Any text is taken, and what is none of the above is no
     error: which keys a model has, `trace_keys` says.
@@ -57,7 +62,7 @@ class Key(str):
     @property
     def layer(self) -> int | None:
         """The layer, None outside the layers."""
-        kind, _, rest = self.partition(".")
+        kind, _, rest = self.removeprefix(GRADIENT).partition(".")
         number = rest.partition(".")[0]
         return int(number) if kind in ("stage", "hidden") and number.isdecimal() else None
 
@@ -69,12 +74,22 @@ class Key(str):
     @property
     def is_hidden(self) -> bool:
         """Whether it names a hidden state: a stage's value once more, see `hidden_sources`."""
-        return self.startswith("hidden.")
+        return self.removeprefix(GRADIENT).startswith("hidden.")
 
     @property
     def is_inner(self) -> bool:
         """Whether it names a stage on the way to the logits, not these and no hidden state."""
         return self.startswith("stage.")
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it names the gradient of a stage or of a parameter."""
+        return self.startswith(GRADIENT)
+
+    @property
+    def of_parameter(self) -> bool:
+        """Whether it names the gradient of a parameter, which has no positions."""
+        return self.is_gradient and not self.removeprefix(GRADIENT).startswith(("stage.", "hidden.", "logits"))
 
     @property
     def per_pair(self) -> bool:

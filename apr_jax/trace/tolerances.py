@@ -18,6 +18,11 @@ BFLOAT16_FACTOR = 2.0
 # ... but never farther than this: about twice the worst that both implementations were measured at.
 BFLOAT16_LIMIT = 0.2
 
+# Gradients: this many times our own error in the coarser dtype against float64, tensor by tensor, since what cancels in
+# one (a bias of k) does not in another; and at least this much.
+GRADIENT_FACTOR = 4.0
+GRADIENT_FLOORS = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 1e-2}
+
 
 def relative_l2(dtype: str, positions: int) -> float:
     """Returns the bar for values computed in float32 or float64.
@@ -27,6 +32,16 @@ def relative_l2(dtype: str, positions: int) -> float:
       positions: Length of the longest row.
     """
     return FLOAT64 if dtype == "float64" else FLOAT32 * max(1.0, positions / FLOAT32_POSITIONS)
+
+
+def gradient(dtype: str, own_error: float) -> float:
+    """Returns the bar for a gradient.
+
+    Args:
+      dtype: The coarser of the two sides' dtypes.
+      own_error: This model's own error of it in that dtype, against float64.
+    """
+    return max(GRADIENT_FLOORS[dtype], GRADIENT_FACTOR * own_error)
 
 
 def bfloat16(own_error: float) -> float:

@@ -120,7 +120,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.checkpoint.naming import Rename
-    from apr_jax.converters.commands.progress import byte_bar
+    from apr_jax.converters.commands.progress import bar_of
     from apr_jax.converters.convert.plan import CastRule, make_plan, parse_size
     from apr_jax.converters.convert.run import check_output, run
 
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
             else:
                 _print_plan(plan)
             return 0
-        with byte_bar(plan.bytes_read) as progress:
+        with bar_of(plan.bytes_read) as progress:
             outcome = run(plan, force=args.force, notice=cli.say, progress=progress)
     if args.json:
         cli.print_json({"plan": plan.to_json(), "outcome": _outcome_json(plan, outcome)})

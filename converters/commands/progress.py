@@ -1,4 +1,4 @@
-"""A bar on stderr while bytes go by; nothing where stderr is no terminal."""
+"""A bar on stderr while something is done; nothing where stderr is no terminal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from apr_jax.converters.commands.terminal import is_terminal
 
 
 @contextlib.contextmanager
-def byte_bar(total: int) -> Iterator[Callable[[int], None] | None]:
-    """Yields what reports bytes done, from any thread, to a bar of `total` bytes; None if stderr is no terminal."""
+def bar_of(total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None] | None]:
+    """Yields what reports how much is done, from any thread, to a bar; None if stderr is no terminal.
+
+    Args:
+      total: How much there is to do.
+      in_bytes: Whether that is bytes; else things that are counted.
+    """
     if not is_terminal(sys.stderr):
         yield None
         return
     from rich import console, progress
 
-    columns = (progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn())
+    columns: tuple[progress.ProgressColumn, ...] = (progress.BarColumn(), progress.DownloadColumn())
+    columns += (progress.TransferSpeedColumn(),)
+    if not in_bytes:
+        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
     bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
     with bar:
         task = bar.add_task("", total=total)

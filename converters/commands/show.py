@@ -59,12 +59,12 @@ def main(args: argparse.Namespace) -> int:
 
 def _measure(listed: Sequence[Tensor]) -> dict[str, Statistics | str]:
     """Returns name -> statistics, or words that say why there are none."""
-    from apr_jax.converters.commands.progress import byte_bar
+    from apr_jax.converters.commands.progress import bar_of
     from apr_jax.converters.errors import RefusedError
     from apr_jax.converters.inspect import statistics
 
     found: dict[str, Statistics | str] = {}
-    with byte_bar(sum(tensor.nbytes for tensor in listed)) as progress:
+    with bar_of(sum(tensor.nbytes for tensor in listed)) as progress:
         for tensor in listed:
             try:
                 found[tensor.name] = statistics.measure(tensor, progress)

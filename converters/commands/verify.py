@@ -83,12 +83,12 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from apr_jax.converters.commands.progress import byte_bar
+    from apr_jax.converters.commands.progress import bar_of
     from apr_jax.converters.inspect.checks import inspect
 
     with (
         cli.open_from(args, args.a) as checkpoint,
-        byte_bar(sum(source.size for source in checkpoint.sources)) as progress,
+        bar_of(sum(source.size for source in checkpoint.sources)) as progress,
     ):
         checks = inspect(checkpoint, progress=progress)
     failed = sum(check.passed is False for check in checks)

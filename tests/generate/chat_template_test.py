@@ -71,7 +71,7 @@ class RecordedRenderingsTest(parameterized.TestCase):
         for name, messages in reference["message_sets"].items():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                text = chat_template.render(template, messages, True, {}, arguments=THINKING[thinking])
+                text = chat_template.render(template, messages, True, {}, arguments=THINKING[thinking]).text
             recorded = reference["sha256"][f"{sha}/{name}/{thinking}"]
             self.assertEqual(hashlib.sha256(text.encode()).hexdigest(), recorded, text)
 
@@ -247,7 +247,9 @@ class HostileTest(parameterized.TestCase):
         self.assertLess(children.ru_utime + children.ru_stime - spent.ru_utime - spent.ru_stime, 2)
         self.assertLess(time.process_time() - begun, 0.5)
         self.assertLess(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, 50 << 10)
-        self.assertEqual(chat_template.render("{{ messages[0].content }}", USER, True, {}), "Hi", "the next one works")
+        self.assertEqual(
+            chat_template.render("{{ messages[0].content }}", USER, True, {}).text, "Hi", "the next one works"
+        )
 
     def test_the_memory_that_templates_take_is_bounded(self):
         program = (
@@ -276,7 +278,7 @@ class HostileTest(parameterized.TestCase):
     )
     def test_the_sandbox_holds(self, template):
         try:
-            text = chat_template.render(template, USER, True, {})
+            text = chat_template.render(template, USER, True, {}).text
         except RefusedError:
             return
         self.assertNotRegex(text, "class|module|uid=|function|object at|Environment")

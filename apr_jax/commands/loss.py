@@ -1,0 +1,272 @@
+"""loss: the loss of a Qwen2 model on text, in nats and bits, or what is wrong with another engine's."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from apr_jax.converters.commands import cli, tables
+from apr_jax.converters.commands.progress import bar_of
+from apr_jax.converters.errors import UsageError
+
+if TYPE_CHECKING:
+    from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+    from apr_jax.generate.tokenizer import Tokenizer
+    from apr_jax.loss.checking import Run, Verdict
+    from apr_jax.loss.documents import Document
+    from apr_jax.loss.summary import Corpus, Loss
+
+_LONGEST_WINDOW = 2048
+_EPILOG = """\
+examples:
+  loss.py model.apr --text book.txt code.py             mean loss of each file and of all, beside uniform
+  loss.py hf_folder --jsonl chats.jsonl                 conversations: the assistant's tokens count
+  loss.py model.apr --input-ids ids.json --json         rows of token ids
+  loss.py model.apr --text book.txt --window 1024 --stride 512 --device cuda --dtype bfloat16
+  loss.py model.apr --text book.txt --per-token losses.safetensors
+  loss.py model.apr --text book.txt --check theirs.safetensors     another engine's losses: what is wrong with them?
+
+A text is cut into windows as transformers' guide to perplexity does: one begins every --stride tokens, and each token
+is scored in the first window that reaches it. Each file, line and row is a document of its own. Lines of .jsonl are
+{"text": ...}, {"messages": [...]} (what the chat template marks by {% generation %} counts) or {"input_ids": [...],
+"labels": [...]} (-100 does not count). --check reads "losses" (of each token) and "loss" (their mean).
+
+exit codes: 0 fine, 1 the other engine's losses differ, 2 usage, 3 file not found, 4 broken file, 5 refused, 7 I/O,
+  130 interrupted
+"""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG.replace("%", "%%"))
+    parser.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 text files, a document each")
+    texts.add_argument("--jsonl", metavar="FILE", help="one document in each line, as below")
+    texts.add_argument("--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file")
+    parser.add_argument("--chat-template", metavar="NAME", help="one of the checkpoint's templates, or a Jinja file")
+    parser.add_argument(
+        "--window",
+        metavar="N",
+        type=int,
+        help=f"tokens that the model sees at once (default: max_position_embeddings, at most {_LONGEST_WINDOW})",
+    )
+    parser.add_argument(
+        "--stride", metavar="N", type=int, help="tokens from one window to the next (default: half a window)"
+    )
+    parser.add_argument("--batch", metavar="N", type=int, default=1, help="windows computed at once (default: 1)")
+    parser.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64 (default: float32)")
+    parser.add_argument("--per-token", metavar="OUT", help="write the loss of each token as safetensors")
+    parser.add_argument("--check", metavar="FILE", help="another engine's losses, as safetensors, to compare with")
+    cli.add_checkpoint_arguments(parser)
+    cli.add_adapter_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    args = parser.parse_args(argv[1:])
+    for name in ("window", "stride", "batch"):
+        least = 2 if name == "window" else 1
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name} is {value}; it has to be at least {least}")
+    if args.stride and args.window and args.stride > args.window:
+        parser.error(f"--stride {args.stride} is longer than --window {args.window}: tokens between would be left out")
+    if args.chat_template is not None and args.jsonl is None:
+        parser.error("--chat-template belongs to conversations: --jsonl FILE")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the command; returns its exit code."""
+    from apr_jax.converters.checkpoint.hub import located
+    from apr_jax.converters.storage.output import check_target
+    from apr_jax.generate import compilation_cache
+    from apr_jax.loss import checking, summary
+
+    compilation_cache.enable()
+    args.model = located(args.model)
+    with cli.open_dense_from(args, args.model) as checkpoint:
+        sources = [*checkpoint.paths, *(args.text or ()), *filter(None, (args.jsonl, args.input_ids, args.check))]
+        if args.per_token is not None:
+            check_target(args.per_token, force=args.force, sources=sources)
+        cli.say_warnings(checkpoint)
+        tokenizer = _tokenizer(checkpoint, needed=args.text is not None)
+        documents = _documents(args, tokenizer)
+        run = _run(args, checkpoint, documents)
+    vocab_size = run.model.config.vocab_size
+    loss = summary.Loss.of(documents, run.scores)
+    corpus = summary.Corpus.of(documents, vocab_size, None if tokenizer is None else tokenizer.unknown_token)
+    said = summary.oddities(loss, corpus, vocab_size)
+    for warning in said:
+        cli.say(f"warning: {warning}")
+    if args.per_token is not None:
+        _write(args, run, sources)
+    verdict = None if args.check is None else checking.check(run, args.check)
+    if args.json:
+        cli.print_json(_as_json(args, run, loss, corpus, said, verdict))
+    else:
+        _print(run, loss, corpus, vocab_size)
+        if verdict is not None:
+            _print_verdict(verdict)
+    return 0 if verdict is None or verdict.within else cli.EXIT_DIFFERS
+
+
+def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Tokenizer | None:
+    from apr_jax.generate import tokenizer_files
+    from apr_jax.generate.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.of(checkpoint)
+    if tokenizer is None and needed:
+        raise tokenizer_files.missing(checkpoint.path)
+    for warning in () if tokenizer is None else tokenizer.warnings:
+        cli.say(f"warning: {warning}")
+    return tokenizer
+
+
+def _documents(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Document]:
+    from apr_jax.generate.chat_template import by_name_or_file
+    from apr_jax.loss import documents
+
+    if args.input_ids is not None:
+        found = documents.of_token_ids(args.input_ids)
+    elif args.jsonl is not None:
+        template = args.chat_template
+        if template is not None:
+            template = by_name_or_file(tokenizer.chat_template if tokenizer else None, template)
+        found = documents.of_lines(args.jsonl, tokenizer, template)
+    else:
+        assert tokenizer is not None
+        found = documents.of_texts(args.text, tokenizer)
+    if not any(document.counted.any() for document in found):
+        raise UsageError(
+            "there is nothing to compute a loss over",
+            code="nothing-scored",
+            found=f"{len(found)} documents, {sum(len(document.ids) for document in found)} tokens",
+            expected="a document of two tokens or more, of which one that is not the first counts",
+        )
+    return found
+
+
+def _run(args: argparse.Namespace, checkpoint: Checkpoint, documents: Sequence[Document]) -> Run:
+    from apr_jax.kernels.fastest_ops import ops_for
+    from apr_jax.load.load_model import find_device, load_model
+    from apr_jax.loss import checking, scoring
+    from apr_jax.loss.documents import windows
+    from apr_jax.model.parameters import dtype_name
+
+    config = checkpoint.model_config()
+    length = args.window or min(config.max_position_embeddings, _LONGEST_WINDOW)
+    stride = args.stride or max(1, length // 2)
+    for document in documents:
+        if document.ids.size and (worst := int(document.ids.max())) >= config.vocab_size:
+            raise UsageError(
+                "a token id is beyond the vocabulary",
+                code="input-ids",
+                file=document.source,
+                found=worst,
+                expected=f"below {config.vocab_size}",
+            )
+    device = find_device(args.device)
+    fused = device.platform == "gpu" and dtype_name(args.dtype) == "bfloat16"
+    model = load_model(checkpoint, args.dtype, device, fused=fused)
+    model = model.with_ops(ops_for(config, model.dtype, device, fused))
+    cut = list(windows(documents, length, stride))
+    with bar_of(sum(window.end - window.start for window in cut), in_bytes=False) as progress:
+        scores = scoring.score(model, documents, cut, args.batch, progress=progress)
+    return checking.Run(model, documents, cut, args.batch, scores)
+
+
+def _write(args: argparse.Namespace, run: Run, sources: Sequence[str]) -> None:
+    """Writes `losses` (NaN where none was computed), `input_ids`, `counted` and `document` [N], and `loss` [1]."""
+    import numpy as np
+
+    from apr_jax.loss import summary
+    from apr_jax.trace import golden
+
+    lengths = [len(document.ids) for document in run.documents]
+    losses = np.concatenate([scores.loss for scores in run.scores])
+    arrays = {
+        "losses": losses,
+        "input_ids": np.concatenate([document.ids for document in run.documents]),
+        "counted": np.concatenate([document.counted for document in run.documents]).astype(np.int32),
+        "document": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        "loss": np.array([summary.Loss.of(run.documents, run.scores).nats], np.float64),
+    }
+    metadata = {"format": "apr_jax losses 1", "unit": "nats", "dtype": run.model.dtype}
+    golden.write_arrays(args.per_token, arrays, metadata, args.force, sources, cli.say)
+
+
+def _as_json(
+    args: argparse.Namespace,
+    run: Run,
+    loss: Loss,
+    corpus: Corpus,
+    said: Sequence[str],
+    verdict: Verdict | None,
+) -> dict[str, Any]:
+    import dataclasses
+    import math
+
+    uniform = math.log(run.model.config.vocab_size)
+    return {
+        **loss.to_json(),
+        "uniform_nats": uniform,
+        "uniform_bits": uniform / math.log(2),
+        "documents": [{"source": source, **part.to_json()} for source, part in _by_source(run)],
+        "corpus": dataclasses.asdict(corpus),
+        "windows": len(run.windows),
+        "per_token": args.per_token,
+        "warnings": list(said),
+        "check": None if verdict is None else verdict.to_json(),
+    }
+
+
+def _by_source(run: Run) -> list[tuple[str, Loss]]:
+    """Returns the loss over the documents of each file, in the order of the files."""
+    from apr_jax.loss.summary import Loss
+
+    numbers: dict[str, list[int]] = {}
+    for number, document in enumerate(run.documents):
+        numbers.setdefault(document.source, []).append(number)
+    return [
+        (source, Loss.of([run.documents[n] for n in own], [run.scores[n] for n in own]))
+        for source, own in numbers.items()
+    ]
+
+
+def _print(run: Run, loss: Loss, corpus: Corpus, vocab_size: int) -> None:
+    import math
+
+    sources = _by_source(run)
+    rows = [_row(source, part) for source, part in sources]
+    if len(sources) > 1:
+        rows.append(_row("all", loss))
+    uniform = math.log(vocab_size)
+    rows.append(("uniform", "", f"{uniform:.4f}", f"{uniform / math.log(2):.4f}", f"{vocab_size}", ""))
+    columns = ("text", "tokens", "nats/token", "bits/token", "perplexity", "bits/byte")
+    tables.print_table(columns, rows, right=range(1, len(columns)))
+    unknown = "" if corpus.unknown is None else f", {corpus.unknown:.2%} unknown"
+    print(
+        f"{len(run.documents)} documents in {len(run.windows)} windows; {corpus.distinct} different tokens"
+        f" ({corpus.never_seen:.2%} of the vocabulary never seen){unknown}"
+    )
+
+
+def _row(name: str, loss: Loss) -> tuple[str, ...]:
+    values = loss.to_json()
+    per_byte = "" if values["bits_per_byte"] is None else f"{values['bits_per_byte']:.4f}"
+    perplexity = f"{values['perplexity']:.6g}"
+    return name, str(loss.scored), f"{loss.nats:.4f}", f"{values['loss_bits']:.4f}", perplexity, per_byte
+
+
+def _print_verdict(verdict: Verdict) -> None:
+    if verdict.error is not None:
+        where = "" if verdict.worst is None else f"; most in document {verdict.worst[0]}, token {verdict.worst[1]}"
+        print(f"losses of {verdict.tokens} tokens: relative L2 {verdict.error:.2e}{where}")
+    if verdict.mean is not None:
+        print(f"mean: theirs {verdict.mean:.6f}, ours {verdict.ours:.6f} nats")
+    for mistake in verdict.mistakes:
+        also = f" (or {', '.join(mistake.alternatives)})" if mistake.alternatives else ""
+        cli.show(f"{mistake.name}{also}: {mistake.says} (reproduced to {mistake.error:.1e})")
+    if verdict.within:
+        print("agree")
