@@ -28,19 +28,23 @@ class Rule(NamedTuple):
     """A rule with its numbers.
 
     Attributes:
-      name: "linear", "ntk", "yarn" or "llama3".
+      name: "linear", "ntk", "dynamic", "yarn" or "llama3".
       factor: How many times longer the context becomes.
-      original: Positions that the model was trained on, which yarn and llama3 take their ramps from; 0 for the others.
+      original: Positions that the model was trained on: yarn and llama3 take their ramps from them, and beyond them
+        "dynamic" raises the base; 0 for the others.
     """
 
     name: str
     factor: float
     original: int = 0
 
-    def frequencies(self, config: Qwen2Config, theta: float, width: int) -> tuple[np.ndarray, float]:
-        """Returns the inverse frequencies, float32 [width / 2], and what cos and sin are multiplied by."""
-        if self.name == "ntk":
-            return rotary.inverse_frequencies(theta * self.factor ** (width / (width - 2)), width), 1.0
+    def frequencies(self, config: Qwen2Config, theta: float, width: int, reach: int) -> tuple[np.ndarray, float]:
+        """Returns the inverse frequencies, float32 [width / 2], and what cos and sin are multiplied by, in a batch whose
+        longest row has `reach` positions."""
+        if self.name in ("ntk", "dynamic"):
+            longer = max(reach / self.original, 1) if self.original else 1
+            factor = self.factor if self.name == "ntk" else self.factor * longer - (self.factor - 1)
+            return rotary.inverse_frequencies(theta * factor ** (width / (width - 2)), width), 1.0
         gain = 0.1 * math.log(self.factor) + 1.0 if self.name == "yarn" and self.factor > 1 else 1.0
         scaling = RopeScaling(self.name, self.factor, self.original, gain, **_DEFAULTS[self.name])
         return rotary.frequencies(dataclasses.replace(config, rope_theta=theta, head_dim=width, rope_scaling=scaling))
