@@ -124,9 +124,13 @@ def main(args: argparse.Namespace) -> int:
     if dump.summaries and not dump.values:
         return _summaries(args, dump, exact, same)
     notes = _notes(args, dump, exact)
-    dump, of_ranks = _put_together(dump, exact)
+    dump, of_ranks = _put_together(dump, exact, dtype)
     diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told())
-    diagnosis = dataclasses.replace(diagnosis, findings=(*of_ranks, *diagnosis.findings))
+    if dump.ranks:
+        from apr_jax.parity import ranks
+
+        alone = (ranks.attributed(finding, dump.ranks, exact.config) for finding in diagnosis.findings)
+        diagnosis = dataclasses.replace(diagnosis, findings=(*of_ranks, *alone))
     diagnosis = _without_expected(args, diagnosis, notes)
     if args.check_upload:
         diagnosis = _with_upload(args, dtype, diagnosis, notes)
@@ -138,13 +142,13 @@ def main(args: argparse.Namespace) -> int:
     return cli.EXIT_DIFFERS if report["verdict"] == "mistake" else 0
 
 
-def _put_together(dump: Dump, exact: LanguageModel) -> tuple[Dump, list[Finding]]:
+def _put_together(dump: Dump, exact: LanguageModel, dtype: str) -> tuple[Dump, list[Finding]]:
     """Puts the stages of tensor-parallel ranks together as they should have been, and says what was wrong."""
     from apr_jax.parity import ranks
 
     if not dump.ranks:
         return dump, []
-    values, findings = ranks.judge(exact, dump.inputs, dump.ranks, dump.columns)
+    values, findings = ranks.judge(exact, dump.inputs, dump.ranks, dump.columns, dtype)
     return dataclasses.replace(dump, values=values), findings
 
 

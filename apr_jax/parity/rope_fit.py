@@ -22,6 +22,8 @@ _LOGARITHMS = (0.5, 30.0)
 """Bases between 1.6 and 1e13 are told from noise."""
 _MOVED = 1e-6
 """What differs by less, relative to the largest value, was not rotated."""
+_NEAR = 0.02
+"""As much a measured factor may be off a customary one."""
 _NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 BASES = (1e3, 3e3, 1e4, 2e4, 3e4, 5e4, 1e5, 1.5e5, 2e5, 3e5, 5e5, 7e5, 1e6, 1.5e6, 2e6, 3e6, 5e6, 8e6, 1e7, 3e7, 1e8)
 """Customary bases."""
@@ -257,19 +259,26 @@ def _stretched(turn: np.ndarray, gain: float, positions: np.ndarray, right: Righ
     factors: tuple[float, ...] = rope_rules.FACTORS
     if 1.005 < gain < 2:
         factors = tuple(round_numbers.near(float(np.exp((gain - 1) / 0.1)), *rope_rules.FACTORS))
-    customary = rope_rules.customary(right.config.max_position_embeddings, factors)
+    customary = rope_rules.customary(right.config, factors)
     rules = sorted(customary, key=lambda rule: -_aligned(turn, positions, right, rule))
     if (factor := _fit_factor(turn, positions, right.theta)) is not None:
         rules = [*(Rule("linear", each) for each in round_numbers.near(factor)), *rules]
     base, width = _fit_theta(turn, positions, 0), 2 * turn.shape[-1]
     if base is not None and width > 2 and base > right.theta:
         raised = (base / right.theta) ** ((width - 2) / width)
-        rules += [Rule("ntk", each) for each in rope_rules.FACTORS if abs(raised / each - 1) < 0.02]
-        longest = right.config.max_position_embeddings
-        if right.reach > longest:
-            factor = (raised - 1) / (right.reach / longest - 1)
-            rules += [Rule("dynamic", each, longest) for each in round_numbers.near(factor)]
+        rules += _raised(raised, right)
     return [dataclasses.replace(shape, scaling=rule) for rule in rules]
+
+
+def _raised(factor: float, right: Right) -> list[Rule]:
+    """Rules that raise the base by a factor. Beyond the model's own length "dynamic" does, and static rules with another
+    number give the same; the one with the customary number is meant."""
+    longest = right.config.max_position_embeddings
+    if right.reach > longest:
+        growing = (factor - 1) / (right.reach / longest - 1)
+        if found := [Rule("dynamic", each, longest) for each in rope_rules.FACTORS if abs(growing / each - 1) < _NEAR]:
+            return found
+    return [Rule("ntk", each) for each in rope_rules.FACTORS if abs(factor / each - 1) < _NEAR]
 
 
 def _aligned(turn: np.ndarray, positions: np.ndarray, right: Right, rule: Rule) -> float:

@@ -54,10 +54,12 @@ FACTORS = (2.0, 4.0, 8.0, 1.5, 3.0, 16.0, 32.0)
 """Customary factors, the likeliest first."""
 
 
-def customary(longest: int, factors: tuple[float, ...] = FACTORS) -> list[Rule]:
-    """Returns the rules with ramps as engines have them: lengths that models were trained on, and the model's own."""
-    yarn = dict.fromkeys((32768, longest, 4096, 8192, 2048, 131072))
-    ramps = [("yarn", original) for original in yarn] + [
-        ("llama3", original) for original in dict.fromkeys((8192, longest))
-    ]
+def customary(config: Qwen2Config, factors: tuple[float, ...] = FACTORS) -> list[Rule]:
+    """Returns the rules with ramps as engines have them: lengths that models were trained on, the model's own, and the
+    one that its own rule has."""
+    own = [config.max_position_embeddings]
+    if config.rope_scaling is not None and config.rope_scaling.original_max_position_embeddings:
+        own.append(config.rope_scaling.original_max_position_embeddings)
+    yarn, llama3 = dict.fromkeys((32768, *own, 4096, 8192, 2048, 131072)), dict.fromkeys((8192, *own))
+    ramps = [*(("yarn", original) for original in yarn), *(("llama3", original) for original in llama3)]
     return [Rule(name, factor, original) for name, original in ramps for factor in factors]

@@ -65,7 +65,9 @@ FAULTS: Mapping[str, Kind] = {
     "rope-adjacent-pairs": Kind("rotates (2i, 2i+1), in place"),
     "rope-theta": Kind("base `theta`", {"theta": 1e4}),
     "rope-position": Kind("positions + `shift`, or positions mod `restart`", {"shift": None, "restart": None}),
-    "rope-not-on-q": Kind("q as it was before RoPE, in `heads`, `pairs` (i, i + D/2), columns `positions`, or all", _UNTURNED),
+    "rope-not-on-q": Kind(
+        "q as it was before RoPE, in `heads`, `pairs` (i, i + D/2), columns `positions`, or all", _UNTURNED
+    ),
     "rope-not-on-k": Kind("k as it was before RoPE, the same", _UNTURNED),
     "rope-part-dims": Kind(
         "the first `share` of the dimensions as a head of that width rotates its own; `cut` own: with its frequencies, "
@@ -704,6 +706,7 @@ class _Engine:
         rotated, left = self._rotated(x, layer), self._of(f"rope-not-on-{name}", layer)
         if left is None:
             return rotated
+
         def among(part: str, places: np.ndarray) -> np.ndarray:
             return np.ones(len(places), bool) if left[part] is None else np.isin(places, left[part])
 

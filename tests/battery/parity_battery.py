@@ -540,7 +540,10 @@ def configured_cases() -> Iterator[Case]:
         Planted("rope-theta", None, {"theta": 1e4}),
     )
     asked = {
-        "yarn is asked for": (YARN, (*other, Planted("rope-scaling", None, {"rule": "yarn", "factor": 8.0, "original": 64}))),
+        "yarn is asked for": (
+            YARN,
+            (*other, Planted("rope-scaling", None, {"rule": "yarn", "factor": 8.0, "original": 64})),
+        ),
         "llama3 is asked for": (LLAMA3, other),
         "64 positions at most": (
             {"max_position_embeddings": 64},

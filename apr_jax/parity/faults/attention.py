@@ -149,7 +149,9 @@ SOFTMAX_PRECISION = Fault(
     "the attention shares are computed in {dtype}",
     ("attn_softmax",),
     {
-        "softmax_input": lambda raw, at, dtype, steps="shares": raw if steps == "shares" else narrow.rounded(raw, dtype),
+        "softmax_input": lambda raw, at, dtype, steps="shares": (
+            raw if steps == "shares" else narrow.rounded(raw, dtype)
+        ),
         "shares": lambda shares, at, dtype, steps="shares": narrow.rounded(shares, dtype),
     },
     variants=lambda question, node: [{"dtype": dtype} for dtype in narrow.FLOATS],

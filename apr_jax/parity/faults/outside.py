@@ -89,9 +89,7 @@ TEMPERATURE = Fault(
     grid=Grid("temperature", (0.1, 0.2, 0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 2.0, 5.0), round_numbers.near),
     alone=True,
 )
-SOFT_CAP = soft_cap.fault(
-    "logits-soft-cap", "the logits are bounded softly by {cap:.6g} (tanh)", "logits", "logits"
-)
+SOFT_CAP = soft_cap.fault("logits-soft-cap", "the logits are bounded softly by {cap:.6g} (tanh)", "logits", "logits")
 ORDER = Fault("layer-order", "layers are executed in the order {order}")
 SKIPPED = Fault("layer-skipped", "layer {layer} is skipped")
 REPEATED = Fault("layer-repeated", "layer {layer} is executed twice")

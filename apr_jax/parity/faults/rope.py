@@ -41,7 +41,9 @@ def _named(turn: rope_fit.Rotation, projection: str) -> Iterator[Mistake]:
     if turn.adjacent:
         yield ADJACENT_PAIRS.made()
     if turn.part < 1:
-        yield HALF_DIMS.made() if (turn.part, turn.cut) == _HALF else PART_DIMS.made(share=turn.part, cut=_SAID[turn.cut])
+        yield (
+            HALF_DIMS.made() if (turn.part, turn.cut) == _HALF else PART_DIMS.made(share=turn.part, cut=_SAID[turn.cut])
+        )
     if turn.negated:
         yield SIGN.made()
     if turn.theta is not None:
@@ -106,7 +108,7 @@ def _rules(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     """Behind a gap the customary factors are tried."""
     rules = [rope_rules.Rule("linear", factor) for factor in rope_rules.FACTORS[:3]]
     rules += [rope_rules.Rule("ntk", factor) for factor in rope_rules.FACTORS[:3]]
-    rules += rope_rules.customary(question.replay.config.max_position_embeddings, rope_rules.FACTORS[:3])
+    rules += rope_rules.customary(question.replay.config, rope_rules.FACTORS[:3])
     yield from (_scaling(rule).parameters for rule in rules)
 
 

@@ -12,6 +12,7 @@ PERMUTED = Fault(
 UNKNOWN = Fault("unknown", "wrong, and no known mistake explains it", unexplained=True)
 UPLOAD = Fault("upload", "{different} parameters differ from the file's where they were uploaded to")
 RANK_ORDER = Fault("rank-order", "the tensor-parallel ranks are in another order than their weights: {order}")
+APART = Fault("ranks-apart", "of what all ranks should hold alike, other values stand on the ranks {ranks}")
 ALL_REDUCE = Fault("all-reduce-missing", "the parts of the {ranks} ranks are not summed: an all-reduce is missing")
 
-FAULTS = (NON_FINITE, CONSTANT, PERMUTED, UNKNOWN, UPLOAD, RANK_ORDER, ALL_REDUCE)
+FAULTS = (NON_FINITE, CONSTANT, PERMUTED, UNKNOWN, UPLOAD, RANK_ORDER, ALL_REDUCE, APART)

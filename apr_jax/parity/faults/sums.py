@@ -120,7 +120,9 @@ def _tails(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     columns = columns_of(question.replay)[node.stage]
     firsts = dict.fromkeys((*(columns - columns % tile for tile in _TILES), *(columns - tile for tile in (1, *_TILES))))
     for product in _names(question, node.stage):
-        yield from ({"product": product, "first": first, "last": columns - 1} for first in firsts if 0 < first < columns)
+        yield from (
+            {"product": product, "first": first, "last": columns - 1} for first in firsts if 0 < first < columns
+        )
 
 
 CUT_SHORT = Fault(
