@@ -199,7 +199,7 @@ class Replay:
     def dot(self, x: Value, weight: Value, layer: int | None, what: str) -> Value:
         """Returns x [..., T, in] times weight [..., out, in], multiplied as the engine does; `what` is the tensor, or
         the stage where none is multiplied with."""
-        return self.step("dot", product)(*self.step("terms", (x, weight), layer, what))
+        return self.step("dot", product, layer, what)(*self.step("terms", (x, weight), layer, what))
 
     def heads(self, layer: int | None) -> tuple[Value, Value, Value]:
         """Returns q [B, T, N, H], k and v [B, T, K, H] before rotation."""

@@ -136,7 +136,7 @@ OUTSIDE = {
     "head-transposed": {"logits"},
     "head-missing": {"logits"},
     "logits-shifted": {"logits"},
-    **dict.fromkeys(("logits-position", "logits-temperature", "logits-soft-cap"), {"logits"}),
+    **{name: {"logits"} for name in ("logits-position", "logits-temperature", "logits-soft-cap")},
 }
 
 

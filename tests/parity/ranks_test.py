@@ -1,7 +1,7 @@
 """Dumps of tensor-parallel ranks: right ones are put together, and what ranks do wrong is named, alone and stacked.
 
-The ranks are cut out of the NumPy engine's run here, by a plan of their own (Megatron's: columns of q, k, v, gate, up and
-head; rows of o and down; the vocabulary's rows; positions under sequence parallelism), and not as `ranks` merges them.
+The ranks are cut out of the NumPy engine's run here, by a plan of their own (Megatron's: columns of q, k, v, gate, up
+and head; rows of o and down; the vocabulary's rows; positions under sequence parallelism), not as `ranks` merges them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.parity import ranks
-from apr_jax.parity.diagnose import diagnose
 from apr_jax.trace.stages import Key
 from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import Bench
