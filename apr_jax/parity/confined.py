@@ -68,7 +68,10 @@ def _of_heads_before(question: Question, region: Region, before: Iterable[Mistak
     """Mistakes of the heads whose attention is wrong, made at stages that were not dumped: of query heads, or of the KV
     heads that they read where all that read those are wrong."""
     config = question.replay.config
-    readers, kv = config.num_heads // config.num_kv_heads, sorted({h * config.num_kv_heads // config.num_heads for h in region.indices})
+    readers, kv = (
+        config.num_heads // config.num_kv_heads,
+        sorted({h * config.num_kv_heads // config.num_heads for h in region.indices}),
+    )
     groups = Region("heads", tuple(kv), config.num_kv_heads)
     whole = len(kv) * readers == len(region.indices)
     within = {"q_post_rope": region, "attn_scores": region, "attn_softmax": region}

@@ -276,7 +276,8 @@ def _raised(factor: float, right: Right) -> list[Rule]:
     longest = right.config.max_position_embeddings
     if right.reach > longest:
         growing = (factor - 1) / (right.reach / longest - 1)
-        if found := [Rule("dynamic", each, longest) for each in rope_rules.FACTORS if abs(growing / each - 1) < _NEAR]:
+        found = [Rule("dynamic", each, longest) for each in rope_rules.FACTORS if abs(growing / each - 1) < _NEAR]
+        if found:
             return found
     return [Rule("ntk", each) for each in rope_rules.FACTORS if abs(factor / each - 1) < _NEAR]
 

@@ -39,8 +39,10 @@ class Rule(NamedTuple):
     original: int = 0
 
     def frequencies(self, config: Qwen2Config, theta: float, width: int, reach: int) -> tuple[np.ndarray, float]:
-        """Returns the inverse frequencies, float32 [width / 2], and what cos and sin are multiplied by, in a batch whose
-        longest row has `reach` positions."""
+        """Returns the inverse frequencies, float32 [width / 2], and what cos and sin are multiplied by.
+
+        `reach` is how many positions the longest row of the batch has.
+        """
         if self.name in ("ntk", "dynamic"):
             longer = max(reach / self.original, 1) if self.original else 1
             factor = self.factor if self.name == "ntk" else self.factor * longer - (self.factor - 1)

@@ -65,9 +65,7 @@ FAULTS: Mapping[str, Kind] = {
     "rope-adjacent-pairs": Kind("rotates (2i, 2i+1), in place"),
     "rope-theta": Kind("base `theta`", {"theta": 1e4}),
     "rope-position": Kind("positions + `shift`, or positions mod `restart`", {"shift": None, "restart": None}),
-    "rope-not-on-q": Kind(
-        "q as it was before RoPE, in `heads`, `pairs` (i, i + D/2), columns `positions`, or all", _UNTURNED
-    ),
+    "rope-not-on-q": Kind("q before RoPE, in `heads`, `pairs` (i, i + D/2), columns `positions`, or all", _UNTURNED),
     "rope-not-on-k": Kind("k as it was before RoPE, the same", _UNTURNED),
     "rope-part-dims": Kind(
         "the first `share` of the dimensions as a head of that width rotates its own; `cut` own: with its frequencies, "
@@ -97,7 +95,7 @@ FAULTS: Mapping[str, Kind] = {
         "x - mean(x) in place of x, in numerator and rms alike: LayerNorm without bias", _NORMS
     ),
     "norm-part-of-width": Kind(
-        "the squares of the first `columns` are summed, and divided by their number (`divisor` those) or the width (all)",
+        "the squares of the first `columns` are summed and divided by their number (`divisor` those) or the width (all)",
         {"columns": REQUIRED, "divisor": "those", **_NORMS},
     ),
     "norm-before-residual": Kind("each norm but the first reads attn_out or ffn_out without what they are added to"),
@@ -203,7 +201,7 @@ FAULTS: Mapping[str, Kind] = {
         {**_TENSOR, "block": 32, "order": "adjacent", "codec": None},
     ),
     "sum-cut-short": Kind(
-        "of `product`, a weight below the layer, attn_scores, attention or logits, columns `first` to `last` are left out",
+        "of `product`, a weight below the layer, attn_scores, attention or logits, columns `first` to `last` are lost",
         {"product": REQUIRED, "first": REQUIRED, "last": REQUIRED},
     ),
     "activations-quantised": Kind(
@@ -961,7 +959,8 @@ def _is_quantised(name: str, values: np.ndarray) -> bool:
 
 
 def _in_another_order(weight: np.ndarray, block: int, order: str, rows: bool) -> np.ndarray:
-    """Rows, or columns, of each block: the halves interleaved ("adjacent"), or even and odd ones apart ("halves")."""
+    """Rows, or columns, of each block: the halves interleaved ("adjacent"), or even and odd ones apart ("halves"); the
+    halves exchanged ("swapped"), or each two neighbours ("flipped")."""
     count = weight.shape[0] if rows else weight.shape[-1]
     there = {
         "adjacent": np.arange(block).reshape(2, -1).T,
