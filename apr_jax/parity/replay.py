@@ -68,15 +68,17 @@ class Replay:
         """Computes a stage with the mistakes that are made: in all of it, or in the part that each is confined to."""
         if self.layer != key.layer and any(mistake.layers is not None for mistake in self.made):
             return dataclasses.replace(self, layer=key.layer)._made(key)
-        everywhere = tuple(mistake for mistake in self.made if mistake.within is None)
-        if len(everywhere) == len(self.made):
+        here = [mistake for mistake in self.made if mistake.within is not None and mistake.stage == key.stage]
+        if not here:
             return self.step("result", FORMULAS[key.stage](self, key.layer), key.layer, key.stage)
-        value = self.under(everywhere)._made(key)
-        for mistake in self.made:
-            if mistake.within is not None and mistake.stage == key.stage:
-                other = self.under((*everywhere, mistake.everywhere))._made(key)
-                chosen = mistake.within.chosen(value, self.columns(), self.config.head_dim)
-                value = np.where(chosen, other, value)
+        # Those that are confined to parts of stages before this one are made there.
+        rest = tuple(mistake for mistake in self.made if mistake not in here)
+        value = self.under(rest)._made(key)
+        for mistake in here:
+            assert mistake.within is not None
+            other = self.under((*rest, mistake.everywhere))._made(key)
+            chosen = mistake.within.chosen(value, self.columns(), self.config.head_dim)
+            value = np.where(chosen, other, value)
         return value
 
     def under(self, mistakes: Mistakes) -> Replay:
@@ -87,7 +89,7 @@ class Replay:
         """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
         for mistake in self.made:
             change = mistake.fault.changes.get(name)
-            if mistake.layers is not None and self.layer not in mistake.layers:
+            if mistake.within is not None or (mistake.layers is not None and self.layer not in mistake.layers):
                 continue
             if change and not (name == "result" and mistake.stage not in ("", what)):
                 value = change(value, At(self, layer, what), **mistake.parameters)

@@ -271,8 +271,11 @@ def _stretched(turn: np.ndarray, gain: float, positions: np.ndarray, right: Righ
 
 
 def _raised(factor: float, right: Right) -> list[Rule]:
-    """Rules that raise the base by a factor. Beyond the model's own length "dynamic" does, and static rules with another
-    number give the same; the one with the customary number is meant."""
+    """Rules that raise the base by a factor.
+
+    Beyond the model's own length "dynamic" does, and static rules with another number give the same: the one whose
+    number is customary is meant.
+    """
     longest = right.config.max_position_embeddings
     if right.reach > longest:
         growing = (factor - 1) / (right.reach / longest - 1)

@@ -95,7 +95,7 @@ FAULTS: Mapping[str, Kind] = {
         "x - mean(x) in place of x, in numerator and rms alike: LayerNorm without bias", _NORMS
     ),
     "norm-part-of-width": Kind(
-        "the squares of the first `columns` are summed and divided by their number (`divisor` those) or the width (all)",
+        "the squares of the first `columns` are summed, divided by their number (`divisor` those) or the width (all)",
         {"columns": REQUIRED, "divisor": "those", **_NORMS},
     ),
     "norm-before-residual": Kind("each norm but the first reads attn_out or ffn_out without what they are added to"),

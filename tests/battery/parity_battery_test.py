@@ -81,7 +81,8 @@ class Float16Test(parameterized.TestCase):
     def test_an_overflow_of_the_products_before_their_scale_is_named_and_other_infinities_are_not(self):
         weights, config = oracle.load(paths.checkpoint("gqa_tied_bf16"))
         enlarged = (".q_proj.", ".k_proj.")
-        weights = {name: value * (ENLARGED if any(e in name for e in enlarged) else 1) for name, value in weights.items()}
+        times = {name: ENLARGED if any(part in name for part in enlarged) else 1 for name in weights}
+        weights = {name: value * times[name] for name, value in weights.items()}
         folder = pathlib.Path(self.create_tempdir().full_path)
         (folder / "config.json").write_text(json.dumps(config))
         halves = {name: value.astype(np.float16) for name, value in weights.items()}
