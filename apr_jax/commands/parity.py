@@ -182,9 +182,13 @@ def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same:
     from apr_jax.parity.report import report
 
     notes = _notes(args, dump, exact)
-    dump, of_ranks = _put_together(dump, exact)
+    dump, of_ranks = _put_together(dump, exact, same.dtype)
     diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told(), args.widened)
-    diagnosis = dataclasses.replace(diagnosis, findings=(*of_ranks, *diagnosis.findings))
+    if dump.ranks:
+        from apr_jax.parity import ranks
+
+        alone = (ranks.attributed(finding, dump.ranks, exact.config) for finding in diagnosis.findings)
+        diagnosis = dataclasses.replace(diagnosis, findings=(*of_ranks, *alone))
     diagnosis = _without_expected(args, diagnosis, notes)
     if args.check_upload:
         diagnosis = _with_upload(args, same.dtype, diagnosis, notes)
@@ -259,13 +263,13 @@ def _sides(args: argparse.Namespace, dump: Dump, same: LanguageModel) -> dict[st
     return {"reference": reference, "theirs": theirs}
 
 
-def _put_together(dump: Dump, exact: LanguageModel) -> tuple[Dump, list[Finding]]:
+def _put_together(dump: Dump, exact: LanguageModel, dtype: str) -> tuple[Dump, list[Finding]]:
     """Puts the stages of tensor-parallel ranks together as they should have been, and says what was wrong."""
     from apr_jax.parity import ranks
 
     if not dump.ranks:
         return dump, []
-    values, findings = ranks.judge(exact, dump.inputs, dump.ranks, dump.columns)
+    values, findings = ranks.judge(exact, dump.inputs, dump.ranks, dump.columns, dtype)
     return dataclasses.replace(dump, values=values), findings
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from apr_jax.parity.faults.parts import exchanged, scaled
+from apr_jax.parity.faults.parts import ZEROED, exchanged, scaled
 from apr_jax.parity.faults.record import Mistakes, Region
 from apr_jax.parity.localise import channel_medians, row_norms
 from apr_jax.parity.question import Question
@@ -23,14 +23,19 @@ _HEADED = ("qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attention")
 _ROTATED = ("q_post_rope", "k_post_rope")
 
 
-def hypotheses(question: Question, singles: Callable[[Question], Iterable[Mistakes]]) -> Iterator[Mistakes]:
+def hypotheses(
+    question: Question, singles: Callable[[Question], Iterable[Mistakes]], before: Iterable[Mistakes] = ()
+) -> Iterator[Mistakes]:
     """Yields mistakes confined to the parts of the stage that are wrong, where others are right.
 
     Args:
       question: The wrong stage.
       singles: Gives what the table has for a stage, one mistake each.
+      before: What it has for the stages before that were not dumped.
     """
     for region in regions(question):
+        if region.kind == "heads" and question.stage == "attention" and len(question.nodes) > 1:
+            yield from _of_heads_before(question, region, before)
         own = [stack for stack in singles(_seen_in(question, region)) if len(stack) == 1]
         for (mistake,) in [*scaled(question, region), *own, *exchanged(question, region)]:
             if not mistake.fault.multiplies:
@@ -57,6 +62,31 @@ def regions(question: Question) -> Iterator[Region]:
     budgets = site.row_budgets
     if budgets.shape == mask.shape:
         yield from _of_positions(np.logical_and(row_norms(difference, mask) > budgets, mask), mask)
+
+
+def _of_heads_before(question: Question, region: Region, before: Iterable[Mistakes]) -> Iterator[Mistakes]:
+    """Mistakes of the heads whose attention is wrong, made at stages that were not dumped: of query heads, or of the KV
+    heads that they read where all that read those are wrong."""
+    config = question.replay.config
+    readers, kv = (
+        config.num_heads // config.num_kv_heads,
+        sorted({h * config.num_kv_heads // config.num_heads for h in region.indices}),
+    )
+    groups = Region("heads", tuple(kv), config.num_kv_heads)
+    whole = len(kv) * readers == len(region.indices)
+    within = {"q_post_rope": region, "attn_scores": region, "attn_softmax": region}
+    within |= {"k_post_rope": groups} if whole and len(kv) < config.num_kv_heads else {}
+    hidden = {node.stage for node in question.nodes[:-1]}
+    for (mistake,) in before:
+        if not mistake.fault.multiplies and mistake.within is None:
+            yield from (
+                (mistake.confined(within[stage], stage),)
+                for stage in mistake.stages(question.replay)
+                if stage in within and stage in hidden
+            )
+    for stage in ("q_post_rope", "k_post_rope", "attn_scores"):
+        if stage in within and stage in hidden:
+            yield (ZEROED.made().confined(within[stage], stage),)
 
 
 def _of_pairs(question: Question, difference: Value, mask: np.ndarray) -> Iterator[Region]:

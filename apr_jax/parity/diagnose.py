@@ -17,7 +17,7 @@ import numpy as np
 from apr_jax.converters.storage.workers import Workers
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.faults.record import Mistake, Mistakes
-from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, PERMUTED, UNKNOWN
+from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, OVERFLOW, PERMUTED, UNKNOWN
 from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.findings import Explanation, Finding, cannot_show, gather, layout_findings, order_finding
 from apr_jax.parity.layer_order import execution_order, reordered
@@ -34,7 +34,7 @@ from apr_jax.parity.localise import (
 )
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Answer, Known, Search, silent
-from apr_jax.parity.wording import description, places, where_not_finite
+from apr_jax.parity.wording import LARGEST_HALF, description, overflows, places, where_not_finite
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import (
@@ -167,7 +167,7 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
     """Finds the mistakes that reproduce one wrong stage; what was found at others before is in `known`."""
     theirs = np.asarray(located.theirs[site.key])
     if not site.finite:
-        return Explanation(site, (NON_FINITE.made(),), None, note=where_not_finite(theirs, located.reference[site.key]))
+        return _not_finite(replay, site, theirs, located.reference[site.key])
     search = Search(replay, site, located)
     if answer := search.recall(known) or search.run(known):
         return _explained(site, answer, search)
@@ -184,6 +184,17 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
     if search.ended is not None:
         note += f"; the search was ended after {search.ended} explanations, sets of several mistakes among them"
     return Explanation(site, (UNKNOWN.made(),), None, note=note)
+
+
+def _not_finite(replay: Replay, site: Site, theirs: np.ndarray, right: np.ndarray) -> Explanation:
+    """Values that are no numbers: those that float16 has none for, or any."""
+    scores = site.stage == "attn_scores"
+    mistake, scale = NON_FINITE.made(), replay.config.head_dim**0.5 if scores else 1.0
+    if theirs.shape == right.shape and overflows(theirs, right, scale):
+        mistake = OVERFLOW.made(
+            largest=LARGEST_HALF, what="products of q and k, before their scale," if scores else "values"
+        )
+    return Explanation(site, (mistake,), None, note=where_not_finite(theirs, right))
 
 
 def _explained(site: Site, answer: Answer, search: Search) -> Explanation:

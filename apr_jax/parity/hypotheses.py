@@ -56,8 +56,10 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Siz
     longer = [stack for stack in own if len(stack) > 1]
     if question.parts():
         yield from longer
+        # What is rounded in each part may be too little to be looked into there.
+        yield from multiplications(question)
     if not accepted:
-        yield from confined.hypotheses(question, lambda part: _singles(part, part.nodes[-1]))
+        yield from confined.hypotheses(question, lambda part: _singles(part, part.nodes[-1]), before)
     if gap:
         yield from _together(question)
     yield from sorted(longer, key=len)

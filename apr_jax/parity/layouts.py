@@ -20,8 +20,9 @@ from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import Dumped, dumped_tokens, scatter_positions
 from apr_jax.trace.stages import Key
 
-_FAR = 0.3
-"""Relative L2 from which a stage's layout is doubted."""
+_FAR = 0.05
+"""Relative L2 from which a stage's layout is doubted: one position with a massive activation may be nearly all of it,
+and stand where it should."""
 _POSITIONS = 32
 """How many positions of a sequence are looked at."""
 _CLOSER = 0.1

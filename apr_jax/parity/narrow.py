@@ -17,7 +17,6 @@ from apr_jax.converters.formats import casts, codebooks, dtypes
 
 Values = np.ndarray
 
-FLOATS_16 = ("float16", "bfloat16")
 _FLOATS = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
@@ -198,6 +197,8 @@ _HEADED: Mapping[str, Callable[[Values], Values]] = {
     "q8_0": CODECS["q8_0"],
     "q4_0": CODECS["q4_0"],
 }
+FLOATS = tuple(_FLOATS)
+"""What scores and shares of attention may be computed in."""
 CACHES = tuple(_HEADED)
 """What caches of keys and values are held in."""
 

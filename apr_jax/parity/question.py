@@ -73,7 +73,7 @@ class Question:
 
     def shares(self, mistakes: Mistakes = ()) -> float:
         """What share of their values the mistakes, beside the given ones, leave unexplained."""
-        theirs = self._counted(self._their_rows())
+        theirs = self._counted(self.their_rows())
         return self.misfit(mistakes) / (float(np.linalg.norm(theirs)) or 1.0)
 
     @functools.cached_property
@@ -89,7 +89,12 @@ class Question:
         """Which scores a right engine shows of the probe's positions, bool [B, 1, T, S]."""
         return (self.probe.visible(self.layer) & self.their_tokens()[:, :, None])[:, None]
 
-    def _their_rows(self) -> Value:
+    def counted(self) -> np.ndarray:
+        """Which of the probe's values count, bool, of their shape up to broadcasting."""
+        return self.seen() if self.key.per_pair else self.their_tokens()[..., None]
+
+    def their_rows(self) -> Value:
+        """Their values at the probe's positions."""
         return self._part(self.probe.look(self.stage, self.theirs))
 
     def value(self, mistakes: Mistakes) -> Value:
@@ -106,7 +111,7 @@ class Question:
     def misfit(self, mistakes: Mistakes) -> float:
         """|theirs - the stage with these mistakes| at the probe's positions, over what is compared."""
         with np.errstate(all="ignore"):
-            return float(np.linalg.norm(self._counted(self._their_rows() - self.value(mistakes))))
+            return float(np.linalg.norm(self._counted(self.their_rows() - self.value(mistakes))))
 
     def _counted(self, values: Value) -> Value:
         if self.key.per_pair:

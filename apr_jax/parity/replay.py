@@ -68,15 +68,17 @@ class Replay:
         """Computes a stage with the mistakes that are made: in all of it, or in the part that each is confined to."""
         if self.layer != key.layer and any(mistake.layers is not None for mistake in self.made):
             return dataclasses.replace(self, layer=key.layer)._made(key)
-        everywhere = tuple(mistake for mistake in self.made if mistake.within is None)
-        if len(everywhere) == len(self.made):
+        here = [mistake for mistake in self.made if mistake.within is not None and mistake.stage == key.stage]
+        if not here:
             return self.step("result", FORMULAS[key.stage](self, key.layer), key.layer, key.stage)
-        value = self.under(everywhere)._made(key)
-        for mistake in self.made:
-            if mistake.within is not None and mistake.stage == key.stage:
-                other = self.under((*everywhere, mistake.everywhere))._made(key)
-                chosen = mistake.within.chosen(value, self.columns(), self.config.head_dim)
-                value = np.where(chosen, other, value)
+        # Those that are confined to parts of stages before this one are made there.
+        rest = tuple(mistake for mistake in self.made if mistake not in here)
+        value = self.under(rest)._made(key)
+        for mistake in here:
+            assert mistake.within is not None
+            other = self.under((*rest, mistake.everywhere))._made(key)
+            chosen = mistake.within.chosen(value, self.columns(), self.config.head_dim)
+            value = np.where(chosen, other, value)
         return value
 
     def under(self, mistakes: Mistakes) -> Replay:
@@ -87,7 +89,7 @@ class Replay:
         """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
         for mistake in self.made:
             change = mistake.fault.changes.get(name)
-            if mistake.layers is not None and self.layer not in mistake.layers:
+            if mistake.within is not None or (mistake.layers is not None and self.layer not in mistake.layers):
                 continue
             if change and not (name == "result" and mistake.stage not in ("", what)):
                 value = change(value, At(self, layer, what), **mistake.parameters)
@@ -196,9 +198,10 @@ class Replay:
         tensor = f"self_attn.{name}.bias"
         return self.step("bias", self.held(layer, tensor), layer, tensor)
 
-    def dot(self, x: Value, weight: Value) -> Value:
-        """Returns x [..., T, in] times weight [..., out, in], multiplied as the engine does."""
-        return self.step("dot", product)(x, weight)
+    def dot(self, x: Value, weight: Value, layer: int | None, what: str) -> Value:
+        """Returns x [..., T, in] times weight [..., out, in], multiplied as the engine does; `what` is the tensor, or
+        the stage where none is multiplied with."""
+        return self.step("dot", product, layer, what)(*self.step("terms", (x, weight), layer, what))
 
     def heads(self, layer: int | None) -> tuple[Value, Value, Value]:
         """Returns q [B, T, N, H], k and v [B, T, K, H] before rotation."""
@@ -305,15 +308,18 @@ def norm_input(replay: Replay, layer: int | None, stage: str) -> Value:
 
 def head_input(replay: Replay) -> Value:
     """What the head multiplies with: the last token of each row [B, 1, D] where only its logits were dumped."""
-    x, logits = replay.get(None, "final_norm"), replay.theirs.get(stages.LOGITS)
-    if logits is None or logits.shape[1] != 1:
-        return x
-    return np.take_along_axis(x, last_columns(replay.inputs)[..., None], axis=1)
+    logits, moved = replay.theirs.get(stages.LOGITS), replay.step("head_rows", None)
+    one = logits is not None and logits.shape[1] == 1
+    if not one and moved is None:
+        return replay.get(None, "final_norm")
+    x = replay.whole.get(None, "final_norm")
+    columns = last_columns(replay.inputs) if one else np.tile(replay.columns(), (len(x), 1))
+    return np.take_along_axis(x, (columns if moved is None else moved(columns))[..., None], axis=1)
 
 
 def head_product(replay: Replay) -> Value:
     """The head's product, [B, T, V] or [B, 1, V]."""
-    return replay.dot(head_input(replay), replay.matrix(None, head_name(replay.config)))
+    return replay.dot(head_input(replay), replay.matrix(None, head_name(replay.config)), None, "logits")
 
 
 def _embedding(replay: Replay, layer: int | None) -> Value:
@@ -324,13 +330,18 @@ def _embedding(replay: Replay, layer: int | None) -> Value:
 def _norm(stage: str, replay: Replay, layer: int | None) -> Value:
     x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)
     weight = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage)
-    eps = replay.step("eps", replay.config.rms_norm_eps, layer, stage)
-    return replay.step("normed", weight * (x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)), layer, stage)
+    eps, square = replay.step("eps", replay.config.rms_norm_eps, layer, stage), replay.step("mean_square", mean_square)
+    return replay.step("normed", weight * (x / np.sqrt(square(x) + eps)), layer, stage)
+
+
+def mean_square(x: Value) -> Value:
+    """The mean of squares of each position, [B, T, 1]."""
+    return np.mean(x * x, axis=-1, keepdims=True)
 
 
 def _qkv_matmul(replay: Replay, layer: int | None) -> Value:
-    x = replay.get(layer, "attn_norm")
-    return np.concatenate([replay.dot(x, replay.held(layer, f"self_attn.{name}.weight")) for name in QKV], -1)
+    x, names = replay.get(layer, "attn_norm"), [f"self_attn.{name}.weight" for name in QKV]
+    return np.concatenate([replay.dot(x, replay.held(layer, name), layer, name) for name in names], -1)
 
 
 def _qkv_bias(replay: Replay, layer: int | None) -> Value:
@@ -384,7 +395,7 @@ def _scores(replay: Replay, layer: int | None) -> Value:
     keys = replay.step("cached", replay.whole.get(layer, "k_post_rope"), layer, "k")
     k = unjoin(keys, replay.config)[:, :, replay.kv_heads()].swapaxes(1, 2)
     scale = replay.step("scale", replay.config.head_dim**-0.5)
-    raw = replay.step("scores", replay.step("raw_scores", replay.dot(q, k)) * scale)
+    raw = replay.step("scores", replay.step("raw_scores", replay.dot(q, k, layer, "attn_scores")) * scale)
     tokens = replay.step("tokens_read", None)
     if tokens is not None:
         raw = np.where(tokens >= 0, np.take_along_axis(raw, np.maximum(tokens, 0)[None, None], axis=-1), 0.0)
@@ -400,6 +411,7 @@ def _softmax(replay: Replay, layer: int | None) -> Value:
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         powers = np.where(seen, np.exp(raw - top), 0.0)
         shares = powers / np.where(summed, powers, 0.0).sum(axis=-1, keepdims=True)
+    shares = replay.step("shares", shares)
     empty = replay.step("empty_row", np.array(1 / raw.shape[-1]))
     return np.where(seen.any(axis=-1, keepdims=True), shares, empty)
 
@@ -410,7 +422,7 @@ def _attention(replay: Replay, layer: int | None) -> Value:
     tokens = replay.step("tokens_read", None)
     shares = shares if tokens is None else _by_token(shares, tokens)
     values = v[:, :, replay.kv_heads()].transpose(0, 2, 3, 1)
-    return join_heads(replay.dot(shares, values).swapaxes(1, 2))
+    return join_heads(replay.dot(shares, values, layer, "attention").swapaxes(1, 2))
 
 
 def _by_token(shares: Value, tokens: np.ndarray) -> Value:
@@ -424,7 +436,7 @@ def _by_token(shares: Value, tokens: np.ndarray) -> Value:
 
 def _product(stage: str, replay: Replay, layer: int | None) -> Value:
     source, tensor = PRODUCTS[stage]
-    return replay.dot(replay.get(layer, source), replay.matrix(layer, tensor))
+    return replay.dot(replay.get(layer, source), replay.matrix(layer, tensor), layer, tensor)
 
 
 def _sum(stage: str, update: str, replay: Replay, layer: int | None) -> Value:

@@ -20,11 +20,20 @@ from apr_jax.parity.rope_rules import Rule
 
 _LOGARITHMS = (0.5, 30.0)
 """Bases between 1.6 and 1e13 are told from noise."""
+_MOVED = 1e-6
+"""What differs by less, relative to the largest value, was not rotated."""
+_NEAR = 0.02
+"""As much a measured factor may be off a customary one."""
 _NARROW = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 BASES = (1e3, 3e3, 1e4, 2e4, 3e4, 5e4, 1e5, 1.5e5, 2e5, 3e5, 5e5, 7e5, 1e6, 1.5e6, 2e6, 3e6, 5e6, 8e6, 1e7, 3e7, 1e8)
 """Customary bases."""
 UNSCALED = Rule("linear", 1.0)
 """Plain RoPE, where the configuration asks for a rule."""
+SHARES = (0.25, 0.5, 0.75)
+"""Customary shares of a head that are rotated."""
+CUTS = ("own", "head", "sliced")
+"""Where a part of a head gets its frequencies from: they are those of a head of that width, the first of the whole
+head's, or HuggingFace's cos and sin of the whole head, whose first columns are taken."""
 ROUNDED = ("inv_freq", "positions", "angles", "tables")
 """What a rotation is computed from, in order: each may be held in fewer bits than float32."""
 
@@ -58,7 +67,8 @@ class Rotation:
     Attributes:
       theta: The base; None is the configuration's.
       adjacent: Pairs (2i, 2i + 1) in place of (i, i + H/2).
-      half: Only the first half of the dimensions, as if the head were half as wide.
+      part: The share of a head's dimensions that is rotated, the first ones.
+      cut: Which of `CUTS` gives the frequencies of a part.
       negated: Angles negated.
       shift: Added to every position.
       restart: Positions start again every so many; 0 never.
@@ -69,7 +79,8 @@ class Rotation:
 
     theta: float | None = None
     adjacent: bool = False
-    half: bool = False
+    part: float = 1.0
+    cut: str = "own"
     negated: bool = False
     shift: int = 0
     restart: int = 0
@@ -85,10 +96,12 @@ class Rotation:
         if self.none:
             return x
         rotated, rest = self._parts(x)
-        angles, gain = self.angles(positions, rotated.shape[-1], right), self._frequencies(rotated.shape[-1], right)[1]
-        cos, sin = (self._held("tables", f(angles).astype(np.float32) * np.float32(gain)) for f in (np.cos, np.sin))
-        turns = (cos + 1j * sin.astype(np.float64))[:, :, None]
-        return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
+        angles, gain = self._turns(positions, x.shape[-1], right)
+        tables = (self._held("tables", f(angles).astype(np.float32) * np.float32(gain)) for f in (np.cos, np.sin))
+        cos, sin = (table.astype(np.float64)[:, :, :, None] for table in tables)
+        pairs = _pairs(rotated, self.adjacent)
+        first, second = pairs.real * cos[0] - pairs.imag * sin[0], pairs.imag * cos[1] + pairs.real * sin[1]
+        return np.concatenate([_from_pairs(first + 1j * second, self.adjacent), rest], axis=-1)
 
     def sizes(
         self, x: np.ndarray, positions: np.ndarray, right: Right, least: float = 0.0
@@ -100,12 +113,14 @@ class Rotation:
         if self.none:
             return np.abs(x), np.zeros_like(x)
         rotated, rest = self._parts(np.abs(x))
-        angles = self.angles(positions, rotated.shape[-1], right)[:, :, None]
-        gain, pairs = self._frequencies(rotated.shape[-1], right)[1], _pairs(rotated, self.adjacent)
+        angles, gain = self._turns(positions, x.shape[-1], right)
+        angles, pairs = np.abs(angles)[:, :, :, None], _pairs(rotated, self.adjacent)
         cos, sin = (np.maximum(np.abs(gain * f(angles)), least) for f in (np.cos, np.sin))
-        first, second = pairs.real * cos + pairs.imag * sin, pairs.real * sin + pairs.imag * cos
-        terms = np.maximum(_from_pairs(first + 1j * second, self.adjacent), least)
-        moved = _from_pairs(np.abs(angles) * (second + 1j * first), self.adjacent)
+        low, high = pairs.real, pairs.imag
+        terms = low * cos[0] + high * sin[0] + 1j * (high * cos[1] + low * sin[1])
+        moved = angles[0] * (low * sin[0] + high * cos[0]) + 1j * angles[1] * (high * sin[1] + low * cos[1])
+        terms = np.maximum(_from_pairs(terms, self.adjacent), least)
+        moved = _from_pairs(moved, self.adjacent)
         return np.concatenate([terms, rest], axis=-1), np.concatenate([moved, np.zeros_like(rest)], axis=-1)
 
     def angles(self, positions: np.ndarray, width: int, right: Right) -> np.ndarray:
@@ -117,11 +132,28 @@ class Rotation:
         angles = self._held("angles", self._held("positions", steps)[..., None] * frequencies).astype(np.float64)
         return -angles if self.negated else angles
 
+    def _turns(self, positions: np.ndarray, head: int, right: Right) -> tuple[np.ndarray, float]:
+        """What the first and the second value of each pair turn by, [2, B, T, pairs], and what both are multiplied by.
+
+        They are one but where tables of whole heads were sliced.
+        """
+        width = self.width(head)
+        whole = width if self.cut == "own" else head
+        angles, gain = self.angles(positions, whole, right), self._frequencies(whole, right)[1]
+        first = second = angles[..., : width // 2]
+        if self.cut == "sliced":
+            second = np.concatenate([angles, angles], axis=-1)[..., width // 2 : width]
+        return np.stack([first, second]), gain
+
+    def width(self, head: int) -> int:
+        """How many dimensions of a head are rotated."""
+        return round(self.part * head)
+
     def _frequencies(self, width: int, right: Right) -> tuple[np.ndarray, float]:
         """The inverse frequencies, float32, and what cos and sin are multiplied by."""
         base = right.theta if self.theta is None else self.theta
         if self.scaling is not None:
-            return self.scaling.frequencies(right.config, base, width)
+            return self.scaling.frequencies(right.config, base, width, right.reach)
         return right.frequencies(width, base)
 
     def _held(self, what: str, values: np.ndarray) -> np.ndarray:
@@ -132,7 +164,7 @@ class Rotation:
             return values.astype(_NARROW[self.rounded[0]]).astype(np.float32)
 
     def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        width = x.shape[-1] // 2 if self.half else x.shape[-1]
+        width = self.width(x.shape[-1])
         return x[..., :width], x[..., width:]
 
 
@@ -149,8 +181,9 @@ def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, rig
     if right.config.rope_scaling is not None:
         found.append(Rotation(scaling=UNSCALED))
     for adjacent in (False, True):
-        for half in (False, True):
-            shape = Rotation(adjacent=adjacent, half=half)
+        found += _of_a_part(before, after, positions, adjacent)
+        for part in (1.0, 0.5):
+            shape = Rotation(adjacent=adjacent, part=part)
             rotated, _ = shape._parts(before)
             target, _ = shape._parts(after)
             if rotated.shape[-1] % 2:
@@ -160,11 +193,20 @@ def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, rig
             if right.config.rope_scaling is not None:
                 # Under a rule the turns of the pairs are no powers, from which a base could be solved.
                 found += [dataclasses.replace(shape, theta=base) for base in BASES if base != right.theta]
-            if not half:
+            if part == 1.0:
                 found += _less_precise(shape)
                 found += _stretched(turn, _gain(rotated, target, positions), positions, right, shape)
     # Not a set: its order hangs on the last bits of a base, and rounder ones have to stay before it.
     return sorted(dict.fromkeys(found), key=lambda turn: (deviations(turn), not _is_round(turn.theta)))
+
+
+def _of_a_part(before: np.ndarray, after: np.ndarray, positions: np.ndarray, adjacent: bool) -> list[Rotation]:
+    """Rotations of the first dimensions: of as many as are not the same behind it, or of a customary share."""
+    tokens, width = positions >= 0, before.shape[-1]
+    moved = np.flatnonzero((np.abs(after - before)[tokens] > _MOVED * np.abs(before[tokens]).max()).any(axis=(0, 1)))
+    measured = -(-(int(moved.max(initial=0)) + 1) // 2) * 2 / width
+    parts = (part for part in dict.fromkeys((measured, *SHARES)) if part < 1 and round(part * width) % 2 == 0)
+    return [Rotation(adjacent=adjacent, part=part, cut=cut) for part in parts for cut in CUTS[: 2 if adjacent else 3]]
 
 
 def deviations(rotation: Rotation) -> int:
@@ -215,17 +257,32 @@ def _less_precise(shape: Rotation) -> list[Rotation]:
 def _stretched(turn: np.ndarray, gain: float, positions: np.ndarray, right: Right, shape: Rotation) -> list[Rotation]:
     """Rotations by frequencies that a rule has stretched: with the factor that was measured, or a customary one."""
     factors: tuple[float, ...] = rope_rules.FACTORS
-    if gain > 1.005:
+    if 1.005 < gain < 2:
         factors = tuple(round_numbers.near(float(np.exp((gain - 1) / 0.1)), *rope_rules.FACTORS))
-    customary = rope_rules.customary(right.config.max_position_embeddings, factors)
+    customary = rope_rules.customary(right.config, factors)
     rules = sorted(customary, key=lambda rule: -_aligned(turn, positions, right, rule))
     if (factor := _fit_factor(turn, positions, right.theta)) is not None:
         rules = [*(Rule("linear", each) for each in round_numbers.near(factor)), *rules]
     base, width = _fit_theta(turn, positions, 0), 2 * turn.shape[-1]
     if base is not None and width > 2 and base > right.theta:
         raised = (base / right.theta) ** ((width - 2) / width)
-        rules += [Rule("ntk", each) for each in rope_rules.FACTORS if abs(raised / each - 1) < 0.02]
+        rules += _raised(raised, right)
     return [dataclasses.replace(shape, scaling=rule) for rule in rules]
+
+
+def _raised(factor: float, right: Right) -> list[Rule]:
+    """Rules that raise the base by a factor.
+
+    Beyond the model's own length "dynamic" does, and static rules with another number give the same: the one whose
+    number is customary is meant.
+    """
+    longest = right.config.max_position_embeddings
+    if right.reach > longest:
+        growing = (factor - 1) / (right.reach / longest - 1)
+        found = [Rule("dynamic", each, longest) for each in rope_rules.FACTORS if abs(growing / each - 1) < _NEAR]
+        if found:
+            return found
+    return [Rule("ntk", each) for each in rope_rules.FACTORS if abs(factor / each - 1) < _NEAR]
 
 
 def _aligned(turn: np.ndarray, positions: np.ndarray, right: Right, rule: Rule) -> float:

@@ -48,6 +48,8 @@ _ALIKE = 0.1
 """Two mistakes give the same values if their distances differ by less than this share of the budget."""
 _ROUND = 0.02
 """As much a number that was solved for may be off its round neighbour."""
+_DOUBTFUL = 0.1
+"""As much it may be off one that gives the same values."""
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
@@ -122,12 +124,14 @@ class Fit:
       budget: What that may be.
       worst: The largest error of a position or channel over its own budget.
       turned: The same of a rotated value.
+      typical: The median error of a position, relative to it.
     """
 
     error: float
     budget: float
     worst: float
     turned: float = 0.0
+    typical: float = math.inf
 
     @property
     def single(self) -> float:
@@ -189,7 +193,9 @@ class _Look:
                 channels = self._channels(value, size) + drift
                 worst = max(worst, worst_share(channel_medians(key, difference, size, self._mask), channels))
             shares = 0.0 if turns is None else worst_share(np.abs(difference) * self._mask[..., None], turns)
-        return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst, shares)
+        moved = error[size > 0] / size[size > 0]
+        typical = float(np.median(moved)) if moved.size else math.inf
+        return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst, shares, typical)
 
     def _channels(self, value: np.ndarray, size: np.ndarray) -> np.ndarray:
         """What each channel may be off, if these values are the right ones: no less than the typical channel there."""
@@ -317,8 +323,13 @@ class Search:
         blamed = [pair for pair in fits if self._as_near(pair[1].error, least) and known.blames_precision(pair[0])]
         first = names((blamed or alike)[0][0])
         same = [pair for pair in blamed or alike if names(pair[0]) == first]
-        nearest, _ = min(same, key=lambda pair: pair[1].share)
-        chosen, fit = next(pair for pair in same if _nearly(pair[0], nearest))
+        nearest, best = min(same, key=lambda pair: pair[1].share)
+        chosen, fit = next(
+            pair
+            for pair in same
+            if _nearly(pair[0], nearest)
+            or (abs(pair[1].error - best.error) <= _ALIKE * self.site.budget and _nearly(pair[0], nearest, _DOUBTFUL))
+        )
         error = fit.error
         others = set() if blamed else {names(mistakes) for mistakes, _ in alike}
         for mistakes in known.with_numbers(chosen):
@@ -356,7 +367,11 @@ class Search:
             return False
         # Of what the other mistakes leave, not of the whole: else any step would do beside a large mistake.
         without = look.judge(rest) if rest else look.before
-        return fit.error <= leniency * _CHAOTIC * without.error
+        if fit.error <= leniency * _CHAOTIC * without.error:
+            return True
+        # One position with a massive activation is most of the whole, and one step that falls the other way most of it.
+        most = fit.typical <= _CHAOTIC * without.typical and not tf32
+        return most and fit.error <= leniency * _BETTER * without.error
 
     @functools.cached_property
     def _composed(self) -> bool:
@@ -379,19 +394,19 @@ class Search:
         return _Look(dataclasses.replace(self._replay, rows=columns[chosen]), self.site, self.located)
 
 
-def _nearly(one: Mistakes, other: Mistakes) -> bool:
+def _nearly(one: Mistakes, other: Mistakes, off: float = _ROUND) -> bool:
     """Whether these are the same mistakes but for solved numbers that are nearly the same."""
     return len(one) == len(other) and all(
         a.fault is b.fault
         and (a.within, a.layers) == (b.within, b.layers)
         and a.parameters.keys() == b.parameters.keys()
-        and all(_same_value(value, b.parameters[name]) for name, value in a.pairs)
+        and all(_same_value(value, b.parameters[name], off) for name, value in a.pairs)
         for a, b in zip(one, other, strict=True)
     )
 
 
-def _same_value(a: object, b: object) -> bool:
-    return math.isclose(a, b, rel_tol=_ROUND) if isinstance(a, float) and isinstance(b, float) else a == b
+def _same_value(a: object, b: object, off: float) -> bool:
+    return math.isclose(a, b, rel_tol=off) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
 def _with_numbers_of(others: Mistakes, mistake: Mistake) -> Mistake:

@@ -43,7 +43,21 @@ def sentence(
 # --- What can be said where nothing fits -----------------------------------------------------------------------------
 
 
-_LARGEST_HALF = 65504.0
+LARGEST_HALF = 65504.0
+_ROUNDED_UP = 65520.0 * 1.005
+"""What is larger is no float16, whatever sums that were rounded on the way came to."""
+
+
+def overflows(theirs: np.ndarray, right: np.ndarray, multiplied: float = 1.0) -> bool:
+    """Whether values are not finite where the right ones, times what an engine divides by later, pass float16.
+
+    Args:
+      theirs: The values of a stage.
+      right: The right ones, 0 where nothing is compared.
+      multiplied: The square root of a head's width for scores, whose products overflow before they are scaled.
+    """
+    bad, size = ~np.isfinite(theirs) & (right != 0), np.abs(right) * multiplied
+    return bool(bad.any() and (size[bad] >= LARGEST_HALF / 1.005).all() and bad[size >= _ROUNDED_UP].all())
 
 
 def where_not_finite(theirs: np.ndarray, right: np.ndarray) -> str:
@@ -51,8 +65,8 @@ def where_not_finite(theirs: np.ndarray, right: np.ndarray) -> str:
     first = tuple(int(index) for index in np.argwhere(bad)[0])
     text = f"{int(bad.sum())} of {theirs.size} values are NaN or infinite, the first at {list(first)}"
     infinite = np.isinf(theirs)
-    if infinite.any() and (np.abs(right[infinite]) >= _LARGEST_HALF).all():
-        text += f"; the right values there pass {_LARGEST_HALF:.0f}, the largest of float16"
+    if infinite.any() and (np.abs(right[infinite]) >= LARGEST_HALF).all():
+        text += f"; the right values there pass {LARGEST_HALF:.0f}, the largest of float16"
     return text
 
 

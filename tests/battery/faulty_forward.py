@@ -57,17 +57,24 @@ _NORMS = {"norms": NORMS}
 _MASK = {"scores": "own"}
 _MASKS = ("mask-not-causal", "mask-off-by-one", "mask-without-window", "mask-window")
 _TENSOR = {"tensor": REQUIRED}
+_BLOCKS_OF_A_LAYER = {"blocks": ("attention", "mlp")}
+_UNTURNED = {"heads": None, "pairs": None, "positions": None}
 _PART = {"heads": None, "channels": None, "positions": None}
 
 FAULTS: Mapping[str, Kind] = {
     "rope-adjacent-pairs": Kind("rotates (2i, 2i+1), in place"),
     "rope-theta": Kind("base `theta`", {"theta": 1e4}),
     "rope-position": Kind("positions + `shift`, or positions mod `restart`", {"shift": None, "restart": None}),
-    "rope-not-on-q": Kind("q as it was before RoPE, in `heads` or all", {"heads": None}),
-    "rope-not-on-k": Kind("k as it was before RoPE, in `heads` or all", {"heads": None}),
+    "rope-not-on-q": Kind("q before RoPE, in `heads`, `pairs` (i, i + D/2), columns `positions`, or all", _UNTURNED),
+    "rope-not-on-k": Kind("k as it was before RoPE, the same", _UNTURNED),
+    "rope-part-dims": Kind(
+        "the first `share` of the dimensions as a head of that width rotates its own; `cut` own: with its frequencies, "
+        "head: with the first of the whole head's, sliced: by HuggingFace's cos and sin of the whole head, cut off",
+        {"share": 0.75, "cut": "own"},
+    ),
     "rope-scaling": Kind(
         "frequencies by transformers' `rule` linear, ntk (base times factor^(D/(D-2))), yarn (cos and sin times "
-        "0.1 ln(factor) + 1) or llama3, with `factor` and `original` positions",
+        "0.1 ln(factor) + 1), llama3 or dynamic, with `factor` and `original` positions",
         {"rule": "linear", "factor": 4.0, "original": 32768},
     ),
     "rope-unscaled": Kind("plain RoPE, whatever rule the configuration asks for"),
@@ -87,6 +94,13 @@ FAULTS: Mapping[str, Kind] = {
     "norm-mean-subtracted": Kind(
         "x - mean(x) in place of x, in numerator and rms alike: LayerNorm without bias", _NORMS
     ),
+    "norm-part-of-width": Kind(
+        "the squares of the first `columns` are summed, divided by their number (`divisor` those) or the width (all)",
+        {"columns": REQUIRED, "divisor": "those", **_NORMS},
+    ),
+    "norm-before-residual": Kind("each norm but the first reads attn_out or ffn_out without what they are added to"),
+    "residual-twice": Kind("`blocks` attention and mlp: 2 x + f(x)", _BLOCKS_OF_A_LAYER),
+    "residual-behind-norm": Kind("norm(x) + f(norm(x)), in `blocks`", _BLOCKS_OF_A_LAYER),
     "norm-weight-before-cast": Kind("bf16: one rounding, after the weight; else the same", _NORMS),
     "final-norm-missing": Kind("final_norm is the last layer's output", per_layer=False),
     "qkv-bias-missing": Kind("none of the three; qkv_bias is qkv_matmul"),
@@ -108,6 +122,10 @@ FAULTS: Mapping[str, Kind] = {
     "scores-precision": Kind(
         "attn_scores rounded to `dtype` behind the scale; `steps` product: before it as well",
         {"dtype": "float16", "steps": "scores"},
+    ),
+    "softmax-precision": Kind(
+        "attn_softmax rounded to `dtype`; `steps` scores: what it is taken of as well",
+        {"dtype": "float16", "steps": "shares"},
     ),
     "cache-precision": Kind(
         "keys or values (`part` k or v) are rounded to `dtype` float16, bfloat16, float8_e4m3, float8_e5m2 or q8_0 "
@@ -141,6 +159,7 @@ FAULTS: Mapping[str, Kind] = {
     ),
     "part-zeroed": Kind("the same with 0", {"stage": REQUIRED, **_PART}),
     "part-exchanged": Kind("`heads` or `channels` of `stage`, in reverse order", {"stage": REQUIRED, **_PART}),
+    "stage-scaled": Kind("all values of `stage` times `factor`", {"stage": REQUIRED, "factor": 0.5}),
     "embedding-row-off-by-one": Kind("row id + 1; row 0 for the last id", per_layer=False),
     "embedding-transposed": Kind(
         "as o-proj-transposed; by default the file's [V, hidden] buffer read as [hidden, V]",
@@ -153,6 +172,13 @@ FAULTS: Mapping[str, Kind] = {
         per_layer=False,
     ),
     "head-missing": Kind("logits all zero", per_layer=False),
+    "logits-position": Kind(
+        "the head reads column + `shift` (the first or last one where there is none), or the last column (`last`)",
+        {"shift": -1, "last": False},
+        per_layer=False,
+    ),
+    "logits-temperature": Kind("logits divided by `temperature`", {"temperature": 0.7}, per_layer=False),
+    "logits-soft-cap": Kind("`cap` tanh(logits / cap)", {"cap": 30.0}, per_layer=False),
     "logits-shifted": Kind("flat [B, T, V] rolled: element i moves to i + `shift`", {"shift": 1}, per_layer=False),
     "weights-relabelled": Kind(
         "`tensor`: suffix after model.layers.N., or a whole name; `direction` bf16-as-f16 or f16-as-bf16. A weight "
@@ -170,8 +196,13 @@ FAULTS: Mapping[str, Kind] = {
         {**_TENSOR, "order": "adjacent"},
     ),
     "weights-interleaved": Kind(
-        "columns of `tensor` in blocks of `block`: the two halves interleaved (`order` adjacent), or back (halves)",
-        {**_TENSOR, "block": 32, "order": "adjacent"},
+        "columns of `tensor` in blocks of `block`: the two halves interleaved (`order` adjacent), or back (halves), or "
+        "exchanged (swapped), or each two neighbours (flipped); `codec`: quantised before",
+        {**_TENSOR, "block": 32, "order": "adjacent", "codec": None},
+    ),
+    "sum-cut-short": Kind(
+        "of `product`, a weight below the layer, attn_scores, attention or logits, columns `first` to `last` are lost",
+        {"product": REQUIRED, "first": REQUIRED, "last": REQUIRED},
     ),
     "activations-quantised": Kind(
         "what is multiplied with the weight of `module`, or of all, is rounded by `codec` q8_k, q8_0, int8 by row, or "
@@ -548,36 +579,53 @@ class _Engine:
         else:
             x = self._weight("model.embed_tokens.weight", OUTER, rows)
         x = self._parts("embedding", x, OUTER)
-        dump = {"stage.embedding": x}
+        dump, update = {"stage.embedding": x}, x
         for layer in range(len(self.order)):
-            stages = self._layer(x, layer)
-            x = stages["post_ffn_residual"]
+            stages = self._layer(x, update, layer)
+            x, update = stages["post_ffn_residual"], stages["ffn_out"]
             dump |= {f"stage.{layer}.{name}": value for name, value in stages.items()}
+        read = update if self._has("norm-before-residual", OUTER) else x
         missing = self._of("final-norm-missing", OUTER) is not None
-        x = dump["stage.final_norm"] = self._parts("final_norm", x if missing else self._norm(x, "norm", OUTER), OUTER)
+        x = dump["stage.final_norm"] = self._parts(
+            "final_norm", x if missing else self._norm(read, "norm", OUTER), OUTER
+        )
         dump["logits"] = self._parts("logits", self._logits(x), OUTER)
         return dump
 
-    def _layer(self, x: np.ndarray, layer: int) -> dict[str, np.ndarray]:
+    def _layer(self, x: np.ndarray, update: np.ndarray, layer: int) -> dict[str, np.ndarray]:
+        """The stages of a layer; x is the residual stream, to which `update` was added last."""
         s = _Stages(lambda stage, value: self._parts(stage, value, layer))
-        s["attn_norm"] = self._norm(x, "input_layernorm", layer)
+        without = self._has("norm-before-residual", layer)
+        s["attn_norm"] = self._norm(update if without else x, "input_layernorm", layer)
         q, k, v = self._qkv(s, layer)
         self._attention(s, q, k, v, layer)
         s["attn_out"] = self._linear(s["attention"], "self_attn.o_proj", layer)
-        alone = self._has("attention-residual-missing", layer)
-        s["post_attn_residual"] = s["attn_out"] if alone else self.rounded(x + s["attn_out"])
-        s["ffn_norm"] = self._norm(s["post_attn_residual"], "post_attention_layernorm", layer)
+        s["post_attn_residual"] = self._added(x, s["attn_norm"], s["attn_out"], "attention", layer)
+        without = self._has("norm-before-residual", layer)
+        s["ffn_norm"] = self._norm(
+            s["attn_out" if without else "post_attn_residual"], "post_attention_layernorm", layer
+        )
         self._mlp(s, layer)
-        alone = self._has("mlp-residual-missing", layer)
-        s["post_ffn_residual"] = s["ffn_out"] if alone else self.rounded(s["post_attn_residual"] + s["ffn_out"])
+        s["post_ffn_residual"] = self._added(s["post_attn_residual"], s["ffn_norm"], s["ffn_out"], "mlp", layer)
         return dict(s)
+
+    def _added(self, x: np.ndarray, normed: np.ndarray, update: np.ndarray, block: str, layer: int) -> np.ndarray:
+        """The residual stream behind a block."""
+        if self._has(f"{block}-residual-missing", layer):
+            return update
+        twice, behind = (self._of(name, layer) for name in ("residual-twice", "residual-behind-norm"))
+        if twice and block in twice["blocks"]:
+            x = x + x
+        if behind and block in behind["blocks"]:
+            x = normed
+        return self.rounded(x + update)
 
     def _parts(self, stage: str, value: np.ndarray, layer: int | None) -> np.ndarray:
         """A stage with some of its heads, channels or positions wrong."""
-        for name in ("part-scaled", "part-zeroed", "part-exchanged"):
+        for name in ("part-scaled", "part-zeroed", "part-exchanged", "stage-scaled"):
             for planted in self._named(name):
                 if planted.values["stage"] == stage and planted.acts_on(layer):
-                    value = self._part(name, value, planted.values)
+                    value = self._part(name, value, {**_PART, **planted.values})
         return value
 
     def _part(self, name: str, value: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:
@@ -611,7 +659,13 @@ class _Engine:
         if of("norm-mean-subtracted") is not None:
             x = x - x.mean(-1, keepdims=True)
         eps = (of("rms-norm-eps") or {"eps": self.config["rms_norm_eps"]})["eps"]
-        unit = x * (1 / np.sqrt((x * x).mean(-1, keepdims=True) + self.wide(eps)))
+        square = (x * x).mean(-1, keepdims=True)
+        if part := of("norm-part-of-width"):
+            first = x[..., : part["columns"]]
+            square = (first * first).sum(-1, keepdims=True, dtype=x.dtype) / self.wide(
+                part["columns"] if part["divisor"] == "those" else x.shape[-1]
+            )
+        unit = x * (1 / np.sqrt(square + self.wide(eps)))
         if of("norm-weight-missing") is not None:
             return self.rounded(unit)
         weight = self._weight("model.norm.weight" if layer is OUTER else norm + ".weight", layer)
@@ -650,8 +704,13 @@ class _Engine:
         rotated, left = self._rotated(x, layer), self._of(f"rope-not-on-{name}", layer)
         if left is None:
             return rotated
-        heads = np.arange(x.shape[2]) if left["heads"] is None else np.array(left["heads"])
-        return np.where(np.isin(np.arange(x.shape[2]), heads)[:, None], x, rotated)
+
+        def among(part: str, places: np.ndarray) -> np.ndarray:
+            return np.ones(len(places), bool) if left[part] is None else np.isin(places, left[part])
+
+        heads, positions = among("heads", np.arange(x.shape[2])), among("positions", np.arange(self.length))
+        pairs = among("pairs", np.arange(self.dim) % (self.dim // 2))
+        return np.where(positions[:, None, None] & heads[:, None] & pairs, x, rotated)
 
     def _rotated(self, x: np.ndarray, layer: int) -> np.ndarray:
         config = self.config
@@ -662,32 +721,41 @@ class _Engine:
         positions = self.positions
         if where := self._of("rope-position", layer):
             positions = positions % where["restart"] if where["restart"] else positions + where["shift"]
-        width = self.dim // 2 if self._has("rope-half-dims", layer) else self.dim
+        part = self._of("rope-part-dims", layer) or {"share": 1.0, "cut": "own"}
+        width = self.dim // 2 if self._has("rope-half-dims", layer) else round(self.dim * part["share"])
         if width % 2:
             raise ValueError(f"{width} dimensions make no pairs")
-        frequencies, gain = rope(config, width, int(self.positions.max()) + 1)
+        reach, whole = int(self.positions.max()) + 1, width if part["cut"] == "own" else self.dim
+        frequencies, gain = rope(config, whole, reach)
         if self._has("rope-unscaled", layer):
-            frequencies, gain = inv_freq(base(config), width), 1.0
+            frequencies, gain = inv_freq(base(config), whole), 1.0
         if scaled := self._of("rope-scaling", layer):
-            frequencies, gain = scaled_frequencies(base(config), width, **scaled)
+            frequencies, gain = scaled_frequencies(base(config), whole, reach=reach, **scaled)
+        first, second = frequencies[: width // 2], frequencies[: width // 2]
+        if part["cut"] == "sliced":
+            second = np.concatenate([frequencies, frequencies])[width // 2 : width]
         less = self._of("rope-precision", layer) or {"what": "", "besides": ()}
 
         def held(what: str, values: np.ndarray) -> np.ndarray:
             return _NARROW[less["dtype"]](values) if what in (less["what"], *less["besides"]) else values
 
         steps = held("positions", positions.astype(f32))
-        angles = held("angles", steps[..., None] * held("inv_freq", frequencies)).astype(f64)
-        tables = (held("tables", f(angles).astype(f32) * f32(gain)) for f in (np.cos, np.sin))
-        cos, sin = (self.rounded(table)[:, :, None] for table in tables)
-        sin = -sin if self._has("rope-sign", layer) else sin
+        sign = -1 if self._has("rope-sign", layer) else 1
+
+        def tables(frequencies: np.ndarray) -> list[np.ndarray]:
+            angles = held("angles", steps[..., None] * held("inv_freq", frequencies)).astype(f64)
+            made = (held("tables", f(angles).astype(f32) * f32(gain)) for f in (np.cos, lambda x: sign * np.sin(x)))
+            return [self.rounded(table)[:, :, None] for table in made]
+
+        (cos, sin), (high_cos, high_sin) = tables(first), tables(second)
         adjacent = self._has("rope-adjacent-pairs", layer)
-        first, second = (
+        low, high = (
             (slice(0, width, 2), slice(1, width, 2)) if adjacent else (slice(width // 2), slice(width // 2, width))
         )
-        a, b, r = x[..., first], x[..., second], self.rounded
+        a, b, r = x[..., low], x[..., high], self.rounded
         turned = x.copy()
-        turned[..., first] = r(r(a * cos) - r(b * sin))
-        turned[..., second] = r(r(b * cos) + r(a * sin))
+        turned[..., low] = r(r(a * cos) - r(b * sin))
+        turned[..., high] = r(r(b * high_cos) + r(a * high_sin))
         return turned
 
     def _attention(self, s: dict[str, np.ndarray], q: np.ndarray, k: np.ndarray, v: np.ndarray, layer: int) -> None:
@@ -698,7 +766,8 @@ class _Engine:
         v = v[:, :, ::-1] if self._has("v-heads-swapped", layer) else v
         scale = (self._of("softmax-scale", layer) or {"scale": self.dim**-0.5})["scale"]
         k, v = self._cached("k", k, layer), self._cached("v", v, layer)
-        products = self.rounded(self._dot(q.swapaxes(1, 2), k[:, :, heads].transpose(0, 2, 3, 1), layer))
+        keys = k[:, :, heads].transpose(0, 2, 3, 1)
+        products = self.rounded(self._dot(q.swapaxes(1, 2), self._cut_short(keys, "attn_scores", layer), layer))
         less = self._of("scores-precision", layer)
         if less and less["steps"] == "product":
             products = _NARROW[less["dtype"]](products)
@@ -716,7 +785,8 @@ class _Engine:
         scores = np.where(seen, s["attn_scores"], scores)
         s["attn_softmax"] = self._softmax(scores, seen, layer)
         shares = s["attn_softmax"] if tokens is None else _by_token(s["attn_softmax"], tokens)
-        values = self.rounded(self._dot(shares, v[:, :, heads].swapaxes(1, 2), layer))
+        values = self._cut_short(v[:, :, heads].swapaxes(1, 2), "attention", layer)
+        values = self.rounded(self._dot(shares, values, layer))
         s["attention"] = values.swapaxes(1, 2).reshape(self.batch, self.length, -1)
 
     def _cached(self, part: str, x: np.ndarray, layer: int) -> np.ndarray:
@@ -740,13 +810,16 @@ class _Engine:
         return seen & (keys[:, None, :] | (key == query))  # padding sees itself, so that no row of a right run is empty
 
     def _softmax(self, scores: np.ndarray, seen: np.ndarray, layer: int) -> np.ndarray:
-        summed = seen
+        summed, less = seen, self._of("softmax-precision", layer)
+        if less and less["steps"] == "scores":
+            scores = _NARROW[less["dtype"]](scores)
         if self._has("softmax-partial-warp", layer):
             lanes = seen & (np.arange(self.length) % 64 < 32)
             summed = np.where(lanes.any(-1, keepdims=True), lanes, seen)
         top = np.where(summed, scores, -np.inf).max(-1, keepdims=True)
         exps = np.where(seen, np.exp(scores - top), self.wide(0))
         shares = exps / np.where(summed, exps, self.wide(0)).sum(-1, keepdims=True)
+        shares = _NARROW[less["dtype"]](shares) if less else shares
         empty = (self._of("mask-off-by-one", layer) or {"empty": "uniform"})["empty"]
         instead: dict[str, Any] = {
             "uniform": np.full(2 * (self.length,), 1 / self.length),
@@ -786,7 +859,14 @@ class _Engine:
         weight = self._weight("model.embed_tokens.weight" if tied else "lm_head.weight", OUTER)
         if transposed := self._of("head-transposed", OUTER):
             weight = _transposed(weight, transposed["buffer"])
-        logits = self.rounded(self._dot(x, weight.T, OUTER))
+        if where := self._of("logits-position", OUTER):
+            columns = np.arange(self.length)
+            x = x[:, columns * 0 - 1 if where["last"] else np.clip(columns + where["shift"], 0, self.length - 1)]
+        logits = self.rounded(self._dot(x, self._cut_short(weight.T, "logits", OUTER), OUTER))
+        if heated := self._of("logits-temperature", OUTER):
+            logits = self.rounded(logits / self.wide(heated["temperature"]))
+        if capped := self._of("logits-soft-cap", OUTER):
+            logits = self.rounded(self.wide(capped["cap"]) * np.tanh(logits / self.wide(capped["cap"])))
         if self._has("head-missing", OUTER):
             logits = np.zeros_like(logits)
         shift = (self._of("logits-shifted", OUTER) or {"shift": 0})["shift"]
@@ -803,7 +883,15 @@ class _Engine:
         rounded = self._of("activations-quantised", layer)
         if rounded and rounded["module"] in ("all", module):
             x = quantised_activations(x, rounded["codec"])
-        return self._dot(x, weight.T, layer)
+        return self._dot(x, self._cut_short(weight.T, module + ".weight", layer), layer)
+
+    def _cut_short(self, b: np.ndarray, product: str, layer: int | None) -> np.ndarray:
+        """What is multiplied from the right, [..., n, m], without the terms that the sum leaves out."""
+        for planted in self._named("sum-cut-short"):
+            if planted.values["product"] == product and planted.acts_on(layer):
+                b = b.copy()
+                b[..., planted.values["first"] : planted.values["last"] + 1, :] = 0
+        return b
 
     def _dot(self, a: np.ndarray, b: np.ndarray, layer: int | None) -> np.ndarray:
         """a [..., T, n] times b [..., n, m], summed in the wide type."""
@@ -834,6 +922,7 @@ class _Engine:
             values = quantise(values, quantised["codec"])
         for fault, length in (("weights-permuted", self.dim), ("weights-interleaved", None)):
             if moved := chosen[fault]:
+                values = quantise(values, moved["codec"]) if moved.get("codec") else values
                 values = _in_another_order(values, moved.get("block", length), moved["order"], rows=length is not None)
         return self.rounded(values[rows].astype(self.wide, copy=False))
 
@@ -870,11 +959,15 @@ def _is_quantised(name: str, values: np.ndarray) -> bool:
 
 
 def _in_another_order(weight: np.ndarray, block: int, order: str, rows: bool) -> np.ndarray:
-    """Rows, or columns, of each block: the halves interleaved ("adjacent"), or even and odd ones apart ("halves")."""
+    """Rows, or columns, of each block: the halves interleaved ("adjacent"), or even and odd ones apart ("halves"); the
+    halves exchanged ("swapped"), or each two neighbours ("flipped")."""
     count = weight.shape[0] if rows else weight.shape[-1]
-    there = (
-        np.arange(block).reshape(2, -1).T.ravel() if order == "adjacent" else np.arange(block).reshape(-1, 2).T.ravel()
-    )
+    there = {
+        "adjacent": np.arange(block).reshape(2, -1).T,
+        "halves": np.arange(block).reshape(-1, 2).T,
+        "swapped": np.roll(np.arange(block), block // 2),
+        "flipped": np.arange(block) ^ 1,
+    }[order].ravel()
     places = (np.arange(0, count, block)[:, None] + there).ravel()
     return weight[places] if rows else weight[..., places]
 
@@ -891,11 +984,16 @@ def quantised_activations(x: np.ndarray, codec: str) -> np.ndarray:
     return made.reshape(x.shape).astype(x.dtype)
 
 
-def scaled_frequencies(theta: float, width: int, rule: str, factor: float, original: int) -> tuple[np.ndarray, float]:
+def scaled_frequencies(
+    theta: float, width: int, rule: str, factor: float, original: int, reach: int
+) -> tuple[np.ndarray, float]:
     """Inverse frequencies by one of transformers' rules, and what cos and sin are multiplied by."""
     plain = inv_freq(theta, width).astype(f64)
     if rule == "linear":
         return (plain / factor).astype(f32), 1.0
+    if rule == "dynamic":
+        longer = max(factor * reach / original - (factor - 1), 1.0)
+        return inv_freq(theta * longer ** (width / (width - 2)), width), 1.0
     if rule == "ntk":
         return inv_freq(theta * factor ** (width / (width - 2)), width), 1.0
     waves = 2 * math.pi / plain

@@ -47,6 +47,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "part-scaled": {"stage": "ffn_out", "channels": (17,)},
     "part-zeroed": {"stage": "attention", "heads": (1, 2)},
     "part-exchanged": {"stage": "attn_scores", "heads": (0, 3)},
+    "norm-part-of-width": {"columns": 56},
+    "sum-cut-short": {"product": "mlp.down_proj.weight", "first": 150, "last": 159},
+    "stage-scaled": {"stage": "ffn_up"},
     "layout": {"kind": "transposed"},
 }
 
@@ -85,6 +88,13 @@ ACTS_AT: dict[str, tuple[str, ...]] = {
     **{f"{name}-bias-twice": (name,) for name in "qkv"},
     "qkv-bias-twice": ("q", "k", "v"),
     "weights-interleaved": ("ffn_gate",),
+    "rope-part-dims": ("q_post_rope", "k_post_rope"),
+    "norm-part-of-width": ("attn_norm", "ffn_norm"),
+    "norm-before-residual": ("attn_norm", "ffn_norm"),
+    **dict.fromkeys(("residual-twice", "residual-behind-norm"), ("post_attn_residual", "post_ffn_residual")),
+    "softmax-precision": ("attn_softmax",),
+    "sum-cut-short": ("ffn_out",),
+    "stage-scaled": ("ffn_up",),
     "activations-quantised": ("qkv_matmul",),
     "part-scaled": ("ffn_out",),
     "part-zeroed": ("attention",),
@@ -126,6 +136,7 @@ OUTSIDE = {
     "head-transposed": {"logits"},
     "head-missing": {"logits"},
     "logits-shifted": {"logits"},
+    **{name: {"logits"} for name in ("logits-position", "logits-temperature", "logits-soft-cap")},
 }
 
 
@@ -603,6 +614,45 @@ class DefinitionTest(Case):
         np.testing.assert_array_equal(dump["stage.1.post_attn_residual"], dump["stage.1.attn_out"])
         dump = self.dump(planted("mlp-residual-missing"))
         np.testing.assert_array_equal(dump["stage.1.post_ffn_residual"], dump["stage.1.ffn_out"])
+
+    def test_parts_of_heads_norms_and_sums_by_loops(self) -> None:
+        def turned(cut: str) -> tuple[np.ndarray, np.ndarray]:
+            dump = self.dump(planted("rope-part-dims", share=0.5, cut=cut))
+            return self.parts(dump)[0][0, 40, 1], dump["stage.0.q_post_rope"][0, 40].reshape(-1, 16)[1]
+
+        angle = {"own": lambda d: 1e6 ** (-2 * (d % 4) / 8), "head": lambda d: 1e6 ** (-2 * (d % 4) / 16)}
+        angle["sliced"] = lambda d: 1e6 ** (-2 * (d % 8) / 16)  # torch.cat([freqs, freqs])[:8]
+        for cut, frequency in angle.items():
+            q, found = turned(cut)
+            for d in range(16):
+                half, cos, sin = (q[d + 4] * -1 if d < 4 else q[d - 4]) if d < 8 else 0, 1.0, 0.0
+                if d < 8:
+                    cos, sin = math.cos(40 * frequency(d)), math.sin(40 * frequency(d))
+                self.assertAlmostEqual(found[d], q[d] * cos + half * sin, delta=1e-5 * np.abs(q).max(), msg=(cut, d))
+        x, weight = self.dump()["stage.embedding"], self.weights["model.layers.0.input_layernorm.weight"]
+        for divisor, count in (("those", 56), ("all", 64)):
+            found = self.dump(planted("norm-part-of-width", divisor=divisor))["stage.0.attn_norm"]
+            square = np.sum(x[..., :56] ** 2, -1, keepdims=True) / count
+            self.assert_close(found, x / np.sqrt(square + 1e-6) * weight)
+        dump = self.dump(planted("sum-cut-short"))
+        down = self.weights["model.layers.0.mlp.down_proj.weight"]
+        self.assert_close(dump["stage.0.ffn_out"], dump["stage.0.ffn_swigl"][..., :150] @ down[:, :150].T)
+
+    def test_residuals_and_logits_in_the_wrong_place(self) -> None:
+        dump = self.dump(planted("residual-twice", blocks=("mlp",)))
+        expected = 2 * dump["stage.0.post_attn_residual"] + dump["stage.0.ffn_out"]
+        self.assert_close(dump["stage.0.post_ffn_residual"], expected)
+        dump = self.dump(planted("residual-behind-norm"))
+        self.assert_close(dump["stage.1.post_attn_residual"], dump["stage.1.attn_norm"] + dump["stage.1.attn_out"])
+        dump = self.dump(planted("norm-before-residual"))
+        x, weight = dump["stage.0.ffn_out"], self.weights["model.layers.1.input_layernorm.weight"]
+        expected = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+        self.assert_close(dump["stage.1.attn_norm"], expected)
+        right = self.dump()["logits"]
+        self.assert_close(self.dump(planted("logits-position", shift=-2))["logits"][:, 2:], right[:, :-2])
+        self.assert_close(self.dump(planted("logits-position", last=True))["logits"][0, 5], right[0, -1])
+        self.assert_close(self.dump(planted("logits-temperature", temperature=0.5))["logits"], 2 * right)
+        self.assertLess(np.abs(self.dump(planted("logits-soft-cap", cap=3.0))["logits"]).max(), 3.0)
 
     def test_activations(self) -> None:
         formulas = {

@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import math
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -70,12 +72,25 @@ class Bench:
 
     @classmethod
     def of(cls, name: str, dtype: str = "float32") -> Bench:
-        folder = paths.checkpoint(name)
+        return cls.at(paths.checkpoint(name), name, dtype)
+
+    @classmethod
+    def at(cls, folder: pathlib.Path, name: str, dtype: str = "float32", length: int = LENGTH) -> Bench:
         exact, same = load_model(folder, "float64", "cpu"), load_model(folder, dtype, "cpu")
-        mask = np.ones((ROWS, LENGTH), np.int32)
+        mask = np.ones((ROWS, length), np.int32)
         mask[0, :PADDED] = 0
-        ids = seeded(exact.config.vocab_size, ROWS, LENGTH).input_ids
+        ids = seeded(exact.config.vocab_size, ROWS, length).input_ids
         return cls(name, *oracle.load(folder), Inputs.of(ids, mask), exact, same)
+
+    @classmethod
+    def configured(cls, name: str, changes: Mapping[str, Any], dtype: str = "float32", length: int = LENGTH) -> Bench:
+        """The first checkpoint under another configuration."""
+        source = paths.checkpoint(CONFIGS[0])
+        with tempfile.TemporaryDirectory() as folder:
+            config = json.loads((source / "config.json").read_text()) | changes
+            pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+            pathlib.Path(folder, "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+            return cls.at(pathlib.Path(folder), name, dtype, length)
 
     def dump(self, faults: Sequence[Planted], dtype: str | None = None) -> dict[str, np.ndarray]:
         i, dtype = self.inputs, dtype or self.same.dtype
@@ -91,8 +106,9 @@ class Bench:
         return diagnose(self.exact, self.same, self.inputs, dump)
 
 
-def singles(layers: int, head_dim: int) -> Iterator[Planted]:
+def singles(layers: int, head_dim: int, hidden: int = 64, middle: int = 160) -> Iterator[Planted]:
     """Every fault of the table, in all layers and, where that makes sense, in one."""
+    last_pairs = tuple(range(3 * head_dim // 8, head_dim // 2))
     everywhere = [
         ("rope-adjacent-pairs", {}),
         ("rope-theta", {"theta": 1e4}),
@@ -110,12 +126,41 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("norm-mean-subtracted", {}),
         ("norm-weight-before-cast", {}),
         ("rope-not-on-q", {"heads": (1,)}),
+        ("rope-not-on-k", {"heads": (1,)}),
+        ("rope-not-on-q", {"pairs": last_pairs}),
+        ("rope-not-on-k", {"pairs": last_pairs}),
+        ("rope-not-on-q", {"positions": tuple(range(32, LENGTH))}),
+        ("rope-not-on-k", {"positions": tuple(range(64, LENGTH))}),
+        ("rope-part-dims", {"share": 0.75}),
+        ("rope-part-dims", {"share": 0.5, "cut": "head"}),
+        ("rope-part-dims", {"share": 0.75, "cut": "sliced"}),
         ("rope-scaling", {"rule": "linear", "factor": 4.0}),
+        ("rope-scaling", {"rule": "linear", "factor": 2.5}),
+        ("rope-scaling", {"rule": "ntk", "factor": 2.0}),
+        ("rope-scaling", {"rule": "yarn", "factor": 16.0, "original": 4096}),
         ("rope-scaling", {"rule": "yarn", "factor": 4.0}),
         ("rope-scaling", {"rule": "llama3", "factor": 8.0, "original": 8192}),
         ("rope-precision", {"what": "inv_freq", "dtype": "bfloat16"}),
         ("rope-precision", {"what": "angles", "dtype": "bfloat16", "besides": ("inv_freq", "positions")}),
         ("rope-precision", {"what": "tables", "dtype": "float16"}),
+        ("rope-precision", {"what": "tables", "dtype": "bfloat16"}),
+        ("rope-precision", {"what": "angles", "dtype": "bfloat16"}),
+        ("rope-precision", {"what": "angles", "dtype": "float16"}),
+        ("rope-precision", {"what": "inv_freq", "dtype": "float16"}),
+        ("norm-part-of-width", {"columns": hidden - 8}),
+        ("norm-part-of-width", {"columns": hidden - 8, "divisor": "all"}),
+        ("norm-part-of-width", {"columns": hidden // 2, "norms": ["post_attention_layernorm"]}),
+        ("norm-before-residual", {}),
+        ("residual-twice", {}),
+        ("residual-twice", {"blocks": ("mlp",)}),
+        ("residual-behind-norm", {}),
+        ("residual-behind-norm", {"blocks": ("attention",)}),
+        ("sum-cut-short", {"product": "mlp.down_proj.weight", "first": 64, "last": middle - 1}),
+        ("sum-cut-short", {"product": "mlp.gate_proj.weight", "first": hidden - 1, "last": hidden - 1}),
+        ("sum-cut-short", {"product": "self_attn.k_proj.weight", "first": 8, "last": 15}),
+        ("sum-cut-short", {"product": "self_attn.o_proj.weight", "first": hidden - 8, "last": hidden - 1}),
+        ("sum-cut-short", {"product": "attn_scores", "first": head_dim - 2, "last": head_dim - 1}),
+        ("sum-cut-short", {"product": "attention", "first": 64, "last": LENGTH - 1}),
         ("qkv-bias-missing", {}),
         ("qkv-bias-twice", {}),
         ("q-bias-twice", {}),
@@ -134,7 +179,14 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("softmax-soft-cap", {"cap": 50.0}),
         ("softmax-soft-cap", {"cap": 20.0}),
         ("scores-precision", {"dtype": "float16", "steps": "product"}),
+        ("scores-precision", {"dtype": "bfloat16"}),
+        ("scores-precision", {"dtype": "float8_e5m2"}),
+        ("softmax-precision", {"dtype": "float16"}),
+        ("softmax-precision", {"dtype": "bfloat16", "steps": "scores"}),
+        ("softmax-precision", {"dtype": "float8_e4m3"}),
         ("cache-precision", {"part": "k", "dtype": "float16"}),
+        ("cache-precision", {"part": "k", "dtype": "float8_e5m2"}),
+        ("cache-precision", {"part": "v", "dtype": "bfloat16"}),
         ("cache-precision", {"part": "v", "dtype": "float8_e4m3"}),
         ("softmax-partial-warp", {}),
         ("kv-heads-interleaved", {}),
@@ -169,12 +221,27 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("weights-quantised", {"tensor": "all", "codec": "q8_0"}),
         ("weights-permuted", {"tensor": "self_attn.q_proj.weight", "order": "adjacent"}),
         ("weights-permuted", {"tensor": "self_attn.k_proj.bias", "order": "halves"}),
+        ("weights-permuted", {"tensor": "self_attn.k_proj.weight", "order": "halves"}),
+        ("weights-permuted", {"tensor": "self_attn.q_proj.bias", "order": "adjacent"}),
         ("weights-interleaved", {"tensor": "mlp.up_proj.weight", "block": 32}),
+        ("weights-interleaved", {"tensor": "self_attn.q_proj.weight", "block": 32, "order": "halves"}),
+        ("weights-interleaved", {"tensor": "mlp.gate_proj.weight", "block": 64, "order": "swapped"}),
+        ("weights-interleaved", {"tensor": "mlp.down_proj.weight", "block": 32, "order": "flipped"}),
+        ("weights-interleaved", {"tensor": "mlp.down_proj.weight", "block": 32, "order": "swapped", "codec": "q4_0"}),
         ("activations-quantised", {"module": "mlp.down_proj", "codec": "int8 by row"}),
         ("part-scaled", {"stage": "ffn_out", "channels": (17,), "factor": 0.85}),
         ("part-scaled", {"stage": "attention", "heads": (1,), "factor": 1.2}),
         ("part-zeroed", {"stage": "qkv_bias", "channels": (3, 4, 5)}),
         ("part-exchanged", {"stage": "attention", "heads": (0, 1)}),
+        ("part-exchanged", {"stage": "ffn_up", "channels": (8, 9)}),
+        ("part-exchanged", {"stage": "attn_softmax", "heads": (1, 2)}),
+        ("part-scaled", {"stage": "q_post_rope", "heads": (2,), "factor": 0.5}),
+        ("part-scaled", {"stage": "post_ffn_residual", "positions": (70,), "factor": 1.5}),
+        ("part-zeroed", {"stage": "attn_out", "positions": tuple(range(76, LENGTH))}),
+        ("part-zeroed", {"stage": "ffn_out", "channels": (hidden - 1,)}),
+        ("part-zeroed", {"stage": "attn_scores", "heads": (3,)}),
+        ("stage-scaled", {"stage": "attn_out", "factor": 0.5}),
+        ("stage-scaled", {"stage": "k_post_rope", "factor": 1.138629}),
         ("tf32-dots", {"mode": "round"}),
         ("tf32-dots", {"mode": "truncate"}),
         ("bf16-accumulation", {"chunk": 32}),
@@ -183,7 +250,8 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("padding-attended", {}),
     ]
     for name, parameters in everywhere:
-        if name == "rope-half-dims" and head_dim % 4:
+        share = parameters.get("share", 0.5)
+        if name in ("rope-half-dims", "rope-part-dims") and head_dim * share % 2:
             continue
         yield Planted(name, None, parameters)
         yield Planted(name, (layers - 1,), parameters)
@@ -196,6 +264,14 @@ def singles(layers: int, head_dim: int) -> Iterator[Planted]:
         ("layer-repeated", {"layer": layers - 1}),
         ("embedding-row-off-by-one", {}),
         ("embedding-transposed", {}),
+        ("embedding-transposed", {"buffer": "transposed"}),
+        ("stage-scaled", {"stage": "embedding", "factor": hidden**0.5}),
+        ("sum-cut-short", {"product": "logits", "first": 32, "last": hidden - 1}),
+        ("logits-position", {"shift": -1}),
+        ("logits-position", {"shift": 1}),
+        ("logits-temperature", {"temperature": 0.7}),
+        ("logits-temperature", {"temperature": 2.0}),
+        ("logits-soft-cap", {"cap": 30.0}),
         ("head-transposed", {}),
         ("head-missing", {}),
         ("logits-shifted", {"shift": 7}),
@@ -222,7 +298,8 @@ def fits(bench: Bench, planted: Planted) -> bool:
 def cases(bench: Bench) -> Iterator[Planted]:
     """The single mistakes that fit a checkpoint."""
     config = bench.exact.config
-    return (planted for planted in singles(config.num_layers, config.head_dim) if fits(bench, planted))
+    sizes = config.num_layers, config.head_dim, config.hidden_size, config.intermediate_size
+    return (planted for planted in singles(*sizes) if fits(bench, planted))
 
 
 STACKABLE = [
@@ -259,7 +336,7 @@ def stacks(count: int, seed: int) -> Iterator[tuple[Planted, ...]]:
         yield tuple(STACKABLE[family][generator.integers(len(STACKABLE[family]))] for family in sorted(families))
 
 
-ENGINES_OWN = ("besides", "steps", "original", "module", "buffer", "stage")
+ENGINES_OWN = ("besides", "steps", "original", "module", "buffer", "stage", "blocks", "cut")
 """Parameters of a planted mistake that are no part of what it is called."""
 
 
@@ -273,7 +350,8 @@ def expected(bench: Bench, planted: Planted) -> tuple[str, Any, dict[str, Any]]:
         parameters.pop("order")
     outside = ("final-norm", "layer-", "embedding", "head-", "logits")
     layers: Any = planted.layers if planted.layers is not None else everything
-    if planted.name.startswith(outside):
+    where = planted.parameters.get("stage", planted.parameters.get("product", ""))
+    if planted.name.startswith(outside) or where in ("embedding", "final_norm", "logits"):
         layers = ()
     if planted.name == "layout" or parameters.get("tensor") == "all":
         layers = None
@@ -299,6 +377,12 @@ def matches(bench: Bench, planted: Planted, finding: Any) -> bool:
         given = finding.parameters.get(key)
         if isinstance(value, float):
             if not isinstance(given, float) or not math.isclose(given, value, rel_tol=0.01):
+                return False
+        elif key == "positions" and given is not None:
+            if sorted({column for _, column in given}) != sorted(value):
+                return False
+        elif key == "tensor" and isinstance(given, list):
+            if value not in given:
                 return False
         elif key == "codec" and isinstance(given, str):
             if value not in given.split(OR):
@@ -425,7 +509,57 @@ def fused_cases(seed: int) -> Iterator[Case]:
             yield fused, faults
 
 
-GROUPS = {"single": 0.95, **dict.fromkeys(NARROW, 0.95), "stacked": 0.90, "fused": 0.90}
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+LLAMA3 = {
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+}
+LONG = 300
+LESS_PRECISE = tuple(
+    Planted("rope-precision", None, {"what": what, "dtype": dtype, "besides": besides})
+    for what, dtype, besides in (
+        ("angles", "bfloat16", ()),
+        ("angles", "bfloat16", ("inv_freq", "positions")),
+        ("inv_freq", "bfloat16", ()),
+        ("angles", "float16", ()),
+    )
+)
+
+
+def configured_cases() -> Iterator[Case]:
+    """Mistakes that need a configuration, or more positions: rules for RoPE that were asked for, and precision."""
+    other = (
+        Planted("rope-unscaled"),
+        Planted("rope-unscaled", (1,)),
+        Planted("rope-scaling", None, {"rule": "linear", "factor": 4.0}),
+        Planted("rope-theta", None, {"theta": 1e4}),
+    )
+    asked = {
+        "yarn is asked for": (
+            YARN,
+            (*other, Planted("rope-scaling", None, {"rule": "yarn", "factor": 8.0, "original": 64})),
+        ),
+        "llama3 is asked for": (LLAMA3, other),
+        "64 positions at most": (
+            {"max_position_embeddings": 64},
+            tuple(Planted("rope-scaling", None, {"rule": "dynamic", "factor": f, "original": 64}) for f in (2.0, 4.0)),
+        ),
+    }
+    for label, (changes, planted) in asked.items():
+        bench = Bench.configured(label, changes)
+        yield from ((bench, faults) for faults in ((), *((fault,) for fault in planted)))
+    for dtype, length in itertools.product(("float32", "bfloat16", "float16"), (LENGTH, LONG)):
+        bench = Bench.configured(f"{length} positions", {}, dtype, length)
+        less = LESS_PRECISE if dtype != "float16" else LESS_PRECISE[:3]
+        yield from ((bench, faults) for faults in ((), *((fault,) for fault in less)))
+
+
+GROUPS = {"single": 0.95, **dict.fromkeys(NARROW, 0.95), "stacked": 0.90, "fused": 0.90, "configured": 0.95}
 """Kinds of cases, and the share of each that has to be named exactly."""
 
 
@@ -434,6 +568,8 @@ def group_cases(group: str, stacked: int, seed: int) -> Iterator[Case]:
         return stacked_cases(stacked, seed)
     if group == "fused":
         return fused_cases(seed)
+    if group == "configured":
+        return configured_cases()
     return single_cases("float32" if group == "single" else group)
 
 
@@ -443,6 +579,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="default: all")
     parser.add_argument("--only", default="", help="single cases whose name holds this; no stacked ones")
+    parser.add_argument("--shard", metavar="I/N", default="1/1", help="every N-th case of each group, from the I-th on")
     parser.add_argument("--dump", metavar="DIR", help="write the four-fold broken dump as APRT files, and nothing else")
     args = parser.parse_args()
     if args.dump:
@@ -451,10 +588,15 @@ def main() -> int:
         write_aprt(args.dump, forward(*oracle.load(folder), ids, faults=REAL_CASE), ids)
         return 0
     tallies = {group: Tally() for group in args.groups if not (args.only and group in ("stacked", "fused"))}
+    part, parts = (int(number) for number in args.shard.split("/"))
     for group, tally in tallies.items():
-        for bench, faults in group_cases(group, args.stacked, args.seed):
-            if not args.only or (faults and args.only in faults[0].name):
-                run_case(bench, faults, tally)
+        chosen = (
+            (bench, faults)
+            for bench, faults in group_cases(group, args.stacked, args.seed)
+            if not args.only or (faults and args.only in faults[0].name)
+        )
+        for bench, faults in itertools.islice(chosen, part - 1, None, parts):
+            run_case(bench, faults, tally)
     for group, tally in tallies.items():
         print(
             f"{group}: {tally.counted} counted, {tally.detected} detected, {tally.exact} named exactly (at least"

@@ -1,17 +1,22 @@
 """The battery's own rules, and mistakes in an engine that declares bfloat16."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import numpy as np
+import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from tests import oracle, paths
 from tests.battery import parity_battery
 from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import Bench, matches
 
+ENLARGED = 40.0
 CASES = {
     "relabelled": Planted(
         "weights-relabelled", None, {"tensor": "self_attn.v_proj.weight", "direction": "f16-as-bf16"}
@@ -68,6 +73,34 @@ class Bfloat16Test(parameterized.TestCase):
         self.assertFalse(matches(exact, planted, either))
         self.assertTrue(matches(exact, planted, Found("activation-gelu-tanh", "all", {})))
         self.assertFalse(matches(exact, planted, Found("activation-gelu-tanh", (0,), {})))
+
+
+class Float16Test(parameterized.TestCase):
+    """q and k so large that some of their products pass 65504, though no score that is scaled does."""
+
+    def test_an_overflow_of_the_products_before_their_scale_is_named_and_other_infinities_are_not(self):
+        weights, config = oracle.load(paths.checkpoint("gqa_tied_bf16"))
+        enlarged = (".q_proj.", ".k_proj.")
+        times = {name: ENLARGED if any(part in name for part in enlarged) else 1 for name in weights}
+        weights = {name: value * times[name] for name, value in weights.items()}
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        (folder / "config.json").write_text(json.dumps(config))
+        halves = {name: value.astype(np.float16) for name, value in weights.items()}
+        safetensors.numpy.save_file(halves, folder / "model.safetensors")
+        bench = Bench.at(folder, "enlarged", "float16", 24)
+        dump = {key: value for key, value in bench.dump(()).items() if key.startswith("stage.0.")}
+        dump = {key: dump[key] for key in list(dump)[:6]}
+        scores = dump["stage.0.attn_scores"]
+        finite = scores[np.isfinite(scores)]
+        self.assertGreater(np.isinf(scores).sum(), 10)
+        self.assertLess(np.abs(finite).max(), 65504 / 4)
+        (finding,) = bench.diagnose(dump).findings
+        self.assertEqual((finding.fault, finding.layers, finding.stage), ("float16-overflow", (0,), "attn_scores"))
+        self.assertIn("65504", finding.sentence)
+        elsewhere = np.where(np.isinf(scores), 1.0, scores).astype(np.float32)
+        elsewhere[:, :, -1, -1] = np.inf
+        (finding,) = bench.diagnose({**dump, "stage.0.attn_scores": elsewhere}).findings
+        self.assertEqual(finding.fault, "non-finite")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class TableTest(parameterized.TestCase):
             "upload",
             "rank-order",
             "all-reduce-missing",
+            "ranks-apart",
         }
         self.assertEqual(made, set(faulty_forward.FAULTS) - INVISIBLE)
 

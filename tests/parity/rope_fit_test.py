@@ -24,7 +24,11 @@ class RotationTest(parameterized.TestCase):
             Rotation(theta=1e4),
             Rotation(theta=5e5),
             Rotation(adjacent=True),
-            Rotation(half=True),
+            Rotation(part=0.5),
+            Rotation(part=0.75),
+            Rotation(part=0.5, cut="head"),
+            Rotation(part=0.75, cut="sliced"),
+            Rotation(adjacent=True, part=0.25),
             Rotation(negated=True),
             Rotation(shift=3),
             Rotation(shift=-7),
@@ -50,8 +54,8 @@ class RotationTest(parameterized.TestCase):
         )
         self.assertAlmostEqual((found.theta or 1e6) / (turn.theta or 1e6), 1, delta=1e-6)
         self.assertEqual(
-            (found.adjacent, found.half, found.negated, found.shift, found.restart, found.none),
-            (turn.adjacent, turn.half, turn.negated, turn.shift, turn.restart, turn.none),
+            (found.adjacent, found.part, found.cut, found.negated, found.shift, found.restart, found.none),
+            (turn.adjacent, turn.part, turn.cut, turn.negated, turn.shift, turn.restart, turn.none),
         )
 
     def steps(self, theta, seed):

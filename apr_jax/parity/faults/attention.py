@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.parity import narrow, round_numbers
+from apr_jax.parity.faults import soft_cap
 from apr_jax.parity.faults.record import IGNORED, UNION, Fault, Grid, Instead, Mistakes
 from apr_jax.parity.localise import EPSILON
 from apr_jax.parity.question import Question
@@ -132,42 +133,8 @@ SCALE = Fault(
 
 # --- Less precise than float32, or bounded ---------------------------------------------------------------------------
 
-_CAPS = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0)
-
-
-def _capped(raw: np.ndarray, at: At, cap: float) -> np.ndarray:
-    return cap * np.tanh(raw / cap)
-
-
-def _caps(question: Question) -> Iterator[Mistakes]:
-    """The bound of theirs: x = c tanh(r / c) is solved for c where it bends most."""
-    raw, seen = question.value(()), question.seen()
-    theirs = question.probe.look(question.stage, question.theirs)
-    largest, bound = float(np.abs(raw * seen).max(initial=0.0)), float(np.abs(theirs * seen).max(initial=0.0))
-    if not 0 < bound < largest:
-        return
-    solved = _cap_of(largest, bound)
-    yield from ((SOFT_CAP.made(cap=cap),) for cap in round_numbers.near(solved))
-
-
-def _cap_of(raw: float, capped: float) -> float:
-    """c of c tanh(raw / c) = capped, by bisection: the bound rises with c."""
-    low, high = capped, 1e3 * raw
-    for _ in range(80):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if middle * np.tanh(raw / middle) > capped else (middle, high)
-    return low
-
-
-SOFT_CAP = Fault(
-    "softmax-soft-cap",
-    "the scores are bounded softly by {cap:.6g} (tanh)",
-    ("attn_scores",),
-    {"scores": _capped},
-    solve=_caps,
-    grid=Grid("cap", _CAPS, round_numbers.near),
-    alone=True,
-    formula="s′ = {cap:.6g} · tanh(s / {cap:.6g})",
+SOFT_CAP = soft_cap.fault(
+    "softmax-soft-cap", "the scores are bounded softly by {cap:.6g} (tanh)", "attn_scores", "scores"
 )
 SCORES_PRECISION = Fault(
     "scores-precision",
@@ -177,12 +144,28 @@ SCORES_PRECISION = Fault(
         "raw_scores": lambda raw, at, dtype, steps="scores": raw if steps == "scores" else narrow.rounded(raw, dtype),
         "scores": lambda raw, at, dtype, steps="scores": narrow.rounded(raw, dtype),
     },
-    variants=lambda question, node: [{"dtype": dtype} for dtype in narrow.FLOATS_16],
+    variants=lambda question, node: [{"dtype": dtype} for dtype in narrow.FLOATS],
     # Either what is left after the scale is rounded, or the product before it as well.
     ways=lambda dtype: ({"steps": "product"},),
     alone=True,
     chaotic=True,
     formula="{right}, rounded to {dtype}",
+)
+SOFTMAX_PRECISION = Fault(
+    "softmax-precision",
+    "the attention shares are computed in {dtype}",
+    ("attn_softmax",),
+    {
+        "softmax_input": lambda raw, at, dtype, steps="shares": (
+            raw if steps == "shares" else narrow.rounded(raw, dtype)
+        ),
+        "shares": lambda shares, at, dtype, steps="shares": narrow.rounded(shares, dtype),
+    },
+    variants=lambda question, node: [{"dtype": dtype} for dtype in narrow.FLOATS],
+    # Either the shares are rounded, or the scores that they are computed from as well.
+    ways=lambda dtype: ({"steps": "scores"},),
+    alone=True,
+    chaotic=True,
 )
 _CACHED = {"k": ("attn_scores",), "v": ("attention",)}
 
@@ -241,6 +224,7 @@ FAULTS = (
     SCALE,
     SOFT_CAP,
     SCORES_PRECISION,
+    SOFTMAX_PRECISION,
     CACHE_PRECISION,
     Fault(
         "kv-heads-interleaved",

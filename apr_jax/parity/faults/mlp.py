@@ -9,7 +9,8 @@ import numpy as np
 from scipy.special import erf
 
 from apr_jax.parity.faults.record import Fault
-from apr_jax.parity.replay import Value
+from apr_jax.parity.replay import NORMS, At, Value
+from apr_jax.trace.stages import Key
 
 
 def _gelu(x: Value) -> Value:
@@ -28,6 +29,22 @@ def _residual(name: str, stage: str, what: str) -> Fault:
     stream = {"stream": lambda x, at: np.zeros_like(x) if at.what == stage else x}
     update = "attn_out" if stage == "post_attn_residual" else "ffn_out"
     return Fault(name, f"the residual around {what} is missing", (stage,), stream, formula=f"y = {update}")
+
+
+_READ = {"post_attn_residual": "attn_norm", "post_ffn_residual": "ffn_norm"}
+"""The norm that a block reads, by the stage that adds its result."""
+
+
+def _normed(x: Value, at: At) -> Value:
+    return at.replay.get(at.layer, _READ[at.what])
+
+
+def _updates(x: Value, at: At) -> Value:
+    """What a block adds to the residual stream, without the stream."""
+    if at.what == "ffn_norm":
+        return at.replay.get(at.layer, "attn_out")
+    before = at.replay.config.num_layers if at.layer is None else at.layer
+    return at.replay.get(before - 1, "ffn_out") if before else x
 
 
 FAULTS = (
@@ -50,4 +67,23 @@ FAULTS = (
     ),
     _residual("attention-residual-missing", "post_attn_residual", "attention"),
     _residual("mlp-residual-missing", "post_ffn_residual", "the MLP"),
+    Fault(
+        "residual-twice",
+        "the residual is added twice",
+        tuple(_READ),
+        {"stream": lambda x, at: 2 * x},
+    ),
+    Fault(
+        "residual-behind-norm",
+        "the residual is taken behind the norm, not before it",
+        tuple(_READ),
+        {"stream": _normed},
+    ),
+    Fault(
+        "norm-before-residual",
+        "the norm is taken of what the block before it gives, before the residual is added",
+        tuple(NORMS),
+        {"norm_input": _updates},
+        variants=lambda question, node: [{}] if node != Key.of(0, "attn_norm") else [],
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,46 @@ EPS = Fault(
     merge={"norms": UNION},
     formula="y = w · x / √(mean(x²) + ε), ε = {eps:.6g}",
 )
+
+
+def _widths(question: Question) -> Iterator[Mistakes]:
+    """How many of the first columns the mean square is taken of, from the one that each position was divided by."""
+    replay, stage, layer = question.all(), question.stage, question.layer
+    x = replay.step("norm_input", norm_input(replay, layer, stage), layer, stage)[question.tokens]
+    base = replay.step("norm_weight", replay.held(layer, NORMS[stage]), layer, stage) * x
+    theirs = np.asarray(question.theirs, np.float64)[question.tokens]
+    with np.errstate(all="ignore"):
+        square = ((base * base).sum(-1) / (theirs * base).sum(-1)) ** 2 - replay.config.rms_norm_eps
+        sums, width = np.cumsum(x * x, axis=-1), x.shape[-1]
+        for divisor, means in (("those", sums / np.arange(1, width + 1)), ("all", sums / width)):
+            off = (np.abs(means - square[:, None]) / np.abs(square[:, None])).mean(axis=0)
+            columns = int(np.argmin(np.nan_to_num(off, nan=np.inf))) + 1
+            if columns < width:
+                yield (PART_OF_WIDTH.made(columns=columns, divisor=divisor),)
+
+
+def _part_of_width(right: Callable[[Value], Value], at: At, columns: int, divisor: str) -> Callable[[Value], Value]:
+    return lambda x: right(x[..., :columns]) * (1 if divisor == "those" else columns / x.shape[-1])
+
+
+def _customary_widths(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """Behind a gap: whole blocks of threads or lanes without what is left over, and half of the width."""
+    width = question.replay.config.hidden_size
+    whole = (width - width % block for block in (8, 16, 32, 64, 128, 256, 512, 1024))
+    for columns in dict.fromkeys((*whole, width // 2)):
+        if 0 < columns < width:
+            yield from ({"columns": columns, "divisor": divisor} for divisor in ("all", "those"))
+
+
+PART_OF_WIDTH = Fault(
+    "norm-part-of-width",
+    "the mean square is taken over the first {columns} columns only, and divided by the number of {divisor}",
+    _STAGES,
+    {"mean_square": _part_of_width},
+    solve=_widths,
+    variants=_customary_widths,
+    alone=True,
+)
 FAULTS = (
     Fault(
         "norm-weight-missing",
@@ -102,6 +142,7 @@ FAULTS = (
         formula="y = w · (x − mean(x)) / √(mean((x − mean(x))²) + ε)",
     ),
     EPS,
+    PART_OF_WIDTH,
     Fault(
         "final-norm-missing",
         "the final norm is missing",

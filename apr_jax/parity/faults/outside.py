@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from apr_jax.parity.faults.record import Fault, Instead, Mistakes
+from apr_jax.parity import round_numbers
+from apr_jax.parity.faults import soft_cap
+from apr_jax.parity.faults.parts import factor_of
+from apr_jax.parity.faults.record import IGNORED, Fault, Grid, Instead, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import At, Value, head_product
 from apr_jax.trace.stages import Key
@@ -57,6 +60,52 @@ REPEATED = Fault(
     "layer {layer} is executed twice",
     formula=Instead("x → … → layer {layer} → layer {layer} → …", "x → layers 0, 1, 2, …"),
 )
+
+
+def _moved(right: None, at: At, shift: int = 0, last: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    end = at.replay.inputs.input_ids.shape[1] - 1
+    return lambda columns: np.full_like(columns, end) if last else np.clip(columns + shift, 0, end)
+
+
+def _positions(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """The last column whatever it holds, and positions nearby; of a single row of logits, any position."""
+    yield {"last": True}
+    reach = question.replay.inputs.input_ids.shape[1] - 1 if question.theirs.shape[1] == 1 else _NEIGHBOURS
+    far = range(1, min(reach, _FARTHEST) + 1)
+    yield from ({"shift": sign * shift} for shift in far for sign in (-1, 1))
+
+
+_NEIGHBOURS, _FARTHEST = 2, 64
+"""How far away logits are looked for where all positions were dumped, and where one was."""
+
+POSITION = Fault(
+    "logits-position",
+    ("the logits are those of position {shift:+d}", "the logits are those of the last column, which is padding"),
+    ("logits",),
+    {"head_rows": _moved},
+    variants=_positions,
+    merge={"last": IGNORED},
+    slight=False,
+    alone=True,
+)
+
+
+def _temperatures(question: Question) -> Iterator[Mistakes]:
+    factor = factor_of(question)
+    if factor > 0:
+        yield from ((TEMPERATURE.made(temperature=value),) for value in round_numbers.near(1 / factor))
+
+
+TEMPERATURE = Fault(
+    "logits-temperature",
+    "the logits are divided by a temperature of {temperature:.6g}",
+    ("logits",),
+    {"logits": lambda value, at, temperature: value / temperature},
+    solve=_temperatures,
+    grid=Grid("temperature", (0.1, 0.2, 0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 2.0, 5.0), round_numbers.near),
+    alone=True,
+)
+SOFT_CAP = soft_cap.fault("logits-soft-cap", "the logits are bounded softly by {cap:.6g} (tanh)", "logits", "logits")
 LAYOUT = Fault("layout", "not a mistake, undone: the dump is {kind} there", mistake=False)
 
 FAULTS = (
@@ -76,6 +125,9 @@ FAULTS = (
         formula="y = 0",
     ),
     SHIFTED,
+    POSITION,
+    TEMPERATURE,
+    SOFT_CAP,
     ORDER,
     SKIPPED,
     REPEATED,

@@ -54,6 +54,22 @@ def scaled(question: Question, region: Region) -> Iterator[Mistakes]:
     yield from ((SCALED.made(factor=value),) for value in near if abs(value - factor) <= doubt)
 
 
+def factor_of(question: Question) -> float:
+    """Returns the factor between theirs and the right values of a whole stage, least squares; 0 where there is none."""
+    counted, values = question.counted(), (question.value(()), question.their_rows())
+    ours, theirs = (np.where(counted, each, 0.0) for each in values)
+    power = float((ours * ours).sum())
+    return float((ours * theirs).sum()) / power if power else 0.0
+
+
+def _whole(question: Question) -> Iterator[Mistakes]:
+    if question.only:
+        return
+    factor = factor_of(question)
+    near = round_numbers.near(abs(factor)) if abs(factor) > _ZERO else []
+    yield from ((STAGE_SCALED.made(factor=float(np.copysign(value, factor))),) for value in near)
+
+
 def exchanged(question: Question, region: Region) -> Iterator[Mistakes]:
     """Heads or channels in a region that hold the right values of others."""
     if region.kind not in ("heads", "channels") or len(region.indices) < 1:
@@ -129,4 +145,15 @@ EXCHANGED = Fault(
     variants=_none,
     formula=Instead("y of {those}", "y"),
 )
-FAULTS = (SCALED, ZEROED, EXCHANGED)
+_NAMED_APART = ("attn_scores", "logits")
+"""What a factor of the whole stage has its own name at."""
+STAGE_SCALED = Fault(
+    "stage-scaled",
+    "all values are {factor:.6g} times the right ones",
+    tuple(stage for stage in FORMULAS if stage not in _NAMED_APART),
+    {"result": lambda value, at, factor: factor * value},
+    solve=_whole,
+    variants=_none,
+    alone=True,
+)
+FAULTS = (SCALED, ZEROED, EXCHANGED, STAGE_SCALED)

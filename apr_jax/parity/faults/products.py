@@ -12,7 +12,8 @@ import numpy as np
 from apr_jax.parity import narrow
 from apr_jax.parity.faults.record import COMMON, LEAST, OR, Fault, Mistake
 from apr_jax.parity.question import Question
-from apr_jax.parity.replay import PRODUCTS, At, Replay, Value, product
+from apr_jax.parity.replay import PRODUCTS, At, Replay, Value
+from apr_jax.parity.replay import product as multiplied
 from apr_jax.trace.stages import Key
 
 MULTIPLIED = ("qkv_matmul", "attn_scores", "attention", *PRODUCTS, "logits")
@@ -39,24 +40,26 @@ def _tf32(x: Value, how: str) -> Value:
 
 def _tf32_dot(dot: _Dot, at: At, mode: str, ties: str = "even") -> _Dot:
     how = ties if mode == "round" else mode
-    return lambda x, weight: product(_tf32(x, how), _tf32(weight, how))
+    return lambda x, weight: multiplied(_tf32(x, how), _tf32(weight, how))
 
 
 _SHORT = f"int8 by row{OR}q8_k"
 """Rows of no more than a block are one block of Q8_K."""
 
 
-def _in_fewer_bits(dot: _Dot, at: At, codec: str) -> _Dot:
-    """What is multiplied with weights is rounded; keys and values are not."""
+def _in_fewer_bits(dot: _Dot, at: At, codec: str, product: str = "") -> _Dot:
+    """What is multiplied with weights is rounded, with all of them or one; keys and values are not."""
+    if product not in ("", at.what):
+        return dot
     rounded = narrow.ACTIVATIONS[codec.split(OR)[0]]
-    return lambda x, weight: product(rounded(x), weight) if weight.ndim == 2 else dot(x, weight)
+    return lambda x, weight: multiplied(rounded(x), weight) if weight.ndim == 2 else dot(x, weight)
 
 
 def _in_bf16(chunk: int, x: Value, weight: Value) -> Value:
     """x W^T whose running sum is rounded to bf16 after every `chunk` terms."""
     total = np.zeros((*x.shape[:-1], weight.shape[-2]), np.float32)
     for start in range(0, x.shape[-1], chunk):
-        part = product(x[..., start : start + chunk], weight[..., start : start + chunk])
+        part = multiplied(x[..., start : start + chunk], weight[..., start : start + chunk])
         total = (total + part.astype(np.float32)).astype(ml_dtypes.bfloat16).astype(np.float32)
     return total.astype(np.float64)
 
@@ -98,6 +101,14 @@ def _chunks(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
 
 
 def _activations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """All products of a gap round alike, or one does."""
+    tried = list(_activation_codecs(question, node))
+    yield from tried
+    if node.stage in PRODUCTS and len(question.nodes) > 1:
+        yield from ({**parameters, "product": PRODUCTS[node.stage][1]} for parameters in tried)
+
+
+def _activation_codecs(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     if columns_of(question.replay).get(node.stage, 0) > narrow.Q8_K:
         yield from ({"codec": codec} for codec in narrow.ACTIVATIONS)
     else:
@@ -120,7 +131,10 @@ FAULTS = (
     TF32,
     Fault(
         "activations-quantised",
-        "activations are rounded to {codec} before the products, as engines do beside quantised weights",
+        (
+            "activations are rounded to {codec} before the product with {product}",
+            "activations are rounded to {codec} before the products, as engines do beside quantised weights",
+        ),
         MULTIPLIED,
         {"dot": _in_fewer_bits},
         variants=_activations,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,8 +40,10 @@ def _named(turn: rope_fit.Rotation, projection: str) -> Iterator[Mistake]:
         return
     if turn.adjacent:
         yield ADJACENT_PAIRS.made()
-    if turn.half:
-        yield HALF_DIMS.made()
+    if turn.part < 1:
+        yield (
+            HALF_DIMS.made() if (turn.part, turn.cut) == _HALF else PART_DIMS.made(share=turn.part, cut=_SAID[turn.cut])
+        )
     if turn.negated:
         yield SIGN.made()
     if turn.theta is not None:
@@ -60,6 +63,26 @@ def _named(turn: rope_fit.Rotation, projection: str) -> Iterator[Mistake]:
 def _scaling(rule: rope_rules.Rule) -> Mistake:
     ramp = {"original": rule.original} if rule.original else {}
     return SCALING.made(rule=rule.name, factor=rule.factor, **ramp)
+
+
+_HALF = (0.5, "own")
+_SAID = {
+    "own": "those of a head of that width",
+    "head": "the first of the whole head's",
+    "sliced": "cos and sin of the whole head, sliced",
+}
+
+
+def _part(turn: rope_fit.Rotation, at: At, share: float, cut: str) -> rope_fit.Rotation:
+    (kind,) = (kind for kind, said in _SAID.items() if said == cut)
+    return dataclasses.replace(turn, part=share, cut=kind)
+
+
+def _shares(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
+    """Behind a gap customary shares are tried."""
+    for share, cut in itertools.product(rope_fit.SHARES, rope_fit.CUTS):
+        if (share, cut) != _HALF and question.replay.config.head_dim * share % 2 == 0:
+            yield {"share": share, "cut": _SAID[cut]}
 
 
 def _halved(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
@@ -84,7 +107,8 @@ def _stretched(turn: rope_fit.Rotation, at: At, rule: str, factor: float, origin
 def _rules(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     """Behind a gap the customary factors are tried."""
     rules = [rope_rules.Rule("linear", factor) for factor in rope_rules.FACTORS[:3]]
-    rules += rope_rules.customary(question.replay.config.max_position_embeddings, rope_rules.FACTORS[:3])
+    rules += [rope_rules.Rule("ntk", factor) for factor in rope_rules.FACTORS[:3]]
+    rules += rope_rules.customary(question.replay.config, rope_rules.FACTORS[:3])
     yield from (_scaling(rule).parameters for rule in rules)
 
 
@@ -118,7 +142,7 @@ HALF_DIMS = Fault(
     "rope-half-dims",
     "only the first half of each head is rotated, as if head_dim were half",
     _STAGES,
-    _set(half=True),
+    _set(part=0.5),
     solve=rotations,
     variants=_halved,
     formula="(y[i], y[i + d/4]) = R(t · θ^(−4i/d)) (x[i], x[i + d/4]) for i < d/4; y[d/2:] = x[d/2:]",
@@ -130,6 +154,15 @@ SIGN = Fault(
     _set(negated=True),
     solve=rotations,
     formula="(y[i], y[i + d/2]) = R(−t · θ^(−2i/d)) (x[i], x[i + d/2])",
+)
+PART_DIMS = Fault(
+    "rope-part-dims",
+    "only the first {share:.4g} of each head's dimensions are rotated, by frequencies that are {cut}",
+    _STAGES,
+    {"rotation": _part},
+    solve=rotations,
+    variants=_shares,
+    alone=True,
 )
 THETA = Fault(
     "rope-theta",
@@ -171,8 +204,8 @@ NOT_ON_K = Fault(
 SCALING = Fault(
     "rope-scaling",
     (
-        "RoPE is scaled ({rule}, factor {factor:.6g}, from {original} positions); the checkpoint does not ask for it",
-        "RoPE is scaled ({rule}, factor {factor:.6g}); the checkpoint does not ask for it",
+        "RoPE is scaled ({rule}, factor {factor:.6g}, from {original} positions); the checkpoint does not ask for that",
+        "RoPE is scaled ({rule}, factor {factor:.6g}); the checkpoint does not ask for that",
     ),
     _STAGES,
     {"rotation": _stretched},
@@ -218,6 +251,7 @@ BIAS_AFTER_ROPE = Fault(
 FAULTS = (
     ADJACENT_PAIRS,
     HALF_DIMS,
+    PART_DIMS,
     SIGN,
     THETA,
     POSITION,

@@ -5,6 +5,11 @@ from __future__ import annotations
 from apr_jax.parity.faults.record import Fault, Instead
 
 NON_FINITE = Fault("non-finite", "values are not finite", unexplained=True)
+OVERFLOW = Fault(
+    "float16-overflow",
+    "float16 overflows: beyond {largest:.0f} there is no number, and {what} pass that",
+    unexplained=True,
+)
 CONSTANT = Fault("constant", "all values are {value:.6g}", unexplained=True)
 PERMUTED = Fault(
     "positions-permuted", "the values of {moved} positions are right ones of other positions", unexplained=True
@@ -25,5 +30,6 @@ ALL_REDUCE = Fault(
     "the parts of the {ranks} ranks are not summed: an all-reduce is missing",
     formula=Instead("y = x[r] W[r]ᵀ on each rank r", "y = Σ_r x[r] W[r]ᵀ over {ranks} ranks"),
 )
+APART = Fault("ranks-apart", "of what all ranks should hold alike, other values stand on the ranks {ranks}")
 
-FAULTS = (NON_FINITE, CONSTANT, PERMUTED, UNKNOWN, UPLOAD, RANK_ORDER, ALL_REDUCE)
+FAULTS = (NON_FINITE, OVERFLOW, CONSTANT, PERMUTED, UNKNOWN, UPLOAD, RANK_ORDER, ALL_REDUCE, APART)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from apr_jax.parity.faults import attention, mlp, norms, outside, parts, products, rope, seen, weights
+from apr_jax.parity.faults import attention, mlp, norms, outside, parts, products, rope, seen, sums, weights
 from apr_jax.parity.faults.record import Fault
 
 _FAMILIES = {
@@ -15,6 +15,7 @@ _FAMILIES = {
     "MLP and residuals": mlp,
     "Embedding, logits, layers, layout": outside,
     "Precision of products": products,
+    "Terms of products": sums,
     "Parts of a stage": parts,
     "What is only seen": seen,
 }

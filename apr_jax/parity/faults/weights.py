@@ -203,9 +203,13 @@ _ORDERS = {"adjacent": "pairs (2i, 2i + 1)", "halves": "split halves (i, i + d/2
 
 
 def _reordered(rows: Value, order: str, width: int) -> Value:
-    """The rows of each head (or block), [n width, ...]: halves interleaved ("adjacent"), or the inverse ("halves")."""
-    shape = (-1, 2, width // 2) if order == "adjacent" else (-1, width // 2, 2)
-    return rows.reshape(*shape, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    """The rows of each head (or block), [n width, ...]: halves interleaved ("adjacent"), or the inverse ("halves");
+    the halves exchanged ("halves exchanged"), or each two neighbours ("neighbours exchanged")."""
+    pairs = (-1, 2, width // 2) if order in ("adjacent", "halves exchanged") else (-1, width // 2, 2)
+    blocks = rows.reshape(*pairs, *rows.shape[1:])
+    if order in ("adjacent", "halves"):
+        return blocks.swapaxes(1, 2).reshape(rows.shape)
+    return np.flip(blocks, 1 if order == "halves exchanged" else 2).reshape(rows.shape)
 
 
 def _permuted(value: Value, at: At, tensor: str, order: str) -> Value:
@@ -235,13 +239,21 @@ ROWS_PERMUTED = Fault(
 _BLOCKS = (32, 64, 16, 128, 256)
 
 
-def _interleaved(value: Value, at: At, tensor: str, block: int, order: str) -> Value:
+def _interleaved(value: Value, at: At, tensor: str, block: int, order: str, codec: str = "") -> Value:
     if at.what != tensor:
         return value
+    value = _quantised_in_place(value, at, tensor, codec) if codec else value
     return _reordered(value.reshape(-1), _SAID[order], block).reshape(value.shape)
 
 
-_SAID = {"the halves are interleaved": "adjacent", "even and odd columns became halves": "halves"}
+_SAID = {
+    "the halves are interleaved": "adjacent",
+    "even and odd columns became halves": "halves",
+    "the halves are exchanged": "halves exchanged",
+    "neighbours are exchanged": "neighbours exchanged",
+}
+_PACKED = {"q4_0": 32, "q4_1": 32, "q5_0": 32, "q5_1": 32, "q4_k": 64, "int4": 32}
+"""Codecs that pack several codes into a byte, and the block of columns whose order that is."""
 
 
 def _interleavings(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
@@ -251,8 +263,13 @@ def _interleavings(question: Question, node: Key) -> Iterator[Mapping[str, Any]]
     for tensor in tensors_of(question.replay, node.stage):
         if question.only in tensor:
             columns = question.replay.weight(node.layer, tensor).shape[-1]
-            blocks = (block for block in _BLOCKS if columns % block == 0)
+            blocks = [block for block in _BLOCKS if columns % block == 0]
             yield from ({"tensor": tensor, "block": block, "order": order} for block in blocks for order in _SAID)
+            if node == question.nodes[-1]:
+                for codec, block in _PACKED.items():
+                    if block in blocks:
+                        same = {"tensor": tensor, "codec": codec, "block": block}
+                        yield from ({**same, "order": order} for order in _SAID)
 
 
 # --- Biases ----------------------------------------------------------------------------------------------------------
@@ -341,7 +358,10 @@ FAULTS = (
     ROWS_PERMUTED,
     Fault(
         "weights-interleaved",
-        "{tensor}: in each block of {block} columns {order}",
+        (
+            "{tensor}: quantised ({codec}), and in each block of {block} columns {order}",
+            "{tensor}: in each block of {block} columns {order}",
+        ),
         _stages,
         {"weight": _interleaved},
         variants=_interleavings,
