@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
@@ -100,6 +100,7 @@ def main(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.generate import compilation_cache
     from apr_jax.model.parameters import DTYPES
+    from apr_jax.parity import excerpts
     from apr_jax.parity.diagnose import diagnose
     from apr_jax.parity.localise import infer_dtype
 
@@ -110,7 +111,8 @@ def main(args: argparse.Namespace) -> int:
         cli.say_warnings(checkpoint)
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
-    exact = _load(args, "float64", "cpu")
+    # Excerpts of a long sequence are many: they are judged where rounding is.
+    exact = _load(args, "float64", args.left if excerpts.needed(config, dump.inputs) else "cpu")
     dtype = args.right_dtype or dump.dtype or (infer_dtype(dump.values) if dump.values else "float32")
     if dtype not in DTYPES:
         raise UsageError(
@@ -332,8 +334,27 @@ def _report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, dtype: str, 
         "dtype": dtype,
         "unexamined": _unexamined(diagnosis, dump, exact),
         "findings": [_to_json(finding) for finding in diagnosis.findings],
+        "first_wrong": _first_wrong(diagnosis, dump),
         "notes": list(notes),
     }
+
+
+def _first_wrong(diagnosis: Diagnosis, dump: Dump) -> dict[str, dict[str, Any]]:
+    """Each wrong stage -> its first wrong position, and the last one before that was dumped and so is right."""
+    import numpy as np
+
+    from apr_jax.trace.positions import dumped_tokens
+
+    found: dict[str, dict[str, Any]] = {}
+    for site in diagnosis.localisation.sites:
+        if not site.wrong or site.first is None:
+            continue
+        row, column = site.first
+        tokens = dumped_tokens(dump.inputs, diagnosis.localisation.columns.get(site.key))[row]
+        before, positions = np.flatnonzero(tokens[:column]), dump.inputs.position_ids[row]
+        last = int(positions[before[-1]]) if len(before) else None
+        found[site.key] = {"row": row, "position": int(positions[column]), "right_before": last}
+    return found
 
 
 def _compared_positions(diagnosis: Diagnosis, dump: Dump) -> int:
@@ -398,6 +419,18 @@ def _print(report: dict[str, Any], diagnosis: Diagnosis) -> None:
         more = f" and {len(report['unexamined']) - 6} more" if len(report["unexamined"]) > 6 else ""
         cli.show(f"not examined on their own: {shown}{more}")
     _print_grid(diagnosis)
+    _print_first_wrong(report["first_wrong"], len(set(diagnosis.localisation.columns)) > 0)
+
+
+def _print_first_wrong(first_wrong: Mapping[str, Mapping[str, Any]], partial: bool) -> None:
+    """Where stages are right up to some position: which is the first wrong one, stage by stage."""
+    if all(where["right_before"] is None for where in first_wrong.values()):
+        return
+    print("\nfirst wrong position" + (" (the last right one before it that was dumped)" if partial else ""))
+    for key, where in first_wrong.items():
+        before = "" if where["right_before"] is None or not partial else f" ({where['right_before']})"
+        row = f"row {where['row']} position " if where["row"] else ""
+        print(f"  {key:32} {row}{where['position']}{before}")
 
 
 def _print_grid(diagnosis: Diagnosis) -> None:
