@@ -22,9 +22,9 @@ MISTAKES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "chunk": ("mask-chunk", {"size": None}),
     "stale": ("permuted", {}),
 }
-"""Mistake -> the name that it has to be given, and the parameters that have to be the position. All positions from there
-on are rotated from 0 again; see no more keys than that many; see none before; in "stale" one slot of the cache of keys
-holds what the slot before it holds."""
+"""Mistake -> the name that it has to be given, and the parameters that have to be the position. From there on positions
+are rotated from 0 again; no more keys than that many are seen; none before it are; in "stale" one slot of the cache of
+keys holds what the slot before it holds."""
 _BLOCK = 128
 _dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
