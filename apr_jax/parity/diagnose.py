@@ -224,21 +224,27 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
     if not site.finite:
         return Explanation(site, (NON_FINITE.made(),), None, note=where_not_finite(theirs, located.reference[site.key]))
     search = Search(replay, site, located)
+    if replay.beyond is not None and (columns := search.permuted()) is not None:
+        return _permuted(replay, site, columns)  # slots of a cache; cheaper to see than to search for
     if answer := search.recall(known) or search.run(known):
         return _explained(site, answer, search)
     if site.constant:
         return Explanation(site, (CONSTANT.made(value=float(theirs.flat[0])),), None)
     columns = search.permuted()
     if columns is not None:
-        moved = columns != np.arange(columns.shape[1])
-        named = PERMUTED.made(moved=int((moved & (replay.inputs.attention_mask == 1)).sum()))
-        return Explanation(site, (named,), None, note=places(replay.inputs, moved, columns))
+        return _permuted(replay, site, columns)
     note = description(replay.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
     if missing := [before.stage for before in replay.undumped(site.key)[:-1]]:
         note += f"; not dumped before it: {', '.join(missing)}"
     if search.ended is not None:
         note += f"; the search was ended after {search.ended} explanations, sets of several mistakes among them"
     return Explanation(site, (UNKNOWN.made(),), None, note=note)
+
+
+def _permuted(replay: Replay, site: Site, columns: np.ndarray) -> Explanation:
+    moved = columns != np.arange(columns.shape[1])
+    named = PERMUTED.made(moved=int((moved & (replay.inputs.attention_mask == 1)).sum()))
+    return Explanation(site, (named,), None, note=places(replay.inputs, moved, columns))
 
 
 def _explained(site: Site, answer: Answer, search: Search) -> Explanation:

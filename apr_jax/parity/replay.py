@@ -252,7 +252,8 @@ class Replay:
         tokens = self.step("real_keys", token_mask(self.inputs.sequence))
         queries = np.broadcast_to(self.places() + self.step("last_key", 0), (len(tokens), len(self.columns())))
         keys = np.where(tokens, np.arange(tokens.shape[1]), -1)
-        seen, window = visible(queries, keys), self.step("window", self.config.window_of(layer), layer)
+        seen = visible(queries, keys) & (keys[:, None] >= self.step("first_key", np.array(0))[..., None])
+        window = self.step("window", self.config.window_of(layer), layer)
         # A mistake in the last key moves no window.
         return seen if window is None else seen & (keys[:, None] > self.places()[:, None] - window)
 

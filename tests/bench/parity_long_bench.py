@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -86,15 +87,19 @@ def examine(args: argparse.Namespace, mistake: str, model: pathlib.Path, dump: p
 
 def right(report: Mapping[str, Any], mistake: str, position: int) -> bool:
     """Whether a report names the mistake, alone, and where it begins."""
-    findings, firsts = report["findings"], report["first_wrong"]
+    firsts = [where["position"] for where in report["first_wrong"].values()]
     if mistake == "none":
-        return not findings and not firsts
+        return not report["findings"] and not firsts
+    found = [SimpleNamespace(**finding) for finding in report["findings"]]
+    return named(found, mistake, position) and min(firsts) == position
+
+
+def named(findings: Sequence[Any], mistake: str, position: int) -> bool:
+    """Whether all findings are the mistake, with the position where it is a parameter."""
     name, parameters = long_engine.MISTAKES[mistake]
     wanted = {key: position if value is None else value for key, value in parameters.items()}
-    return (
-        {finding["fault"] for finding in findings} == {name}
-        and all(wanted.items() <= finding["parameters"].items() for finding in findings)
-        and min(where["position"] for where in firsts.values()) == position
+    return {finding.fault for finding in findings} == {name} and all(
+        wanted.items() <= finding.parameters.items() for finding in findings
     )
 
 

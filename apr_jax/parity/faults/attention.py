@@ -64,6 +64,14 @@ def _firsts(question: Question, wrong: np.ndarray) -> range:
     return range(first, max(before, first - _MOST_BETWEEN), -1)
 
 
+def _chunks(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
+    """How long chunks are: the first query that is off begins the second one; beside another mistake powers of two."""
+    last = int(question.replay.inputs.positions().max())
+    wrong = question.off() > max(1e-3, question.nothing) * np.abs(question.right).max()
+    sizes = dict.fromkeys((*_firsts(question, wrong), *(1 << power for power in range(2, (last + 1).bit_length()))))
+    return [{"size": size} for size in sizes if 0 < size <= last]
+
+
 WITHOUT_WINDOW = Fault(
     "mask-without-window",
     "the sliding window is not applied: all keys before are seen",
@@ -102,6 +110,13 @@ _MASKS = (
         variants=_windows,
     ),
     WITHOUT_WINDOW,
+    Fault(
+        "mask-chunk",
+        "queries see the keys of their own chunk of {size} only",
+        _MASKED,
+        {"first_key": lambda right, at, size: at.replay.places() // size * size},
+        variants=_chunks,
+    ),
 )
 
 # --- Scores and shares -----------------------------------------------------------------------------------------------
