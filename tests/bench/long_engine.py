@@ -20,7 +20,7 @@ MISTAKES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "restart": ("rope-position", {"restart": None}),
     "window": ("mask-window", {"window": None}),
     "chunk": ("mask-chunk", {"size": None}),
-    "stale": ("permuted", {}),
+    "stale": ("positions-permuted", {}),
 }
 """Mistake -> the name that it has to be given, and the parameters that have to be the position. From there on positions
 are rotated from 0 again; no more keys than that many are seen; none before it are; in "stale" one slot of the cache of

@@ -1,4 +1,4 @@
-"""Long sequences by excerpts: mistakes that begin at a position are named, and that position is, without whole scores."""
+"""Long sequences by excerpts: what begins at a position is named, and so is the position, without whole scores."""
 
 import functools
 import json
