@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import pathlib
 import shutil
 import sys
@@ -24,8 +25,8 @@ from tests import paths
 
 if not hf_reference.available():
     pytest.skip("torch and transformers are not installed", allow_module_level=True)
-for package in ("onnx", "onnxruntime", "onnxscript"):
-    pytest.importorskip(package)
+if any(importlib.util.find_spec(package) is None for package in ("onnx", "onnxruntime", "onnxscript")):
+    pytest.skip("onnx, onnxruntime and onnxscript are not installed", allow_module_level=True)
 
 import torch
 
