@@ -1,4 +1,4 @@
-"""llama.cpp itself with an eval callback, saved as docs/dumps.md says: the right run is clean, five mistakes are named."""
+"""llama.cpp with an eval callback, saved as docs/dumps.md says: the right run is clean, five mistakes are named."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ CASES = {
     "rms-norm-eps": {"eps": 1e-3},
     "rope-scaling": {"rope_freq_scale": 0.5},
     "qkv-bias-missing": {},
-    "activation-on-up": {},
+    "gate-up-swapped": {},
 }
 load = functools.lru_cache(load_model)
 
@@ -42,7 +42,7 @@ def tensors(case):
         found = {name: tensor.read().astype(np.float32) for name, tensor in checkpoint.tensors.items()}
     if case == "qkv-bias-missing":
         found = {name: value * 0 if name.endswith("bias") else value for name, value in found.items()}
-    if case == "activation-on-up":
+    if case == "gate-up-swapped":
         other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
         found = {
             next((name.replace(a, b) for a, b in other.items() if f".{a}." in name), name): value
