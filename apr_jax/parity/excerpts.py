@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +20,14 @@ from apr_jax.converters.errors import RefusedError
 from apr_jax.model.language_model import Context, LanguageModel
 from apr_jax.model.qwen2 import rope
 from apr_jax.parity.localise import Localisation, Site, localise, other_engine
-from apr_jax.parity.replay import Replay, unjoin
+from apr_jax.parity.replay import Replay, join_heads, unjoin
 from apr_jax.trace.inputs import Excerpt, Inputs
 from apr_jax.trace.positions import Dumped, position_axis
 from apr_jax.trace.stages import Key
 
 _MOST_BYTES = 1 << 30
 """Scores in float64 that take more than this are not held whole."""
-_EXCERPT_BYTES = 1 << 29
+_EXCERPT_BYTES = 1 << 28
 """What the scores of an excerpt may take."""
 _FEWEST, _MOST = 16, 1024
 """Positions of an excerpt."""
@@ -34,6 +35,8 @@ _SPREAD, _AROUND = 64, 4
 """Positions that a cause is looked for at: so many of all, and as many on either side of each first wrong one."""
 _STEPS = 4
 """Excerpts are given the keys of the first quarter, half, ... of the sequence: programs are compiled for each."""
+_MOST_KEPT = 4
+"""As many stages of the whole sequence are kept that were computed for keys and values."""
 _READS_KEYS = ("attn_scores", "attention")
 
 
@@ -62,6 +65,16 @@ class Part:
     replay: Replay
 
 
+class _Recent(dict[Any, Any]):
+    """A memory that forgets arrays: those of a whole sequence are large, and each layer has its own."""
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        super().__setitem__(name, value)
+        arrays = [other for other, kept in self.items() if isinstance(kept, np.ndarray)]
+        for other in arrays[:-_MOST_KEPT]:
+            del self[other]
+
+
 class LongDump:
     """A dump of a long sequence.
 
@@ -84,9 +97,10 @@ class LongDump:
         length = inputs.input_ids.shape[1]
         self._whole = {key: value for key, value in theirs.items() if value.shape[position_axis(key)] == length}
         linear = {key: value for key, value in self._whole.items() if not Key(key).per_pair}
-        self.replay = Replay(exact.config, exact.parameters, inputs, linear)
+        self.replay = Replay(exact.config, exact.parameters, inputs, linear, memo=_Recent())
         self.unknown = {layer for layer in range(exact.config.num_layers) if not self._knows_cache(layer)}
-        self._caches: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+        self._keys: dict[tuple[int, str], Any] = {}
+        self._values: dict[int, Any] = {}
 
     def _knows_cache(self, layer: int) -> bool:
         keys = (Key.of(layer, "k_post_rope"), Key.of(layer, "qkv_bias"))
@@ -107,32 +121,40 @@ class LongDump:
         step = -(-length // _STEPS)
         pairs = any(Key(key).per_pair for key in self._theirs)
         end = length if pairs else min(length, step * (1 + int(inputs.places().max()) // step))
-        return lambda layer: tuple(each[:, :end] for each in self._cache(layer, model))  # type: ignore[return-value]
 
-    def _cache(self, layer: int, model: LanguageModel) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values [B, S, K, H] of a layer in a dtype."""
-        if (layer, model.dtype) not in self._caches:
-            self._caches[layer, model.dtype] = self._made(layer, model)
-        return self._caches[layer, model.dtype]
+        def up_to_the_end(layer: int) -> tuple[Any, Any]:
+            keys, values = self._cache(layer, model)
+            with self._exact.scope():
+                return keys[:, :end].astype(model.dtype), values[:, :end].astype(model.dtype)
 
-    def _made(self, layer: int, model: LanguageModel) -> tuple[np.ndarray, np.ndarray]:
-        config = self._exact.config
+        return up_to_the_end
+
+    def _cache(self, layer: int, model: LanguageModel) -> tuple[Any, Any]:
+        """Keys and values [B, S, K, H] of a layer on the model's device: as they were dumped, or wider than its dtype."""
+        config, key, memo = self._exact.config, Key.of(layer, "k_post_rope"), _Recent()
+        replay = dataclasses.replace(self.replay, memo=memo)
         if layer in self.unknown:
-            nothing = np.zeros((*self.inputs.input_ids.shape, config.num_kv_heads, config.head_dim), np.float32)
+            nothing = jnp.zeros((*self.inputs.input_ids.shape, config.num_kv_heads, config.head_dim), jnp.float32)
             return nothing, nothing
-        key, dtype = Key.of(layer, "k_post_rope"), jnp.dtype(model.dtype)
-        heads = self.replay.heads(layer)
-        values = heads[2].astype(dtype)
-        if self.replay.dumped(key):
-            return unjoin(np.asarray(self.replay.theirs[key]), config).astype(dtype), values
+        with self._exact.scope():
+            if layer not in self._values:
+                self._values[layer] = jnp.asarray(replay.heads(layer)[2])
+            name = (layer, "" if replay.dumped(key) else model.dtype)
+            if name not in self._keys:
+                self._keys[name] = jnp.asarray(unjoin(self._made(replay, key, model), config))
+        return self._keys[name], self._values[layer]
+
+    def _made(self, replay: Replay, key: Key, model: LanguageModel) -> np.ndarray:
+        """Keys as they were dumped, or right ones: in float64, or another right engine's in the model's dtype."""
+        if replay.dumped(key):
+            return np.asarray(replay.theirs[key])
         if model.dtype == "float64":
-            return unjoin(self.replay.compute(key), config), values
-        # Keys that were not dumped are another right engine's, in its dtype.
+            return replay.compute(key)
         positions = np.maximum(self.inputs.positions(), 0)
         with model.scope():
             cos, sin = (np.asarray(t)[positions] for t in other_engine(model).rotary_tables(int(positions.max()) + 1))
-            turned = rope(jnp.asarray(heads[1], dtype), jnp.asarray(cos), jnp.asarray(sin))
-            return np.asarray(turned), values
+            turned = rope(jnp.asarray(replay.heads(key.layer)[1], model.dtype), jnp.asarray(cos), jnp.asarray(sin))
+            return join_heads(np.asarray(turned))
 
     def sample(self) -> tuple[Excerpt, dict[str, np.ndarray]]:
         """Returns a few positions, and what was dumped of them."""
