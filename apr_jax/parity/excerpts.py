@@ -130,7 +130,7 @@ class LongDump:
         return up_to_the_end
 
     def _cache(self, layer: int, model: LanguageModel) -> tuple[Any, Any]:
-        """Keys and values [B, S, K, H] of a layer on the model's device: as they were dumped, or wider than its dtype."""
+        """Keys and values [B, S, K, H] of a layer on the model's device, as they were dumped or in float64."""
         config, key, memo = self._exact.config, Key.of(layer, "k_post_rope"), _Recent()
         replay = dataclasses.replace(self.replay, memo=memo)
         if layer in self.unknown:

@@ -372,7 +372,7 @@ def _fit_positions(turn: np.ndarray, positions: np.ndarray, right: Right, rotati
     np.add.at(by_step, steps, turn)
     unturning = np.exp(-1j * np.arange(len(by_step))[:, None] * speeds)
     unturned = (by_step * unturning).sum(axis=0)
-    reach = np.arange(-4 * length, 4 * length + 1)
+    reach = np.arange(-4 * min(length, _MOST_PERIODS), 4 * min(length, _MOST_PERIODS) + 1)
     shift = int(reach[np.argmax((unturned * np.exp(-1j * reach[:, None] * speeds)).real.sum(axis=1))])
     # The turns at all positions that a restart every so many makes one, unturned as that one is.
     known, periods = np.flatnonzero(by_step.any(axis=1)), _periods(by_step, unturning)
@@ -384,6 +384,7 @@ def _fit_positions(turn: np.ndarray, positions: np.ndarray, right: Right, rotati
 
 
 _MOST_PERIODS = 4096
+"""Beyond as many positions not every shift and every restart is tried."""
 
 
 def _periods(by_step: np.ndarray, unturning: np.ndarray) -> range:
