@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks clean
+.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -123,6 +123,11 @@ bench-verify: $(VENV)/installed
 # parity on a dump of the 0.5B shape, 64 positions, one mistake in it: time and peak memory.
 bench-parity: $(VENV)/installed
 	$(BIN)/python tests/bench/parity_bench.py
+
+# parity on 20,000 positions of the 0.5B shape with a mistake from position 11,000 on: named, the position exact, time and
+# peak memory. DEVICE=cuda for a GPU; MISTAKES=none,restart,window,chunk,stale; 20 minutes and 12 GB on a CPU.
+parity-long: $(VENV)/installed
+	$(BIN)/python tests/bench/parity_long_bench.py $(if $(DEVICE),--device $(DEVICE)) $(if $(MISTAKES),--mistakes $(MISTAKES))
 
 # Every kind of damage that verify knows, planted and looked for: the table of the README.
 damage-battery: $(VENV)/installed

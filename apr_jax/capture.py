@@ -6,7 +6,8 @@
         model(input_ids)
     with capture.flax(model, "dump/"):       # a Flax NNX model
         model(input_ids)
-    capture.arrays("dump/", input_ids, values, names)   # arrays of anything else: ONNX Runtime, your own engine
+    capture.onnx("model.onnx", "dump/", {"input_ids": ids})    # an ONNX model, run by ONNX Runtime
+    capture.arrays("dump/", input_ids, values, names)   # arrays of anything else: your own engine
 
 docs/dumps.md shows each of them.
 """
@@ -73,6 +74,35 @@ def flax(
     from apr_jax.engines import flax_modules
 
     return flax_modules.watch(model, folder, names, input_ids, force)
+
+
+def onnx(
+    model: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    inputs: Mapping[str, Any],
+    *,
+    names: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> None:
+    """Runs an ONNX model with ONNX Runtime on the CPU, every node's output shown, and writes its stages.
+
+    Modules are known from what PyTorch's exporters leave in a model: the path of the module that a node comes from,
+    beside the node or in its name. onnx and onnxruntime have to be installed.
+
+    Args:
+      model: The .onnx file.
+      folder: Where to write the dump.
+      inputs: The model's inputs by name; "input_ids" and, where it takes them, "attention_mask" and "position_ids".
+      names: Stage -> a node output's name, "{layer}" standing for a layer's number, for what the paths do not tell.
+      force: Whether an earlier dump may be replaced.
+
+    Raises:
+      UsageError: A package is missing, an unknown stage, or an existing folder.
+      RefusedError: Nothing was found in it.
+    """
+    from apr_jax.engines import onnx_modules
+
+    onnx_modules.run(model, folder, inputs, names, force)
 
 
 def arrays(

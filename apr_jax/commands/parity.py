@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
@@ -137,6 +137,7 @@ def main(args: argparse.Namespace) -> int:
     from apr_jax.converters.inspect import page
     from apr_jax.generate import compilation_cache
     from apr_jax.model.parameters import DTYPES
+    from apr_jax.parity import excerpts
     from apr_jax.parity.localise import infer_dtype
 
     compilation_cache.enable()
@@ -149,7 +150,8 @@ def main(args: argparse.Namespace) -> int:
         page.check(args.html, force=args.force, sources=sources)
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
-    exact = _load(args, "float64", "cpu")
+    # Excerpts of a long sequence are many: they are judged where rounding is.
+    exact = _load(args, "float64", args.left if excerpts.needed(config, dump.inputs) else "cpu")
     dtype = args.right_dtype or dump.dtype or (infer_dtype(dump.values) if dump.values else "float32")
     if dtype not in DTYPES:
         raise UsageError(
@@ -488,8 +490,20 @@ def _print(report: dict[str, Any]) -> None:
         more = f" and {len(report['unexamined']) - 6} more" if len(report["unexamined"]) > 6 else ""
         cli.show(f"not examined on their own: {shown}{more}")
     _print_grid(report["stages"])
+    _print_first_wrong(report["first_wrong"])
     if report["logits"]:
         _print_logits(report["logits"])
+
+
+def _print_first_wrong(first_wrong: Mapping[str, Mapping[str, Any]]) -> None:
+    """Where stages are right up to some position: which is the first wrong one, stage by stage."""
+    if all(where["right_before"] is None for where in first_wrong.values()):
+        return
+    print("\nfirst wrong position (the last right one before it that was dumped)")
+    for key, where in first_wrong.items():
+        before = "" if where["right_before"] is None else f" ({where['right_before']})"
+        row = f"row {where['row']} position " if where["row"] else ""
+        print(f"  {key:32} {row}{where['position']}{before}")
 
 
 def _print_logits(found: dict[str, Any]) -> None:

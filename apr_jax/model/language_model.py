@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from apr_jax.model.qwen2 import (
     OPS,
     Cache,
     DecoderLayer,
+    LayerCache,
     Ops,
     Qwen2ForCausalLM,
     Step,
@@ -38,6 +40,8 @@ from apr_jax.model.qwen2 import (
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, refuse_traced
 
+Context = Callable[[int], tuple[Any, Any]]
+"""Layer -> the keys and values [B, S, K, H] of a sequence of which only some positions are run."""
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 """Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32."""
 
@@ -156,7 +160,11 @@ class LanguageModel:
             return program(self.parameters, inputs.input_ids, inputs.positions(), *tables, cache)
 
     def trace(
-        self, inputs: Inputs, keys: Collection[str] | None = None, force: Mapping[str, np.ndarray] | None = None
+        self,
+        inputs: Inputs,
+        keys: Collection[str] | None = None,
+        force: Mapping[str, np.ndarray] | None = None,
+        context: Context | None = None,
     ) -> dict[str, np.ndarray]:
         """Runs layer by layer and records stages.
 
@@ -166,6 +174,8 @@ class LanguageModel:
             scores above all.
           force: Values that the computation goes on with in place of its own, under the same keys: each stage is then
             computed from the other side's inputs. What is recorded are this model's own values.
+          context: Gives the keys and values [B, S, K, H] that a layer attends over, where the batch is an `Excerpt`:
+            those of the first S columns of its sequence, itself among them.
 
         Returns:
           key -> array in the model's dtype, with a leading batch axis; `attn_scores` is 0 where the mask hides the key,
@@ -184,10 +194,12 @@ class LanguageModel:
                 raise ValueError(f"{key} to force has shape {value.shape}, expected {shape}")
         wanted = set(known if keys is None else keys)
         with self.scope():
-            recorded = self._run_traced(inputs, wanted, force or {})
+            recorded = self._run_traced(inputs, wanted, force or {}, context)
         return {key: recorded[key] for key in known if key in recorded}
 
-    def _run_traced(self, inputs: Inputs, wanted: set[str], force: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _run_traced(
+        self, inputs: Inputs, wanted: set[str], force: Mapping[str, np.ndarray], context: Context | None
+    ) -> dict[str, np.ndarray]:
         config, recorded = self.config, {}
 
         def keep(key: str, value: Array) -> Array:
@@ -205,7 +217,13 @@ class LanguageModel:
             record = frozenset(stage for stage, key in names.items() if key in wanted)
             ops, window = self.layer_ops.get(layer, self.ops), config.window_of(layer)
             program = _layer_program(config, self.dtype, self.fused, ops, record, window)
-            x, values = program(self.parameters["model"]["layers"][layer], x, step, forced)
+            cached = (
+                None if context is None else LayerCache(*(jnp.asarray(each, self.dtype) for each in context(layer)))
+            )
+            here = step
+            if cached is not None:
+                here = step._replace(kv_positions=inputs.sequence.positions()[:, : cached.keys.shape[1]])
+            x, values = program(self.parameters["model"]["layers"][layer], x, here, forced, cached)
             recorded |= {names[stage]: np.asarray(value) for stage, value in values.items()}
         x = keep(stages.FINAL_NORM, outer["norm"](self.parameters, x))
         if stages.LOGITS in wanted:
@@ -218,7 +236,8 @@ class LanguageModel:
 
     def _stage_shape(self, key: str, inputs: Inputs) -> tuple[int, ...]:
         batch, length = inputs.input_ids.shape
-        return (batch, *stages.shape(self.config, stages.Key(key).stage, length))
+        shape = (batch, *stages.shape(self.config, stages.Key(key).stage, length))
+        return (*shape[:-1], inputs.sequence.input_ids.shape[1]) if stages.Key(key).per_pair else shape
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -250,7 +269,7 @@ class LanguageModel:
 
     def rotary_of(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
         """Returns `rotary_tables` for a batch, for `at_least` that many positions."""
-        reach = int(inputs.positions().max()) + 1
+        reach = int(inputs.sequence.positions().max()) + 1
         return self.rotary_tables(max(at_least, reach), reach)
 
 
@@ -338,9 +357,12 @@ def _layer_program(
     graph = _layer_graph(config, dtype, fused, window)
 
     def layer(
-        parameters: Parameters, x: Array, step: Step, forced: Mapping[str, Array]
+        parameters: Parameters, x: Array, step: Step, forced: Mapping[str, Array], cached: LayerCache | None
     ) -> tuple[Array, dict[str, Array]]:
         recorded: dict[str, Array] = {}
+
+        def over_cached(table: Ops, q: Array, k: Array, v: Array, *others: Any) -> Array:
+            return ops.attention(table, q, *((k, v) if cached is None else cached), *others)
 
         def tap(stage: str, value: Array) -> Array:
             value = jax.lax.optimization_barrier(value)
@@ -349,7 +371,7 @@ def _layer_program(
                 return value
             return jax.lax.optimization_barrier(forced[stage].astype(value.dtype).reshape(value.shape))
 
-        x, _ = nnx.merge(graph, parameters)(x, step, ops=ops, tap=tap)
+        x, _ = nnx.merge(graph, parameters)(x, step, ops=dataclasses.replace(ops, attention=over_cached), tap=tap)
         if "attn_scores" in recorded:
             seen = visible(step.q_positions, step.kv_positions, window)[:, None]
             recorded["attn_scores"] = jnp.where(seen, recorded["attn_scores"], jnp.zeros((), x.dtype))

@@ -16,6 +16,7 @@ import numpy as np
 
 from apr_jax.converters.storage.workers import Workers
 from apr_jax.model.language_model import LanguageModel
+from apr_jax.parity import excerpts
 from apr_jax.parity.faults.record import Mistake, Mistakes
 from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, OVERFLOW, PERMUTED, UNKNOWN
 from apr_jax.parity.faults.table import FAULTS
@@ -87,6 +88,8 @@ def diagnose(
       progress: Is told what is going on, often.
       widened: Stage -> how many times its budget is applied; one where it is not named.
     """
+    if excerpts.needed(exact.config, inputs):
+        return _diagnose_long(exact, same, inputs, theirs, columns, progress, widened)
     dumped, layouts = undo(exact, inputs, complete(theirs, inputs, columns, lambda: exact.trace(inputs)))
     order, mistake = execution_order(exact, inputs, dumped.rows())
     if mistake is not None:
@@ -104,6 +107,62 @@ def diagnose(
     if mistake is not None:
         findings = [order_finding(mistake), *findings]
     return Diagnosis((*findings, *layout_findings(layouts, exact.config.num_layers)), located)
+
+
+def _diagnose_long(
+    exact: LanguageModel,
+    same: LanguageModel,
+    inputs: Inputs,
+    theirs: Mapping[str, np.ndarray],
+    columns: np.ndarray | None,
+    progress: Callable[[str], None],
+    widened: Mapping[str, float],
+) -> Diagnosis:
+    """As `diagnose`, by excerpts: what was dumped at all positions is judged there, layouts are taken as they are."""
+    dump = excerpts.LongDump(exact, same, inputs, theirs, columns, widened)
+    order, mistake = execution_order(exact, *dump.sample())
+    if mistake is not None:
+        exact, same = (reordered(model, order) for model in (exact, same))
+        dump = excerpts.LongDump(exact, same, inputs, theirs, columns, widened)
+    judged: dict[str, list[Site]] = {}
+    explained: list[Explanation] = []
+    parts = []
+    for part in dump.parts(progress):
+        parts.append(part)
+        for site in part.sites:
+            judged.setdefault(site.key, []).append(site)
+        explained += _explain_part(part, explained, progress)
+    found = gather(explained, exact.config.num_layers)
+    findings = [_with_unshown(finding, parts[0].replay, parts[0].located) for finding in found]
+    if mistake is not None:
+        findings = [order_finding(mistake), *findings]
+    sites = tuple(excerpts.joined(judged[key]) for key in stages.trace_keys(exact.config.num_layers) if key in judged)
+    partial = {key: some for key in judged if (some := dump.columns_of(key)) is not None}
+    return Diagnosis(tuple(findings), Localisation(sites, {}, same.dtype, theirs, partial, widened))
+
+
+def _explain_part(
+    part: excerpts.Part, before: Sequence[Explanation], progress: Callable[[str], None]
+) -> list[Explanation]:
+    """Explains what is wrong at some positions of a long sequence: by what explains others first."""
+    replay, located = part.replay, part.located
+    recalled: dict[str, Explanation | None] = {}
+    for site in (site for site in located.sites if site.wrong and site.finite and before):
+        nodes = set(replay.undumped(site.key))
+        inside = [explanation for explanation in before if explanation.site.key in nodes]
+        if any(explanation.after is None for explanation in inside):
+            recalled[site.key] = None  # behind what nothing explains
+        elif mistakes := tuple(dict.fromkeys(mistake for one in inside for mistake in one.mistakes)):
+            known = Known()
+            known.add(site.stage, Answer(mistakes, 0.0))
+            if (answer := _recall(replay, site, located, known)) is not None:
+                recalled[site.key] = answer
+    rest = tuple(site for site in located.sites if site.key not in recalled)
+    explained = _explain_all(replay, dataclasses.replace(located, sites=rest), progress)
+    shown = {site.key for site in located.sites if site.wrong}
+    for site in (site for site in part.sites if site.wrong and site.key not in shown):
+        explained.append(Explanation(site, (UNKNOWN.made(),), None, note="at positions that were not looked at again"))
+    return [*(answer for answer in recalled.values() if answer is not None), *explained]
 
 
 def _with_unshown(finding: Finding, replay: Replay, located: Localisation) -> Finding:
@@ -169,15 +228,15 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
     if not site.finite:
         return _not_finite(replay, site, theirs, located.reference[site.key])
     search = Search(replay, site, located)
+    if replay.beyond is not None and (columns := search.permuted()) is not None:
+        return _permuted(replay, site, columns)  # slots of a cache; cheaper to see than to search for
     if answer := search.recall(known) or search.run(known):
         return _explained(site, answer, search)
     if site.constant:
         return Explanation(site, (CONSTANT.made(value=float(theirs.flat[0])),), None)
     columns = search.permuted()
     if columns is not None:
-        moved = columns != np.arange(columns.shape[1])
-        named = PERMUTED.made(moved=int((moved & (replay.inputs.attention_mask == 1)).sum()))
-        return Explanation(site, (named,), None, note=places(moved, columns))
+        return _permuted(replay, site, columns)
     note = description(replay.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
     if missing := [before.stage for before in replay.undumped(site.key)[:-1]]:
         note += f"; not dumped before it: {', '.join(missing)}"
@@ -195,6 +254,12 @@ def _not_finite(replay: Replay, site: Site, theirs: np.ndarray, right: np.ndarra
             largest=LARGEST_HALF, what="products of q and k, before their scale," if scores else "values"
         )
     return Explanation(site, (mistake,), None, note=where_not_finite(theirs, right))
+
+
+def _permuted(replay: Replay, site: Site, columns: np.ndarray) -> Explanation:
+    moved = columns != np.arange(columns.shape[1])
+    named = PERMUTED.made(moved=int((moved & (replay.inputs.attention_mask == 1)).sum()))
+    return Explanation(site, (named,), None, note=places(replay.inputs, moved, columns))
 
 
 def _explained(site: Site, answer: Answer, search: Search) -> Explanation:

@@ -34,6 +34,7 @@ class Finding:
       certainty: "certain", "ambiguous" (see alternatives) or "unexplained".
       sentence: All of it in a line.
       cannot_show: Right stages that could not show it, were it made there too; of mistakes with a number.
+      first: Row and column of the first position that shows it; None where no single one does.
     """
 
     fault: str
@@ -46,6 +47,7 @@ class Finding:
     certainty: str
     sentence: str
     cannot_show: tuple[str, ...] = ()
+    first: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +193,9 @@ def _finding(group: list[Sighting], num_layers: int) -> Finding:
     stage = explanations[0].site.stage
     certainty = "unexplained" if fault.unexplained else ("ambiguous" if alternatives else "certain")
     text = sentence(fault, layers, stage, parameters, before, after, note)
-    return Finding(fault.name, layers, stage, parameters, before, after, alternatives, certainty, text)
+    firsts = [explanation.site.first for explanation in explanations if explanation.site.first is not None]
+    first = min(firsts, key=lambda place: (place[1], place[0]), default=None)
+    return Finding(fault.name, layers, stage, parameters, before, after, alternatives, certainty, text, first=first)
 
 
 def cannot_show(finding: Finding, keys: Sequence[Key]) -> Finding:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import Protocol
 
 import jax
 import numpy as np
 
 from apr_jax.model import rotary
-from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.language_model import Context, LanguageModel
 from apr_jax.parity.replay import Replay, turn_sizes
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
@@ -68,6 +69,7 @@ class Site:
       row_budgets: What each position may be off (L2 over the last axis), in the shape of the stage without that axis.
       channel_budgets: What each channel may be off, relative to the position: `channel_medians`; None where it is not
         judged.
+      first: Row and column (of the sequence) of the first position that is beyond its budget; None if none is.
       elements: Number of elements compared.
       finite: Whether all of theirs are finite.
       constant: Whether all of theirs are one value, where ours are not.
@@ -86,6 +88,7 @@ class Site:
     finite: bool
     constant: bool
     widened: float = 1.0
+    first: tuple[int, int] | None = None
 
     @property
     def stage(self) -> str:
@@ -170,6 +173,7 @@ def localise(
     inputs: Inputs,
     dumped: Dumped,
     widened: Mapping[str, float] = UNWIDENED,
+    beyond: Beyond | None = None,
 ) -> Localisation:
     """Judges every stage of a dump.
 
@@ -181,13 +185,20 @@ def localise(
         There the run that shows rounding goes on with values of another right engine in the other side's dtype, so
         that the budget holds what keys and values that were not dumped may be off.
       widened: Stage -> how many times its budget is applied; one where it is not named.
+      beyond: Where the inputs are an excerpt, the sequence that they are taken from.
     """
     keys: list[str] = [key for key in stages.trace_keys(exact.config.num_layers) if key in dumped.values]
     theirs = {key: dumped.values[key] for key in keys}
-    rounded = dumped.over(_other_engine(same).trace(inputs)).values if dumped.partial else theirs
-    reference = exact.trace(inputs, force=_to_force(theirs))
-    own = same.trace(inputs, keys, force=_to_force({key: rounded[key] for key in keys}))
-    sites, judged, replay = [], inputs, Replay(exact.config, exact.parameters, inputs, theirs)
+    rounded = dumped.over(other_engine(same).trace(inputs)).values if dumped.partial else theirs
+    forced = _to_force(theirs)
+    if beyond is None:
+        reference = exact.trace(inputs, force=forced)
+        own = same.trace(inputs, keys, force=_to_force({key: rounded[key] for key in keys}))
+    else:
+        reference = exact.trace(inputs, keys, forced, beyond.context(exact, inputs))
+        own = same.trace(inputs, keys, forced, beyond.context(same, inputs))
+    replay = Replay(exact.config, exact.parameters, inputs, theirs, beyond=None if beyond is None else beyond.replay)
+    sites, judged = [], inputs
     for key in keys:
         values, part = (theirs[key], reference[key], own[key]), dumped.columns.get(key)
         each, window = turn_budgets(replay, key, same.dtype), exact.config.window_of(Key(key).layer)
@@ -195,6 +206,17 @@ def localise(
         sites.append(dataclasses.replace(site, widened=widened.get(site.stage, 1.0)))
         judged = _before_the_first_nan(key, judged, theirs[key])
     return Localisation(tuple(sites), reference, same.dtype, theirs, dumped.columns, widened)
+
+
+class Beyond(Protocol):
+    """The sequence that an excerpt is taken from."""
+
+    @property
+    def replay(self) -> Replay:
+        """The replay of all of it, from the stages that were dumped at all positions."""
+
+    def context(self, model: LanguageModel, inputs: Inputs) -> Context:
+        """Returns what gives a layer's keys and values, as the model's dtype has them, for an excerpt."""
 
 
 class _WithAnotherPow(LanguageModel):
@@ -211,7 +233,7 @@ class _WithAnotherPow(LanguageModel):
         return cos, sin
 
 
-def _other_engine(model: LanguageModel) -> LanguageModel:
+def other_engine(model: LanguageModel) -> LanguageModel:
     """A right engine other than the model, in its dtype."""
     if model.dtype == "float64":
         return model
@@ -272,11 +294,14 @@ def judge(
     own_channels = channel_medians(key, own_difference, size, mask)
     channels = channel_budgets(key, dtype, own_channels, channel_medians(key, reference, size, mask))
     worst = worst_share(error, row_budget)
+    beyond = error > row_budget
     if channels is not None and finite:
         worst = max(worst, worst_share(channel_medians(key, difference, size, mask), channels))
     if each is not None and finite:
         each = each if columns is None else gather_positions(key, each, columns)
-        worst = max(worst, worst_share(np.where(mask[..., None], np.abs(difference), 0.0), each))
+        turned = np.where(mask[..., None], np.abs(difference), 0.0)
+        worst = max(worst, worst_share(turned, each))
+        beyond = beyond | (turned > each).any(axis=-1)
     return Site(
         Key(key),
         error=float(np.linalg.norm(error)) if finite else float("inf"),
@@ -292,7 +317,18 @@ def judge(
         and chosen.size > 1
         and bool((chosen == chosen.flat[0]).all())
         and float(np.ptp(reference[mask])) > 0,
+        first=_first(beyond | ~np.isfinite(error), inputs, columns),
     )
+
+
+def _first(beyond: np.ndarray, inputs: Inputs, columns: np.ndarray | None) -> tuple[int, int] | None:
+    """Row and column of the first of the positions [B, T] or [B, N, T] that are marked, by column."""
+    found = np.argwhere(beyond.any(axis=1) if beyond.ndim == 3 else beyond)
+    if not len(found):
+        return None
+    places = [(int(inputs.places()[t if columns is None else columns[b, t]]), int(b)) for b, t in found]
+    column, row = min(places)
+    return row, column
 
 
 def worst_share(error: np.ndarray | None, budget: np.ndarray) -> float:

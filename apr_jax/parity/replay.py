@@ -46,6 +46,7 @@ class Replay:
       rows: The positions that are looked at; None is all of them. Keys and values are always there for all.
       memo: What was computed once and does not depend on `made`.
       composed: What does, within one computation.
+      beyond: Where `inputs` are an excerpt, the replay of the whole sequence: keys and values are taken from it.
     """
 
     config: Qwen2Config
@@ -58,6 +59,7 @@ class Replay:
     rows: np.ndarray | None = None
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    beyond: Replay | None = None
 
     def compute(self, key: str) -> Value:
         """Computes one stage from the other side's values, with the mistakes that are made."""
@@ -135,6 +137,15 @@ class Replay:
     def whole(self) -> Replay:
         """The replay with all positions."""
         return self if self.rows is None else dataclasses.replace(self, rows=None)
+
+    @property
+    def everywhere(self) -> Replay:
+        """The replay with all positions of the sequence, in which the same mistakes are made."""
+        if self.beyond is None:
+            return self.whole
+        # Positions of an excerpt are no positions of the whole.
+        made = tuple(m for m in self.made if m.within is None or m.within.kind != "positions")
+        return dataclasses.replace(self.beyond, made=made, target=self.target, layer=self.layer, composed={})
 
     def dumped(self, key: Key) -> bool:
         """Whether a stage is known from the other side."""
@@ -221,6 +232,15 @@ class Replay:
         """The columns of the batch that are looked at, int [T]."""
         return np.arange(self.inputs.input_ids.shape[1]) if self.rows is None else self.rows
 
+    def places(self) -> np.ndarray:
+        """The columns of the sequence that are looked at, int [T]: those of the batch unless that is an excerpt."""
+        return self.inputs.places()[self.columns()]
+
+    @property
+    def length(self) -> int:
+        """How many columns the sequence has."""
+        return self.inputs.sequence.input_ids.shape[1]
+
     def kv_heads(self) -> np.ndarray:
         """Which KV head each query head reads, int [N]: h // group."""
         heads, kv = self.config.num_heads, self.config.num_kv_heads
@@ -228,16 +248,17 @@ class Replay:
 
     def right_rotation(self) -> Right:
         """Returns what the configuration asks for, in a batch of this length."""
-        return Right(self.config, int(self.inputs.positions().max()) + 1)
+        return Right(self.config, int(self.inputs.sequence.positions().max()) + 1)
 
     def visible(self, layer: int | None) -> np.ndarray:
         """Which keys each query of a layer sees, bool [B, T, S]: by column, as engines build it."""
-        tokens = self.step("real_keys", token_mask(self.inputs))
-        queries = np.broadcast_to(self.columns() + self.step("last_key", 0), (len(tokens), len(self.columns())))
+        tokens = self.step("real_keys", token_mask(self.inputs.sequence))
+        queries = np.broadcast_to(self.places() + self.step("last_key", 0), (len(tokens), len(self.columns())))
         keys = np.where(tokens, np.arange(tokens.shape[1]), -1)
-        seen, window = visible(queries, keys), self.step("window", self.config.window_of(layer), layer)
+        seen = visible(queries, keys) & (keys[:, None] >= self.step("first_key", np.array(0))[..., None])
+        window = self.step("window", self.config.window_of(layer), layer)
         # A mistake in the last key moves no window.
-        return seen if window is None else seen & (keys[:, None] > self.columns()[:, None] - window)
+        return seen if window is None else seen & (keys[:, None] > self.places()[:, None] - window)
 
 
 class At(NamedTuple):
@@ -392,7 +413,7 @@ def turn_sizes(replay: Replay, key: Key, least: float) -> tuple[Value, Value]:
 
 def _scores(replay: Replay, layer: int | None) -> Value:
     q = unjoin(replay.get(layer, "q_post_rope"), replay.config).swapaxes(1, 2)
-    keys = replay.step("cached", replay.whole.get(layer, "k_post_rope"), layer, "k")
+    keys = replay.step("cached", replay.everywhere.get(layer, "k_post_rope"), layer, "k")
     k = unjoin(keys, replay.config)[:, :, replay.kv_heads()].swapaxes(1, 2)
     scale = replay.step("scale", replay.config.head_dim**-0.5)
     raw = replay.step("scores", replay.step("raw_scores", replay.dot(q, k, layer, "attn_scores")) * scale)
@@ -417,7 +438,7 @@ def _softmax(replay: Replay, layer: int | None) -> Value:
 
 
 def _attention(replay: Replay, layer: int | None) -> Value:
-    shares, v = replay.get(layer, "attn_softmax"), replay.step("v_heads", replay.whole.heads(layer)[2])
+    shares, v = replay.get(layer, "attn_softmax"), replay.step("v_heads", replay.everywhere.heads(layer)[2])
     v = unjoin(replay.step("cached", join_heads(v), layer, "v"), replay.config)
     tokens = replay.step("tokens_read", None)
     shares = shares if tokens is None else _by_token(shares, tokens)

@@ -34,7 +34,7 @@ def report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, notes: Sequen
     Returns:
       "verdict" ("equal", "rounding" or "mistake"), "standing" (one of `STANDINGS`, the worst stage's), "compared",
       "dtype" (that theirs is judged in), "widened" (stage -> how many times its budget was applied, where not once),
-      "unexamined", "findings", "notes", "stages" (each with its errors in L2), "worst_stage" (with its curves),
+      "unexamined", "first_wrong" (each wrong stage -> its first wrong position), "findings", "notes", "stages" (each with its errors in L2), "worst_stage" (with its curves),
       "logits" (end to end: theirs against float64 from the tokens on). NaN and infinities are None.
     """
     located = diagnosis.localisation
@@ -55,10 +55,12 @@ def report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, notes: Sequen
         "widened": {stage: factor for stage, factor in located.widened.items() if factor != 1.0},
         "unexamined": _unexamined(diagnosis, dump, exact),
         "findings": [_of_finding(finding, exact) for finding in diagnosis.findings],
+        "first_wrong": _first_wrong(diagnosis, dump),
         "notes": list(notes),
         "stages": [_of_site(site) for site in located.sites],
-        "worst_stage": _worst_stage(located, dump, exact),
-        "logits": _of_logits(dump, exact),
+        # Of a long sequence, which is judged by excerpts, no value of ours is there at all positions.
+        "worst_stage": _worst_stage(located, dump, exact) if located.reference else None,
+        "logits": _of_logits(dump, exact) if located.reference else None,
     }
     return finite(values)
 
@@ -147,6 +149,20 @@ def _place(index: int, counted: np.ndarray, inputs: Inputs, columns: np.ndarray 
         "position": int(inputs.positions()[row, column]),
         "input_id": int(inputs.input_ids[row, column]),
     }
+
+
+def _first_wrong(diagnosis: Diagnosis, dump: Dump) -> dict[str, dict[str, Any]]:
+    """Each wrong stage -> its first wrong position, and the last one before that was dumped and so is right."""
+    found: dict[str, dict[str, Any]] = {}
+    for site in diagnosis.localisation.sites:
+        if not site.wrong or site.first is None:
+            continue
+        row, column = site.first
+        tokens = dumped_tokens(dump.inputs, diagnosis.localisation.columns.get(site.key))[row]
+        before, positions = np.flatnonzero(tokens[:column]), dump.inputs.position_ids[row]
+        last = int(positions[before[-1]]) if len(before) else None
+        found[site.key] = {"row": row, "position": int(positions[column]), "right_before": last}
+    return found
 
 
 def _compared_positions(diagnosis: Diagnosis, dump: Dump) -> int:

@@ -188,14 +188,14 @@ def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, rig
             target, _ = shape._parts(after)
             if rotated.shape[-1] % 2:
                 continue
-            turn = _measure(_pairs(rotated, adjacent), _pairs(target, adjacent), positions)
-            found += _explain(turn, positions, right, shape)
+            turn, steps = _in_steps(_measure(_pairs(rotated, adjacent), _pairs(target, adjacent), positions), positions)
+            found += _explain(turn, steps, right, shape)
             if right.config.rope_scaling is not None:
                 # Under a rule the turns of the pairs are no powers, from which a base could be solved.
                 found += [dataclasses.replace(shape, theta=base) for base in BASES if base != right.theta]
             if part == 1.0:
                 found += _less_precise(shape)
-                found += _stretched(turn, _gain(rotated, target, positions), positions, right, shape)
+                found += _stretched(turn, _gain(rotated, target, positions), steps, right, shape)
     # Not a set: its order hangs on the last bits of a base, and rounder ones have to stay before it.
     return sorted(dict.fromkeys(found), key=lambda turn: (deviations(turn), not _is_round(turn.theta)))
 
@@ -236,6 +236,18 @@ def _measure(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> np
     """Returns the turn of each pair, complex [B, T, pairs], weighted by what it is known from; 0 at padding."""
     turn = (after * before.conj()).sum(axis=2)
     return np.where((positions >= 0)[..., None], turn, 0.0)
+
+
+def _in_steps(turn: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns with a column for every position from the first to the last: 0 for those that lie between."""
+    tokens = positions >= 0
+    if not any((np.diff(row[there]) > 1).any() for row, there in zip(positions, tokens, strict=True)):
+        return turn, positions
+    steps = np.tile(np.arange(int(positions.max()) + 1), (len(positions), 1))
+    spread = np.zeros((*steps.shape, turn.shape[-1]), complex)
+    rows, columns = np.nonzero(tokens)
+    spread[rows, positions[rows, columns]] = turn[rows, columns]
+    return spread, steps
 
 
 def _gain(before: np.ndarray, after: np.ndarray, positions: np.ndarray) -> float:
@@ -417,13 +429,28 @@ def _fit_positions(turn: np.ndarray, positions: np.ndarray, right: Right, rotati
     np.add.at(by_step, steps, turn)
     unturning = np.exp(-1j * np.arange(len(by_step))[:, None] * speeds)
     unturned = (by_step * unturning).sum(axis=0)
-    reach = np.arange(-4 * length, 4 * length + 1)
+    reach = np.arange(-4 * min(length, _MOST_PERIODS), 4 * min(length, _MOST_PERIODS) + 1)
     shift = int(reach[np.argmax((unturned * np.exp(-1j * reach[:, None] * speeds)).real.sum(axis=1))])
     # The turns at all positions that a restart every so many makes one, unturned as that one is.
-    alignment = [
-        (by_step * unturning[np.arange(len(by_step)) % period]).real.sum() for period in range(1, len(by_step))
-    ]
+    known, periods = np.flatnonzero(by_step.any(axis=1)), _periods(by_step, unturning)
+    alignment = [(by_step[known] * unturning[known % period]).real.sum() for period in periods]
     found = [dataclasses.replace(rotation, shift=shift)] if shift else []
-    if alignment and np.argmax(alignment) > 0:
-        found.append(dataclasses.replace(rotation, restart=1 + int(np.argmax(alignment))))
+    if alignment and periods[np.argmax(alignment)] > 1:
+        found.append(dataclasses.replace(rotation, restart=int(periods[np.argmax(alignment)])))
     return found
+
+
+_MOST_PERIODS = 4096
+"""Beyond as many positions not every shift and every restart is tried."""
+
+
+def _periods(by_step: np.ndarray, unturning: np.ndarray) -> range:
+    """How often positions may restart: as often as there are steps or, of very many, where the first wrong turn is."""
+    if len(by_step) <= _MOST_PERIODS:
+        return range(1, len(by_step))
+    aligned, known = (by_step * unturning).real.sum(axis=1), np.abs(by_step).sum(axis=1) > 0
+    wrong = np.flatnonzero(known & (aligned < 0.9 * np.abs(by_step).sum(axis=1)))
+    if not len(wrong) or not wrong[0]:
+        return range(0)
+    before = np.flatnonzero(known[: wrong[0]])
+    return range(int(before[-1]) + 1 if len(before) else 1, int(wrong[0]) + 1)

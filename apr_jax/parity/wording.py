@@ -70,8 +70,9 @@ def where_not_finite(theirs: np.ndarray, right: np.ndarray) -> str:
     return text
 
 
-def places(moved: np.ndarray, columns: np.ndarray) -> str:
-    shown = [f"row {b} position {t} holds {columns[b, t]}" for b, t in np.argwhere(moved)[:3]]
+def places(inputs: Inputs, moved: np.ndarray, columns: np.ndarray) -> str:
+    of = inputs.places()
+    shown = [f"row {b} position {of[t]} holds {of[columns[b, t]]}" for b, t in np.argwhere(moved)[:3]]
     return ", ".join(shown) + (", ..." if moved.sum() > 3 else "")
 
 
@@ -90,7 +91,7 @@ def description(
     each = np.sqrt(((theirs - reference) ** 2).sum(axis=tuple(a for a in range(1, theirs.ndim) if a != axis)))
     wrong = each > 0.1 * each.max()
     if wrong.sum() < 0.5 * counted.sum():
-        places = [f"row {b} position {t}" for b, t in np.argwhere(wrong)[:4]]
+        places = [f"row {b} position {inputs.places()[t]}" for b, t in np.argwhere(wrong)[:4]]
         notes.append(f"{int(wrong.sum())} of {int(counted.sum())} positions carry it ({', '.join(places)}, ...)")
     if closest and closest[1] < 0.3:
         notes.append(f"closest is {closest[0]}, which leaves {closest[1]:.1%} of the difference")

@@ -157,6 +157,43 @@ class Inputs:
         """Number of positions that are not padding."""
         return int(self.attention_mask.sum())
 
+    @property
+    def sequence(self) -> Inputs:
+        """The batch whose keys the tokens see: this one, or what it is an excerpt of."""
+        return self
+
+    def places(self) -> np.ndarray:
+        """Returns which columns of `sequence` the tokens are, int [T]."""
+        return np.arange(self.input_ids.shape[1])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Excerpt(Inputs):
+    """Some columns of a long batch: a batch whose tokens see the keys of all of it.
+
+    Attributes:
+      whole: The batch.
+      columns: Which of its columns, rising, int [T].
+    """
+
+    whole: Inputs
+    columns: np.ndarray
+
+    @classmethod
+    def taken(cls, whole: Inputs, columns: np.ndarray) -> Excerpt:
+        """Returns the columns of a batch."""
+        ids, mask, positions = (x[:, columns] for x in (whole.input_ids, whole.attention_mask, whole.position_ids))
+        return cls(ids, mask, positions, whole, columns)
+
+    @property
+    def sequence(self) -> Inputs:
+        """The whole batch."""
+        return self.whole
+
+    def places(self) -> np.ndarray:
+        """Returns which columns of the whole batch these are."""
+        return self.columns
+
 
 def refuse_traced(*values: Any) -> None:
     """Raises UsageError, code "traced", if one of `values` is an array that JAX traces and that holds no numbers."""

@@ -322,4 +322,4 @@ def compared_positions(
     queries = positions if columns is None else np.take_along_axis(positions, columns, axis=1)
     if not Key(key).per_pair:
         return queries >= 0
-    return np.broadcast_to(visible(queries, positions, window)[:, None], shape)
+    return np.broadcast_to(visible(queries, inputs.sequence.positions(), window)[:, None], shape)

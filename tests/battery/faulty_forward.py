@@ -55,7 +55,7 @@ class Kind:
 
 _NORMS = {"norms": NORMS}
 _MASK = {"scores": "own"}
-_MASKS = ("mask-not-causal", "mask-off-by-one", "mask-without-window", "mask-window")
+_MASKS = ("mask-not-causal", "mask-off-by-one", "mask-without-window", "mask-window", "mask-chunk")
 _TENSOR = {"tensor": REQUIRED}
 _BLOCKS_OF_A_LAYER = {"blocks": ("attention", "mlp")}
 _UNTURNED = {"heads": None, "pairs": None, "positions": None}
@@ -117,6 +117,7 @@ FAULTS: Mapping[str, Kind] = {
     ),
     "mask-without-window": Kind("the window of the configuration is not there", _MASK),
     "mask-window": Kind("key columns i - `window` < j <= i, its own key counted", {"window": 16, **_MASK}),
+    "mask-chunk": Kind("key columns of the query's own chunk of `size`", {"size": 24, **_MASK}),
     "softmax-scale": Kind("`scale` in place of D^-1/2, in attn_scores", {"scale": 1.0}),
     "softmax-soft-cap": Kind("scores are `cap` tanh(scores / cap), in attn_scores", {"cap": 50.0}),
     "scores-precision": Kind(
@@ -806,6 +807,8 @@ class _Engine:
         within = (self._of("mask-window", layer) or {"window": window(self.config, layer)})["window"]
         if not self._has("mask-without-window", layer):
             seen &= key > query - within
+        if chunk := self._of("mask-chunk", layer):
+            seen &= key >= query // chunk["size"] * chunk["size"]
         keys = np.ones_like(self.mask) if self._has("padding-attended", layer) else self.mask
         return seen & (keys[:, None, :] | (key == query))  # padding sees itself, so that no row of a right run is empty
 

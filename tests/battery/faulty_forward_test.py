@@ -112,6 +112,7 @@ ACTS_AT: dict[str, tuple[str, ...]] = {
     "mask-not-causal": ("attn_softmax",),
     "mask-off-by-one": ("attn_scores", "attn_softmax"),
     "mask-window": ("attn_scores", "attn_softmax"),
+    "mask-chunk": ("attn_scores", "attn_softmax"),
     "softmax-scale": ("attn_scores",),
     "softmax-partial-warp": ("attn_softmax",),
     "kv-heads-interleaved": ("attn_scores", "attention"),
@@ -541,6 +542,7 @@ class DefinitionTest(Case):
         self.attend(self.dump(planted("mask-not-causal")), lambda i, j: j >= 13, every)
         self.attend(self.dump(planted("mask-off-by-one", last=1)), lambda i, j: 13 <= j <= i + 1, every)
         self.attend(self.dump(planted("mask-window", window=2)), lambda i, j: 13 <= j <= i and i - j < 2, every)
+        self.attend(self.dump(planted("mask-chunk", size=5)), lambda i, j: max(13, i // 5 * 5) <= j <= i, every)
         self.attend(self.dump(planted("padding-attended")), lambda i, j: j <= i, every)
         stack = (planted("mask-not-causal"), planted("mask-window", window=20), planted("padding-attended"))
         self.attend(self.dump(*stack), lambda i, j: i - j < 20, every)

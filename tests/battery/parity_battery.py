@@ -174,6 +174,7 @@ def singles(layers: int, head_dim: int, hidden: int = 64, middle: int = 160) -> 
         ("mask-off-by-one", {"last": -1}),
         ("mask-off-by-one", {"last": 1}),
         ("mask-window", {"window": 16}),
+        ("mask-chunk", {"size": 24}),
         ("softmax-scale", {"scale": 1.0}),
         ("softmax-scale", {"scale": 0.2}),
         ("softmax-soft-cap", {"cap": 50.0}),

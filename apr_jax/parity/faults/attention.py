@@ -19,6 +19,8 @@ from apr_jax.trace.stages import Key
 # --- Masks -----------------------------------------------------------------------------------------------------------
 
 _MASKED = ("attn_scores", "attn_softmax")
+_MOST_BETWEEN = 64
+"""As many positions between two that were dumped are tried."""
 
 
 def _last_keys(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
@@ -34,8 +36,9 @@ def _last_keys(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
 def _empty_row(row: np.ndarray, at: At, last: int, empty: str = "uniform") -> np.ndarray:
     if empty == "uniform":
         return row
-    length = at.replay.inputs.input_ids.shape[1]
-    return np.eye(length)[at.replay.columns()] if empty == "self" else np.array(0.0)
+    if empty == "self":
+        return np.arange(at.replay.length) == at.replay.places()[:, None]
+    return np.array(0.0)
 
 
 def _windows(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
@@ -43,16 +46,31 @@ def _windows(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
     first one that is off; beside another mistake, which hides that, powers of two."""
     right = question.replay.config.window_of(node.layer)
     if node == question.nodes[-1] and node.stage in _MASKED:
-        columns = question.replay.columns()
+        columns = question.replay.places()
         causal = question.replay.under((WITHOUT_WINDOW.made(),)).visible(node.layer)
         shown = (np.abs(question.theirs).max(axis=1) > 0) & causal & question.tokens[:, :, None]
-        width = int(np.where(shown, columns[:, None] - columns + 1, 0).max(initial=0))
-        return [{"window": width}] if 0 < width < len(columns) and width != right else []
+        width = int(np.where(shown, columns[:, None] - np.arange(question.replay.length) + 1, 0).max(initial=0))
+        return [{"window": width}] if 0 < width < question.replay.length and width != right else []
     last = int(question.replay.inputs.positions().max())
     wrong = question.off() > max(1e-3, question.nothing) * np.abs(question.right).max()
-    before = int(np.where(wrong, question.replay.positions(), last + 1).min())
-    windows = dict.fromkeys((before, *(1 << power for power in range(2, (last + 1).bit_length()))))
+    windows = dict.fromkeys((*_firsts(question, wrong), *(1 << power for power in range(2, (last + 1).bit_length()))))
     return [{"window": window} for window in windows if 0 < window <= last and window != right]
+
+
+def _firsts(question: Question, wrong: np.ndarray) -> range:
+    """Where what is wrong may begin: at the first wrong position or, of an excerpt, behind the last right one."""
+    positions = question.replay.positions()
+    first = int(np.where(wrong, positions, int(positions.max()) + 1).min())
+    before = int(np.where(question.tokens & (positions < first), positions, -1).max())
+    return range(first, max(before, first - _MOST_BETWEEN), -1)
+
+
+def _chunks(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
+    """How long chunks are: the first query that is off begins the second one; beside another mistake powers of two."""
+    last = int(question.replay.inputs.positions().max())
+    wrong = question.off() > max(1e-3, question.nothing) * np.abs(question.right).max()
+    sizes = dict.fromkeys((*_firsts(question, wrong), *(1 << power for power in range(2, (last + 1).bit_length()))))
+    return [{"size": size} for size in sizes if 0 < size <= last]
 
 
 WITHOUT_WINDOW = Fault(
@@ -77,7 +95,7 @@ _MASKS = (
         "mask-not-causal",
         "the attention mask is not causal: all keys are seen",
         _MASKED,
-        {"last_key": lambda right, at: at.replay.inputs.input_ids.shape[1]},
+        {"last_key": lambda right, at: at.replay.length},
         formula="{right}, for all j",
     ),
     OFF_BY_ONE,
@@ -98,6 +116,13 @@ _MASKS = (
         formula="{right}, but for i − {window} < j ≤ i",
     ),
     WITHOUT_WINDOW,
+    Fault(
+        "mask-chunk",
+        "queries see the keys of their own chunk of {size} only",
+        _MASKED,
+        {"first_key": lambda right, at, size: at.replay.places() // size * size},
+        variants=_chunks,
+    ),
 )
 
 # --- Scores and shares -----------------------------------------------------------------------------------------------
@@ -198,7 +223,8 @@ def _caches(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
     off, size = question.off().max(axis=0), float(np.abs(question.right).max())
     # What the first wrong column is off by may be little more than rounding.
     nothings = [max(1e-3, times * EPSILON[question.dtype]) for times in (1.25, 2.5, 5.0)]
-    firsts = dict.fromkeys(int(np.argmax(off > nothing * size)) for nothing in nothings)
+    places = question.replay.places()
+    firsts = dict.fromkeys(int(places[np.argmax(off > nothing * size)]) for nothing in nothings)
     if node == question.nodes[-1]:
         firsts |= dict.fromkeys(first - 1 for first in firsts)
     for first, shift, side in itertools.product(firsts, _SHIFTS, ("write", "read")):
@@ -208,16 +234,19 @@ def _caches(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
 
 def _tokens_read(right: None, at: At, shift: int, side: str, prefill: int) -> np.ndarray:
     """Which token each query finds at each column of a cache that is written or read at position + n, [T, S]."""
-    length = at.replay.inputs.input_ids.shape[1]
-    tokens = np.tile(np.arange(length), (length, 1))
+    length, places = at.replay.length, at.replay.places()
+    tokens = np.tile(np.arange(length), (len(places), 1))
     slots = np.where(np.arange(length) < prefill, np.arange(length), -1)
+    wanted = {token: row for row, token in enumerate(places.tolist())}
     for token in range(prefill, length):
         slot = token + shift if side == "write" else token
         if 0 <= slot < length:
             slots[slot] = token
-        found = np.arange(length) + (shift if side == "read" else 0)
-        tokens[token] = np.where((found >= 0) & (found < length), slots[np.clip(found, 0, length - 1)], -1)
-    return tokens[at.replay.columns()]
+        if token in wanted:
+            found = np.arange(length) + (shift if side == "read" else 0)
+            inside = (found >= 0) & (found < length)
+            tokens[wanted[token]] = np.where(inside, slots[np.clip(found, 0, length - 1)], -1)
+    return tokens
 
 
 FAULTS = (
