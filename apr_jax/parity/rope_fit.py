@@ -78,16 +78,22 @@ class Rotation:
     rounded: tuple[str, ...] = ()
 
     def apply(self, x: np.ndarray, positions: np.ndarray, right: Right) -> np.ndarray:
-        """Rotates x [B, T, heads, H] at positions [B, T]; `right` is what the configuration asks for.
+        """Rotates x [B, T, heads, H] at positions [B, T]; `right` is what the configuration asks for."""
+        return x if self.none else self.turned(x, self.turns(positions, x.shape[-1], right))
+
+    def turns(self, positions: np.ndarray, width: int, right: Right) -> np.ndarray:
+        """Returns cos + i sin for the pairs of a head of this width, [B, T, 1, pairs].
 
         cos and sin are rounded to float32, as engines and `rotary.tables` hold them.
         """
-        if self.none:
-            return x
-        rotated, rest = self._parts(x)
-        angles, gain = self.angles(positions, rotated.shape[-1], right), self._frequencies(rotated.shape[-1], right)[1]
+        width = width // 2 if self.half else width
+        angles, gain = self.angles(positions, width, right), self._frequencies(width, right)[1]
         cos, sin = (self._held("tables", f(angles).astype(np.float32) * np.float32(gain)) for f in (np.cos, np.sin))
-        turns = (cos + 1j * sin.astype(np.float64))[:, :, None]
+        return (cos + 1j * sin.astype(np.float64))[:, :, None]
+
+    def turned(self, x: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """Rotates x [B, T, heads, H] by `turns`."""
+        rotated, rest = self._parts(x)
         return np.concatenate([_from_pairs(_pairs(rotated, self.adjacent) * turns, self.adjacent), rest], axis=-1)
 
     def sizes(
