@@ -101,11 +101,19 @@ class Replay:
             return self.look(stage, self.whole.get(layer, stage))
         if (value := self._kept(key)) is not None:
             return value
-        # In order of execution, so that a long gap is no deep recursion.
-        for other in self.undumped(key):
+        # Layer by layer, so that a long gap is no deep recursion.
+        for other in (*self._outputs(key), key):
             if (value := self._kept(other)) is None:
                 value = self._composed(other)
         return value
+
+    def _outputs(self, key: Key) -> list[Key]:
+        """The outputs of layers among what has to be computed before a stage, in order of execution."""
+        known = ("outputs", key, self.target)
+        if known not in self.memo:
+            before = self.undumped(key)[:-1]
+            self.memo[known] = [other for other in before if other.stage in ("embedding", "post_ffn_residual")]
+        return self.memo[known]
 
     def _kept(self, key: Key) -> Value | None:
         """Returns an undumped stage if it was computed: for good, or for this hypothesis."""
@@ -168,7 +176,12 @@ class Replay:
     @property
     def whole(self) -> Replay:
         """The replay with all positions."""
-        return self if self.rows is None else dataclasses.replace(self, rows=None)
+        if self.rows is None:
+            return self
+        known = ("whole", self.layer)
+        if known not in self.composed:
+            self.composed[known] = dataclasses.replace(self, rows=None)
+        return self.composed[known]
 
     def dumped(self, key: Key) -> bool:
         """Whether a stage is known from the other side."""

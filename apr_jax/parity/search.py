@@ -17,7 +17,7 @@ import numpy as np
 
 from apr_jax.parity.faults.products import TF32, drift
 from apr_jax.parity.faults.record import Mistake, Mistakes, names
-from apr_jax.parity.hypotheses import hypotheses, multiplications
+from apr_jax.parity.hypotheses import Came, hypotheses, multiplications
 from apr_jax.parity.localise import (
     Localisation,
     Site,
@@ -28,7 +28,7 @@ from apr_jax.parity.localise import (
     turn_budgets,
     worst_share,
 )
-from apr_jax.parity.question import Question
+from apr_jax.parity.question import Question, sine
 from apr_jax.parity.replay import Replay
 from apr_jax.trace.positions import compared_positions, dumped_tokens, position_axis
 
@@ -36,6 +36,8 @@ _SLACK = 1.5
 """A hypothesis may be this much farther off than a right stage: the mistake's own rounding is not ours."""
 _SURE = 1.0
 """What explained another layer is taken at once where it leaves no more than a right stage may be off."""
+_TINY = 0.03
+"""What is left of the difference by what explains it beyond doubt."""
 _SAMPLED = 3.0
 """How much farther off a sample of the positions may be than all of them."""
 _CHAOTIC = 0.1
@@ -51,7 +53,7 @@ _ROUND = 0.02
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
-_MOST_STACKS, _SECONDS = 4000, 120.0
+_MOST_STACKS, _SECONDS = 2000, 120.0
 """How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
 long at all of them: behind layer outputs or logits alone there is no end to them."""
 
@@ -122,12 +124,14 @@ class Fit:
       budget: What that may be.
       worst: The largest error of a position or channel over its own budget.
       turned: The same of a rotated value.
+      unlike: What share of the difference is left if what the hypothesis changes may be taken any number of times.
     """
 
     error: float
     budget: float
     worst: float
     turned: float = 0.0
+    unlike: float = 1.0
 
     @property
     def single(self) -> float:
@@ -165,6 +169,7 @@ class _Look:
         self._positions = replay.positions()
         reference = replay.look(site.stage, located.reference[site.key])
         self._norm = float(np.linalg.norm(row_norms(reference, self._mask)))
+        self._right, self._off = reference, self._counted(self.theirs - reference)
         self.before = self.fit(reference, turns=turn_budgets(replay, site.key, located.dtype))
 
     def fit(self, value: np.ndarray, drift: float = 0.0, turns: np.ndarray | None = None) -> Fit:
@@ -189,7 +194,12 @@ class _Look:
                 channels = self._channels(value, size) + drift
                 worst = max(worst, worst_share(channel_medians(key, difference, size, self._mask), channels))
             shares = 0.0 if turns is None else worst_share(np.abs(difference) * self._mask[..., None], turns)
-        return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst, shares)
+            unlike = sine(self._counted(value - self._right), self._off)
+        allowed = budget + drift * float(np.linalg.norm(size))
+        return Fit(float(np.linalg.norm(error)), allowed, worst, shares, unlike)
+
+    def _counted(self, values: np.ndarray) -> np.ndarray:
+        return values[self._mask] if self._mask.ndim < values.ndim else np.where(self._mask, values, 0.0)
 
     def _channels(self, value: np.ndarray, size: np.ndarray) -> np.ndarray:
         """What each channel may be off, if these values are the right ones: no less than the typical channel there."""
@@ -222,7 +232,7 @@ class Search:
         self.site, self.located = site, located
         self.closest: tuple[str, float] | None = None
         self.ended: int | None = None
-        self._left: dict[Mistakes, float] = {}
+        self._came: dict[Mistakes, Came] = {}
         self._replay = dataclasses.replace(replay, memo={})
 
     def recall(self, known: Known) -> Answer | None:
@@ -236,8 +246,9 @@ class Search:
     def run(self, known: Known) -> Answer | None:
         """Looks among all hypotheses, and keeps what it finds in `known`; None if nothing explains the stage."""
         accepted: list[tuple[Mistakes, Fit]] = []
+        sure: list[Mistakes] = []
         stacks, before = 0, time.monotonic()
-        for tried, mistakes in enumerate(hypotheses(self._question(), self._left, accepted)):
+        for tried, mistakes in enumerate(hypotheses(self._question(), self._came, accepted, sure)):
             known.progress(f"{self.site.key}: {tried} explanations tried")
             if accepted and len(mistakes) > len(accepted[0][0]):
                 break
@@ -253,6 +264,8 @@ class Search:
             accepted.append((mistakes, fit))
             if fit.within(_SURE) and known.blames_precision(mistakes):
                 break
+            if fit.within(_SURE) and fit.error <= _TINY * self._all.before.error:
+                sure.append(mistakes)
         if not accepted:
             return None
         if not any(fit.within(_SLACK) for _, fit in accepted):
@@ -336,7 +349,7 @@ class Search:
         """Returns how well a hypothesis fits if it explains the stage: on a sample, then on everything."""
         sampled = self._some.judge(mistakes)
         left = sampled.error / self._some.before.error if self._some.before.error else math.inf
-        self._left[mistakes] = left
+        self._came[mistakes] = Came(left, sampled.unlike)
         if math.isfinite(left) and (self.closest is None or left < self.closest[1]):
             self.closest = names(mistakes), left
         if not self._explains(mistakes, sampled, self._some, _SAMPLED):
