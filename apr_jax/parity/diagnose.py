@@ -16,6 +16,7 @@ import numpy as np
 
 from apr_jax.converters.storage.workers import Workers
 from apr_jax.model.language_model import LanguageModel
+from apr_jax.parity.description import describe
 from apr_jax.parity.faults.record import Mistake, Mistakes
 from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, PERMUTED, UNKNOWN
 from apr_jax.parity.faults.table import FAULTS
@@ -33,7 +34,7 @@ from apr_jax.parity.localise import (
 )
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Answer, Known, Search, silent
-from apr_jax.parity.wording import description, places, where_not_finite
+from apr_jax.parity.wording import places, where_not_finite
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import (
@@ -175,12 +176,13 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
         moved = columns != np.arange(columns.shape[1])
         named = PERMUTED.made(moved=int((moved & (replay.inputs.attention_mask == 1)).sum()))
         return Explanation(site, (named,), None, note=places(moved, columns))
-    note = description(replay.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
+    seen = describe(replay.config, replay.inputs, located, site, search.closest)
+    notes = [seen.note] if seen.note else []
     if missing := [before.stage for before in replay.undumped(site.key)[:-1]]:
-        note += f"; not dumped before it: {', '.join(missing)}"
+        notes.append(f"not dumped before it: {', '.join(missing)}")
     if search.ended is not None:
-        note += f"; the search was ended after {search.ended} explanations, sets of several mistakes among them"
-    return Explanation(site, (UNKNOWN.made(),), None, note=note)
+        notes.append(f"the search was ended after {search.ended} explanations, sets of several mistakes among them")
+    return Explanation(site, (UNKNOWN.made(**seen.parameters),), None, note="; ".join(notes))
 
 
 def _explained(site: Site, answer: Answer, search: Search) -> Explanation:

@@ -219,9 +219,7 @@ def _in_one_layer(
 def _is_like(mistake: Mistake, layer: int, sure: Sequence[Mistakes]) -> bool:
     """Whether a mistake of one layer may give the same values as what surely explains them."""
     return any(
-        other.layers == (layer,) and _is_numerical(other) == _is_numerical(mistake)
-        for stack in sure
-        for other in stack
+        other.layers == (layer,) and _is_numerical(other) == _is_numerical(mistake) for stack in sure for other in stack
     ) or any(other.fault is mistake.fault for stack in sure for other in stack)
 
 

@@ -20,7 +20,7 @@ _NOTHING = 1e-6
 
 
 def sine(change: Value, off: Value) -> float:
-    """The sine of the angle between two differences, 1 from 90 degrees: what a multiple of the one leaves of the other."""
+    """The sine of the angle between two differences, 1 from 90 degrees: what a multiple of one leaves of the other."""
     sizes = float(np.vdot(change, change)) * float(np.vdot(off, off))
     if not (np.isfinite(sizes) and sizes):
         return 1.0
