@@ -80,13 +80,14 @@ def describe(
       closest: The hypothesis that came nearest, and what share of the difference it leaves.
     """
     stage = _stage(config, inputs, located, site)
-    regions = list(_regions(config, site, stage))
+    bound = _bound(stage, stage.counted)
+    regions = [] if bound else list(_regions(config, site, stage))
     parameters: dict[str, Any] = {region.kind: region.indices for region in regions}
     if part := "".join(region.part for region in regions):
         parameters["part"] = part
     if regions:
         parameters["where"] = ", ".join(region.where for region in regions)
-    notes = [text for text in (_relation(stage, regions, config.head_dim),) if text]
+    notes = [text for text in (bound or _relation(stage),) if text]
     if not regions and not notes:
         notes.append("it is spread over all positions")
     if closest and closest[1] < _CLOSE:
@@ -127,10 +128,9 @@ def _regions(config: Qwen2Config, site: Site, stage: _Stage) -> Iterator[Region]
             yield Region("heads", tuple(heads.tolist()), stage.wrong.shape[1])
     else:
         yield from _in_channels(config, site, np.flatnonzero(stage.wrong.any(axis=(0, 1))), stage.wrong.shape[-1])
-    keys: np.ndarray | None = None
     if stage.per_pair:
         keys = stage.wrong.any(axis=(0, 1, 2))
-        seen = stage.counted.any(axis=(0, 1, 2))
+        seen = (stage.counted & positions[:, None, :, None]).any(axis=(0, 1, 2))
         if keys.sum() < seen.sum():
             yield Region("keys", tuple(np.flatnonzero(keys).tolist()), int(seen.sum()))
             # Queries that see none of these keys are right because of that.
@@ -167,7 +167,7 @@ def _projections(config: Qwen2Config, stage: str) -> list[tuple[str, int, int]]:
 # --- What their values are -------------------------------------------------------------------------------------------
 
 
-def _relation(stage: _Stage, regions: list[Region], head_dim: int) -> str:
+def _relation(stage: _Stage) -> str:
     """What the wrong values are of the right ones, in words; "" if nothing fits."""
     ours, theirs = stage.right[stage.wrong], stage.theirs[stage.wrong]
     off = float(np.linalg.norm(theirs - ours))
@@ -177,8 +177,6 @@ def _relation(stage: _Stage, regions: list[Region], head_dim: int) -> str:
     def fits(value: np.ndarray) -> bool:
         return float(np.linalg.norm(theirs - value)) <= _FITS * off
 
-    if bound := _bound(stage):
-        return bound
     gain = float(ours @ theirs / (ours @ ours)) if ours.any() else 0.0
     shift = float((theirs - ours).mean())
     if np.abs(theirs).max() <= 1e-6 * np.abs(ours).max():
@@ -189,15 +187,23 @@ def _relation(stage: _Stage, regions: list[Region], head_dim: int) -> str:
         return f"theirs is the right value and {shift:.6g}"
     if len(ours) >= _LEAST_VALUES and np.ptp(theirs) <= _FITS * np.abs(theirs).max():
         return f"theirs is {float(theirs.mean()):.6g} there"
+    if bound := _bound(stage, _box(stage)):
+        return bound
     if stage.per_pair:
         return ""
     more: tuple[Callable[[_Stage], str], ...] = (_gains, _elsewhere, _linear)
     return next((text for text in (find(stage) for find in more) if text), "")
 
 
-def _bound(stage: _Stage) -> str:
-    """Values from some size on: cut off there, or otherwise wrong."""
-    box = stage.counted & stage.wrong.any(axis=_other_axes(stage, 0, 1), keepdims=True)
+def _box(stage: _Stage) -> np.ndarray:
+    """The values in the channels, or heads and keys, of the wrong ones."""
+    if stage.per_pair:
+        return stage.counted & stage.wrong.any(axis=(0, 2, 3))[:, None, None] & stage.wrong.any(axis=(0, 1, 2))
+    return stage.counted & stage.wrong.any(axis=(0, 1))
+
+
+def _bound(stage: _Stage, box: np.ndarray) -> str:
+    """Values from some size on, among those in a box: cut off there, or otherwise wrong."""
     size, inside = np.abs(stage.right), stage.wrong & box
     right_there = box & ~stage.wrong
     if inside.sum() < _LEAST_VALUES or inside.sum() > _SPARSE * box.sum() or not right_there.any():
@@ -211,10 +217,6 @@ def _bound(stage: _Stage) -> str:
             what = f"; theirs is {float(cut.mean()):.6g} in size there" if np.ptp(cut) <= _FITS * cut.max() else ""
             return f"the values {sign} {limit:.4g}{' ' + said if said else ''} are wrong{what}"
     return ""
-
-
-def _other_axes(stage: _Stage, *axes: int) -> tuple[int, ...]:
-    return tuple(axis for axis in range(stage.wrong.ndim) if axis not in axes)
 
 
 def _rows(stage: _Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

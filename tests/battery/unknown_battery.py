@@ -82,6 +82,10 @@ def _noise(shape: Sequence[int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+def _places(chosen: Sequence[int] | slice, count: int) -> np.ndarray:
+    return np.arange(count)[chosen if isinstance(chosen, slice) else list(chosen)]
+
+
 def _only(
     change: Change, channels: Sequence[int] | slice = slice(None), positions: Sequence[int] | slice = slice(None)
 ) -> Change:
@@ -89,7 +93,7 @@ def _only(
 
     def changed(x: np.ndarray) -> np.ndarray:
         out, made = x.copy(), change(x)
-        rows, columns = (np.arange(n)[chosen] for n, chosen in ((x.shape[1], positions), (x.shape[2], channels)))
+        rows, columns = _places(positions, x.shape[1]), _places(channels, x.shape[2])
         out[:, rows[:, None], columns] = made[:, rows[:, None], columns]
         return out
 
@@ -106,7 +110,7 @@ def _pairs(
 
     def changed(x: np.ndarray) -> np.ndarray:
         out, made = x.copy(), change(x)
-        chosen = np.ix_(*(np.arange(n)[c] for n, c in zip(x.shape[1:], (heads, queries, keys), strict=True)))
+        chosen = np.ix_(*map(_places, (heads, queries, keys), x.shape[1:]))
         out[:, *chosen] = made[:, *chosen]
         return out
 
@@ -171,6 +175,10 @@ def _permuted_lanes(width: int, head: int) -> Change:
         return out
 
     return change
+
+
+def _lanes_rolled(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.roll(x[..., :8], 3, -1), x[..., 8:]], -1)
 
 
 def _held(every: int) -> Change:
@@ -269,7 +277,7 @@ def _unknowns() -> list[Unknown]:
         Unknown("tanh on logits", "logits", lambda x: 5 * np.tanh(x / 5), layer=None),
         Unknown("a nonlinear distortion", "ffn_out", _power(1.05)),
         Unknown("a nonlinear distortion", "attn_norm", lambda x: x + 0.05 * x * x),
-        Unknown("a distortion of shares", "attn_softmax", _power(1.1)),
+        Unknown("a distortion of shares", "attn_softmax", lambda x: 0.98 * x**1.1),
         Unknown("rounding to coarse steps", "attn_out", _steps(0.02)),
         Unknown(
             "rounding of one tile to coarse steps",
@@ -286,7 +294,7 @@ def _unknowns() -> list[Unknown]:
         Unknown(
             "lanes of half a head rolled",
             "k_post_rope",
-            _only(lambda x: np.roll(x[..., :8], 3, -1).repeat(4, -1), slice(0, 8)),
+            _only(_lanes_rolled, slice(0, 8)),
             channels=tuple(range(8)),
             heads=None,
         ),
@@ -364,7 +372,7 @@ def _unknowns() -> list[Unknown]:
         Unknown(
             "a gain that grows with the position",
             "attention",
-            lambda x: x * (1 + np.arange(x.shape[1])[:, None] / 100),
+            lambda x: x * (1.01 + np.arange(x.shape[1])[:, None] / 100),
             positions=None,
         ),
         Unknown("a low-rank perturbation", "attn_out", _mixed(2, 0.5), said="rank 2"),
@@ -504,14 +512,14 @@ def judged(unknown: Unknown, findings: Sequence[Finding]) -> tuple[bool, str]:
             return False, f"{kind}: {said}, not {getattr(unknown, kind)}"
     if finding.parameters.get("part", "") != unknown.part:
         return False, f"part: {finding.parameters.get('part')}"
-    wrong = _places(unknown)
+    wrong = _said_positions(unknown)
     said = finding.parameters.get("positions")
     if (None if said is None else set(said)) != wrong:
         return False, f"positions: {str(said)[:80]}"
     return (True, "") if unknown.said in finding.sentence else (False, f"does not say {unknown.said!r}")
 
 
-def _places(unknown: Unknown) -> set[tuple[int, int]] | None:
+def _said_positions(unknown: Unknown) -> set[tuple[int, int]] | None:
     """The positions as they are said: tokens that are no padding."""
     if unknown.positions is None:
         return None
