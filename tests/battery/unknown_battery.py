@@ -202,7 +202,7 @@ def _unknowns() -> list[Unknown]:
         Unknown("noise everywhere", "logits", _noisy(0.02), layer=None),
         Unknown("noise on a KV head", "k_post_rope", _only(_noisy(0.3), slice(0, 16)), heads=(0,)),
         Unknown("noise on a query head", "q_post_rope", _only(_noisy(0.3), slice(48, 64)), heads=(3,)),
-        Unknown("noise on a head of v", "qkv_matmul", _only(_noisy(0.3), slice(112, 128)), heads=(1,), part="v"),
+        Unknown("noise on a head of v", "qkv_bias", _only(_noisy(0.3), slice(112, 128)), heads=(1,), part="v"),
         Unknown("uninitialised tail rows", "ffn_out", _only(_garbage, positions=_LATE), positions=_LATE),
         Unknown("uninitialised tail rows", "attention", _only(_garbage, positions=_LATE[-3:]), positions=_LATE[-3:]),
         Unknown(
@@ -263,7 +263,7 @@ def _unknowns() -> list[Unknown]:
             positions=tuple(range(48, 64)),
         ),
         Unknown("a saturating cast", "ffn_up", _cut(0.3), said="beyond"),
-        Unknown("a saturating cast", "qkv_matmul", _cut(0.4), said="beyond"),
+        Unknown("a saturating cast", "qkv_bias", _cut(0.4), said="beyond"),
         Unknown("a cast that wraps around", "ffn_out", _wrapped(0.5), said="beyond"),
         Unknown(
             "large values are halved",
@@ -274,7 +274,7 @@ def _unknowns() -> list[Unknown]:
         Unknown("a clamp from above", "ffn_swigl", lambda x: np.minimum(x, 0.2 * x.max()), said="above"),
         Unknown("a clamp of one head", "attention", _only(_cut(0.2), slice(16, 32)), heads=(1,)),
         Unknown("tanh on gate", "ffn_gate", np.tanh),
-        Unknown("tanh on logits", "logits", lambda x: 5 * np.tanh(x / 5), layer=None),
+        Unknown("tanh on logits", "logits", lambda x: 5 * np.tanh(x / 5), layer=None, named=("logits-soft-cap",)),
         Unknown("a nonlinear distortion", "ffn_out", _power(1.05)),
         Unknown("a nonlinear distortion", "attn_norm", lambda x: x + 0.05 * x * x),
         Unknown("a distortion of shares", "attn_softmax", lambda x: 0.98 * x**1.1),
@@ -355,8 +355,8 @@ def _unknowns() -> list[Unknown]:
             said="1.07 times",
             named=("part-scaled",),
         ),
-        Unknown("a gain", "attn_out", lambda x: 0.9 * x, said="0.9 times"),
-        Unknown("a gain", "logits", lambda x: x / 0.7, layer=None, said="1.42857 times"),
+        Unknown("a gain", "attn_out", lambda x: 0.9 * x, said="0.9 times", named=("stage-scaled",)),
+        Unknown("a gain", "logits", lambda x: x / 0.7, layer=None, said="1.42857 times", named=("logits-temperature",)),
         Unknown(
             "a gain of its own for each channel",
             "attn_norm",
@@ -437,7 +437,7 @@ def _unknowns() -> list[Unknown]:
         ),
         Unknown(
             "some positions are scaled",
-            "qkv_matmul",
+            "qkv_bias",
             _only(lambda x: 0.5 * x, positions=(60, 61)),
             positions=(60, 61),
             said="0.5 times",
