@@ -186,8 +186,10 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
 
 
 def _explained(site: Site, answer: Answer, search: Search) -> Explanation:
-    after, layers = answer.error / (site.norm or 1.0), search.layers_of(answer.mistakes)
-    return Explanation(site, answer.mistakes, after, answer.alternatives, layers=layers)
+    after, layers = answer.error / (site.norm or 1.0), search.layers_of(answer)
+    untold = [name for name, told in answer.told.items() if not told]
+    note = f"these values do not tell the layers of {' and '.join(untold)}" if untold else ""
+    return Explanation(site, answer.mistakes, after, answer.alternatives, note=note, layers=layers)
 
 
 def _blurs(mistake: Mistake) -> bool:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -69,11 +69,13 @@ class Answer:
       mistakes: What was made.
       error: |theirs - the stage with these mistakes|.
       alternatives: Names of other mistakes that give the same values.
+      told: By name, for a gap of several layers: those in which these values show whether the mistake was made.
     """
 
     mistakes: Mistakes
     error: float
     alternatives: tuple[str, ...] = ()
+    told: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
 
 
 def silent(text: str) -> None:
@@ -240,7 +242,7 @@ class Search:
         for answer in known.at(self.site.stage):
             fit = self._judge(answer.mistakes)
             if fit is not None and fit.within(_SURE):
-                return dataclasses.replace(answer, error=fit.error)
+                return dataclasses.replace(answer, error=fit.error, told=self._told(answer.mistakes, fit.error))
         return None
 
     def run(self, known: Known) -> Answer | None:
@@ -271,6 +273,7 @@ class Search:
         if not any(fit.within(_SLACK) for _, fit in accepted):
             accepted += self._multiplied(accepted)
         answer = self._choose(accepted, known)
+        answer = dataclasses.replace(answer, told=self._told(answer.mistakes, answer.error))
         known.add(self.site.stage, answer)
         return answer
 
@@ -281,17 +284,33 @@ class Search:
         fits = ((stack, self._judge(stack)) for stack in stacks if len({mistake.fault for mistake in stack}) > 1)
         return [(stack, fit) for stack, fit in fits if fit is not None and fit.within(_SLACK)]
 
-    def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
-        """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, the one before."""
-        nodes = self._replay.undumped(self.site.key)
-        made = {}
-        for mistake in mistakes:
-            where = mistake.stages(self._replay)
-            within = {node.layer for node in nodes if node.stage in where and node.layer is not None}
-            made[mistake.name] = tuple(
-                sorted(within if mistake.layers is None else within.intersection(mistake.layers))
-            )
-        return made
+    def layers_of(self, answer: Answer) -> dict[str, tuple[int, ...]]:
+        """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, those before that
+        the values tell."""
+        made = {mistake.name: self._layers(mistake) for mistake in answer.mistakes}
+        return {name: tuple(sorted(layers & answer.told.get(name, layers))) for name, layers in made.items()}
+
+    def _layers(self, mistake: Mistake) -> frozenset[int]:
+        """The layers up to the stage that a mistake is made in; none outside the layers."""
+        nodes, stages = self._replay.undumped(self.site.key), mistake.stages(self._replay)
+        within = frozenset(node.layer for node in nodes if node.stage in stages and node.layer is not None)
+        return within if mistake.layers is None else within.intersection(mistake.layers)
+
+    def _told(self, mistakes: Mistakes, error: float) -> Mapping[str, frozenset[int]]:
+        """In which layers the values show whether each mistake was made: without it there, or with it, they are
+        farther off."""
+        layers = {node.layer for node in self._replay.undumped(self.site.key) if node.layer is not None}
+        told: dict[str, frozenset[int]] = {}
+        for place, mistake in enumerate(mistakes):
+            made, shown = self._layers(mistake), set[int]()
+            for layer in sorted(layers) if made and len(layers) > 1 else ():
+                others: list[int | None] = [*sorted(made ^ {layer}), *([None] if mistake.layers is None else [])]
+                instead = (mistake.in_layers(*others),) if others else ()
+                fit = self._all.judge((*mistakes[:place], *instead, *mistakes[place + 1 :]))
+                if not self._as_near(fit.error, error):
+                    shown.add(layer)
+                told[mistake.name] = frozenset(shown)
+        return told
 
     def permuted(self) -> np.ndarray | None:
         """Returns which column each position's values belong to, [B, T], if right values stand at wrong positions."""
