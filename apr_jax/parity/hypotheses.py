@@ -89,7 +89,7 @@ def hypotheses(
         yield from _together(question)
     yield from sorted(longer, key=len)
     singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
-    yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], came)
+    yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], came, sure)
 
 
 def multiplications(question: Question) -> list[Mistakes]:
@@ -238,6 +238,7 @@ def _stacked(
     singles: Sequence[Mistakes],
     before: Sequence[Mistakes],
     came: Mapping[Mistakes, Came],
+    sure: Sequence[Mistakes],
 ) -> Iterator[Mistakes]:
     """Two mistakes, then more on the best of them; what is solved for is solved for beside the others."""
 
@@ -251,12 +252,14 @@ def _stacked(
     long = len(gap) >= _LONG
     bases = sorted([*plain, *near], key=leaves)[:_KEPT] if long else [*plain, *near[: 0 if gap else _KEPT]]
     numerical = sorted((stack for stack in before if stack in seen and _is_numerical(stack[0])), key=leaves)
-    others = [*(stack for stack in before if stack in plain), *numerical[:_KEPT_WEIGHTS]]
+    others = [*(stack for stack in before if stack in plain), *numerical[: _KEPT if long else _KEPT_WEIGHTS]]
     longer: list[Mistakes] = []
     for count in range(2, (_MOST_BEHIND_LONG if long else _MOST) + 1):
         made: dict[frozenset[Mistake], Mistakes] = {}
         longer = [stack for stack in longer if len(stack) > count]
         for base in bases:
+            if sure:
+                return
             given = dataclasses.replace(question, given=base)
             behind = [(*base, *stack) for stack in _own(given) if stack]
             longer += [stack for stack in behind if len(stack) > count]
