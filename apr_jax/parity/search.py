@@ -57,6 +57,9 @@ _MOST_STACKS, _SECONDS = 2000, 120.0
 """How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
 long at all of them: behind layer outputs or logits alone there is no end to them."""
 
+_TOLD_SECONDS = 60.0
+"""How long it is asked which layers behind a gap the values tell; of the others it is taken for granted."""
+
 _MOST_POSITIONS, _FEWEST_POSITIONS = 32, 8
 _SAMPLE_ELEMENTS = 1 << 21
 
@@ -171,7 +174,8 @@ class _Look:
         self._positions = replay.positions()
         reference = replay.look(site.stage, located.reference[site.key])
         self._norm = float(np.linalg.norm(row_norms(reference, self._mask)))
-        self._right, self._off = reference, self._counted(self.theirs - reference)
+        # Only a sample of the positions is asked how like a change is: of all of them that would be one more copy.
+        self._right = reference if replay.rows is not None else None
         self.before = self.fit(reference, turns=turn_budgets(replay, site.key, located.dtype))
 
     def fit(self, value: np.ndarray, drift: float = 0.0, turns: np.ndarray | None = None) -> Fit:
@@ -196,9 +200,13 @@ class _Look:
                 channels = self._channels(value, size) + drift
                 worst = max(worst, worst_share(channel_medians(key, difference, size, self._mask), channels))
             shares = 0.0 if turns is None else worst_share(np.abs(difference) * self._mask[..., None], turns)
-            unlike = sine(self._counted(value - self._right), self._off)
+            unlike = 1.0 if self._right is None else sine(self._counted(value - self._right), self._off)
         allowed = budget + drift * float(np.linalg.norm(size))
         return Fit(float(np.linalg.norm(error)), allowed, worst, shares, unlike)
+
+    @functools.cached_property
+    def _off(self) -> np.ndarray:
+        return self._counted(self.theirs - self._right)
 
     def _counted(self, values: np.ndarray) -> np.ndarray:
         return values[self._mask] if self._mask.ndim < values.ndim else np.where(self._mask, values, 0.0)
@@ -301,14 +309,19 @@ class Search:
         farther off."""
         layers = {node.layer for node in self._replay.undumped(self.site.key) if node.layer is not None}
         told: dict[str, frozenset[int]] = {}
+        started = time.monotonic()
         for place, mistake in enumerate(mistakes):
             made, shown = self._layers(mistake), set[int]()
             for layer in sorted(layers) if made and len(layers) > 1 else ():
+                if time.monotonic() - started > _TOLD_SECONDS:
+                    shown.add(layer)
+                    continue
                 others: list[int | None] = [*sorted(made ^ {layer}), *([None] if mistake.layers is None else [])]
                 instead = (mistake.in_layers(*others),) if others else ()
                 fit = self._all.judge((*mistakes[:place], *instead, *mistakes[place + 1 :]))
                 if not self._as_near(fit.error, error):
                     shown.add(layer)
+            if made and len(layers) > 1:
                 told[mistake.name] = frozenset(shown)
         return told
 
