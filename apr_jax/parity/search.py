@@ -206,6 +206,7 @@ class _Look:
 
     @functools.cached_property
     def _off(self) -> np.ndarray:
+        assert self._right is not None
         return self._counted(self.theirs - self._right)
 
     def _counted(self, values: np.ndarray) -> np.ndarray:
