@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long clean
+.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -138,6 +138,15 @@ damage-battery: $(VENV)/installed
 parity-battery: $(VENV)/reference-installed
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/parity_battery.py
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/clean_runs.py
+
+# The same mistakes seen in layer outputs alone and in logits alone, right programs, the four-fold case; hours of processor
+# time, spread over all cores. Shards (ARGS="--shard 1/4 --json a.json") are put together by `--table`.
+coarse-battery: $(VENV)/installed
+	$(BIN)/python tests/battery/coarse_battery.py $(ARGS)
+
+# Mistakes that no record of the fault table names: described, at the right place; a minute.
+unknown-battery: $(VENV)/installed
+	$(BIN)/python tests/battery/unknown_battery.py $(ARGS)
 
 # The real four-fold case on 100 checkpoints, as a full dump and as decoding steps: four names and nothing else, on each.
 four-fold: $(VENV)/installed

@@ -17,6 +17,7 @@ import numpy as np
 from apr_jax.converters.storage.workers import Workers
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity import excerpts
+from apr_jax.parity.description import describe
 from apr_jax.parity.faults.record import Mistake, Mistakes
 from apr_jax.parity.faults.seen import CONSTANT, NON_FINITE, OVERFLOW, PERMUTED, UNKNOWN
 from apr_jax.parity.faults.table import FAULTS
@@ -35,7 +36,7 @@ from apr_jax.parity.localise import (
 )
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import Answer, Known, Search, silent
-from apr_jax.parity.wording import LARGEST_HALF, description, overflows, places, where_not_finite
+from apr_jax.parity.wording import LARGEST_HALF, overflows, places, where_not_finite
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import (
@@ -237,12 +238,13 @@ def explain(replay: Replay, site: Site, located: Localisation, known: Known) -> 
     columns = search.permuted()
     if columns is not None:
         return _permuted(replay, site, columns)
-    note = description(replay.inputs, np.asarray(theirs, np.float64), located, site, search.closest)
+    seen = describe(replay.config, replay.inputs, located, site, search.closest)
+    notes = [seen.note] if seen.note else []
     if missing := [before.stage for before in replay.undumped(site.key)[:-1]]:
-        note += f"; not dumped before it: {', '.join(missing)}"
+        notes.append(f"not dumped before it: {', '.join(missing)}")
     if search.ended is not None:
-        note += f"; the search was ended after {search.ended} explanations, sets of several mistakes among them"
-    return Explanation(site, (UNKNOWN.made(),), None, note=note)
+        notes.append(f"the search was ended after {search.ended} explanations, sets of several mistakes among them")
+    return Explanation(site, (UNKNOWN.made(**seen.parameters),), None, note="; ".join(notes))
 
 
 def _not_finite(replay: Replay, site: Site, theirs: np.ndarray, right: np.ndarray) -> Explanation:
@@ -263,8 +265,10 @@ def _permuted(replay: Replay, site: Site, columns: np.ndarray) -> Explanation:
 
 
 def _explained(site: Site, answer: Answer, search: Search) -> Explanation:
-    after, layers = answer.error / (site.norm or 1.0), search.layers_of(answer.mistakes)
-    return Explanation(site, answer.mistakes, after, answer.alternatives, layers=layers)
+    after, layers = answer.error / (site.norm or 1.0), search.layers_of(answer)
+    untold = [name for name, told in answer.told.items() if not told]
+    note = f"these values do not tell the layers of {' and '.join(untold)}" if untold else ""
+    return Explanation(site, answer.mistakes, after, answer.alternatives, note=note, layers=layers)
 
 
 def _blurs(mistake: Mistake) -> bool:

@@ -115,7 +115,7 @@ def _is_one(known: Sighting, other: Sighting) -> bool:
     if a.fault is not b.fault:
         return False
     if a.fault.unexplained:
-        return where.site.stage == there.site.stage
+        return where.site.stage == there.site.stage and a.parameters.get("where") == b.parameters.get("where")
     ours, theirs = ({k: v for k, v in m.pairs if k not in a.fault.merge} for m in (a, b))
     if a.within != b.within or a.stage != b.stage or not _has_common(a, b):
         return False

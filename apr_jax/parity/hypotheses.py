@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,8 @@ _KEPT = 8
 """How many of the best sets are built on."""
 _KEPT_WEIGHTS = 32
 """How many of the best mistakes of weights and products are made beside others."""
+_LIKE, _MOST_SOLVED = 0.98, 3
+"""Of mistakes with a number the likest are solved for in single layers."""
 _MOST, _MOST_BEHIND_LONG = 3, 4
 """As many mistakes are stacked before one dumped stage."""
 _NO_EFFECT = 1e-9
@@ -35,24 +38,48 @@ _CLEARLY = 0.3
 """One mistake more has to leave less than this share of what was left without it."""
 
 
-def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Sized = ()) -> Iterator[Mistakes]:
+class Came(NamedTuple):
+    """How near a hypothesis came.
+
+    Attributes:
+      left: What share of the difference it leaves.
+      unlike: What share is left if what it changes may be taken any number of times: a mistake of one layer is like
+        the same one made in all of them, and not as large.
+    """
+
+    left: float
+    unlike: float
+
+
+_NOWHERE = Came(np.inf, np.inf)
+
+
+def hypotheses(
+    question: Question, came: Mapping[Mistakes, Came], accepted: Sized = (), sure: Sequence[Mistakes] = ()
+) -> Iterator[Mistakes]:
     """Yields the hypotheses about a wrong stage.
 
     Args:
       question: The stage.
-      left: What share of the difference each hypothesis so far leaves; filled in between.
+      came: How near each hypothesis so far came; filled in between.
       accepted: Those that explain the stage so far; filled in between.
+      sure: Those of them that leave nothing but rounding of a large difference: only what is of their kind is tried
+        after them.
     """
     gap = question.nodes[:-1]
     own = list(_own(question))
     yield from (stack for stack in own if len(stack) == 1)
     before = [(mistake,) for node in gap for (mistake,) in _singles(question, node)]
     # Mistakes of weights are many: the others are likelier, and tried first.
-    before = [*(s for s in before if not _is_numerical(s[0])), *(s for s in before if _is_numerical(s[0]))]
-    yield from dict.fromkeys(before)
-    yield from _solved(question, gap)
+    plain, numerical = ([s for s in dict.fromkeys(before) if _is_numerical(s[0]) == kind] for kind in (False, True))
+    before = [*plain, *numerical]
+    yield from plain
+    if not sure:
+        yield from numerical
+    if not sure:
+        yield from _solved(question, gap)
     if not accepted:
-        yield from _in_one_layer(question, gap, before, left)
+        yield from _in_one_layer(question, gap, before, came, sure)
     longer = [stack for stack in own if len(stack) > 1]
     if question.parts():
         yield from longer
@@ -64,7 +91,7 @@ def hypotheses(question: Question, left: Mapping[Mistakes, float], accepted: Siz
         yield from _together(question)
     yield from sorted(longer, key=len)
     singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
-    yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], left)
+    yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], came, sure)
 
 
 def multiplications(question: Question) -> list[Mistakes]:
@@ -143,31 +170,59 @@ def _misfits(question: Question, nodes: Sequence[Key]) -> Iterator[tuple[float, 
                 yield misfit, stack
 
 
-def _solved(question: Question, gap: Sequence[Key], layers: tuple[int, ...] | None = None) -> Iterator[Mistakes]:
-    """Mistakes behind the gap with a number: a base, an eps or a scale that reproduces the dumped stage best."""
+def _solved(question: Question, gap: Sequence[Key], most: int | None = None) -> Iterator[Mistakes]:
+    """Mistakes behind the gap with a number: a base, an eps or a scale that reproduces the dumped stage best; the
+    likest `most` of them, or all that are like what there is to explain."""
     made = {mistake.fault for mistake in question.given}
-    tried = set()
+    bases = [base for base in _with_numbers(question, gap) if base.fault not in made]
+    for base in _likest(question, bases, most):
+        yield from ((mistake,) for mistake in undumped.solve(question, base))
+
+
+def _likest(question: Question, bases: Sequence[Mistake], most: int | None) -> list[Mistake]:
+    """Those mistakes with a number that change what there is to explain, the likest first."""
+    angles = {base: float(f"{undumped.unlike(question, base):.2e}") for base in bases}
+    return sorted((base for base in bases if angles[base] < _LIKE), key=angles.__getitem__)[:most]
+
+
+def _with_numbers(question: Question, gap: Sequence[Key]) -> list[Mistake]:
+    """The faults in a gap that have a number to solve for, without it."""
+    found: dict[Mistake, None] = {}
     for node in gap:
         for fault in FAULTS.values():
-            if fault.grid is None or fault in made or not _may_be_made(fault, node):
-                continue
-            for parameters in fault.variants(question, node):
-                if (base := dataclasses.replace(fault.made(**parameters), layers=layers)) not in tried:
-                    tried.add(base)
-                    yield from ((mistake,) for mistake in undumped.solve(question, base))
+            if fault.grid is not None and _may_be_made(fault, node):
+                found |= dict.fromkeys(fault.made(**each) for each in fault.variants(question, node))
+    return list(found)
 
 
 def _in_one_layer(
-    question: Question, gap: Sequence[Key], before: Sequence[Mistakes], left: Mapping[Mistakes, float]
+    question: Question,
+    gap: Sequence[Key],
+    before: Sequence[Mistakes],
+    came: Mapping[Mistakes, Came],
+    sure: Sequence[Mistakes],
 ) -> Iterator[Mistakes]:
-    """Mistakes made in one layer of a gap of several, those first that leave least where all layers make them."""
+    """Mistakes made in one layer of a gap of several, those first that are likest where all layers make them."""
     layers = sorted({node.layer for node in gap if node.layer is not None})
     if len(layers) < 2:
         return
-    for (mistake,) in sorted(dict.fromkeys(before), key=lambda stack: float(f"{left.get(stack, np.inf):.2e}")):
-        yield from ((mistake.in_layers(layer),) for layer in layers)
-    for layer in layers:
-        yield from _solved(question, [node for node in gap if node.layer == layer], (layer,))
+    likest = sorted(before, key=lambda stack: float(f"{came.get(stack, _NOWHERE).unlike:.2e}"))
+    for numerical in (False, True):
+        for (mistake,) in (stack for stack in likest if _is_numerical(stack[0]) == numerical):
+            for layer in layers:
+                if not sure or _is_like(mistake, layer, sure):
+                    yield (mistake.in_layers(layer),)
+        if not numerical and not sure:
+            bases = [base.in_layers(layer) for base in _with_numbers(question, gap) for layer in layers]
+            for base in _likest(question, bases, _MOST_SOLVED):
+                yield from ((mistake,) for mistake in undumped.solve(question, base))
+
+
+def _is_like(mistake: Mistake, layer: int, sure: Sequence[Mistakes]) -> bool:
+    """Whether a mistake of one layer may give the same values as what surely explains them."""
+    return any(
+        other.layers == (layer,) and _is_numerical(other) == _is_numerical(mistake) for stack in sure for other in stack
+    ) or any(other.fault is mistake.fault for stack in sure for other in stack)
 
 
 def _together(question: Question) -> Iterator[Mistakes]:
@@ -184,31 +239,34 @@ def _stacked(
     gap: Sequence[Key],
     singles: Sequence[Mistakes],
     before: Sequence[Mistakes],
-    left: Mapping[Mistakes, float],
+    came: Mapping[Mistakes, Came],
+    sure: Sequence[Mistakes],
 ) -> Iterator[Mistakes]:
     """Two mistakes, then more on the best of them; what is solved for is solved for beside the others."""
 
     def leaves(stack: Mistakes) -> float:
         # To three digits: among those that come as near, a cut shall not hang on the last bits.
-        return float(f"{left.get(stack, np.inf):.2e}")
+        return float(f"{came.get(stack, _NOWHERE).left:.2e}")
 
-    seen = [stack for stack in singles if abs(left.get(stack, np.inf) - 1) > _NO_EFFECT and not stack[0].fault.alone]
+    seen = [s for s in singles if abs(came.get(s, _NOWHERE).left - 1) > _NO_EFFECT and not s[0].fault.alone]
     plain = [stack for stack in seen if not _is_numerical(stack[0])]
     near = sorted((stack for stack in seen if _is_numerical(stack[0]) and leaves(stack) < 1), key=leaves)
     long = len(gap) >= _LONG
     bases = sorted([*plain, *near], key=leaves)[:_KEPT] if long else [*plain, *near[: 0 if gap else _KEPT]]
     numerical = sorted((stack for stack in before if stack in seen and _is_numerical(stack[0])), key=leaves)
-    others = [*(stack for stack in before if stack in plain), *numerical[:_KEPT_WEIGHTS]]
+    others = [*(stack for stack in before if stack in plain), *numerical[: _KEPT if long else _KEPT_WEIGHTS]]
     longer: list[Mistakes] = []
     for count in range(2, (_MOST_BEHIND_LONG if long else _MOST) + 1):
         made: dict[frozenset[Mistake], Mistakes] = {}
         longer = [stack for stack in longer if len(stack) > count]
         for base in bases:
+            if sure:
+                return
             given = dataclasses.replace(question, given=base)
             behind = [(*base, *stack) for stack in _own(given) if stack]
             longer += [stack for stack in behind if len(stack) > count]
             beside = ((*base, *other) for other in others)
-            solved = ((*base, *stack) for stack in _solved(given, gap))
+            solved = ((*base, *stack) for stack in _solved(given, gap, _MOST_SOLVED if long else None))
             for stack in itertools.chain(behind, beside, solved):
                 if len({mistake.name for mistake in stack}) == count and frozenset(stack) not in made:
                     made[frozenset(stack)] = stack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,12 @@ _TELLING = ("qkv_matmul", "qkv_bias", "attn_out", "ffn_gate", "ffn_up", "ffn_out
 _BY_POSITION = ("qkv_matmul", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl")
 """What may be missing before a telling stage: each position is computed from itself alone."""
 _ENOUGH_POSITIONS = 16
+_FEW_PERCENT = 0.02
+"""Relative to the values: what is less is no other layer, but rounding or a mistake within the right one."""
+_EXPLAINS = 0.1
+"""What another order leaves at most of the difference."""
+_SECONDS = 30.0
+"""As long orders are tried at a stage, behind layer outputs or logits alone."""
 
 
 def execution_order(
@@ -27,16 +34,77 @@ def execution_order(
     """Which layer's weights each dumped layer was computed with, and what that order is called."""
     layers = exact.config.num_layers
     dumped = 1 + max((layer for key in theirs if (layer := Key(key).layer) is not None), default=-1)
-    count = dumped if dumped > layers or _ends_after(exact, inputs, theirs, dumped) else layers
-    order = [_weights_of(exact, inputs, theirs, layer) for layer in range(count)]
+    if not dumped and theirs.keys() == {stages.LOGITS}:
+        order = _order_behind_logits(exact, inputs, theirs[stages.LOGITS])
+    elif {Key(key).stage for key in theirs if Key(key).layer is not None} == {"post_ffn_residual"}:
+        order = _order_of_outputs(exact, inputs, theirs, dumped)
+    else:
+        count = dumped if dumped > layers or _ends_after(exact, inputs, theirs, dumped) else layers
+        order = [_weights_of(exact, inputs, theirs, layer) for layer in range(count)]
+    return order, _called(order, layers)
+
+
+def _called(order: list[int], layers: int) -> Mistake | None:
+    """What an order of execution is called; None is the right one."""
     if order == list(range(layers)):
-        return order, None
+        return None
     for layer in range(layers):
         if order == [index for index in range(layers) if index != layer]:
-            return order, SKIPPED.made(layer=layer)
+            return SKIPPED.made(layer=layer)
         if order == sorted([*range(layers), layer]):
-            return order, REPEATED.made(layer=layer)
-    return order, ORDER.made(order=tuple(order))
+            return REPEATED.made(layer=layer)
+    return ORDER.made(order=tuple(order))
+
+
+def _order_of_outputs(exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray], dumped: int) -> list[int]:
+    """The order behind layer outputs alone: each is made of the one before it by some layer, its own in doubt."""
+    layers, order = exact.config.num_layers, list[int]()
+    for layer in range(dumped):
+        own = min(layer, layers - 1)
+        candidates = [own, *(other for other in range(layers) if other != own)]
+        orders = [[*range(layer), candidate] for candidate in candidates]
+        order.append(_first_that_fits(exact, inputs, theirs, Key.of(layer, "post_ffn_residual"), orders)[-1])
+    skipped = _called(order, layers)
+    # Behind what was dumped the layers go on.
+    return order if skipped is not None and skipped.fault is SKIPPED else order + list(range(dumped, layers))
+
+
+def _order_behind_logits(exact: LanguageModel, inputs: Inputs, logits: np.ndarray) -> list[int]:
+    """The order behind logits alone, among those that engines run by mistake: the right one if none gives them."""
+    right = list(range(exact.config.num_layers))
+    skipped = [right[:layer] + right[layer + 1 :] for layer in right] if len(right) > 1 else []
+    repeated = [sorted([*right, layer]) for layer in right]
+    swapped = [[*right[:i], i + 1, i, *right[i + 2 :]] for i in right[:-1]]
+    orders = [right, *skipped, *repeated, right[::-1], *swapped]
+    return _first_that_fits(exact, inputs, {stages.LOGITS: logits}, stages.LOGITS, orders)
+
+
+def _first_that_fits(
+    exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray], key: Key, orders: Sequence[list[int]]
+) -> list[int]:
+    """The first order of layers that gives a value from the outputs before it; the first of all if none does.
+
+    A query sees what is before it, so that the first tokens of each row tell.
+    """
+    if theirs[key].shape[1] != inputs.input_ids.shape[1] or not np.isfinite(theirs[key]).all():
+        return orders[0]
+    tokens = inputs.attention_mask == 1
+    some = slice(0, int(tokens.argmax(axis=1).max()) + _ENOUGH_POSITIONS)
+    few = Inputs(inputs.input_ids[:, some], inputs.attention_mask[:, some], inputs.position_ids[:, some])
+    shown = {other: values[:, some] for other, values in theirs.items() if other != key}
+    wanted, counted, started = theirs[key][:, some], tokens[:, some], time.monotonic()
+    enough = _FEW_PERCENT * float(np.linalg.norm(wanted[counted]))
+    for tried, order in enumerate(orders):
+        model = reordered(exact, order)
+        value = Replay(model.config, model.parameters, few, shown).compute(key)
+        distance = float(np.linalg.norm((value - wanted)[counted]))
+        if distance <= enough:
+            return order
+        if tried == 0:
+            enough = _EXPLAINS * distance
+        if time.monotonic() - started > _SECONDS:
+            break
+    return orders[0]
 
 
 def _ends_after(exact: LanguageModel, inputs: Inputs, theirs: Mapping[str, np.ndarray], dumped: int) -> bool:

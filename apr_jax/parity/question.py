@@ -19,6 +19,15 @@ _NOTHING = 1e-6
 """The least relative difference that counts, however fine the dtype."""
 
 
+def sine(change: Value, off: Value) -> float:
+    """The sine of the angle between two differences, 1 from 90 degrees: what a multiple of one leaves of the other."""
+    sizes = float(np.vdot(change, change)) * float(np.vdot(off, off))
+    if not (np.isfinite(sizes) and sizes):
+        return 1.0
+    cosine = float(np.vdot(change, off)) / sizes**0.5
+    return max(0.0, 1.0 - cosine * cosine) ** 0.5 if cosine > 0 else 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """A wrong stage.
@@ -112,6 +121,17 @@ class Question:
         """|theirs - the stage with these mistakes| at the probe's positions, over what is compared."""
         with np.errstate(all="ignore"):
             return float(np.linalg.norm(self._counted(self.their_rows() - self.value(mistakes))))
+
+    def unlike(self, mistakes: Mistakes) -> float:
+        """The sine of the angle between what these mistakes change and what there is to explain; 1 from 90 degrees."""
+        right = self._without_more
+        with np.errstate(all="ignore"):
+            changed, off = self._counted(self.value(mistakes) - right), self._counted(self._their_rows() - right)
+            return sine(changed, off)
+
+    @functools.cached_property
+    def _without_more(self) -> Value:
+        return self.value(())
 
     def _counted(self, values: Value) -> Value:
         if self.key.per_pair:

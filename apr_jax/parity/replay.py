@@ -10,8 +10,7 @@ in which no mistake is made, and mistakes stack as they would in an engine.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,19 +101,69 @@ class Replay:
         key = Key.of(layer, stage)
         if self.dumped(key):
             return self.look(stage, self.theirs[key])
-        # In order of execution, so that a long gap is no deep recursion.
-        for other in self.undumped(key):
-            value = self._composed(other)
+        if self.rows is not None and self._read_whole(key):
+            return self.look(stage, self.whole.get(layer, stage))
+        if (value := self._kept(key)) is not None:
+            return value
+        # Layer by layer, so that a long gap is no deep recursion.
+        for other in (*self._outputs(key), key):
+            if (value := self._kept(other)) is None:
+                value = self._composed(other)
         return value
 
+    def _outputs(self, key: Key) -> list[Key]:
+        """The outputs of layers among what has to be computed before a stage, in order of execution."""
+        known = ("outputs", key, self.target)
+        if known not in self.memo:
+            before = self.undumped(key)[:-1]
+            self.memo[known] = [other for other in before if other.stage in ("embedding", "post_ffn_residual")]
+        return self.memo[known]
+
+    def _kept(self, key: Key) -> Value | None:
+        """Returns an undumped stage if it was computed: for good, or for this hypothesis."""
+        name = (key, self.looked_at)
+        value = self.composed.get(name)
+        return self.memo.get(name) if value is None and not self._depends(key) else value
+
     def _composed(self, key: Key) -> Value:
-        """Computes an undumped stage once: for good, or for this hypothesis where it depends on that."""
-        free = self.touched.isdisjoint(other.stage for other in self.undumped(key))
-        store: dict[Hashable, Any] = self.memo if free else self.composed
-        name = (key, None if self.rows is None else self.rows.tobytes())
-        if name not in store:
-            store[name] = self._made(key)
-        return store[name]
+        """Computes an undumped stage: for good, or for this hypothesis where it depends on that."""
+        store: dict[Hashable, Any] = self.composed if self._depends(key) else self.memo
+        value = store[key, self.looked_at] = self._made(key)
+        return value
+
+    @property
+    def looked_at(self) -> bytes | None:
+        """Which positions are looked at, as a name."""
+        return None if self.rows is None else self.rows.tobytes()
+
+    def _depends(self, key: Key) -> bool:
+        """Whether what is made reaches an undumped stage: itself, or by way of those before it."""
+        known = ("reached", key)
+        if known not in self.composed:
+            here = any(key.stage in stages and key.layer in layers for stages, layers in self._touched())
+            sources = (source for source in self.sources(key) if not self.dumped(source))
+            self.composed[known] = here or any(self._depends(source) for source in sources)
+        return self.composed[known]
+
+    def _touched(self) -> list[tuple[tuple[str, ...], Container[int | None]]]:
+        """The stages at which each mistake is made, and their layers."""
+        if "touched" not in self.composed:
+            everywhere = (None, *range(self.config.num_layers))
+            self.composed["touched"] = [(mistake.stages(self), mistake.layers or everywhere) for mistake in self.made]
+        return self.composed["touched"]
+
+    def _read_whole(self, key: Key) -> bool:
+        """Whether keys or values that the target is computed from need an undumped stage at all positions."""
+        known = ("read whole", self.target)
+        if known not in self.memo:
+            found: set[Key] = set()
+            for reader in self.undumped(self.target) if self.target is not None else ():
+                name = {"attn_scores": "k_post_rope", "attention": "qkv_bias"}.get(reader.stage)
+                source = None if name is None else Key.of(reader.layer, name)
+                if source is not None and not self.dumped(source):
+                    found.update(self.undumped(source))
+            self.memo[known] = found
+        return key in self.memo[known]
 
     def look(self, stage: str, values: np.ndarray) -> Value:
         """Returns the replay's positions of a stage's values, float64."""
@@ -128,15 +177,15 @@ class Replay:
             self.memo[what] = compute()
         return self.memo[what]
 
-    @functools.cached_property
-    def touched(self) -> frozenset[str]:
-        """The stages at which a mistake is made."""
-        return frozenset(stage for mistake in self.made for stage in mistake.stages(self))
-
     @property
     def whole(self) -> Replay:
         """The replay with all positions."""
-        return self if self.rows is None else dataclasses.replace(self, rows=None)
+        if self.rows is None:
+            return self
+        known = ("whole", self.layer)
+        if known not in self.composed:
+            self.composed[known] = dataclasses.replace(self, rows=None)
+        return self.composed[known]
 
     @property
     def everywhere(self) -> Replay:
@@ -288,7 +337,10 @@ def unjoin(x: Value, config: Qwen2Config) -> Value:
 
 def product(x: Value, weight: Value) -> Value:
     """x [..., T, in] times weight [..., out, in] -> [..., T, out]."""
-    return x @ weight.swapaxes(-1, -2)
+    if weight.ndim > 2:
+        return x @ weight.swapaxes(-1, -2)
+    # As one matrix: NumPy multiplies a stack of them with a transposed one by plain loops.
+    return (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], len(weight))
 
 
 # --- The stages' formulas --------------------------------------------------------------------------------------------
@@ -391,7 +443,16 @@ def _bias_was_added(replay: Replay, layer: int | None, which: int) -> bool:
 def _rope(which: int, replay: Replay, layer: int | None) -> Value:
     x, late = before_rotation(replay, layer, which)
     turn = replay.step("rotation", Rotation(), layer, QKV[which])
-    return join_heads(turn.apply(x, replay.positions(), replay.right_rotation()) + late)
+    return join_heads((x if turn.none else turn.turned(x, _turns(replay, turn))) + late)
+
+
+def _turns(replay: Replay, turn: Rotation) -> Value:
+    """The turns of a rotation, which all layers share."""
+    store = replay.memo if turn == Rotation() else replay.composed
+    name = (turn, replay.looked_at)
+    if name not in store:
+        store[name] = turn.turns(replay.positions(), replay.config.head_dim, replay.right_rotation())
+    return store[name]
 
 
 def turn_sizes(replay: Replay, key: Key, least: float) -> tuple[Value, Value]:

@@ -34,8 +34,9 @@ def report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, notes: Sequen
     Returns:
       "verdict" ("equal", "rounding" or "mistake"), "standing" (one of `STANDINGS`, the worst stage's), "compared",
       "dtype" (that theirs is judged in), "widened" (stage -> how many times its budget was applied, where not once),
-      "unexamined", "first_wrong" (each wrong stage -> its first wrong position), "findings", "notes", "stages" (each with its errors in L2), "worst_stage" (with its curves),
-      "logits" (end to end: theirs against float64 from the tokens on). NaN and infinities are None.
+      "unexamined", "first_wrong" (each wrong stage -> its first wrong position), "findings", "notes", "stages" (each
+      with its errors in L2), "worst_stage" (with its curves), "logits" (end to end: theirs against float64 from the
+      tokens on). NaN and infinities are None.
     """
     located = diagnosis.localisation
     sites = [site for site in located.sites if site.elements]

@@ -89,16 +89,21 @@ class Rotation:
     rounded: tuple[str, ...] = ()
 
     def apply(self, x: np.ndarray, positions: np.ndarray, right: Right) -> np.ndarray:
-        """Rotates x [B, T, heads, H] at positions [B, T]; `right` is what the configuration asks for.
+        """Rotates x [B, T, heads, H] at positions [B, T]; `right` is what the configuration asks for."""
+        return x if self.none else self.turned(x, self.turns(positions, x.shape[-1], right))
+
+    def turns(self, positions: np.ndarray, width: int, right: Right) -> np.ndarray:
+        """Returns cos and sin for both values of the pairs of a head of this width, [2, 2, B, T, 1, pairs].
 
         cos and sin are rounded to float32, as engines and `rotary.tables` hold them.
         """
-        if self.none:
-            return x
-        rotated, rest = self._parts(x)
-        angles, gain = self._turns(positions, x.shape[-1], right)
-        tables = (self._held("tables", f(angles).astype(np.float32) * np.float32(gain)) for f in (np.cos, np.sin))
-        cos, sin = (table.astype(np.float64)[:, :, :, None] for table in tables)
+        angles, gain = self._turns(positions, width, right)
+        tables = [self._held("tables", f(angles).astype(np.float32) * np.float32(gain)) for f in (np.cos, np.sin)]
+        return np.stack(tables).astype(np.float64)[:, :, :, :, None]
+
+    def turned(self, x: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """Rotates x [B, T, heads, H] by `turns`."""
+        (cos, sin), (rotated, rest) = turns, self._parts(x)
         pairs = _pairs(rotated, self.adjacent)
         first, second = pairs.real * cos[0] - pairs.imag * sin[0], pairs.imag * cos[1] + pairs.real * sin[1]
         return np.concatenate([_from_pairs(first + 1j * second, self.adjacent), rest], axis=-1)

@@ -11,13 +11,13 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from apr_jax.parity.faults.products import TF32, drift
 from apr_jax.parity.faults.record import Mistake, Mistakes, names
-from apr_jax.parity.hypotheses import hypotheses, multiplications
+from apr_jax.parity.hypotheses import Came, hypotheses, multiplications
 from apr_jax.parity.localise import (
     Localisation,
     Site,
@@ -28,7 +28,7 @@ from apr_jax.parity.localise import (
     turn_budgets,
     worst_share,
 )
-from apr_jax.parity.question import Question
+from apr_jax.parity.question import Question, sine
 from apr_jax.parity.replay import Replay
 from apr_jax.trace.positions import compared_positions, dumped_tokens, position_axis
 
@@ -36,6 +36,8 @@ _SLACK = 1.5
 """A hypothesis may be this much farther off than a right stage: the mistake's own rounding is not ours."""
 _SURE = 1.0
 """What explained another layer is taken at once where it leaves no more than a right stage may be off."""
+_TINY = 0.03
+"""What is left of the difference by what explains it beyond doubt."""
 _SAMPLED = 3.0
 """How much farther off a sample of the positions may be than all of them."""
 _CHAOTIC = 0.1
@@ -53,9 +55,12 @@ _DOUBTFUL = 0.1
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
-_MOST_STACKS, _SECONDS = 4000, 120.0
+_MOST_STACKS, _SECONDS = 2000, 120.0
 """How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
 long at all of them: behind layer outputs or logits alone there is no end to them."""
+
+_TOLD_SECONDS = 60.0
+"""How long it is asked which layers behind a gap the values tell; of the others it is taken for granted."""
 
 _MOST_POSITIONS, _FEWEST_POSITIONS = 32, 8
 _SAMPLE_ELEMENTS = 1 << 21
@@ -69,11 +74,13 @@ class Answer:
       mistakes: What was made.
       error: |theirs - the stage with these mistakes|.
       alternatives: Names of other mistakes that give the same values.
+      told: By name, for a gap of several layers: those in which these values show whether the mistake was made.
     """
 
     mistakes: Mistakes
     error: float
     alternatives: tuple[str, ...] = ()
+    told: Mapping[str, frozenset[int]] = dataclasses.field(default_factory=dict)
 
 
 def silent(text: str) -> None:
@@ -125,6 +132,7 @@ class Fit:
       worst: The largest error of a position or channel over its own budget.
       turned: The same of a rotated value.
       typical: The median error of a position, relative to it.
+      unlike: What share of the difference is left if what the hypothesis changes may be taken any number of times.
     """
 
     error: float
@@ -132,6 +140,7 @@ class Fit:
     worst: float
     turned: float = 0.0
     typical: float = math.inf
+    unlike: float = 1.0
 
     @property
     def single(self) -> float:
@@ -169,6 +178,8 @@ class _Look:
         self._positions = replay.positions()
         reference = replay.look(site.stage, located.reference[site.key])
         self._norm = float(np.linalg.norm(row_norms(reference, self._mask)))
+        # Only a sample of the positions is asked how like a change is: of all of them that would be one more copy.
+        self._right = reference if replay.rows is not None else None
         self.before = self.fit(reference, turns=turn_budgets(replay, site.key, located.dtype))
 
     def fit(self, value: np.ndarray, drift: float = 0.0, turns: np.ndarray | None = None) -> Fit:
@@ -193,9 +204,19 @@ class _Look:
                 channels = self._channels(value, size) + drift
                 worst = max(worst, worst_share(channel_medians(key, difference, size, self._mask), channels))
             shares = 0.0 if turns is None else worst_share(np.abs(difference) * self._mask[..., None], turns)
+            unlike = 1.0 if self._right is None else sine(self._counted(value - self._right), self._off)
+        allowed = budget + drift * float(np.linalg.norm(size))
         moved = error[size > 0] / size[size > 0]
         typical = float(np.median(moved)) if moved.size else math.inf
-        return Fit(float(np.linalg.norm(error)), budget + drift * float(np.linalg.norm(size)), worst, shares, typical)
+        return Fit(float(np.linalg.norm(error)), allowed, worst, shares, typical, unlike)
+
+    @functools.cached_property
+    def _off(self) -> np.ndarray:
+        assert self._right is not None
+        return self._counted(self.theirs - self._right)
+
+    def _counted(self, values: np.ndarray) -> np.ndarray:
+        return values[self._mask] if self._mask.ndim < values.ndim else np.where(self._mask, values, 0.0)
 
     def _channels(self, value: np.ndarray, size: np.ndarray) -> np.ndarray:
         """What each channel may be off, if these values are the right ones: no less than the typical channel there."""
@@ -228,7 +249,7 @@ class Search:
         self.site, self.located = site, located
         self.closest: tuple[str, float] | None = None
         self.ended: int | None = None
-        self._left: dict[Mistakes, float] = {}
+        self._came: dict[Mistakes, Came] = {}
         self._replay = dataclasses.replace(replay, memo={})
 
     def recall(self, known: Known) -> Answer | None:
@@ -236,14 +257,15 @@ class Search:
         for answer in known.at(self.site.stage):
             fit = self._judge(answer.mistakes)
             if fit is not None and fit.within(_SURE):
-                return dataclasses.replace(answer, error=fit.error)
+                return dataclasses.replace(answer, error=fit.error, told=self._told(answer.mistakes, fit.error))
         return None
 
     def run(self, known: Known) -> Answer | None:
         """Looks among all hypotheses, and keeps what it finds in `known`; None if nothing explains the stage."""
         accepted: list[tuple[Mistakes, Fit]] = []
+        sure: list[Mistakes] = []
         stacks, before = 0, time.monotonic()
-        for tried, mistakes in enumerate(hypotheses(self._question(), self._left, accepted)):
+        for tried, mistakes in enumerate(hypotheses(self._question(), self._came, accepted, sure)):
             known.progress(f"{self.site.key}: {tried} explanations tried")
             if accepted and len(mistakes) > len(accepted[0][0]):
                 break
@@ -259,11 +281,14 @@ class Search:
             accepted.append((mistakes, fit))
             if fit.within(_SURE) and known.blames_precision(mistakes):
                 break
+            if fit.within(_SURE) and fit.error <= _TINY * self._all.before.error:
+                sure.append(mistakes)
         if not accepted:
             return None
         if not any(fit.within(_SLACK) for _, fit in accepted):
             accepted += self._multiplied(accepted)
         answer = self._choose(accepted, known)
+        answer = dataclasses.replace(answer, told=self._told(answer.mistakes, answer.error))
         known.add(self.site.stage, answer)
         return answer
 
@@ -274,17 +299,38 @@ class Search:
         fits = ((stack, self._judge(stack)) for stack in stacks if len({mistake.fault for mistake in stack}) > 1)
         return [(stack, fit) for stack, fit in fits if fit is not None and fit.within(_SLACK)]
 
-    def layers_of(self, mistakes: Mistakes) -> dict[str, tuple[int, ...]]:
-        """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, the one before."""
-        nodes = self._replay.undumped(self.site.key)
-        made = {}
-        for mistake in mistakes:
-            where = mistake.stages(self._replay)
-            within = {node.layer for node in nodes if node.stage in where and node.layer is not None}
-            made[mistake.name] = tuple(
-                sorted(within if mistake.layers is None else within.intersection(mistake.layers))
-            )
-        return made
+    def layers_of(self, answer: Answer) -> dict[str, tuple[int, ...]]:
+        """Returns the layers that each mistake is made in, by name: the stage's own or, over a gap, those before that
+        the values tell."""
+        made = {mistake.name: self._layers(mistake) for mistake in answer.mistakes}
+        return {name: tuple(sorted(layers & answer.told.get(name, layers))) for name, layers in made.items()}
+
+    def _layers(self, mistake: Mistake) -> frozenset[int]:
+        """The layers up to the stage that a mistake is made in; none outside the layers."""
+        nodes, stages = self._replay.undumped(self.site.key), mistake.stages(self._replay)
+        within = frozenset(node.layer for node in nodes if node.stage in stages and node.layer is not None)
+        return within if mistake.layers is None else within.intersection(mistake.layers)
+
+    def _told(self, mistakes: Mistakes, error: float) -> Mapping[str, frozenset[int]]:
+        """In which layers the values show whether each mistake was made: without it there, or with it, they are
+        farther off."""
+        layers = {node.layer for node in self._replay.undumped(self.site.key) if node.layer is not None}
+        told: dict[str, frozenset[int]] = {}
+        started = time.monotonic()
+        for place, mistake in enumerate(mistakes):
+            made, shown = self._layers(mistake), set[int]()
+            for layer in sorted(layers) if made and len(layers) > 1 else ():
+                if time.monotonic() - started > _TOLD_SECONDS:
+                    shown.add(layer)
+                    continue
+                others: list[int | None] = [*sorted(made ^ {layer}), *([None] if mistake.layers is None else [])]
+                instead = (mistake.in_layers(*others),) if others else ()
+                fit = self._all.judge((*mistakes[:place], *instead, *mistakes[place + 1 :]))
+                if not self._as_near(fit.error, error):
+                    shown.add(layer)
+            if made and len(layers) > 1:
+                told[mistake.name] = frozenset(shown)
+        return told
 
     def permuted(self) -> np.ndarray | None:
         """Returns which column each position's values belong to, [B, T], if right values stand at wrong positions."""
@@ -347,7 +393,7 @@ class Search:
         """Returns how well a hypothesis fits if it explains the stage: on a sample, then on everything."""
         sampled = self._some.judge(mistakes)
         left = sampled.error / self._some.before.error if self._some.before.error else math.inf
-        self._left[mistakes] = left
+        self._came[mistakes] = Came(left, sampled.unlike)
         if math.isfinite(left) and (self.closest is None or left < self.closest[1]):
             self.closest = names(mistakes), left
         if not self._explains(mistakes, sampled, self._some, _SAMPLED):

@@ -11,6 +11,8 @@ from apr_jax.parity.question import Question
 _WORTH = 0.7
 """A number is solved for to the end only if some value nearby leaves less than this share of the difference."""
 _TOLERANCE = 1e-9
+_FEW = 5
+"""As many numbers of a grid tell whether a fault is like what there is to explain."""
 
 
 def solve(question: Question, base: Mistake) -> list[Mistake]:
@@ -24,11 +26,8 @@ def solve(question: Question, base: Mistake) -> list[Mistake]:
     if grid is None:
         raise ValueError(f"{base.fault} has no number to solve for")
 
-    def with_number(value: float) -> Mistake:
-        return base.having(**base.parameters, **{grid.parameter: value})
-
     def misfit(logarithm: float) -> float:
-        value = question.misfit((with_number(float(np.exp(logarithm))),))
+        value = question.misfit((_with_number(base, float(np.exp(logarithm))),))
         return value if np.isfinite(value) else np.finfo(np.float64).max
 
     points = np.log(grid.values)
@@ -38,4 +37,17 @@ def solve(question: Question, base: Mistake) -> list[Mistake]:
         return []
     bounds = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
     found = minimize_scalar(misfit, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE, "maxiter": 60})
-    return [with_number(value) for value in grid.near(float(np.exp(found.x)))]
+    return [_with_number(base, value) for value in grid.near(float(np.exp(found.x)))]
+
+
+def unlike(question: Question, base: Mistake) -> float:
+    """Returns how unlike what there is to explain a fault's change is, by a few numbers from all over its grid."""
+    assert base.fault.grid is not None
+    values = base.fault.grid.values
+    some = values[:: max(1, len(values) // _FEW)]
+    return min(question.unlike((_with_number(base, value),)) for value in some)
+
+
+def _with_number(base: Mistake, value: float) -> Mistake:
+    assert base.fault.grid is not None
+    return base.having(**base.parameters, **{base.fault.grid.parameter: value})

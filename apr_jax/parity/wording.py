@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.parity.faults.record import Fault
-from apr_jax.parity.localise import Localisation, Site
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import dumped_tokens, position_axis
 
 
 def sentence(
@@ -74,25 +72,3 @@ def places(inputs: Inputs, moved: np.ndarray, columns: np.ndarray) -> str:
     of = inputs.places()
     shown = [f"row {b} position {of[t]} holds {of[columns[b, t]]}" for b, t in np.argwhere(moved)[:3]]
     return ", ".join(shown) + (", ..." if moved.sum() > 3 else "")
-
-
-def description(
-    inputs: Inputs, theirs: np.ndarray, located: Localisation, site: Site, closest: tuple[str, float] | None
-) -> str:
-    axis, notes = position_axis(site.key), []
-    counted = dumped_tokens(inputs, located.columns.get(site.key))
-    shown = np.expand_dims(counted, tuple(other for other in range(1, theirs.ndim) if other != axis))
-    theirs, reference = (np.where(shown, values, 0.0) for values in (theirs, located.reference[site.key]))
-    power = float((reference * reference).sum())
-    factor = float((theirs * reference).sum()) / power if power else 0.0
-    rest = float(np.linalg.norm(theirs - factor * reference))
-    if factor and rest < 0.1 * site.error:
-        notes.append(f"theirs is {factor:.6g} times the right value")
-    each = np.sqrt(((theirs - reference) ** 2).sum(axis=tuple(a for a in range(1, theirs.ndim) if a != axis)))
-    wrong = each > 0.1 * each.max()
-    if wrong.sum() < 0.5 * counted.sum():
-        places = [f"row {b} position {inputs.places()[t]}" for b, t in np.argwhere(wrong)[:4]]
-        notes.append(f"{int(wrong.sum())} of {int(counted.sum())} positions carry it ({', '.join(places)}, ...)")
-    if closest and closest[1] < 0.3:
-        notes.append(f"closest is {closest[0]}, which leaves {closest[1]:.1%} of the difference")
-    return "; ".join(notes) or "it is spread over all positions"

@@ -5,6 +5,7 @@ Golden files, dumps and JSON hold the keys as plain strings; here alone they are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
@@ -62,9 +63,7 @@ class Key(str):
     @property
     def layer(self) -> int | None:
         """The layer, None outside the layers."""
-        kind, _, rest = self.removeprefix(GRADIENT).partition(".")
-        number = rest.partition(".")[0]
-        return int(number) if kind in ("stage", "hidden") and number.isdecimal() else None
+        return _layer_of(self)
 
     @property
     def stage(self) -> str:
@@ -95,6 +94,13 @@ class Key(str):
     def per_pair(self) -> bool:
         """Whether the values are [B, N, T, T], one for every query and key."""
         return self.stage in PER_PAIR
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer_of(key: str) -> int | None:
+    kind, _, rest = key.removeprefix(GRADIENT).partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if kind in ("stage", "hidden") and number.isdecimal() else None
 
 
 EMBEDDING = Key("stage.embedding")

@@ -238,14 +238,14 @@ class Mistake:
       pairs: Sorted (parameter, value) pairs.
       within: The part of a stage that it is confined to; None is all of it.
       stage: That stage; "" without `within`.
-      layers: The layers that it is made in; None is all that the stages tell.
+      layers: The layers that it is made in, None standing for what is outside; None is all that the stages tell.
     """
 
     fault: Fault
     pairs: tuple[tuple[str, Any], ...] = ()
     within: Region | None = None
     stage: str = ""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int | None, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -273,7 +273,7 @@ class Mistake:
         """Returns the same in one part of a stage only."""
         return dataclasses.replace(self, within=within, stage=stage)
 
-    def in_layers(self, *layers: int) -> Mistake:
+    def in_layers(self, *layers: int | None) -> Mistake:
         """Returns the same in some layers only."""
         return dataclasses.replace(self, layers=layers)
 
