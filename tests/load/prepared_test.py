@@ -19,7 +19,14 @@ from absl.testing import absltest, parameterized
 from apr_jax.commands import checkpoint as command
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.run import convert
-from apr_jax.converters.errors import AprJaxError, BrokenContainerError, MissingFileError, RefusedError, UsageError
+from apr_jax.converters.errors import (
+    AprJaxError,
+    BrokenContainerError,
+    MissingFileError,
+    RefusedError,
+    StorageError,
+    UsageError,
+)
 from apr_jax.load import prepared
 from apr_jax.load.load_model import load_model
 from apr_jax.trace import golden
@@ -217,15 +224,15 @@ class AtomicTest(Case):
             prepared.save(checkpoint, str(self.save_into_source), force=True)
         self.assertEqual((self.folder / "thesis.txt").read_text(), "unique")
 
-    @parameterized.parameters(KeyboardInterrupt, OSError)
-    def test_nothing_stays_of_a_save_that_was_interrupted(self, error):
+    @parameterized.parameters((KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "No space left"), StorageError))
+    def test_nothing_stays_of_a_save_that_was_interrupted(self, error, expected):
         real = prepared._write_parameters
 
         def interrupted(parameters, folder):
             real(parameters, folder)
             raise error
 
-        with absltest.mock.patch.object(prepared, "_write_parameters", interrupted), self.assertRaises(error):
+        with absltest.mock.patch.object(prepared, "_write_parameters", interrupted), self.assertRaises(expected):
             self.save()
         self.assertEqual(self.listed(), [])
 
