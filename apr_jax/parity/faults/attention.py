@@ -122,6 +122,7 @@ _MASKS = (
         _MASKED,
         {"first_key": lambda right, at, size: at.replay.places() // size * size},
         variants=_chunks,
+        formula="{right}, but for j from i − i mod {size} on",
     ),
 )
 
@@ -191,6 +192,7 @@ SOFTMAX_PRECISION = Fault(
     ways=lambda dtype: ({"steps": "scores"},),
     alone=True,
     chaotic=True,
+    formula="{right}, rounded to {dtype}",
 )
 _CACHED = {"k": ("attn_scores",), "v": ("attention",)}
 

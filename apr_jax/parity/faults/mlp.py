@@ -72,12 +72,17 @@ FAULTS = (
         "the residual is added twice",
         tuple(_READ),
         {"stream": lambda x, at: 2 * x},
+        formula={"post_attn_residual": "y = 2 x + attn_out", "post_ffn_residual": "y = 2 x + ffn_out"},
     ),
     Fault(
         "residual-behind-norm",
         "the residual is taken behind the norm, not before it",
         tuple(_READ),
         {"stream": _normed},
+        formula={
+            "post_attn_residual": "y = RMSNorm(x) + attn_out",
+            "post_ffn_residual": "y = RMSNorm(x) + ffn_out",
+        },
     ),
     Fault(
         "norm-before-residual",
@@ -85,5 +90,6 @@ FAULTS = (
         tuple(NORMS),
         {"norm_input": _updates},
         variants=lambda question, node: [{}] if node != Key.of(0, "attn_norm") else [],
+        formula="{right}, of x before its residual was added",
     ),
 )

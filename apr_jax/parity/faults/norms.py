@@ -118,6 +118,7 @@ PART_OF_WIDTH = Fault(
     solve=_widths,
     variants=_customary_widths,
     alone=True,
+    formula="y = w · x / √(Σ x[:{columns}]² / n + ε), n the number of {divisor}",
 )
 FAULTS = (
     Fault(

@@ -87,6 +87,7 @@ POSITION = Fault(
     merge={"last": IGNORED},
     slight=False,
     alone=True,
+    formula=("y[t] = x[t + ({shift})] Wᵀ", "y[t] = x[T − 1] Wᵀ, T − 1 the last column"),
 )
 
 
@@ -104,6 +105,7 @@ TEMPERATURE = Fault(
     solve=_temperatures,
     grid=Grid("temperature", (0.1, 0.2, 0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 2.0, 5.0), round_numbers.near),
     alone=True,
+    formula="y = x Wᵀ / {temperature:.6g}",
 )
 SOFT_CAP = soft_cap.fault("logits-soft-cap", "the logits are bounded softly by {cap:.6g} (tanh)", "logits", "logits")
 LAYOUT = Fault("layout", "not a mistake, undone: the dump is {kind} there", mistake=False)

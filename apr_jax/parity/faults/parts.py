@@ -155,5 +155,6 @@ STAGE_SCALED = Fault(
     solve=_whole,
     variants=_none,
     alone=True,
+    formula="{factor:.6g} times: {right}",
 )
 FAULTS = (SCALED, ZEROED, EXCHANGED, STAGE_SCALED)

@@ -163,6 +163,7 @@ PART_DIMS = Fault(
     solve=rotations,
     variants=_shares,
     alone=True,
+    formula="{right} for i < {share:.4g} d/2 only, frequencies {cut}; the rest of y is x",
 )
 THETA = Fault(
     "rope-theta",

@@ -30,6 +30,10 @@ ALL_REDUCE = Fault(
     "the parts of the {ranks} ranks are not summed: an all-reduce is missing",
     formula=Instead("y = x[r] W[r]ᵀ on each rank r", "y = Σ_r x[r] W[r]ᵀ over {ranks} ranks"),
 )
-APART = Fault("ranks-apart", "of what all ranks should hold alike, other values stand on the ranks {ranks}")
+APART = Fault(
+    "ranks-apart",
+    "of what all ranks should hold alike, other values stand on the ranks {ranks}",
+    formula=Instead("y on the ranks {ranks} ≠ y on the others", "y alike on all ranks"),
+)
 
 FAULTS = (NON_FINITE, OVERFLOW, CONSTANT, PERMUTED, UNKNOWN, UPLOAD, RANK_ORDER, ALL_REDUCE, APART)

@@ -11,6 +11,7 @@ from apr_jax.parity.faults.record import Fault, Grid, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import At, Value
 
+_FORMULA = "{right}, then {cap:.6g} · tanh(y / {cap:.6g})"
 _CAPS = (5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0, 500.0)
 
 
@@ -28,7 +29,7 @@ def fault(name: str, wording: str, stage: str, step: str) -> Fault:
         yield from ((made.made(cap=cap),) for cap in _near(question))
 
     grid = Grid("cap", _CAPS, round_numbers.near)
-    made = Fault(name, wording, (stage,), {step: _capped}, solve=bounds, grid=grid, alone=True)
+    made = Fault(name, wording, (stage,), {step: _capped}, solve=bounds, grid=grid, alone=True, formula=_FORMULA)
     return made
 
 

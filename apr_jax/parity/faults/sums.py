@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.parity.faults.products import MULTIPLIED, columns_of
-from apr_jax.parity.faults.record import Fault, Mistakes
+from apr_jax.parity.faults.record import Fault, Instead, Mistakes
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import PRODUCTS, QKV, At, Replay, Value
 from apr_jax.trace.stages import Key
@@ -133,5 +133,6 @@ CUT_SHORT = Fault(
     solve=_missing,
     variants=_tails,
     alone=True,
+    formula=Instead("y = Σ_i x[i] W[:, i], i from {first} to {last} left out", "y = Σ_i x[i] W[:, i]"),
 )
 FAULTS = (CUT_SHORT,)
