@@ -610,5 +610,8 @@ case("12 a name with NUL", lambda folder: folder / "x\0", "file-missing")
 case("111 a folder of nothing", lambda folder: folder, "no-checkpoint")
 case("113 a link out of the folder", linked("../x.safetensors"), "path-escapes")
 case("113 a link to nothing", linked("../y.safetensors"), "path-escapes")
-case("122 an index of 101 MB", truncated(shards({"weight_map": MAP}, "a.safetensors"), "model.safetensors.index.json", 101_000_000),
-     "index-size")  # fmt: skip
+case(
+    "122 an index of 101 MB",
+    truncated(shards({"weight_map": MAP}, "a.safetensors"), "model.safetensors.index.json", 101_000_000),
+    "index-size",
+)
