@@ -389,8 +389,12 @@ TWO_ROWS = {
 case("map: positions of unequal rows", folder_of(TWO_ROWS), "positions")
 case("log: a tensor of no forward pass", raw(b"zzz-0 = (f32) ADD(a) = {1}\nsum = 1\n", "x.log"), "nothing-compared")
 case("ids: 17 MB of holes", truncated(raw(b"[[1]]", "ids.json"), "ids.json", 17 << 20), "file-size", opens=tokens)
-case("raw ids: 32 MB", truncated(folder_of({"input_ids.1x8388608.i32": b""}, _NO_FILE), "input_ids.1x8388608.i32", 32 << 20),
-     "inputs-size", opens=tokens)  # fmt: skip
+case(
+    "raw ids: 32 MB",
+    truncated(folder_of({"input_ids.1x8388608.i32": b""}, _NO_FILE), "input_ids.1x8388608.i32", 32 << 20),
+    "inputs-size",
+    opens=tokens,
+)
 case("positions: no such file", lambda folder: folder / "p.json", "positions", opens=places)
 case("ranks: none of them a dump", folder_of({"rank0/x": b"", "rank1/x": b""}), "dump-ranks")
 case("ranks: APRT", folder_of({"rank0/final_norm.bin": aprt(), "rank1/final_norm.bin": aprt()}), "dump-ranks")

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -30,61 +31,58 @@ def filled(opening: bytes, item: bytes, closing: bytes = b"]") -> bytes:
     return opening + (item + b",") * (SIZE // (len(item) + 1)) + item + closing
 
 
-TEXTS = {
-    "empty arrays": filled(b"[", b"[]"),
-    "empty objects": filled(b"[", b"{}"),
-    "objects of one key": filled(b"[", b'{"":0}'),
-    "arrays of 3 levels": filled(b"[", b"[[[]]]"),
-    "digits": filled(b"[", b"1"),
-    "numbers of 20 digits": filled(b"[", b"18446744073709551615"),
-    "numbers of 90 digits": filled(b"[", b"9" * 90),
-    "one number of 20 MB": b"[" + b"9" * SIZE + b"]",
-    "floats": filled(b"[", b"0.5"),
-    "floats of 90 digits": filled(b"[", b"0." + b"3" * 88),
-    "floats with exponents": filled(b"[", b"1e-300"),
-    "minus zero": filled(b"[", b"-0"),
-    "negative zeros as floats": filled(b"[", b"-0.0"),
-    "true": filled(b"[", b"true"),
-    "empty texts": filled(b"[", b'""'),
-    "texts of a letter": filled(b"[", b'"a"'),
-    "texts of two-byte letters": filled(b"[", '"ä"'.encode()),
-    "texts of four-byte letters": filled(b"[", '"😀"'.encode()),
-    "one text": b'["' + b"a" * SIZE + b'"]',
-    "one text that a letter makes four times as wide": '["😀'.encode() + b"a" * SIZE + b'"]',
-    "one text of escapes": b'["' + b"\\n" * (SIZE // 2) + b'"]',
-    "one text of \\u0061": b'["' + b"\\u0061" * (SIZE // 6) + b'"]',
-    "one text of surrogate pairs": b'["' + b"\\ud83d\\ude00" * (SIZE // 12) + b'"]',
-    "one text of half pairs": b'["' + b"\\ud83d" * (SIZE // 6) + b'"]',
-    "texts of half a pair": filled(b"[", b'"\\ud83d"'),
-    "texts of backslashes": filled(b"[", b'"\\\\"'),
-    "one text of backslashes": b'["' + b"\\\\" * (SIZE // 2) + b'"]',
-    "quotes within a text": b'["' + b'\\"' * (SIZE // 2) + b'"]',
-    "keys": b"{" + b",".join(b'"%d":0' % n for n in range(SIZE // 12)) + b"}",
-    "keys that are equal": filled(b"{", b'"a":0', b"}"),
-    "keys that are equal once decoded": b'{"a":0,' + filled(b"", b'"\\u0061":0', b"}"),
-    "long keys": b"{" + b",".join(b'"%0999d":0' % n for n in range(SIZE // 1002)) + b"}",
-    "open brackets": b"[" * SIZE,
-    "open braces": b'{"":' * (SIZE // 4),
-    "closed brackets": b"]" * SIZE,
-    "64 levels, again and again": filled(b"[", b"[" * 62 + b"]" * 62),
-    "65 levels, again and again": filled(b"[", b"[" * 65 + b"]" * 65),
-    "brackets in texts": b'["' + b"[" * SIZE + b'"]',
-    "blanks": b" " * SIZE + b"[]",
-    "commas": b"[" + b"," * SIZE + b"]",
-    "colons": b"{" + b":" * SIZE + b"}",
-    "quotes": b'"' * SIZE,
-    "letters": b"a" * SIZE,
-    "bytes that are no UTF-8": b'["' + b"\xff" * SIZE + b'"]',
-    "NUL": bytes(SIZE),
+TEXTS: dict[str, Callable[[], bytes]] = {
+    "empty arrays": lambda: filled(b"[", b"[]"),
+    "empty objects": lambda: filled(b"[", b"{}"),
+    "objects of one key": lambda: filled(b"[", b'{"":0}'),
+    "arrays of 3 levels": lambda: filled(b"[", b"[[[]]]"),
+    "digits": lambda: filled(b"[", b"1"),
+    "numbers of 20 digits": lambda: filled(b"[", b"18446744073709551615"),
+    "numbers of 90 digits": lambda: filled(b"[", b"9" * 90),
+    "one number of 20 MB": lambda: b"[" + b"9" * SIZE + b"]",
+    "floats": lambda: filled(b"[", b"0.5"),
+    "floats of 90 digits": lambda: filled(b"[", b"0." + b"3" * 88),
+    "floats with exponents": lambda: filled(b"[", b"1e-300"),
+    "minus zero": lambda: filled(b"[", b"-0"),
+    "negative zeros as floats": lambda: filled(b"[", b"-0.0"),
+    "true": lambda: filled(b"[", b"true"),
+    "empty texts": lambda: filled(b"[", b'""'),
+    "texts of a letter": lambda: filled(b"[", b'"a"'),
+    "texts of two-byte letters": lambda: filled(b"[", '"ä"'.encode()),
+    "texts of four-byte letters": lambda: filled(b"[", '"😀"'.encode()),
+    "one text": lambda: b'["' + b"a" * SIZE + b'"]',
+    "one text that a letter makes four times as wide": lambda: '["😀'.encode() + b"a" * SIZE + b'"]',
+    "one text of escapes": lambda: b'["' + b"\\n" * (SIZE // 2) + b'"]',
+    "one text of \\u0061": lambda: b'["' + b"\\u0061" * (SIZE // 6) + b'"]',
+    "one text of surrogate pairs": lambda: b'["' + b"\\ud83d\\ude00" * (SIZE // 12) + b'"]',
+    "one text of half pairs": lambda: b'["' + b"\\ud83d" * (SIZE // 6) + b'"]',
+    "texts of half a pair": lambda: filled(b"[", b'"\\ud83d"'),
+    "texts of backslashes": lambda: filled(b"[", b'"\\\\"'),
+    "one text of backslashes": lambda: b'["' + b"\\\\" * (SIZE // 2) + b'"]',
+    "quotes within a text": lambda: b'["' + b'\\"' * (SIZE // 2) + b'"]',
+    "keys": lambda: b"{" + b",".join(b'"%d":0' % n for n in range(SIZE // 12)) + b"}",
+    "keys that are equal": lambda: filled(b"{", b'"a":0', b"}"),
+    "keys that are equal once decoded": lambda: b'{"a":0,' + filled(b"", b'"\\u0061":0', b"}"),
+    "long keys": lambda: b"{" + b",".join(b'"%0999d":0' % n for n in range(SIZE // 1002)) + b"}",
+    "open brackets": lambda: b"[" * SIZE,
+    "open braces": lambda: b'{"":' * (SIZE // 4),
+    "closed brackets": lambda: b"]" * SIZE,
+    "64 levels, again and again": lambda: filled(b"[", b"[" * 62 + b"]" * 62),
+    "65 levels, again and again": lambda: filled(b"[", b"[" * 65 + b"]" * 65),
+    "brackets in texts": lambda: b'["' + b"[" * SIZE + b'"]',
+    "blanks": lambda: b" " * SIZE + b"[]",
+    "commas": lambda: b"[" + b"," * SIZE + b"]",
+    "colons": lambda: b"{" + b":" * SIZE + b"}",
+    "quotes": lambda: b'"' * SIZE,
+    "letters": lambda: b"a" * SIZE,
+    "bytes that are no UTF-8": lambda: b'["' + b"\xff" * SIZE + b'"]',
+    "NUL": lambda: bytes(SIZE),
 }
 
 
 def measured(name: str) -> tuple[str, float, float, int]:
     """Parses a text in this process, a fresh one; returns the outcome, seconds, MB beyond the text, and its bytes."""
-    text = TEXTS[name]
-    for other in list(TEXTS):
-        if other != name:
-            del TEXTS[other]
+    text = TEXTS[name]()
     strict_json.loads(b"[1.5]", what="it", max_bytes=100)
     before = _resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")
