@@ -126,7 +126,7 @@ class Question:
         """The sine of the angle between what these mistakes change and what there is to explain; 1 from 90 degrees."""
         right = self._without_more
         with np.errstate(all="ignore"):
-            changed, off = self._counted(self.value(mistakes) - right), self._counted(self._their_rows() - right)
+            changed, off = self._counted(self.value(mistakes) - right), self._counted(self.their_rows() - right)
             return sine(changed, off)
 
     @functools.cached_property
