@@ -55,8 +55,8 @@ _BETTER = 0.7
 
 _MOST_STACKS, _SECONDS = 2000, 120.0
 """How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
-long at all of them: behind layer outputs or logits alone there is no end to them. Seconds are of this thread's processor
-time, since an answer shall not hang on what else the machine does."""
+long at all of them: behind layer outputs or logits alone there is no end to them. Seconds are of this thread's
+processor time, since an answer shall not hang on what else the machine does."""
 
 _TOLD_SECONDS = 60.0
 """How long it is asked which layers behind a gap the values tell; of the others it is taken for granted."""
