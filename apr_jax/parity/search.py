@@ -57,7 +57,8 @@ _BETTER = 0.7
 
 _MOST_STACKS, _SECONDS = 2000, 120.0
 """How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
-long at all of them: behind layer outputs or logits alone there is no end to them."""
+long at all of them: behind layer outputs or logits alone there is no end to them. Seconds are of this thread's
+processor time, since an answer shall not hang on what else the machine does."""
 
 _TOLD_SECONDS = 60.0
 """How long it is asked which layers behind a gap the values tell; of the others it is taken for granted."""
@@ -264,12 +265,12 @@ class Search:
         """Looks among all hypotheses, and keeps what it finds in `known`; None if nothing explains the stage."""
         accepted: list[tuple[Mistakes, Fit]] = []
         sure: list[Mistakes] = []
-        stacks, before = 0, time.monotonic()
+        stacks, before = 0, time.thread_time()
         for tried, mistakes in enumerate(hypotheses(self._question(), self._came, accepted, sure)):
             known.progress(f"{self.site.key}: {tried} explanations tried")
             if accepted and len(mistakes) > len(accepted[0][0]):
                 break
-            now = time.monotonic()
+            now = time.thread_time()
             if len(mistakes) > 1 or any(mistake.layers is not None for mistake in mistakes):
                 stacks, known.seconds = stacks + 1, known.seconds - (now - before)
                 if stacks > _MOST_STACKS or known.seconds < 0:
@@ -316,11 +317,11 @@ class Search:
         farther off."""
         layers = {node.layer for node in self._replay.undumped(self.site.key) if node.layer is not None}
         told: dict[str, frozenset[int]] = {}
-        started = time.monotonic()
+        started = time.thread_time()
         for place, mistake in enumerate(mistakes):
             made, shown = self._layers(mistake), set[int]()
             for layer in sorted(layers) if made and len(layers) > 1 else ():
-                if time.monotonic() - started > _TOLD_SECONDS:
+                if time.thread_time() - started > _TOLD_SECONDS:
                     shown.add(layer)
                     continue
                 others: list[int | None] = [*sorted(made ^ {layer}), *([None] if mistake.layers is None else [])]
