@@ -90,7 +90,9 @@ class ParityCommandTest(ParityTestCase):
     def test_the_json_report_has_the_fields_that_are_promised(self):
         dump, _ = self.dump(80, REAL_CASE)
         report = self.report(SAMPLE, "--right", dump, code=1)
-        self.assertEqual(set(report), {"verdict", "compared", "dtype", "unexamined", "findings", "notes"})
+        self.assertEqual(
+            set(report), {"verdict", "compared", "dtype", "unexamined", "findings", "first_wrong", "notes"}
+        )
         self.assertEqual(
             (report["verdict"], report["compared"], report["dtype"], report["unexamined"], report["notes"]),
             ("mistake", {"stages": 37, "elements": 292768, "positions": 80}, "float32", [], []),
@@ -107,6 +109,7 @@ class ParityCommandTest(ParityTestCase):
             "certainty": str,
             "sentence": str,
             "cannot_show": list,
+            "first": list,
         }
         for finding in report["findings"]:
             self.assertEqual({key: type(value) for key, value in finding.items()}, kinds)
