@@ -110,9 +110,10 @@ class Replay:
         free = self.touched.isdisjoint(other.stage for other in self.undumped(key))
         store: dict[Hashable, Any] = self.memo if free else self.composed
         name = (key, None if self.rows is None else self.rows.tobytes())
-        if name not in store:
-            store[name] = self._made(key)
-        return store[name]
+        value = store.get(name)
+        if value is None:
+            value = store[name] = self._made(key)
+        return value
 
     def look(self, stage: str, values: np.ndarray) -> Value:
         """Returns the replay's positions of a stage's values, float64."""
