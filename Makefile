@@ -47,7 +47,8 @@ rooms:
 test-every-cpu: $(VENV)/reference-installed
 	$(BIN)/python tests/every_cpu.py
 
-# Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`.
+# Live HuggingFace on CPU and, where APR_BIN names it, the genuine `apr`; ONNX Runtime and llama.cpp where their wheels are
+# installed: pip install onnx onnxscript onnxruntime gguf xllamacpp.
 test-reference: $(VENV)/reference-installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/reference
 

@@ -495,9 +495,13 @@ def _print(report: dict[str, Any]) -> None:
         _print_logits(report["logits"])
 
 
+_LATE = 64
+"""A mistake that shows before this position is made from the beginning."""
+
+
 def _print_first_wrong(first_wrong: Mapping[str, Mapping[str, Any]]) -> None:
-    """Where stages are right up to some position: which is the first wrong one, stage by stage."""
-    if all(where["right_before"] is None for where in first_wrong.values()):
+    """Where stages are right up to some position far in: which is the first wrong one, stage by stage."""
+    if all(where["right_before"] is None or where["position"] < _LATE for where in first_wrong.values()):
         return
     print("\nfirst wrong position (the last right one before it that was dumped)")
     for key, where in first_wrong.items():

@@ -148,16 +148,18 @@ def _explain_part(
     """Explains what is wrong at some positions of a long sequence: by what explains others first."""
     replay, located = part.replay, part.located
     recalled: dict[str, Explanation | None] = {}
+    tried: list[tuple[Site, Known]] = []
     for site in (site for site in located.sites if site.wrong and site.finite and before):
         nodes = set(replay.undumped(site.key))
         inside = [explanation for explanation in before if explanation.site.key in nodes]
         if any(explanation.after is None for explanation in inside):
             recalled[site.key] = None  # behind what nothing explains
         elif mistakes := tuple(dict.fromkeys(mistake for one in inside for mistake in one.mistakes)):
-            known = Known()
-            known.add(site.stage, Answer(mistakes, 0.0))
-            if (answer := _recall(replay, site, located, known)) is not None:
-                recalled[site.key] = answer
+            tried.append((site, Known()))
+            tried[-1][1].add(site.stage, Answer(mistakes, 0.0))
+    with Workers(min(_THREADS, os.cpu_count() or 1)) as workers:
+        answers = workers.map(lambda pair: _recall(replay, pair[0], located, pair[1]), tried)
+        recalled |= {site.key: answer for (site, _), answer in zip(tried, answers, strict=True) if answer is not None}
     rest = tuple(site for site in located.sites if site.key not in recalled)
     explained = _explain_all(replay, dataclasses.replace(located, sites=rest), progress)
     shown = {site.key for site in located.sites if site.wrong}

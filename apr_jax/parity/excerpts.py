@@ -70,9 +70,9 @@ class _Recent(dict[Any, Any]):
 
     def __setitem__(self, name: Any, value: Any) -> None:
         super().__setitem__(name, value)
-        arrays = [other for other, kept in self.items() if isinstance(kept, np.ndarray)]
+        arrays = [other for other, kept in list(self.items()) if isinstance(kept, np.ndarray)]
         for other in arrays[:-_MOST_KEPT]:
-            del self[other]
+            self.pop(other, None)  # another thread may have been here
 
 
 class LongDump:

@@ -81,8 +81,10 @@ class ParityCommandTest(ParityTestCase):
     def test_the_json_report_has_the_fields_that_are_promised(self):
         dump, _ = self.dump(80, REAL_CASE)
         report = self.report(SAMPLE, "--right", dump, code=1)
-        fields = "verdict standing compared dtype widened unexamined findings notes stages worst_stage logits sides"
-        self.assertEqual(set(report), set(fields.split()))
+        fields = (
+            "verdict standing compared dtype widened unexamined first_wrong findings notes stages worst_stage logits"
+        )
+        self.assertEqual(set(report), {*fields.split(), "sides"})
         self.assertEqual(
             (report["verdict"], report["compared"], report["dtype"], report["unexamined"], report["notes"]),
             ("mistake", {"stages": 37, "elements": 292768, "positions": 80}, "float32", [], []),
@@ -100,6 +102,7 @@ class ParityCommandTest(ParityTestCase):
             "sentence": str,
             "cannot_show": list,
             "formulas": dict,
+            "first": list,
         }
         for finding in report["findings"]:
             self.assertEqual({key: type(value) for key, value in finding.items()}, kinds)
