@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import DumpError
 from apr_jax.loss.documents import Document, Window
 from apr_jax.loss.scoring import Scores, Variant, logits_before, score
 from apr_jax.loss.summary import counts
@@ -125,7 +125,7 @@ def check(run: Run, path: str | os.PathLike[str]) -> Verdict:
 
     Raises:
       AprJaxError: As `open_checkpoint`.
-      RefusedError: The file holds no losses, or not as many as there are tokens.
+      DumpError: The file holds no losses, or not as many as there are tokens.
     """
     losses, mean = _read(path)
     ours = run.taken(lambda scores: scores.loss)
@@ -150,7 +150,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[np.ndarray | None, float | None
         found = {name: checkpoint.tensors[name].read() for name in ("losses", "loss") if name in checkpoint.tensors}
         names = sorted(checkpoint.tensors)
     if not found or any(array.dtype.kind not in "fV" for array in found.values()):
-        raise RefusedError(
+        raise DumpError(
             "the file holds no losses",
             code="nothing-compared",
             file=path,
@@ -160,7 +160,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[np.ndarray | None, float | None
         )
     mean = found.get("loss")
     if mean is not None and mean.size != 1:
-        raise RefusedError("a mean loss is one number", code="loss-shape", file=path, found=list(mean.shape))
+        raise DumpError("a mean loss is one number", code="loss-shape", file=path, found=list(mean.shape))
     losses = found.get("losses")
     return (
         None if losses is None else losses.astype(np.float64).reshape(-1),
@@ -174,7 +174,7 @@ def _aligned(losses: np.ndarray, run: Run, path: str | os.PathLike[str]) -> np.n
     predicted = np.concatenate([np.arange(len(document.ids)) > 0 for document in run.documents])
     forms = {int(counted.sum()): None, len(counted): counted, int(predicted.sum()): counted[predicted]}
     if len(losses) not in forms:
-        raise RefusedError(
+        raise DumpError(
             "there are not as many losses as tokens",
             code="loss-shape",
             file=path,

@@ -153,7 +153,7 @@ def _everything(source: str, ids: Sequence[int] | np.ndarray, size: int | None) 
 def _int32(ids: Sequence[int] | np.ndarray, where: str) -> np.ndarray:
     array = np.asarray(ids, np.int64).reshape(-1)
     if array.size and not 0 <= array.min() <= array.max() < 2**31:
-        raise UsageError("a token id is out of range", code="input-ids", file=where)
+        raise UsageError("a token id is out of range", code="input-ids", file=where, expected="0 to 2**31 - 1")
     return array.astype(np.int32)
 
 

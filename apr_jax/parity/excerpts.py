@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import DumpError, RefusedError
 from apr_jax.model.language_model import Context, LanguageModel
 from apr_jax.model.qwen2 import rope
 from apr_jax.parity.localise import UNWIDENED, Localisation, Site, localise, other_engine
@@ -244,7 +244,7 @@ def _common(columns: np.ndarray | None) -> np.ndarray | None:
             hint="Dump the same positions of all rows, or the rows one by one.",
         )
     if (np.diff(columns[0]) <= 0).any():
-        raise RefusedError("the positions of a long dump do not rise", code="positions")
+        raise DumpError("the positions of a long dump do not rise", code="positions")
     return columns[0]
 
 

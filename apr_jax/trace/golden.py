@@ -218,6 +218,7 @@ def _checked_labels(labels: np.ndarray, inputs: Inputs, path: str | os.PathLike[
             file=path,
             tensor=_LABELS,
             expected=f"input_ids, or {IGNORED} where a token does not count, {list(ids.shape)}",
+            hint="Give the labels as they go into the model, not as they go into the loss",
         )
     return labels.astype(np.int32)
 

@@ -240,7 +240,9 @@ def check_target(
         except FileNotFoundError:
             if os.path.exists(path):
                 # A pipe behind /dev/stdout has no name of its own.
-                raise UsageError("the output is not a regular file", code="output-not-file", file=path) from None
+                raise UsageError(
+                    "the output is not a regular file", code="output-not-file", file=path, hint="Name another output"
+                ) from None
             if os.path.islink(path) and not force:
                 raise _exists(path) from None
             return final

@@ -84,7 +84,7 @@ class ParityCommandTest(ParityTestCase):
         fields = (
             "verdict standing compared dtype widened unexamined first_wrong findings notes stages worst_stage logits"
         )
-        self.assertEqual(set(report), {*fields.split(), "sides"})
+        self.assertEqual(set(report), {*fields.split(), "logits", "sides"})
         self.assertEqual(
             (report["verdict"], report["compared"], report["dtype"], report["unexamined"], report["notes"]),
             ("mistake", {"stages": 37, "elements": 292768, "positions": 80}, "float32", [], []),

@@ -69,25 +69,25 @@ class TableTest(parameterized.TestCase):
 class OneRecordTest(parameterized.TestCase):
     """What adding a mistake takes: one record, with one formula."""
 
-    HALVED = Fault(
-        "norm-halved",
-        "the norms are halved",
+    FOLDED = Fault(
+        "norm-folded",
+        "the norms lose their sign",
         tuple(NORMS),
-        {"normed": lambda y, at: y / 2},
+        {"normed": lambda y, at: np.abs(y)},
     )
-    SCALED = Fault(
-        "silu-times",
-        "silu is multiplied by {factor:.3g}",
+    RAISED = Fault(
+        "silu-raised",
+        "silu is raised by {offset:.3g}",
         ("ffn_silu",),
-        {"activation": lambda silu, at, factor: lambda x: factor * silu(x)},
-        solve=lambda question: [(OneRecordTest.SCALED.made(factor=OneRecordTest.factor(question)),)],
-        grid=Grid("factor", (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0), round_numbers.near),
+        {"activation": lambda silu, at, offset: lambda x: silu(x) + offset},
+        solve=lambda question: [(OneRecordTest.RAISED.made(offset=OneRecordTest.offset(question)),)],
+        grid=Grid("offset", (0.1, 0.2, 0.4, 0.6, 0.8, 1.0), round_numbers.near),
     )
 
     @staticmethod
-    def factor(question):
+    def offset(question):
         theirs, right = (x[question.tokens].astype(np.float64) for x in (question.theirs, question.right))
-        return round(float((theirs * right).sum() / (right * right).sum()), 3)
+        return round(float((theirs - right).mean()), 3)
 
     @classmethod
     def setUpClass(cls):
@@ -102,33 +102,35 @@ class OneRecordTest(parameterized.TestCase):
         with mock.patch.dict(FAULTS, {fault.name: fault}):
             return self.bench.diagnose(dump).findings
 
-    def halved(self):
-        return self.dump(rms_norm=lambda x, weight, eps: OPS.rms_norm(x, weight, eps) / 2)
+    def folded(self):
+        return self.dump(rms_norm=lambda x, weight, eps: jnp.abs(OPS.rms_norm(x, weight, eps)))
 
-    def times(self, factor):
-        return self.dump(activation=lambda x: jnp.asarray(factor, x.dtype) * OPS.activation(at_least_float32(x)))
+    def raised(self, offset):
+        return self.dump(activation=lambda x: jnp.asarray(offset, x.dtype) + OPS.activation(at_least_float32(x)))
 
     def test_it_is_generated_named_and_worded(self):
-        (finding,) = self.findings(self.HALVED, self.halved())
-        self.assertEqual((finding.fault, finding.layers, finding.certainty), ("norm-halved", "all", "certain"))
-        self.assertIn("all layers, attn_norm: the norms are halved", finding.sentence)
+        (finding,) = self.findings(self.FOLDED, self.folded())
+        self.assertEqual((finding.fault, finding.layers, finding.certainty), ("norm-folded", "all", "certain"))
+        self.assertIn("all layers, attn_norm: the norms lose their sign", finding.sentence)
 
     def test_without_its_record_it_is_unknown(self):
-        self.assertEqual({finding.fault for finding in self.bench.diagnose(self.halved()).findings}, {"unknown"})
+        self.assertEqual({finding.fault for finding in self.bench.diagnose(self.folded()).findings}, {"unknown"})
 
     def test_its_number_is_solved_for_where_the_stage_was_dumped_and_behind_a_gap(self):
-        dump = self.times(0.75)
+        dump = self.raised(0.75)
         without = {key: value for key, value in dump.items() if not key.endswith(("ffn_silu", "ffn_swigl"))}
         for shown, stage in ((dump, "ffn_silu"), (without, "ffn_out")):
-            (finding,) = self.findings(self.SCALED, shown)
-            self.assertEqual((finding.fault, finding.layers, finding.stage), ("silu-times", "all", stage))
-            self.assertAlmostEqual(finding.parameters["factor"], 0.75, places=3)
-            self.assertIn("silu is multiplied by 0.75", finding.sentence)
+            (finding,) = self.findings(self.RAISED, shown)
+            self.assertEqual((finding.fault, finding.layers, finding.stage), ("silu-raised", "all", stage))
+            self.assertAlmostEqual(finding.parameters["offset"], 0.75, places=3)
+            self.assertIn("silu is raised by 0.75", finding.sentence)
 
     def test_it_is_listed(self):
-        family = mock.Mock(FAULTS=(self.HALVED,))
+        family = mock.Mock(FAULTS=(self.FOLDED,))
         with mock.patch.dict(table._FAMILIES, {"New": family}):
-            self.assertIn("| `norm-halved` | attn_norm, ffn_norm, final_norm | the norms are halved |", table.listing())
+            self.assertIn(
+                "| `norm-folded` | attn_norm, ffn_norm, final_norm | the norms lose their sign |", table.listing()
+            )
 
 
 if __name__ == "__main__":

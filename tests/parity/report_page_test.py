@@ -6,7 +6,6 @@ import io
 import json
 import pathlib
 import re
-import signal
 import sys
 import tempfile
 
@@ -16,7 +15,6 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.commands import parity
-from apr_jax.converters.commands import cli
 from apr_jax.parity import formulas, web_page
 from apr_jax.parity.faults.record import Instead, fields
 from apr_jax.parity.faults.table import FAULTS
@@ -24,7 +22,7 @@ from apr_jax.parity.findings import Finding
 from apr_jax.parity.replay import FORMULAS
 from apr_jax.testing.sample import SAMPLES
 from apr_jax.trace.inputs import seeded
-from tests import oracle, paths
+from tests import oracle, paths, tool
 from tests.battery.faulty_forward import Planted, forward, write_aprt
 from tests.battery.parity_battery import REAL_CASE
 
@@ -88,15 +86,10 @@ class PageTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
 
     def ran(self, *args, code):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), self.assertRaises(SystemExit) as ended:
-            cli.start(parity.parse, parity.main, ["parity.py", *map(str, args)])
-        self.assertEqual(ended.exception.code, code, out.getvalue() + err.getvalue())
-        return out.getvalue(), err.getvalue()
+        done = tool.ran(self, "parity", *args, code=code)
+        return done.stdout, done.stderr
 
     def dump(self, faults=(), name="dump", **changed):
         ids = seeded(288, 1, 80).input_ids

@@ -22,7 +22,7 @@ class AlternativesTest(parameterized.TestCase):
         super().setUpClass()
         cls.bench = Bench.of("gqa_tied_bf16")
 
-    @parameterized.parameters((0.8, ("norm-more-than-doubled",)), (0.3, ()))
+    @parameterized.parameters((0.8, ("norm-more-than-folded",)), (0.3, ()))
     def test_what_leaves_up_to_twice_as_much_is_an_alternative(self, noise, alternatives):
         key = "stage.final_norm"
         dump = {name: value for name, value in self.bench.dump(()).items() if name != "logits"}
@@ -31,14 +31,14 @@ class AlternativesTest(parameterized.TestCase):
         right, tokens = located.reference[key], (self.bench.inputs.attention_mask == 1)[..., None]
         random = np.where(tokens, np.random.default_rng(0).standard_normal(right.shape), 0)
         random *= noise * site.budget / np.linalg.norm(random)
-        factors = {"norm-doubled": 2.0, "norm-more-than-doubled": 2 + 0.75 * site.budget / site.norm}
+        factors = {"norm-folded": 2.0, "norm-more-than-folded": 2 + 0.75 * site.budget / site.norm}
         faults = {
-            name: Fault(name, "n", ("final_norm",), {"normed": lambda y, at, by=factor: by * y})
+            name: Fault(name, "n", ("final_norm",), {"normed": lambda y, at, by=factor: by * np.abs(y)})
             for name, factor in factors.items()
         }
         with mock.patch.dict(FAULTS, faults):
-            (finding,) = self.bench.diagnose(dump | {key: (2 * right + random).astype(np.float32)}).findings
-        self.assertEqual((finding.fault, finding.alternatives), ("norm-doubled", alternatives))
+            (finding,) = self.bench.diagnose(dump | {key: (2 * np.abs(right) + random).astype(np.float32)}).findings
+        self.assertEqual((finding.fault, finding.alternatives), ("norm-folded", alternatives))
 
 
 if __name__ == "__main__":
