@@ -238,9 +238,9 @@ def _in_bits(run: Run, theirs: np.ndarray) -> Candidates:
 
 
 def _of_other_logits(run: Run, theirs: np.ndarray) -> Candidates:
-    for dtype in ("bfloat16", "float16"):
-        says = f"the logits were rounded to {dtype} before the loss"
-        yield Mistake(f"logits-{dtype}", says, 0.0), run.again(Variant(rounded=dtype))
+    # Rounding to float16 moves a loss by less than two right engines may differ.
+    says = "the logits were rounded to bfloat16 before the loss"
+    yield Mistake("logits-bfloat16", says, 0.0), run.again(Variant(rounded="bfloat16"))
     if (rows := _last_row(run, theirs)) is not None:
         says = f"the vocabulary ends after {rows} of {run.model.config.vocab_size} rows of the head"
         yield Mistake("vocabulary-cut", says, 0.0, {"rows": rows}), run.again(Variant(vocabulary=rows))

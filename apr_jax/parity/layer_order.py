@@ -65,8 +65,9 @@ def _order_of_outputs(exact: LanguageModel, inputs: Inputs, theirs: Mapping[str,
         orders = [[*range(layer), candidate] for candidate in candidates]
         order.append(_first_that_fits(exact, inputs, theirs, Key.of(layer, "post_ffn_residual"), orders)[-1])
     skipped = _called(order, layers)
-    # Behind what was dumped the layers go on.
-    return order if skipped is not None and skipped.fault is SKIPPED else order + list(range(dumped, layers))
+    # Behind what was dumped the layers go on; HuggingFace's hidden states hold no output of the last one.
+    ends = order != list(range(dumped)) or _ends_after(exact, inputs, theirs, dumped)
+    return order if ends and skipped is not None and skipped.fault is SKIPPED else order + list(range(dumped, layers))
 
 
 def _order_behind_logits(exact: LanguageModel, inputs: Inputs, logits: np.ndarray) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest
 
+from apr_jax.loss import summary
 from tests import oracle, paths, tool
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
@@ -63,8 +64,9 @@ class LossCommandTest(absltest.TestCase):
     def test_corpora_that_say_nothing_are_said(self):
         (self.folder / "same.json").write_text(json.dumps([[7] * 60 + [8]]))
         self.assertIn("nearly constant", self.ran("--input-ids", "same.json").stderr)
-        (self.folder / "unknown.json").write_text(json.dumps([[280, 5] * 20]))
-        self.assertIn("unknown token", self.ran("--input-ids", "unknown.json").stderr)
+        corpus = summary.Corpus(unknown=0.4, distinct=3, never_seen=0.9, most_frequent=1, its_share=0.4)
+        (said,) = summary.oddities(summary.Loss(10, 9, 9.0, None), corpus, 288)
+        self.assertIn("40.00% of the tokens are the tokenizer's unknown token", said)
 
     def test_mistakes_are_one_line_with_their_exit_code(self):
         (self.folder / "empty.txt").write_text("")

@@ -203,7 +203,7 @@ class DecodingTest(ParityTestCase):
             self.assertEqual(report["unexamined"], ["positions 0-63"])
             self.assertIn("only positions 64-71 were dumped", report["notes"][0])
         _, err = self.ran(SAMPLE, "--right", self.steps(form="aprt"), code=5)
-        self.assertIn("say which with --positions", err)
+        self.assertIn("--positions says which it holds", err)
         _, err = self.ran(SAMPLE, "--right", self.steps(form="aprt"), "--positions", "64-72", code=2)
         self.assertIn("of 0 to 71", err)
 

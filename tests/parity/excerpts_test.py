@@ -75,7 +75,9 @@ class ExcerptsTest(parameterized.TestCase):
         values["stage.0.post_ffn_residual"] = values["stage.0.post_ffn_residual"].copy()
         values["stage.0.post_ffn_residual"][0, 211, 5] += 1.0
         _, firsts = self.diagnosed(values, columns)
-        self.assertEqual(firsts, {"stage.0.post_ffn_residual": 211})
+        # What was dumped behind it was computed without it: at its position, and in attention at the next sampled one.
+        behind = {"stage.1.k_post_rope": 211, "stage.1.post_ffn_residual": 211, "stage.1.attention": 224}
+        self.assertEqual(firsts, {"stage.0.post_ffn_residual": 211, **behind})
 
     def test_what_reads_keys_that_nobody_knows_is_not_judged(self):
         """Rows of some positions alone: products and norms are judged, attention is not, and nothing is found in it."""

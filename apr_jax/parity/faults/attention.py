@@ -53,13 +53,17 @@ def _windows(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
         return [{"window": width}] if 0 < width < question.replay.length and width != right else []
     last = int(question.replay.inputs.positions().max())
     wrong = question.off() > max(1e-3, question.nothing) * np.abs(question.right).max()
-    windows = dict.fromkeys((*_firsts(question, wrong), *(1 << power for power in range(2, (last + 1).bit_length()))))
+    windows = dict.fromkeys(
+        (
+            *_firsts(question, wrong, question.replay.positions()),
+            *(1 << power for power in range(2, (last + 1).bit_length())),
+        )
+    )
     return [{"window": window} for window in windows if 0 < window <= last and window != right]
 
 
-def _firsts(question: Question, wrong: np.ndarray) -> range:
+def _firsts(question: Question, wrong: np.ndarray, positions: np.ndarray) -> range:
     """Where what is wrong may begin: at the first wrong position or, of an excerpt, behind the last right one."""
-    positions = question.replay.positions()
     first = int(np.where(wrong, positions, int(positions.max()) + 1).min())
     before = int(np.where(question.tokens & (positions < first), positions, -1).max())
     return range(first, max(before, first - _MOST_BETWEEN), -1)
@@ -69,7 +73,9 @@ def _chunks(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
     """How long chunks are: the first query that is off begins the second one; beside another mistake powers of two."""
     last = int(question.replay.inputs.positions().max())
     wrong = question.off() > max(1e-3, question.nothing) * np.abs(question.right).max()
-    sizes = dict.fromkeys((*_firsts(question, wrong), *(1 << power for power in range(2, (last + 1).bit_length()))))
+    # Chunks are of columns, padding included, as a cache is written.
+    firsts = _firsts(question, wrong, np.broadcast_to(question.replay.places(), wrong.shape))
+    sizes = dict.fromkeys((*firsts, *(1 << power for power in range(2, (last + 1).bit_length()))))
     return [{"size": size} for size in sizes if 0 < size <= last]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from scipy.special import erf
 
 from apr_jax.parity.faults.record import Fault
+from apr_jax.parity.question import Question
 from apr_jax.parity.replay import NORMS, At, Value
 from apr_jax.trace.stages import Key
 
@@ -45,6 +47,30 @@ def _updates(x: Value, at: At) -> Value:
         return at.replay.get(at.layer, "attn_out")
     before = at.replay.config.num_layers if at.layer is None else at.layer
     return at.replay.get(before - 1, "ffn_out") if before else x
+
+
+_OFF = 0.01
+_STREAM = {
+    "attn_norm": ("post_ffn_residual", -1, "post_attn_residual"),
+    "ffn_norm": ("post_attn_residual", 0, "post_ffn_residual"),
+}
+"""Norm -> the residual stream that it is of, in which layer from its own on, and what else reads that."""
+
+
+def _of_the_norm_alone(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
+    """Not where the stream itself has to be wrong: it was not dumped, and what else reads it is off as well."""
+    if node == Key.of(0, "attn_norm"):
+        return []
+    if node.stage not in _STREAM or node.layer is None:
+        return [{}]
+    stream, before, reader = _STREAM[node.stage]
+    source, key = Key.of(node.layer + before, stream), Key.of(node.layer, reader)
+    probe = question.probe
+    if probe.dumped(source) or not probe.dumped(key):
+        return [{}]
+    theirs, tokens = probe.look(reader, probe.theirs[key]), question.their_tokens()
+    off = np.linalg.norm((theirs - probe.compute(key))[tokens])
+    return [{}] if off <= _OFF * np.linalg.norm(theirs[tokens]) else []
 
 
 FAULTS = (
@@ -89,7 +115,7 @@ FAULTS = (
         "the norm is taken of what the block before it gives, before the residual is added",
         tuple(NORMS),
         {"norm_input": _updates},
-        variants=lambda question, node: [{}] if node != Key.of(0, "attn_norm") else [],
+        variants=_of_the_norm_alone,
         formula="{right}, of x before its residual was added",
     ),
 )
