@@ -292,15 +292,21 @@ def table(results: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
     return "\n".join(lines), good
 
 
-def run(chosen: Sequence[Case], workers: int) -> list[dict[str, Any]]:
-    """Runs cases beside each other; a worker keeps the checkpoints that it has loaded."""
+def run(chosen: Sequence[Case], workers: int, file: str | None = None) -> list[dict[str, Any]]:
+    """Runs cases beside each other; a worker keeps the checkpoints that it has loaded.
+
+    What there is so far stands in `file` at any time, so that a run that is ended early is not lost.
+    """
     results = []
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        for number, result in enumerate(pool.map(run_case, chosen), 1):
+        for done in concurrent.futures.as_completed([pool.submit(run_case, case) for case in chosen]):
+            result = done.result()
             results.append(result)
             said = "" if result["kind"] != "single" else f" {result['effect']:.2g} budgets, exact {result['exact']}"
-            print(f"{number}/{len(chosen)} {result['seconds']:6.1f} s {result['label']}{said}", flush=True)
+            print(f"{len(results)}/{len(chosen)} {result['seconds']:6.1f} s {result['label']}{said}", flush=True)
+            if file is not None:
+                pathlib.Path(file).write_text(json.dumps(results, indent=1))
     return results
 
 
@@ -321,9 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = np.random.default_rng(args.seed).random(10**5)
         chosen = [case for case, value in zip(cases(), drawn, strict=False) if value < args.sample]
         chosen = [case for case in chosen if args.only in case.label][index - 1 :: count]
-        results = run(chosen, args.workers)
-        if args.json:
-            pathlib.Path(args.json).write_text(json.dumps(results, indent=1))
+        results = run(chosen, args.workers, args.json)
     text, good = table(results)
     print(text)
     return 0 if good else 1
