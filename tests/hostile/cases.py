@@ -18,12 +18,13 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError
-from apr_jax.converters.formats import apr_format, gguf_format
-from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.formats import apr_format, gguf_format, safetensors_format
+from apr_jax.converters.storage.source import SourceFile, exists
 
 Make = Callable[[pathlib.Path], pathlib.Path]
 
@@ -708,8 +709,19 @@ refused_when(reads(touched), "6 written to while it is read", raw(bytes(9)), "so
 refused_when(reads(gone(lambda source: source.read_at(0, 1))), "12 a read that fails", raw(bytes(9)), "read-failed")
 refused_when(reads(gone(SourceFile.check_unchanged)), "12 a look that fails", raw(bytes(9)), "read-failed")
 case("12 a name of 300 bytes", lambda folder: folder / ("n" * 300), "open-failed")
+refused_when(exists, "12 whether a name of 300 bytes exists", lambda folder: folder / ("n" * 300), "open-failed")
 refused_when(reads(gguf_format.read_header), "9 no GGUF, to its parser", raw(b"GGUE" + bytes(60)), "gguf-magic")
 refused_when(reads(begun), "16 half of an .apr, to its parser", apr(), "file-truncated")
+
+
+def few_tensors(path: pathlib.Path) -> None:
+    """Opens where two tensors are the most: with 60 MB of blanks the price of JSON lets 100,001 pass."""
+    with mock.patch.object(safetensors_format, "MAX_TENSORS", 2):
+        checkpoint(path)
+
+
+EMPTY = entry("U8", [0], [0, 0])
+refused_when(few_tensors, "60 three tensors where two are the most", st(dict.fromkeys("abc", EMPTY)), "tensor-count")
 for value in (5, None, "ab", {"0": 0, "1": 1}):
     case(f"53 offsets {value}", one(offsets=value), "offsets-type")
 case(
