@@ -61,7 +61,9 @@ ELSEWHERE = {
 
 def size_of(path: pathlib.Path) -> int:
     """Returns the bytes of a file, or of the files of a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    # os.path: pathlib raises where a name is too long.
+    within = path.rglob("*") if os.path.isdir(path) else [path]
+    files = [file for file in within if os.path.isfile(file)]
     return sum(file.stat().st_size for file in files)
 
 
