@@ -82,11 +82,13 @@ def main(args: argparse.Namespace) -> int:
     from apr_jax.converters.storage.output import check_target
     from apr_jax.generate import compilation_cache
     from apr_jax.loss import checking, summary
+    from apr_jax.trace.inputs import paths_of
 
     compilation_cache.enable()
     args.model = located(args.model)
     with cli.open_dense_from(args, args.model) as checkpoint:
-        sources = [*checkpoint.paths, *(args.text or ()), *filter(None, (args.jsonl, args.input_ids, args.check))]
+        others = filter(None, (args.jsonl, args.check, args.chat_template))
+        sources = [*checkpoint.paths, *(args.text or ()), *others, *paths_of(args.input_ids)]
         if args.per_token is not None:
             check_target(args.per_token, force=args.force, sources=sources)
         cli.say_warnings(checkpoint)

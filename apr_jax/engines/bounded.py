@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import io
 import math
 import os
 import pathlib
 import stat
 import struct
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -38,19 +40,20 @@ MAX_FILE = 64 << 30
 MAX_TEXT = 256 << 20
 _NPY_HEADER = 1 << 16
 _MAX_FILES = 1_000_000
-_MAX_MEMBERS = 100_000
+# What lists an archive's members, some 100 bytes each: `zipfile` takes 10 us for one; large models have 5,000 stages.
+_MAX_DIRECTORY = 1 << 20
 _MAX_PACKED = 1 << 30
 
 
-def data(path: str | os.PathLike[str], most: int = MAX_FILE, least: int = 0) -> bytes:
+def data(path: str | os.PathLike[str], most: int = MAX_FILE) -> bytes:
     """Reads a whole regular file of at most `most` bytes; a pipe or device is not opened.
 
     Raises:
       MissingFileError: No such file.
-      RefusedError: Code "dump-size": larger, or smaller than `least`; "dump-file": no regular file.
+      RefusedError: Code "dump-size": larger; "dump-file": no regular file.
       StorageError: The operating system refused.
     """
-    with _opened(path, most, least) as file:
+    with _opened(path, most) as file:
         return file.read()
 
 
@@ -59,18 +62,18 @@ def checked(path: str | os.PathLike[str], most: int = MAX_FILE) -> None:
     _opened(path, most).close()
 
 
-def _opened(path: str | os.PathLike[str], most: int, least: int = 0) -> Any:
+def _opened(path: str | os.PathLike[str], most: int) -> Any:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise DumpError("this is no regular file", code="dump-file", file=path, expected="a regular file")
-        if not least <= found.st_size <= most:
+        if found.st_size > most:
             raise DumpError(
-                "the file is larger than what it can hold" if found.st_size > most else "the file is cut short",
+                "the file is larger than what it can hold",
                 code="dump-size",
                 file=path,
                 found=f"{found.st_size} bytes",
-                expected=f"at most {most}" if found.st_size > most else f"at least {least}",
+                expected=f"at most {most}",
             )
         return open(path, "rb")
     except FileNotFoundError:
@@ -185,43 +188,71 @@ def _header(header: Any) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
 def npz(path: str | os.PathLike[str]) -> dict[str, Callable[[int | None], np.ndarray]]:
     """Returns name -> what reads that array of an `.npz` archive, of at most so many elements.
 
+    The archive stays open, its list of members read once, until nobody holds one of these functions.
+
     Raises:
       BrokenContainerError: It is no archive.
       RefusedError: Too many members.
     """
-    with _archive(path) as archive:
-        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-    if len(members) > _MAX_MEMBERS:
-        raise DumpError("too many arrays for a dump", code="dump-files", file=path, found=len(members))
+    file = _Archive(_opened(path, MAX_FILE).detach())
+    with _archive_errors(path):
+        archive = zipfile.ZipFile(file)
+    file.most = None
+    weakref.finalize(archive, file.close)
     return {
-        member.filename.removesuffix(".npy"): functools.partial(_member, path, member.filename) for member in members
+        member.filename.removesuffix(".npy"): functools.partial(_member, archive, path, member)
+        for member in archive.infolist()
+        if member.filename.endswith(".npy")
     }
 
 
-def _member(path: str | os.PathLike[str], member: str, most_elements: int | None, floats: bool = False) -> np.ndarray:
+class _Archive(io.BufferedReader):
+    """A file that refuses to be read in pieces above `most`: `zipfile` reads the list of members in one.
+
+    How long the list is stands in one of several end records, and which one counts is `zipfile`'s to say.
+    """
+
+    most: int | None = _MAX_DIRECTORY
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.most is not None and size is not None and size > self.most:
+            raise DumpError(
+                "too many arrays for a dump",
+                code="dump-files",
+                file=self.name,
+                found=f"{size} bytes of names",
+                expected=f"at most {self.most}",
+            )
+        return super().read(size)
+
+
+def _member(
+    archive: zipfile.ZipFile,
+    path: str | os.PathLike[str],
+    member: zipfile.ZipInfo,
+    most_elements: int | None,
+    floats: bool = False,
+) -> np.ndarray:
     """Reads one array of an archive; it is unpacked only if the archive says that it is not too large."""
     most = _MAX_PACKED if most_elements is None else most_elements * 8 + _NPY_HEADER
-    with _archive(path) as archive:
-        size = archive.getinfo(member).file_size
-        if size > most:
-            raise DumpError(
-                "an array is larger than what it can hold",
-                code="dump-size",
-                file=path,
-                tensor=member,
-                found=f"{size} bytes",
-                expected=f"at most {most}",
-            )
-        with archive.open(member) as file:
-            content = file.read(size + 1)
-    return _npy(content, path, floats, member.removesuffix(".npy"))
+    if member.file_size > most:
+        raise DumpError(
+            "an array is larger than what it can hold",
+            code="dump-size",
+            file=path,
+            tensor=member.filename,
+            found=f"{member.file_size} bytes",
+            expected=f"at most {most}",
+        )
+    with _archive_errors(path), archive.open(member) as file:
+        content = file.read(member.file_size + 1)
+    return _npy(content, path, floats, member.filename.removesuffix(".npy"))
 
 
 @contextlib.contextmanager
-def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
+def _archive_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        with _opened(path, MAX_FILE) as file, zipfile.ZipFile(file) as archive:
-            yield archive
+        yield
     except (
         zipfile.BadZipFile,
         NotImplementedError,

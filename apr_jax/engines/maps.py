@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
-from apr_jax.converters.errors import BrokenContainerError, DumpError
+from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.engines import bounded, names, summaries
 from apr_jax.engines.found import Found, Stage
 from apr_jax.trace.inputs import from_mapping
@@ -35,8 +35,6 @@ def read(folder: pathlib.Path, config: Qwen2Config) -> Found:
             file=path,
             expected='"stages": {"stage.0.attn_norm": {"file": "NAME.npy"}, ...}',
         )
-    if not entries:
-        raise DumpError("the map names no stage", code="nothing-compared", file=path)
     default = content.get("dtype")
     if default is not None:
         default = bounded.checked_dtype(default, path)

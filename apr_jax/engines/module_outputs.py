@@ -110,11 +110,11 @@ def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:  # whatever torch makes of bytes that are no file of its own
-        raise BrokenContainerError(
-            f"torch cannot read it: {type(error).__name__}", code="torch-file", file=path
-        ) from None
+        found = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BrokenContainerError("torch cannot read it", code="torch-file", file=path, found=found) from None
     if not isinstance(content, dict):
-        raise BrokenContainerError("not a dictionary of tensors", code="torch-file", file=path)
+        found = type(content).__name__
+        raise BrokenContainerError("not a dictionary of tensors", code="torch-file", file=path, found=found)
     return {str(name): as_numpy(value) for name, value in content.items() if hasattr(value, "detach")}
 
 

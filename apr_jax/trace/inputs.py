@@ -114,7 +114,7 @@ class Inputs:
                     found=np.unique(given)[:5].tolist(),
                     hint="1 stands for a token, 0 for padding",
                 )
-            mask = given
+            mask = given.astype(np.int32)
         if not mask.any(axis=1).all():
             raise UsageError(
                 "a row of the batch has no token that is not masked",
@@ -123,7 +123,7 @@ class Inputs:
                 hint="Leave the row out, or set its mask to 1 where it has tokens",
             )
         if position_ids is None:
-            positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
+            positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int64) - 1, 0)
         else:
             positions = _like(position_ids, ids, "position_ids")
         _check_rising(positions, mask)
@@ -138,7 +138,7 @@ class Inputs:
                 found=int(ids.min() if ids.min() < 0 else ids.max()),
                 hint="Padding is said by attention_mask; its id may be any of the vocabulary",
             )
-        return cls(ids.astype(np.int32), mask, positions)
+        return cls(ids.astype(np.int32), mask, positions.astype(np.int32))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises UsageError if a token, padding included, is not below `vocab_size`."""
@@ -316,7 +316,9 @@ def from_mapping(content: Any, file: str | os.PathLike[str]) -> Inputs:
         with in_file(file):
             return Inputs.of(*(content.get(name) for name in _NAMES))
     except (TypeError, ValueError, OverflowError) as error:
-        raise BrokenContainerError(f"not a batch of tokens: {error}", code="token-ids", file=file) from None
+        raise BrokenContainerError(
+            f"not a batch of tokens: {error}", code="token-ids", file=file, found=reprlib.repr(content)
+        ) from None
 
 
 def _token_ids(path: pathlib.Path) -> Inputs:
@@ -362,7 +364,7 @@ def _like(values: Any, ids: np.ndarray, name: str) -> np.ndarray:
             found=f"{array.dtype} {list(array.shape)}",
             expected=f"integers {list(ids.shape)}",
         )
-    return array.astype(np.int32)
+    return array.astype(np.int64)  # wide, so that what is out of range is seen
 
 
 def _check_rising(positions: np.ndarray, mask: np.ndarray) -> None:

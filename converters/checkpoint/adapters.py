@@ -153,7 +153,7 @@ class _Adapter:
             if found:
                 value = given
                 break
-        if type(value) not in (int, float) or not math.isfinite(value) or (key == "r" and value < 1):
+        if type(value) not in (int, float) or (key == "r" and value < 1):
             raise RefusedError(
                 f"{key} is no positive number",
                 code="adapter-unsupported",

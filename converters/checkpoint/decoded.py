@@ -118,7 +118,7 @@ class DecodedTensor(Tensor):
         item, width = self.dtype.block_bytes, decoder.width
         first, last = begin // item, -(-(begin + data.size) // item)
         if self.dtype.name == "f32" and not first % width and (last - first) % width == 0 and _is_aligned(data, begin):
-            decoder.decode(first // width, last // width, data.view(np.float32).reshape(-1, width))
+            decoder.decode(first // width, last // width, data.view("<f4").reshape(-1, width))
             return
         step = max(1, _PIECE_ELEMENTS // width)
         for row in range(first // width, -(-last // width), step):

@@ -593,9 +593,7 @@ class _Search:
 
 
 def _words(tensor: Tensor) -> np.ndarray:
-    import numpy as np
-
-    return tensor.read().view(np.uint32)
+    return tensor.read().view("<u4")
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:

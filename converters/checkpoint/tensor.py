@@ -155,16 +155,20 @@ class Tensor:
         Raises:
           As `read`.
         """
-        _ = self.dtype.codec
+        self._values_dtype()
         if values.size:
             self._read_range(values.reshape(-1), 0)
 
     def _values_dtype(self) -> np.dtype:
-        if not self.dtype.is_block:
-            return self.dtype.numpy
+        try:
+            if not self.dtype.is_block:
+                return self.dtype.numpy
+            _ = self.dtype.codec
+        except AprJaxError as error:
+            error.file, error.tensor = self.source.path, self.name
+            raise
         import numpy as np
 
-        _ = self.dtype.codec
         return np.dtype(np.float32)
 
     def _checked(self, values: np.ndarray) -> np.ndarray:

@@ -97,7 +97,7 @@ class Packed:
 
     def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
         rows = min(step, last - first)
-        words = np.empty((rows, self.words.shape[1]), np.uint32)
+        words = np.empty((rows, self.words.shape[1]), "<u4")
         spread = _Spread(self.bits, words.nbytes)
         for begin in range(first, last, step):
             here = words[: min(step, last - begin)]
@@ -126,7 +126,7 @@ class Eights:
 
     def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
         most = -(-min(step, last - first) // 8) + 1
-        turned = np.empty((most, self.columns), np.uint32)
+        turned = np.empty((most, self.columns), "<u4")
         pairs = np.empty((most, 2, 2, self.columns), np.uint8)
         numbers = np.empty((most, 2, 2, 2, self.columns), np.uint8)
         for begin in range(first, last, step):
@@ -181,7 +181,7 @@ class _Spread:
         width = 8
         while width > bits:
             width //= 2
-            self._halved[width] = np.empty((2, most), np.uint16)
+            self._halved[width] = np.empty((2, most), "<u2")
             most *= 2
 
     def __call__(self, fields: np.ndarray) -> np.ndarray:
@@ -319,7 +319,7 @@ def fits_int8(bits: int, zero: int) -> bool:
 
 def unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Returns the first `count` codes of each row of densely packed words, uint32 [rows, words], as int16."""
-    words = np.ascontiguousarray(words)
+    words = np.ascontiguousarray(words, "<u4")
     if 8 % bits == 0:
         codes = _Spread(bits, words.nbytes)(words.reshape(-1).view(np.uint8))
         return codes.reshape(len(words), -1)[:, :count].astype(np.int16)

@@ -261,6 +261,6 @@ def _parameters(content: Mapping[str, Any]) -> Iterator[Parameter]:
         dtypes.element_count(shape)
         rows = sum(part[0] for part in tensors.values())
         alike = all(part[1:] == shape[1:] for part in tensors.values())
-        if not is_plain_name(name) or not shape or not math.prod(shape) or rows != shape[0] or not alike:
+        if not is_plain_name(name) or (rows, *shape[1:]) != shape or not math.prod(shape) or not alike:
             raise ValueError(f"parameter {name!r}")
         yield Parameter(name, shape, str(fields["sha256"]), tensors)

@@ -71,7 +71,7 @@ def parse_header_length(prefix: Bytes, file_size: int, *, file: str | None = Non
     Raises:
       BrokenContainerError: Codes "file-too-short", "header-length".
     """
-    if file_size < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
+    if len(prefix) < PREFIX_BYTES:
         raise BrokenContainerError(
             "the file is empty" if file_size == 0 else "the file is too short for safetensors",
             code="file-too-short",

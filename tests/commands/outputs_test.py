@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import pathlib
 import shutil
@@ -27,6 +28,8 @@ OUTPUTS = {
     ("show", "html"): ["{model}", "--force", "--html", "{output}"],
     ("golden", "output"): ["{model}", "--force", "-o", "{output}"],
     ("golden", "export_inputs"): ["{model}", "--force", "--export-inputs", "{output}"],
+    ("parity", "html"): ["{model}", "--right", "{ids}", "--force", "--html", "{output}"],
+    ("loss", "per_token"): ["{model}", "--input-ids", "{ids}", "--force", "--per-token", "{output}"],
     ("checkpoint", "folder"): ["save", "{model}", "{output}", "--force"],
     ("bench", "output"): ["{model}", "--force", "-o", "{output}"],
     ("bench", "svg"): ["{model}", "--force", "--svg", "{output}"],
@@ -35,7 +38,8 @@ OF_NO_INPUT = {("make-sample", "output"), ("bench", "scratch")}
 INPUTS = {
     *((command, name) for command in COMMANDS for name in ("model", "source", "path", "a", "b", "adapter")),
     *((command, name) for command in ("golden", "parity", "generate") for name in ("input_ids", "positions")),
-    *(("golden", name) for name in ("check",)),
+    *((command, "check") for command in ("golden", "loss")),
+    *(("loss", name) for name in ("text", "jsonl", "input_ids")),
     *(("parity", name) for name in ("right",)),
     *(("generate", name) for name in ("prompts", "tools", "chat_template")),
 }  # fmt: skip
@@ -50,7 +54,7 @@ def options(command: str) -> list[argparse.Action]:
     made: list[argparse.ArgumentParser] = []
     make = cli.make_parser
     watched = mock.patch.object(cli, "make_parser", lambda *args: made.append(make(*args)) or made[-1])
-    with watched, contextlib.suppress(SystemExit):
+    with watched, contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         importlib.import_module(COMMANDS[command][0]).parse([command, "--help"])
     (parser,) = made
     actions = list(parser._actions)
@@ -78,7 +82,8 @@ class OutputsTest(parameterized.TestCase):
     def refused(self, command: str, arguments: list[str], **names: object) -> None:
         """Checks that a command refuses its output with exit code 2 and leaves every file as it is."""
         before = self.contents()
-        argv = [str(argument).format(**names) for argument in arguments]
+        named = {"ids": self.folder / "ids.json", **names}
+        argv = [str(argument).format(**named) for argument in arguments]
         module = importlib.import_module(COMMANDS[command][0])
         with self.assertRaises(UsageError) as caught:
             module.main(module.parse([command, *argv]))
@@ -128,6 +133,23 @@ class OutputsTest(parameterized.TestCase):
         for given, output in (("ids.json", "ids.json"), ("ids", "ids/token_ids.json"), ("ids", "ids")):
             self.refused("golden", [*arguments, "--input-ids", "{ids}"], model=self.folder / "hf",
                          output=self.folder / output, ids=self.folder / given)  # fmt: skip
+
+    @parameterized.parameters(
+        ("--text", "ids.json", "ids.json"), ("--jsonl", "ids.json", "ids.json"),
+        ("--input-ids", "ids.json", "ids.json"), ("--input-ids", "ids", "ids/token_ids.json"),
+        ("--input-ids", "ids", "ids"),
+    )  # fmt: skip
+    def test_no_text_that_loss_reads(self, option, given, output):
+        arguments = ["{model}", option, "{ids}", "--force", "--per-token", "{output}"]
+        self.refused("loss", arguments, model=self.folder / "hf", output=self.folder / output,
+                     ids=self.folder / given)  # fmt: skip
+
+    @parameterized.parameters("--check", "--chat-template")
+    def test_nothing_else_that_loss_reads(self, option):
+        arguments = ["{model}", "--jsonl", "{ids}", option, "{other}", "--force", "--per-token", "{output}"]
+        (self.folder / "other").write_text("x")
+        self.refused("loss", arguments, model=self.folder / "hf", output=self.folder / "other",
+                     other=self.folder / "other")  # fmt: skip
 
     @parameterized.parameters("convert", "golden", "checkpoint")
     def test_no_adapter(self, command):

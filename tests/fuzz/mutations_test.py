@@ -43,11 +43,27 @@ def count_of(shape):
     return count
 
 
+# What is done to a valid file, and the codes that have to come of it where it is the one change; () is any verdict.
+SAFETENSORS = {
+    "twice": ("json-duplicate",), "more": ("json-duplicate",), "drop": ("entry-fields",), "swap": ("accepted",),
+    "longer": ("trailing-bytes",), "length": ("header-length", "json-syntax", "trailing-bytes"),
+    "field": (), "offset": (), "shape": (), "name": (), "bytes": (),
+}  # fmt: skip
+APR = {
+    "metadata": ("json-duplicate", "metadata-type"), "legacy": ("dtype-legacy", "dtype-ambiguous"),
+    "far": ("file-truncated",), "longer": ("trailing-bytes", "padding", "footer-missing"),
+    "name": (), "dtype": (), "shape": (), "offset": (), "size": (), "header": (), "bytes": (),
+}  # fmt: skip
+ACCEPTED = ("accepted",)
+
+
 @st.composite
-def safetensors_files(draw):
+def safetensors_files(draw, changes):
     """A file of up to four tensors, its header as pairs, so that keys can stand there twice."""
     names = draw(
-        st.lists(NAMES.filter(lambda name: name not in ("", "__metadata__", "\x1b[2J")), max_size=4, unique=True)
+        st.lists(
+            NAMES.filter(lambda name: name not in ("", "__metadata__", "\x1b[2J")), min_size=1, max_size=4, unique=True
+        )
     )
     pairs, at = [], 0
     for name in names:
@@ -58,32 +74,25 @@ def safetensors_files(draw):
     if draw(st.booleans()):
         pairs.append(("__metadata__", [("format", "pt")]))
     data = draw(st.binary(min_size=at, max_size=at))
-    for _ in range(draw(st.integers(0, 2))):
-        data = _change(draw, pairs, data)
+    for kind in changes:
+        _change(draw, kind, pairs, len(names))
     text = _spelt(pairs).encode() + b" " * draw(st.integers(0, 9))
-    length = len(text) + draw(st.sampled_from((0,) * 12 + (1, -1, 8, 2**40)))
-    whole = (length % 2**64).to_bytes(8, "little") + text + data
-    return _damaged(draw, whole)
+    length = len(text) + (draw(st.sampled_from((-1, -8, 2**40))) if "length" in changes else 0)
+    whole = (length % 2**64).to_bytes(8, "little") + text + data + b"\0" * ("longer" in changes)
+    return _damaged(draw, whole) if "bytes" in changes else whole
 
 
-def _change(draw, pairs, data):
-    """Changes one thing of a header; returns the data."""
-    kind = draw(
-        st.sampled_from(("field", "offset", "shape", "name", "twice", "drop", "more", "swap", "data", "metadata"))
-    )
-    if kind == "data" or not pairs:
-        return draw(st.sampled_from((data + b"\0", data[:-1], data + data)))
-    at = draw(st.integers(0, len(pairs) - 1))
+def _change(draw, kind, pairs, tensors):
+    """Changes one thing of a header."""
+    at = draw(st.integers(0, tensors - 1))
     name, fields = pairs[at]
     fields = [(key, list(value) if isinstance(value, list) else value) for key, value in fields]
-    numbers = [value for _, value in fields if isinstance(value, list) and value]
+    numbers = [value for key, value in fields if isinstance(value, list) and value and key == WHERE.get(kind)]
     if kind == "field":
-        where = draw(st.integers(0, len(fields) - 1)) if fields else 0
-        fields[where : where + 1] = [
-            (draw(st.sampled_from(("dtype", "shape", "data_offsets", "strides"))), draw(STRANGE))
-        ]
-    elif kind in ("offset", "shape") and numbers:
-        values = draw(st.sampled_from(numbers))
+        new = (draw(st.sampled_from(("dtype", "shape", "data_offsets", "strides"))), draw(STRANGE))
+        fields[draw(st.integers(0, 2))] = new
+    elif numbers:
+        (values,) = numbers
         values[draw(st.integers(0, len(values) - 1))] = draw(NUMBERS)
     elif kind == "twice":
         pairs.append((name, fields))
@@ -91,11 +100,12 @@ def _change(draw, pairs, data):
         del fields[draw(st.integers(0, 2)) :]
     elif kind == "more":
         fields.append(draw(st.sampled_from(fields)) if fields else ("dtype", "F32"))
-    elif kind == "swap":
-        pairs.reverse()
-        return data
     pairs[at] = (draw(NAMES) if kind == "name" else name, fields)
-    return data
+    if kind == "swap":
+        pairs.reverse()
+
+
+WHERE = {"offset": "data_offsets", "shape": "shape"}
 
 
 def _spelt(pairs):
@@ -108,87 +118,63 @@ def _spelt(pairs):
 
 
 def _damaged(draw, whole):
-    """Most of the time the same; else a byte changed, or the end cut off."""
-    if whole and draw(st.integers(0, 9)) == 0:
-        at = draw(st.integers(0, len(whole) - 1))
-        return draw(
-            st.sampled_from(
-                (whole[:at], whole[:at] + bytes([whole[at] ^ 1 << draw(st.integers(0, 7))]) + whole[at + 1 :])
-            )
-        )
-    return whole
+    """Changes a byte, or cuts the end off."""
+    at = draw(st.integers(0, len(whole) - 1))
+    changed = whole[:at] + bytes([whole[at] ^ 1 << draw(st.integers(0, 7))]) + whole[at + 1 :]
+    return draw(st.sampled_from((whole[:at], changed)))
 
 
-APR_WIDTHS = {
-    0: (1, 4),
-    1: (1, 2),
-    30: (1, 2),
-    5: (1, 4),
-    28: (1, 8),
-    12: (256, 144),
-    14: (256, 210),
-    2: (32, 18),
-    8: (32, 34),
-    9: (32, 36),
-}
+APR_WIDTHS = {0: (1, 4), 1: (1, 2), 30: (1, 2), 5: (1, 8), 12: (256, 144), 14: (256, 210)}
+LEGACY_WIDTHS = {2: (32, 18), 8: (32, 34), 9: (32, 36)}
+BAD_METADATA = (b'{"a":1,"a":2}', b"[]", b"{} ")
+GOOD_METADATA = (b"{}", b'{"a":1.50}', b'{"hf_config":{}}', b'{"architecture":"qwen2"}')
 
 
 @st.composite
-def apr_files(draw):
+def apr_files(draw, changes):
     """A file of up to four tensors, with fields of header and index changed, and both checksums right again."""
     tensors, at = [], 0
-    for name in sorted(
-        draw(st.lists(NAMES.filter(lambda name: 0 < len(name) < 256 and name[0] != "\x1b"), max_size=4, unique=True)),
-        key=str.encode,
-    ):
-        number = draw(st.sampled_from(sorted(APR_WIDTHS)))
-        block, width = APR_WIDTHS[number]
-        shape = draw(SHAPES) if block == 1 else [draw(st.integers(0, 2)), block]
+    known = st.lists(
+        NAMES.filter(lambda name: 0 < len(name) < 256 and name[0] != "\x1b"), min_size=1, max_size=4, unique=True
+    )
+    for name in sorted(draw(known), key=str.encode):
+        widths = LEGACY_WIDTHS if "legacy" in changes and not tensors else APR_WIDTHS
+        number = draw(st.sampled_from(sorted(widths)))
+        block, width = widths[number]
+        shape = draw(SHAPES) if block == 1 else [draw(st.integers(1, 2)), block]
         size = count_of(shape) // block * width
         tensors.append([name.encode(), number, shape, at, size])
         at += -(-size // 64) * 64
     data = draw(st.binary(max_size=at)).ljust(at, b"\0")
     gaps = {offset + n for *_, offset, size in tensors for n in range(size)}
     data = bytes(byte if n in gaps else 0 for n, byte in enumerate(data))
-    for _ in range(draw(st.integers(0, 2)) if tensors else 0):
+    for kind in changes:
         tensor = draw(st.sampled_from(tensors))
-        field = draw(st.integers(0, 4))
-        new = (
-            draw(NAMES).encode("utf-8", "surrogatepass")
-            if field == 0
-            else draw(st.integers(0, 255))
-            if field == 1
-            else draw(st.lists(NUMBERS.map(lambda n: n % 2**64), max_size=10))
-            if field == 2
-            else draw(NUMBERS) % 2**64
-        )
-        tensor[field] = new
-    metadata = draw(
-        st.sampled_from(
-            (
-                *[b"{}"] * 9,
-                b'{"a":1.50}',
-                b'{"a":1,"a":2}',
-                b"[]",
-                b'{"hf_config":{}}',
-                b"{} ",
-                b'{"architecture":"qwen2"}',
-            )
-        )
-    )
+        if kind == "name":
+            tensor[0] = draw(NAMES).encode("utf-8", "surrogatepass")
+        elif kind == "dtype":
+            tensor[1] = draw(st.integers(0, 255))
+        elif kind == "shape":
+            tensor[2] = draw(st.lists(NUMBERS.map(lambda n: n % 2**64), max_size=10))
+        elif kind in ("offset", "size"):
+            tensor[3 if kind == "offset" else 4] = draw(NUMBERS) % 2**64
+        elif kind == "far":
+            tensor[3] = draw(st.sampled_from((2**31, 2**32, 2**63 - 64, 2**64 - 64)))
+    metadata = draw(st.sampled_from(BAD_METADATA if "metadata" in changes else GOOD_METADATA))
     index = b"".join(
         struct.pack(f"<H{len(name)}sBB{len(shape)}QQQ", len(name), name, number, len(shape), *shape, offset, size)
         for name, number, shape, offset, size in tensors
     )
     padded = [part.ljust(-(-len(part) // 64) * 64, b"\0") for part in (metadata, index)]
     fields = [b"APR\0", 2, 0, 0x400, len(tensors), 64, len(metadata), 64 + len(padded[0]), 64 + sum(map(len, padded))]
-    if draw(st.integers(0, 7)) == 0:
+    if "header" in changes:
         where = draw(st.integers(1, 8))
         width = (4, 1, 1, 2, 4, 8, 4, 8, 8)[where]
         fields[where] = draw(NUMBERS) % 256**width
     first = struct.pack("<4sBBHIQIQQ", *fields)
     body = first + struct.pack("<I", zlib.crc32(bytes(20), zlib.crc32(first))) + bytes(20) + b"".join(padded) + data
-    return _damaged(draw, body + struct.pack("<I", zlib.crc32(body)))
+    whole = body + struct.pack("<I", zlib.crc32(body)) + b"\0" * ("longer" in changes)
+    return _damaged(draw, whole) if "bytes" in changes else whole
 
 
 class MutationsTest(absltest.TestCase):
@@ -197,35 +183,47 @@ class MutationsTest(absltest.TestCase):
         self.folder = pathlib.Path(tempfile.mkdtemp(dir=self.create_tempdir().full_path))
         self.verdicts = Counter()
 
-    def look(self, name, data):
+    def look(self, name, data, expected):
         """Judges a file by the target that fuzzing has, and counts what came of it."""
         TARGETS[name].opens(data, self.folder)
         try:
             open_checkpoint(self.folder / f"x.{name}").close()
-            self.verdicts["accepted"] += 1
+            verdict = "accepted"
         except AprJaxError as error:
-            self.verdicts[error.code] += 1
+            verdict = error.code
+        self.verdicts[verdict] += 1
+        if expected:
+            self.assertIn(verdict, expected, data)
 
-    def check(self, files, name):
-        @settings(max_examples=COUNT // 2, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(files)
+    def judge(self, strategy, name, expected, count):
+        always = {"deadline": None, "database": None, "derandomize": True}
+
+        @settings(max_examples=count, suppress_health_check=list(HealthCheck), **always)
+        @given(strategy)
         def judged(data):
-            self.look(name, data)
+            self.look(name, data, expected)
 
         judged()
-        refused = sum(self.verdicts.values()) - self.verdicts["accepted"]
-        print(
-            f"{name}: {sum(self.verdicts.values())} files, {self.verdicts['accepted']} accepted, "
-            f"refused with {len(self.verdicts) - 1} codes"
-        )
-        self.assertGreater(min(self.verdicts["accepted"], refused), COUNT // 20, self.verdicts)
-        self.assertGreater(len(self.verdicts), 10)
+
+    def check(self, files, name, kinds):
+        """A quarter of the files is valid, a half has one change, each kind as often, a quarter has two."""
+        share = max(2, COUNT // 4 // len(kinds))
+        pairs = st.tuples(*[st.sampled_from(sorted(kinds))] * 2)
+        parts = [(files(()), ACCEPTED, COUNT // 8)]
+        parts += [(files((kind,)), expected, share) for kind, expected in kinds.items()]
+        parts += [(pairs.flatmap(files), (), COUNT // 8)]
+        for strategy, expected, count in parts:
+            self.judge(strategy, name, expected, count)
+        print(f"{name}: {sum(self.verdicts.values())} files: {dict(self.verdicts.most_common())}")
+        certain = {code for codes in kinds.values() if len(codes) == 1 for code in codes}
+        self.assertContainsSubset(certain, self.verdicts)
+        self.assertGreaterEqual(self.verdicts["accepted"], COUNT // 8)
 
     def test_safetensors(self):
-        self.check(safetensors_files(), "safetensors")
+        self.check(safetensors_files, "safetensors", SAFETENSORS)
 
     def test_apr(self):
-        self.check(apr_files(), "apr")
+        self.check(apr_files, "apr", APR)
 
 
 if __name__ == "__main__":

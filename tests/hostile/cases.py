@@ -18,10 +18,13 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.formats import apr_format, gguf_format, safetensors_format
+from apr_jax.converters.storage.source import SourceFile, exists
 
 Make = Callable[[pathlib.Path], pathlib.Path]
 
@@ -102,6 +105,10 @@ _SAYS_ALL = frozenset(
         "config-missing",
         "adapter",
         "adapter-tensors",
+        "one-of-several",
+        "read",
+        "read-failed",
+        "torch",
     )
 )
 """Codes of errors whose message lists what was found, or where there is nothing more to say."""
@@ -624,3 +631,118 @@ case(
     truncated(shards({"weight_map": MAP}, "a.safetensors"), "model.safetensors.index.json", 101_000_000),
     "index-size",
 )
+
+
+def reads(function: Callable[[SourceFile], Any]) -> Opens:
+    """Calls a function on the opened file."""
+
+    def opens(path: pathlib.Path) -> None:
+        with SourceFile(path) as source:
+            function(source)
+
+    return opens
+
+
+def shrunk(source: SourceFile) -> None:
+    os.truncate(source.path, source.size - 1)
+    source.read_at(0, source.size)
+
+
+def touched(source: SourceFile) -> None:
+    os.utime(source.path, (0, 0))
+    source.check_unchanged()
+
+
+def gone(then: Callable[[SourceFile], Any]) -> Callable[[SourceFile], Any]:
+    """What a descriptor answers that the system has taken away: EBADF, in place of EIO or ESTALE."""
+
+    def after(source: SourceFile) -> None:
+        source.close()
+        then(source)
+
+    return after
+
+
+def begun(source: SourceFile) -> None:
+    """Parses the first half of an `.apr` as a caller that has no more of it."""
+    apr_format.parse_prologue(source.read_at(0, 100), source.size, file=source.path)
+
+
+def whole(path: pathlib.Path) -> None:
+    """Opens, and reads every tensor and every side file."""
+    with open_checkpoint(path) as opened:
+        for tensor in opened.tensors.values():
+            tensor.read()
+        for file in opened.files.values():
+            file()
+
+
+def configured(path: pathlib.Path) -> None:
+    """Opens, and asks for config.json, or what stands for it."""
+    with open_checkpoint(path) as opened:
+        assert opened.config
+
+
+def modelled(path: pathlib.Path) -> None:
+    """Opens, and asks for the model's configuration."""
+    with open_checkpoint(path) as opened:
+        opened.model_config()
+
+
+def hollow(name: str, size: int) -> Make:
+    """A checkpoint with a file of holes beside it."""
+
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        one()(folder).rename(folder / "model.safetensors")
+        (folder / name).touch()
+        os.truncate(folder / name, size)
+        return folder
+
+    return make
+
+
+refused_when(reads(shrunk), "5 cut while it is read", raw(bytes(9)), "short-read")
+refused_when(
+    reads(lambda source: source.read_at(0, 1 << 50)), "5 a petabyte of nine bytes", raw(bytes(9)), "short-read"
+)
+refused_when(reads(touched), "6 written to while it is read", raw(bytes(9)), "source-changed")
+refused_when(reads(gone(lambda source: source.read_at(0, 1))), "12 a read that fails", raw(bytes(9)), "read-failed")
+refused_when(reads(gone(SourceFile.check_unchanged)), "12 a look that fails", raw(bytes(9)), "read-failed")
+case("12 a name of 300 bytes", lambda folder: folder / ("n" * 300), "open-failed")
+refused_when(exists, "12 whether a name of 300 bytes exists", lambda folder: folder / ("n" * 300), "open-failed")
+refused_when(reads(gguf_format.read_header), "9 no GGUF, to its parser", raw(b"GGUE" + bytes(60)), "gguf-magic")
+refused_when(reads(begun), "16 half of an .apr, to its parser", apr(), "file-truncated")
+
+
+def few_tensors(path: pathlib.Path) -> None:
+    """Opens where two tensors are the most: with 60 MB of blanks the price of JSON lets 100,001 pass."""
+    with mock.patch.object(safetensors_format, "MAX_TENSORS", 2):
+        checkpoint(path)
+
+
+EMPTY = entry("U8", [0], [0, 0])
+refused_when(few_tensors, "60 three tensors where two are the most", st(dict.fromkeys("abc", EMPTY)), "tensor-count")
+for value in (5, None, "ab", {"0": 0, "1": 1}):
+    case(f"53 offsets {value}", one(offsets=value), "offsets-type")
+case(
+    "97 a head without data of shape (2**32, 2**32)",
+    apr(tensors=((b"lm_head.weight", 0, (2**32, 2**32), 0, 0),)),
+    "shape-overflow",
+)
+case("113 a link to a file that is gone", linked("model-2.safetensors"), "file-missing")
+refused_when(whole, "121 65 MB beside a checkpoint", hollow("tokenizer.json", 65 << 20), "side-file-size")
+refused_when(whole, "46 F4 as an array", one(bytes(1), dtype="F4", shape=[2], offsets=[0, 1]), "dtype-not-decoded")
+
+
+def lone_shard(configuration: bool) -> Make:
+    def make(folder: pathlib.Path) -> pathlib.Path:
+        path = one()(folder).rename(folder / "model-00001-of-00002.safetensors")
+        if configuration:
+            (folder / "config.json").write_text("{}")
+        return path
+
+    return make
+
+
+refused_when(modelled, "115 a lone shard beside a configuration", lone_shard(True), "one-of-several")
+refused_when(configured, "115 a lone shard", lone_shard(False), "one-of-several")

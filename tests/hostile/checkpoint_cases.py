@@ -18,7 +18,7 @@ from apr_jax.converters.convert.plan import make_plan
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.tokenizer import Tokenizer
 from tests import paths
-from tests.hostile.cases import Case, Make, apr, checkpoint, raw, truncated
+from tests.hostile.cases import Case, Make, apr, checkpoint, entry, raw, st, truncated
 
 CASES: list[Case] = []
 MODEL = paths.checkpoint("gqa_tied_bf16")
@@ -549,3 +549,12 @@ def elsewhere(folder: pathlib.Path) -> pathlib.Path:
 case("adapter: a pickle", pickled, "adapter")
 case("adapter: layers that the model lacks", elsewhere, "adapter-tensors", opens=adapter)
 case("adapter: asked for its configuration", lora(), "adapter", opens=config)
+
+
+def disguised(folder: pathlib.Path) -> pathlib.Path:
+    st({"x.lora_A.weight": entry()}, bytes(4))(folder).rename(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(PLAIN))
+    return folder
+
+
+case("adapter: as a model, with the model's configuration", disguised, "adapter", opens=config)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
 import pathlib
 import struct
+import sys
+import types
 import zipfile
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.errors import in_file
 from apr_jax.engines import bounded
 from apr_jax.parity import dumps
-from apr_jax.trace import golden, positions
+from apr_jax.trace import golden, inputs, positions
 from tests import paths
 from tests.hostile.cases import Case, Make, raw, truncated
 
@@ -278,7 +283,27 @@ case(
     archive({"input_ids.npy": IDS_NPY, "hidden.0.npy": npy(WHOLE.astype(np.int32))}),
     "dump-dtype",
 )
-case("npz: 100,001 arrays", archive({f"{n}.npy": b"" for n in range(100_001)}), "dump-files")
+
+
+def crowded(members: int, comment: bytes = b"", wide: bool = False) -> Make:
+    """An archive of empty members; `wide` says how many in the form for 64 bits."""
+    local = b"PK\3\4" + bytes(26)
+    entry = struct.Struct("<4s24xHHH12x8s")
+    directory = b"".join(entry.pack(b"PK\1\2", 8, 0, 0, b"%04x.npy" % (n % 65536)) for n in range(members))
+    size, at = len(directory), len(local)
+    end64 = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, members, members, size, at)
+    end64 += struct.pack("<4sIQI", b"PK\6\7", 0, at + size, 1)
+    short = (0xFFFFFFFF, 0xFFFFFFFF) if wide else (size, at)
+    count = min(members, 0xFFFF)
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count, count, *short, len(comment)) + comment
+    return raw(local + directory + (end64 if wide else b"") + end, "x.npz")
+
+
+case("npz: of no stage, by hand", crowded(3), "nothing-compared")
+case("npz: of no stage, by hand, in 64 bits", crowded(3, wide=True), "nothing-compared")
+case("npz: 100,001 arrays", crowded(100_001), "dump-files")
+case("npz: 100,001 arrays before a comment", crowded(100_001, b"x" * 60_000), "dump-files")
+case("npz: 100,001 arrays in 64 bits", crowded(100_001, wide=True), "dump-files")
 LOGITS = [[0.0] * config().vocab_size] * 2
 accepted("jsonl: a prompt", raw(json.dumps({"tokens": [1, 2], "logits": LOGITS}).encode(), "x.jsonl"))
 case("jsonl: empty", raw(b"\n", "x.jsonl"), "nothing-compared")
@@ -408,6 +433,16 @@ case(
 )
 
 
+def beside_tokens(make: Make) -> Make:
+    """What it makes, and token_ids.json."""
+
+    def made(folder: pathlib.Path) -> pathlib.Path:
+        (folder / "token_ids.json").write_text(json.dumps(TOKENS))
+        return make(folder)
+
+    return made
+
+
 def rounds(**changed: Any) -> Make:
     """One request of TensorRT-Edge-LLM, of one round; None takes an array out."""
     cache = np.zeros((1, 2, config().num_kv_heads, 4, config().head_dim), np.float32)
@@ -422,11 +457,7 @@ def rounds(**changed: Any) -> Make:
         if array is not None
     }
 
-    def make(folder: pathlib.Path) -> pathlib.Path:
-        (folder / "token_ids.json").write_text(json.dumps(TOKENS))
-        return tensors(**{f"round_0.{name}": array for name, array in given.items()})(folder)
-
-    return make
+    return beside_tokens(tensors(**{f"round_0.{name}": array for name, array in given.items()}))
 
 
 accepted("rounds: as they should be", rounds())
@@ -438,3 +469,130 @@ for shape in (
     (1, 2, config().num_kv_heads, 3, config().head_dim),
 ):
     case(f"rounds: a cache of shape {shape}", rounds(layer_0__kv=np.zeros(shape, np.float32)), "dump-shape")
+
+
+def given_inputs(path: pathlib.Path) -> None:
+    """Reads a dump to which --input-ids names other tokens."""
+    dumps.read(path, config(), inputs.Inputs.of([[9, 9, 9, 9]]))
+
+
+def of_this_vocabulary(path: pathlib.Path) -> None:
+    """Reads what --input-ids names, for a model."""
+    with in_file(path):
+        golden.read_inputs(path).check_vocabulary(config().vocab_size)
+
+
+def few_files(path: pathlib.Path) -> None:
+    """Reads a dump where three files are too many."""
+    with mock.patch.object(bounded, "_MAX_FILES", 3):
+        dump(path)
+
+
+def with_torch(load: Callable[..., Any] | None) -> Callable[[pathlib.Path], None]:
+    """Reads a dump with a stand-in for torch, which need not be there; None is no torch."""
+
+    def opens(path: pathlib.Path) -> None:
+        stand_in = None if load is None else types.SimpleNamespace(load=load)
+        with mock.patch.dict(sys.modules, {"torch": stand_in}):
+            dump(path)
+
+    return opens
+
+
+def unreadable(*args: Any, **settings: Any) -> None:
+    raise RuntimeError("Invalid magic number; corrupt file?")
+
+
+case(
+    "APRT: 5 files where 3 are too many",
+    folder_of({f"{n}.bin": aprt() for n in range(5)}),
+    "dump-files",
+    opens=few_files,
+)
+case("map: a name of 300 bytes", mapped({"file": "n" * 300 + ".npy"}), "read")
+case("npy: the magic alone", mapped({"file": "a.npy"}, {"a.npy": b"\x93NUMPY"}), "npy")
+case(
+    "npy: a header that ends behind the file",
+    array(header(shape=(0,)), length=len(header(shape=(0,))) + 9),
+    "npy",
+)
+for shape in ((float(COUNT),), (-1, -COUNT)):
+    case(f"npy: shape {shape}", array(header(shape=shape), BODY), "npy")
+for content in (5, "input_ids"):
+    case(f"inputs.json: {content}", folder_of({"inputs.json": content}, _NO_FILE), "token-ids", opens=tokens)
+case("token_ids.json: 5", stage(aprt(), 5), "token-ids")
+case("ids: [[1, True]]", raw(b"[[1,true]]", "ids.json"), "input-ids", opens=tokens)
+case("ids: beyond the vocabulary", raw(b"[[1,288]]", "ids.json"), "input-ids", opens=of_this_vocabulary)
+case("ids: beside nothing", lambda folder: folder / "x", "file-missing", opens=inputs.beside)
+for name in ("attention_mask", "position_ids"):
+    more = {"input_ids": [TOKENS], name: [[1], [1, 1]]}
+    case(f"map: {name} of unequal rows", mapped({"file": "a.bin"}, FLAT, **more), "token-ids")
+    more = {"input_ids": [TOKENS], name: [[0, 1, 2, 2**32 + 3]] if name == "position_ids" else [[1, 1, 1, 2**32 + 1]]}
+    case(f"map: {name} beyond 32 bits", mapped({"file": "a.bin"}, FLAT, **more), name.replace("_", "-"))
+IDS_ARRAY = np.array([TOKENS], np.int32)
+SAME = np.array([[5, 5, 5, 5]], np.int32)
+accepted("golden: labels", tensors(input_ids=IDS_ARRAY, labels=IDS_ARRAY, logits=WHOLE), golden_file)
+case(
+    "golden: other labels", tensors(input_ids=IDS_ARRAY, labels=SAME, logits=WHOLE), "golden-labels", opens=golden_file
+)
+case(
+    "golden: fewer labels",
+    tensors(input_ids=SAME, labels=SAME[:, :1], logits=WHOLE),
+    "golden-labels",
+    opens=golden_file,
+)
+case(
+    "golden: of other tokens",
+    tensors(**{"input_ids": IDS_ARRAY, "stage.0.attn_norm": WHOLE}),
+    "input-ids",
+    opens=given_inputs,
+)
+
+
+def hollow(folder: pathlib.Path) -> pathlib.Path:
+    """A golden file one stage of which is 2 GB of holes."""
+    entries = {
+        "input_ids": {"dtype": "I32", "shape": [1, 4], "data_offsets": [0, 16]},
+        "stage.0.attn_norm": {"dtype": "F32", "shape": [1 << 29], "data_offsets": [16, 16 + (1 << 31)]},
+    }
+    text = json.dumps(entries).encode()
+    path = raw(len(text).to_bytes(8, "little") + text + IDS_ARRAY.tobytes())(folder)
+    with path.open("ab") as file:
+        file.truncate(8 + len(text) + 16 + (1 << 31))
+    return path
+
+
+case("golden: 2 GB of holes as a stage", hollow, "dump-size")
+
+
+def of_odd_vocabulary(path: pathlib.Path) -> None:
+    """Reads a dump of a model whose vocabulary is no whole number of heads."""
+    dumps.read(path, dataclasses.replace(config(), vocab_size=289))
+
+
+ODD = {"stages": {"logits": {"file": "a.bin", "layout": "bthd"}}, "input_ids": [TOKENS]}
+case(
+    "map: logits in heads",
+    folder_of({"dump.json": ODD, "a.bin": bytes(4 * 4 * 289)}),
+    "dump-layout",
+    opens=of_odd_vocabulary,
+)
+for name, lengths in (("prompts", ([4, 3], [4, 4])), ("ends", ([4, 4], [5, 4]))):
+    two = {
+        "round_0.context_lengths": np.array(lengths[0], np.int32),
+        "round_1.context_lengths": np.array(lengths[1], np.int32),
+        "round_0.generated_token_ids": np.array([1, 1], np.int32),
+    }
+    case(f"rounds: {name} of unequal length", beside_tokens(tensors(**two)), "dump-rounds")
+MODULES = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+MODULES += ["input_layernorm", "post_attention_layernorm"]
+case(
+    "msprobe: no tokens",
+    folder_of({f"d/Module.model.layers.0.{name}.X.forward.0.output.0.npy": b"" for name in MODULES}),
+    "token-ids-missing",
+)
+case("SGLang: of two ranks", folder_of({"a/Pass00000.pt": b"", "b/Pass00000.pt": b""}), "dump-ranks")
+PASS = folder_of({"a/Pass00000.pt": b"x"})
+case("SGLang: no torch", PASS, "torch", opens=with_torch(None))
+case("SGLang: no file of torch's", PASS, "torch-file", opens=with_torch(unreadable))
+case("SGLang: a list", PASS, "torch-file", opens=with_torch(lambda path, **settings: []))

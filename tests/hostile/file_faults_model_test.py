@@ -68,7 +68,7 @@ class ModelFileFaultsTest(FileFaultsTestCase):
 
         self.begin_with(name, force, write)
         first, step = sampled(writer + fault.name)
-        self.each(fault, self.check, first % 5, min(step, 5))
+        self.each(fault, self.check, first % 11, min(step, 11))
 
     @parameterized.product(force=[False, True], fault=[*file_faults.ERRORS, file_faults.INTERRUPTS[0]])
     def test_a_prepared_checkpoint(self, force, fault):

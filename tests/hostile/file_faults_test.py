@@ -320,7 +320,7 @@ class FileFaultsTest(FileFaultsTestCase):
 def sampled(name: str) -> tuple[int, int]:
     """Returns the first call that goes wrong and the distance to the next: each in `make fault-injection`; in the suite
     a few, other ones for each name."""
-    step = int(os.environ.get("FAULT_STEP", "41"))
+    step = int(os.environ.get("FAULT_STEP", "83"))
     return zlib.crc32(name.encode()) % step, step
 
 

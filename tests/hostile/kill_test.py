@@ -22,7 +22,7 @@ from absl.testing import absltest
 from tests import paths
 from tests.hostile.file_faults_test import content
 
-MOMENTS = int(os.environ.get("KILL_MOMENTS", "6"))
+MOMENTS = int(os.environ.get("KILL_MOMENTS", "4"))
 # Written in small pieces, so that a kill can come between any two of them.
 _SLOW = """
 import sys, time
