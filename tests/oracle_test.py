@@ -177,7 +177,7 @@ class InverseFrequencyTest(parameterized.TestCase):
         capability = torch.backends.cpu.get_cpu_capability()
         if capability not in ("AVX512", "AVX2"):
             self.skipTest(f"torch's powf on {capability} is another one")
-        thetas = [1e4, 5e5, 1e6, 1e7, 1.5e5, 123456.789, *np.exp(np.random.default_rng(0).uniform(1, 20, 40))]
+        thetas = [1e4, 5e5, 1e6, 1e7, 1.5e5, 123456.789, *np.exp(np.random.default_rng(0).uniform(1, 20, 12))]
         compared = wrong = 0
         for theta in thetas:
             for dim in range(2, 258, 2):

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
 import unicodedata
 
@@ -11,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest
 
-from tests import paths
+from tests import paths, tool
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 # Erase, title, hyperlink, C1 controls; bidirectional marks and isolates; zero width; tags; separators of lines.
@@ -38,12 +37,11 @@ class HostileTextsTest(absltest.TestCase):
         shutil.copytree(SAMPLE, self.model)
 
     def printed(self, command: str, *args: object, codes: tuple[int, ...] = (0,)) -> str:
-        program = [sys.executable, str(paths.ROOT / "tools" / f"{command}.py"), *map(str, args)]
-        done = subprocess.run(program, check=False, capture_output=True)
+        done = tool.run(command, *args)
         self.assertIn(done.returncode, codes, done.stderr)
-        self.assertEqual(unsafe(done.stdout + done.stderr), [])
-        self.assertNotIn(b"Traceback", done.stderr)
-        return (done.stdout + done.stderr).decode()
+        self.assertEqual(unsafe((done.stdout + done.stderr).encode()), [])
+        self.assertNotIn("Traceback", done.stderr)
+        return done.stdout + done.stderr
 
     def written(self, name: str, **changed: object) -> None:
         path = self.model / name

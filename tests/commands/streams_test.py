@@ -21,14 +21,14 @@ from absl.testing import absltest, parameterized
 from apr_jax.commands.entry import COMMANDS
 from apr_jax.converters.commands import tables, terminal
 from apr_jax.trace import aprt, inputs, stages
-from tests import paths
+from tests import paths, tool
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 # What a terminal obeys: a clear, a title, a bidirectional override, a C1 introducer, a line of its own.
 EVIL = "x\x1b[2J\x1b]0;t\x07\u202ey\u009b5m\u2066z"
 
 
-def tool(command: str, *args: object, **settings: object) -> subprocess.CompletedProcess:
+def process(command: str, *args: object, **settings: object) -> subprocess.CompletedProcess:
     program = [sys.executable, str(paths.ROOT / "tools" / f"{command.replace('-', '_')}.py"), *map(str, args)]
     return subprocess.run(program, check=False, **{"capture_output": True, **settings})
 
@@ -41,7 +41,7 @@ class StreamsTest(parameterized.TestCase):
     @parameterized.parameters((), ("--json",))
     def test_a_full_disk_under_stdout_is_an_error_of_its_own(self, *options):
         with open("/dev/full", "w") as full:
-            done = tool("show", SAMPLE, *options, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+            done = process("show", SAMPLE, *options, capture_output=False, stdout=full, stderr=subprocess.PIPE)
         self.assertEqual(done.returncode, 7)
         self.assertRegex(done.stderr.decode(), "error: stdout: the output cannot be written: No space")
         self.assertEqual(done.stderr.count(b"\n"), 1)
@@ -49,7 +49,7 @@ class StreamsTest(parameterized.TestCase):
     @parameterized.parameters(("show", ["nothing"], 3), ("show", ["--nothing"], 2), ("verify", [SAMPLE, "nothing"], 3))
     def test_a_full_disk_under_stderr_changes_no_exit_code(self, command, args, code):
         with open("/dev/full", "w") as full:
-            done = tool(command, *args, capture_output=False, stdout=subprocess.PIPE, stderr=full)
+            done = process(command, *args, capture_output=False, stdout=subprocess.PIPE, stderr=full)
         self.assertEqual((done.returncode, done.stdout), (code, b""))
 
     @parameterized.parameters(*COMMANDS)
@@ -57,18 +57,22 @@ class StreamsTest(parameterized.TestCase):
         """The handlers of a command are not there yet: a module that it imports sends the signal."""
         folder = pathlib.Path(self.create_tempdir().full_path)
         (folder / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-        done = tool(command, "--help", env={**os.environ, "PYTHONPATH": str(folder)})
+        done = process(command, "--help", env={**os.environ, "PYTHONPATH": str(folder)})
         self.assertEqual((done.returncode, done.stdout, done.stderr), (130, b"", b""))
 
     @parameterized.parameters(*COMMANDS)
     def test_an_empty_name_is_an_error_in_the_usage(self, command):
-        option = {"golden": "--check", "parity": "--right", "generate": "--prompts", "show": "--html"}.get(
-            command, "-o"
-        )
+        option = {
+            "golden": "--check",
+            "parity": "--right",
+            "generate": "--prompts",
+            "show": "--html",
+            "loss": "--jsonl",
+        }.get(command, "-o")
         options = [""] if command in ("verify", "checkpoint") else [option, ""]
         options += ["--to", "apr"] if command == "convert" else []
         first = {"checkpoint": ["save", SAMPLE], "make-sample": ["gqa_tied_bf16"]}.get(command, [SAMPLE])
-        done = tool(command, *first, *options)
+        done = process(command, *first, *options)
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertIn(b"a name is needed", done.stderr)
 
@@ -110,7 +114,7 @@ class TerminalTest(parameterized.TestCase):
         environment = (
             {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | environment
         )
-        done = tool("show", SAMPLE, capture_output=False, stdout=inner, stderr=subprocess.PIPE, env=environment)
+        done = process("show", SAMPLE, capture_output=False, stdout=inner, stderr=subprocess.PIPE, env=environment)
         os.close(inner)
         shown = b""
         # The end of a terminal is an error.
@@ -146,8 +150,8 @@ class NamesTest(parameterized.TestCase):
         (self.model / f"README{EVIL}").write_text("goes along")
 
     def printed(self, command: str, *args: object, codes: tuple[int, ...] = (0,)) -> str:
-        done = tool(command, *args)
-        text = done.stdout.decode() + done.stderr.decode()
+        done = tool.run(command.replace("-", "_"), *args)
+        text = done.stdout + done.stderr
         self.assertIn(done.returncode, codes, text)
         self.assertEqual(unsafe(text), [], text)
         self.assertNotIn("Traceback", text)

@@ -23,8 +23,7 @@ from apr_jax.trace.compare import compare, relative_l2
 from apr_jax.trace.inputs import Inputs, seeded
 from tests import faults, oracle, paths
 
-
-# Nearly all that these tests take is compilation: where the shape is not the point, they share that of the golden files.
+# Nearly all that these tests take is compilation: where the shape is not the point, it is that of the golden files.
 BATCH, LENGTH = 2, 64
 CHANGING_PROGRAMS = {"rope-adjacent-pairs", "rope-theta", "rms-norm-eps", "mask-not-causal", "kv-heads-interleaved"}
 """Faults that are no change of weights: each needs programs of its own."""
