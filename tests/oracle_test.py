@@ -169,26 +169,6 @@ class InverseFrequencyTest(parameterized.TestCase):
         self.assertEqual(hex(found.view(np.int32)[37]), "0x39b229fb")
         np.testing.assert_array_equal(oracle.inv_freq(1e6, 64).view(np.int32)[[1, 31]], [0x3F263DE0, 0x35CEAF79])
 
-    def test_bit_equal_to_torch(self) -> None:
-        try:
-            import torch
-        except ImportError:
-            self.skipTest("torch is not installed")
-        capability = torch.backends.cpu.get_cpu_capability()
-        if capability not in ("AVX512", "AVX2"):
-            self.skipTest(f"torch's powf on {capability} is another one")
-        thetas = [1e4, 5e5, 1e6, 1e7, 1.5e5, 123456.789, *np.exp(np.random.default_rng(0).uniform(1, 20, 40))]
-        compared = wrong = 0
-        for theta in thetas:
-            for dim in range(2, 258, 2):
-                expected = 1.0 / (float(theta) ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
-                # Beyond whole blocks (of 32 with AVX-512, of 16 with AVX2) torch calls the C library's powf.
-                whole = dim // 2 // 32 * 32
-                different = (oracle.inv_freq(float(theta), dim) != expected.numpy())[:whole]
-                compared, wrong = compared + whole, wrong + int(different.sum())
-        self.assertEqual(wrong, 0)
-        self.assertGreater(compared, 100_000)
-
 
 @absltest.skipUnless(FIXTURES.is_dir(), f"no genuine dumps at {FIXTURES}; set APR_FIXTURES")
 class GenuineDumpTest(absltest.TestCase):

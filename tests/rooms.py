@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import graphlib
 import pathlib
 import sys
@@ -129,19 +130,22 @@ def modules(root: pathlib.Path = ROOT) -> list[Module]:
     return found
 
 
-def imports(text: str, path: str, name: str | None = None) -> Iterator[Import]:
-    """Yields all imports of a source; `name` is that of the module, None outside of the packages."""
+@functools.cache
+def imports(text: str, path: str, name: str | None = None) -> tuple[Import, ...]:
+    """Returns all imports of a source; `name` is that of the module, None outside of the packages."""
+    found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(path, node.lineno, (alias.name,))
+                found.append(Import(path, node.lineno, (alias.name,)))
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level and name is not None:
                 package = name.split(".") if path.endswith("__init__.py") else name.split(".")[:-1]
                 base = ".".join((*package[: len(package) - node.level + 1], *filter(None, (base,))))
             for alias in node.names:
-                yield Import(path, node.lineno, (base, f"{base}.{alias.name}"))
+                found.append(Import(path, node.lineno, (base, f"{base}.{alias.name}")))
+    return tuple(found)
 
 
 def target(found: Import, known: Collection[str]) -> str | None:

@@ -1,8 +1,11 @@
 """Imports go down, from room to room; and the rule notices one that does not."""
 
+import contextlib
+import functools
+import io
 import pathlib
-import subprocess
 import sys
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -15,7 +18,7 @@ CODE = ("apr_jax", "converters", "tests", "tools")
 
 class RoomsTest(parameterized.TestCase):
     def test_every_import_goes_down(self):
-        found = rooms.modules()
+        found = _today()
         self.assertGreater(len(found), 100)
         self.assertEqual(rooms.violations(found), [])
 
@@ -26,7 +29,7 @@ class RoomsTest(parameterized.TestCase):
 
     def test_the_table_itself_is_without_circles_and_names_rooms_that_exist(self):
         self.assertEqual(rooms.circle(rooms.MAY_IMPORT), [])
-        named = {module.room for module in rooms.modules()}
+        named = {module.room for module in _today()}
         self.assertLessEqual(set(rooms.MAY_IMPORT) - named, {"apr_jax.converters.workers"})
 
     @parameterized.named_parameters(
@@ -86,10 +89,17 @@ class RoomsTest(parameterized.TestCase):
         self.assertEqual(rooms.outside("from apr_jax.converters import errors", "tests/x.py"), [])
 
     def test_the_command_prints_the_tree_and_fails_on_what_is_wrong(self):
-        done = subprocess.run([sys.executable, rooms.__file__], capture_output=True, text=True, check=False)
-        self.assertEqual(done.returncode, 1 if rooms.violations(rooms.modules()) else 0, done.stderr)
-        for room in ("storage", "checkpoint", "trace", "generate"):
-            self.assertRegex(done.stdout, rf"(?m)^  {room} +\d+ modules +\d+ lines")
+        for planted, code in ((), 0), ([self._planted("converters/storage/new.py", "import apr_jax.model")], 1):
+            out, err = io.StringIO(), io.StringIO()
+            with (
+                mock.patch.object(rooms, "modules", return_value=[*_today(), *planted]),
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+            ):
+                self.assertEqual(rooms.main(), code)
+            self.assertEqual("storage/new.py" in err.getvalue(), bool(planted))
+            for room in ("storage", "checkpoint", "trace", "generate"):
+                self.assertRegex(out.getvalue(), rf"(?m)^  {room} +\d+ modules +\d+ lines")
 
     def _planted(self, path: str, text: str) -> rooms.Module:
         root = pathlib.Path(self.create_tempdir().full_path)
@@ -99,9 +109,15 @@ class RoomsTest(parameterized.TestCase):
         return module
 
 
+@functools.cache
+def _today() -> list[rooms.Module]:
+    return rooms.modules()
+
+
+@functools.cache
 def _sound() -> list[rooms.Module]:
     """Returns the modules of today, without what they import: a planted import has somewhere to lead."""
-    return [rooms.Module(module.name, module.path, "") for module in rooms.modules()]
+    return [rooms.Module(module.name, module.path, "") for module in _today()]
 
 
 if __name__ == "__main__":

@@ -145,6 +145,8 @@ def _npy(content: bytes, path: str | os.PathLike[str], floats: bool, name: str |
 
     if content[:6] != b"\x93NUMPY" or len(content) < 10:
         raise broken(f"{bytes(content[:10])!r} at the beginning")
+    if content[6] not in (1, 2, 3) or content[7]:
+        raise broken(f"version {content[6]}.{content[7]}")
     wide = content[6] >= 2
     start = 12 if wide else 10
     if len(content) < start:
@@ -153,7 +155,7 @@ def _npy(content: bytes, path: str | os.PathLike[str], floats: bool, name: str |
     if length > _NPY_HEADER or start + length > len(content):
         raise broken(f"a header of {length} bytes")
     try:
-        header = ast.literal_eval(content[start : start + length].decode("latin-1").strip(" \n"))
+        header = ast.literal_eval(content[start : start + length].decode("latin-1").lstrip(" "))
         dtype, shape, fortran = _header(header)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, KeyError, OverflowError) as error:
         raise broken(f"a header that cannot be read ({type(error).__name__})") from None
@@ -182,7 +184,9 @@ def _header(header: Any) -> tuple[np.dtype[Any], tuple[int, ...], bool]:
         raise ValueError("keys")
     if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or len(shape) > 32:
         raise ValueError("shape")
-    return np.dtype(descr), shape, bool(header["fortran_order"])
+    if not isinstance(header["fortran_order"], bool):
+        raise ValueError("fortran_order")
+    return np.dtype(descr), shape, header["fortran_order"]
 
 
 def npz(path: str | os.PathLike[str]) -> dict[str, Callable[[int | None], np.ndarray]]:

@@ -191,7 +191,11 @@ def _kept(model: Qwen2ForCausalLM, x: Array, labels: Array, ops: Ops, variant: V
 
 def logits_before(model: LanguageModel, document: Document, window: Window, tokens: Sequence[int]) -> np.ndarray:
     """Returns the logits that predict some tokens of a window, at least float32 [len(tokens), V]."""
-    inputs = Inputs.of([document.ids[window.start : window.end]])
+    length = window.end - window.start
+    padding = (0, _rounded_up(length) - length)
+    inputs = Inputs.of(
+        [np.pad(document.ids[window.start : window.end], padding)], [np.pad(np.ones(length, int), padding)]
+    )
     states = model.trace(inputs, {stages.FINAL_NORM})[stages.FINAL_NORM][:, np.asarray(tokens) - 1 - window.start]
     with model.scope():
         rows = np.asarray(model.module.project(jnp.asarray(states), model.ops)[0])

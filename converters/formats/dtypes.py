@@ -49,6 +49,7 @@ Legacy = bool | Mapping[int, str]
 _PLAIN, _ROWS, _PADDED_ROWS, _FLAT, _SCALED = "plain", "rows", "padded-rows", "flat", "scaled"
 
 # Python, numpy and the file formats agree up to here; beyond it a product can wrap in somebody's 64 bits.
+_WIDEST = 8  # bytes of a value in memory
 _MAX_COUNT = 2**63 - 1
 
 
@@ -185,6 +186,9 @@ class DType:
           BrokenContainerError: The shape is malformed or overflows 63 bits.
         """
         count = element_count(shape)
+        # No array holds nothing in a shape whose other sizes are beyond what can be addressed.
+        if not count and math.prod(filter(None, shape)) * _WIDEST > _MAX_COUNT:
+            raise _overflow(shape)
         whole, rest = divmod(count, self.block_elements)
         flat = (whole + (rest > 0)) * self.block_bytes
         if self.packing == _SCALED:

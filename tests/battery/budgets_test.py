@@ -95,7 +95,8 @@ class BudgetsTest(absltest.TestCase):
         clean = same.trace(inputs)
         sites = {site.key: site for site in localise.localise(exact, same, inputs, complete(clean, inputs)).sites}
         generator = np.random.default_rng(SEED)
-        for stage in ("attn_norm", "qkv_matmul", "k_post_rope", "attn_scores", "attn_softmax", "ffn_silu", "ffn_out"):
+        # One of each class that rounds in a way of its own.
+        for stage in ("attn_norm", "qkv_matmul", "k_post_rope", "attn_softmax", "ffn_silu"):
             key = stages.Key.of(0, stage)
             noise = budgets.disturbances(sites[key], clean[key], inputs, "float32", generator)
             for where, disturbed in noise:

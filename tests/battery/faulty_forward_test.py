@@ -233,21 +233,6 @@ class RightTest(Case):
         total = dump["stage.embedding"] + dump["stage.0.attn_out"]
         np.testing.assert_array_equal(total, dump["stage.0.post_attn_residual"])
 
-    def test_bfloat16_is_nearer_to_huggingface_than_bfloat16_is_to_the_truth(self) -> None:
-        try:
-            import torch
-            import transformers
-        except ImportError:
-            self.skipTest("torch and transformers are not installed")
-        model = transformers.Qwen2ForCausalLM.from_pretrained(
-            paths.checkpoint(GQA), dtype=torch.bfloat16, attn_implementation="eager"
-        )
-        with torch.no_grad():
-            logits = model(torch.tensor(self.ids[:1])).logits.float().numpy()
-        found, exact = (self.dump(dtype=dtype)["logits"][:1] for dtype in ("bfloat16", "float64"))
-        error = np.linalg.norm(logits - exact)
-        self.assertLess(np.linalg.norm(found - logits), error / 3)
-
     def test_bfloat16_products_are_rounded_before_scale_and_after_bias(self) -> None:
         self.switch(MHA)  # its scale is no power of two
         exact = self.dump(dtype="bfloat16")

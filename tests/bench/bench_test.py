@@ -3,7 +3,6 @@
 import json
 import math
 import pathlib
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree
@@ -16,7 +15,7 @@ from apr_jax.bench import measure, report, roofline
 from apr_jax.bench.cases import ALL, Case, Ceilings, Work, work
 from apr_jax.converters.errors import UsageError
 from apr_jax.testing.sample import SAMPLES
-from tests import paths
+from tests import paths, tool
 from tests.bench import bench_report
 
 
@@ -204,8 +203,7 @@ class CommittedResultsTest(absltest.TestCase):
 
 class CommandTest(absltest.TestCase):
     def bench(self, *arguments):
-        command = [sys.executable, str(paths.ROOT / "tools" / "bench.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return tool.run("bench", *arguments)
 
     def test_a_quick_run_on_a_tiny_checkpoint_writes_json_and_a_picture(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -62,7 +62,7 @@ class StreamsTest(parameterized.TestCase):
 
     @parameterized.parameters(*COMMANDS)
     def test_an_empty_name_is_an_error_in_the_usage(self, command):
-        own = {"golden": "--check", "parity": "--right", "generate": "--prompts", "show": "--html", "loss": "--text"}
+        own = {"golden": "--check", "parity": "--right", "generate": "--prompts", "show": "--html", "loss": "--jsonl"}
         option = own.get(command, "-o")
         options = [""] if command in ("verify", "checkpoint") else [option, ""]
         options += ["--to", "apr"] if command == "convert" else []

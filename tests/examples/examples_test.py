@@ -21,7 +21,13 @@ def run_example(name: str, *arguments: object, folder: str) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, paths.ROOT / "examples" / name, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(paths.ROOT), "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(paths.ROOT),
+            "JAX_PLATFORMS": "cpu",
+            # Nearly all of it is compilation: programs that are quickly made will do.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        },
         capture_output=True,
         text=True,
     )

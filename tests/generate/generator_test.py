@@ -91,7 +91,7 @@ class GenerationTest(parameterized.TestCase):
         self.assertEqual(self.greedy([prompt], count)[0], reference(self.generator.model, prompt, count))
 
     def test_each_row_of_a_batch_is_what_it_is_alone(self):
-        prompts = [seeded_prompt(length, seed=length) for length in (1, 9, 30)]
+        prompts = [seeded_prompt(length, seed=length) for length in (1, 9)]
         batch = self.greedy(prompts, 20)
         self.assertEqual(batch, [self.greedy([prompt], 20)[0] for prompt in prompts])
         drawn = self.generator.generate(prompts, seed=3, max_new_tokens=20, eos_token_id=())
@@ -109,7 +109,7 @@ class GenerationTest(parameterized.TestCase):
 
     def test_a_prompt_in_chunks_is_the_prompt_at_once_within_float32(self):
         model = self.generator.model
-        lengths = (70, 33, 16)
+        lengths = (33, 16)  # one token beyond whole chunks, and none
         prompts = [seeded_prompt(length, seed=length) for length in lengths]
         inputs = Inputs.of(prompts)
         logits = np.asarray(model.logits(inputs))
@@ -145,11 +145,11 @@ class GenerationTest(parameterized.TestCase):
             for settled in ({**PLAIN, "eos_token_id": (5,)}, {"temperature": 0.5, "top_k": 7, **settings}):
                 self.generator.generate(prompts, seed=seed, max_new_tokens=30 + seed, **settled)
 
-        use(20, seed=0)
+        use(12, seed=0)
         programs, compilations = self.generator.programs.compiled, COMPILATIONS.count
-        use(24, seed=9, top_p=0.3, repetition_penalty=1.7, eos_token_id=(1, 2, 3))
+        use(16, seed=9, top_p=0.3, repetition_penalty=1.7, eos_token_id=(1, 2, 3))
         load_generator(SAMPLE).generate("What is 2+2? And more?", max_new_tokens=3)
-        use(17, seed=1, stop_strings=["zz"], do_sample=True)
+        use(9, seed=1, stop_strings=["zz"], do_sample=True)
         single = self.generator.programs.compiled - programs
         self.assertLessEqual(single, 3, "another batch size, shared by all generators of the model")
         compilations += single

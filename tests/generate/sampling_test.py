@@ -95,17 +95,16 @@ class DistributionTest(parameterized.TestCase):
 
     def test_one_token_too_many_or_too_few_by_top_p_is_noticed(self):
         right = sampling._top_p
-        for name in ("qwen", "top-p alone"):
+        for name, off in (("qwen", 1), ("top-p alone", -1)):
             wanted = expected(logits(), np.zeros(VOCABULARY, bool), **SETTINGS[name])
             self.assertGreater(p_value(draw(SETTINGS[name]), wanted), 1e-4)
-            for off in (1, -1):
 
-                def off_by_one(scores, tail, off=off):
-                    count = jnp.isfinite(right(scores, tail)).sum(axis=-1, keepdims=True) + off
-                    return jnp.where(jnp.arange(scores.shape[-1]) < count, scores, -jnp.inf)
+            def off_by_one(scores, tail, off=off):
+                count = jnp.isfinite(right(scores, tail)).sum(axis=-1, keepdims=True) + off
+                return jnp.where(jnp.arange(scores.shape[-1]) < count, scores, -jnp.inf)
 
-                with mock.patch.object(sampling, "_top_p", off_by_one):
-                    self.assertLess(p_value(draw(SETTINGS[name]), wanted), 1e-4, f"{name}, {off:+d}")
+            with mock.patch.object(sampling, "_top_p", off_by_one):
+                self.assertLess(p_value(draw(SETTINGS[name]), wanted), 1e-4, f"{name}, {off:+d}")
 
     def test_a_wrong_temperature_and_a_missing_penalty_are_noticed(self):
         seen = np.random.default_rng(1).random(VOCABULARY) < 0.5

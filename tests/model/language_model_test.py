@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import sys
 
@@ -22,12 +23,24 @@ from apr_jax.trace.compare import compare, relative_l2
 from apr_jax.trace.inputs import Inputs, seeded
 from tests import faults, oracle, paths
 
+# Nearly all that these tests take is compilation: where the shape is not the point, it is that of the golden files.
+BATCH, LENGTH = 2, 64
+CHANGING_PROGRAMS = {"rope-adjacent-pairs", "rope-theta", "rms-norm-eps", "mask-not-causal", "kv-heads-interleaved"}
+"""Faults that are no change of weights: each needs programs of its own."""
+PLANTED = [
+    (name, fault)
+    for name in paths.NAMES
+    for fault in faults.FAULTS
+    # In these two each of them is seen once and, but for the base, invisible once; the others: tests/reference.
+    if fault.name not in CHANGING_PROGRAMS or name in ("gqa_tied_bf16", "odd_sizes")
+]
+
 
 def padded(vocab_size: int) -> Inputs:
-    """Three rows of 20 positions: padded on the left, padded on the right, full."""
-    mask = np.ones((3, 20), np.int32)
-    mask[0, :7], mask[1, 15:] = 0, 0
-    return Inputs.of(seeded(vocab_size, 3, 20).input_ids, mask)
+    """Two rows: padded on the left, padded on the right."""
+    mask = np.ones((BATCH, LENGTH), np.int32)
+    mask[0, :7], mask[1, 50:] = 0, 0
+    return Inputs.of(seeded(vocab_size, BATCH, LENGTH).input_ids, mask)
 
 
 def tokens(inputs: Inputs, values: np.ndarray) -> np.ndarray:
@@ -62,7 +75,7 @@ class AgainstHuggingFaceTest(parameterized.TestCase):
         self.assertLessEqual(ours, 3 * theirs)
         self.assertGreater(ours, 0)
 
-    @parameterized.product(name=paths.NAMES, fault=faults.FAULTS)
+    @parameterized.parameters(PLANTED)
     def test_every_planted_fault_leaves_the_bar(self, name, fault):
         model = load_model(paths.checkpoint(name))
         if fault.visible(model.config):
@@ -98,12 +111,17 @@ class AgainstOracleTest(parameterized.TestCase):
 
 
 class CacheTest(parameterized.TestCase):
-    @parameterized.parameters(paths.NAMES)
-    def test_prompt_then_single_steps_equal_the_full_forward(self, name):
+    @parameterized.parameters(
+        ("gqa_tied_bf16", (0, 50, 60)),
+        ("head_dim_given", (0, 60)),
+        ("mha_untied_f32_sharded", (0, 60)),
+        ("odd_sizes", (0, 60)),
+    )
+    def test_prompt_then_single_steps_equal_the_full_forward(self, name, edges):
         model = load_model(paths.checkpoint(name))
-        inputs = seeded(model.config.vocab_size, 2, 40)
-        cache, parts = model.empty_cache(2, 48), []
-        for start, end in [(0, 25), (25, 30), *((at, at + 1) for at in range(30, 40))]:
+        inputs = seeded(model.config.vocab_size, BATCH, LENGTH)
+        cache, parts = model.empty_cache(BATCH, LENGTH), []
+        for start, end in itertools.pairwise((*edges, *range(61, LENGTH + 1))):
             part = Inputs.of(inputs.input_ids[:, start:end], None, inputs.position_ids[:, start:end])
             logits, cache = model.step(part, cache)
             parts.append(np.asarray(logits))
@@ -133,7 +151,7 @@ class CacheTest(parameterized.TestCase):
     def test_unequal_prompts_continue_each_from_its_own_end(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
         prompts = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22]]
-        inputs, cache = Inputs.of(prompts), model.empty_cache(2, 16)
+        inputs, cache = Inputs.of(prompts), model.empty_cache(2, 8)
         _, cache = model.step(inputs, cache)
         lengths = inputs.attention_mask.sum(axis=1, keepdims=True)
         logits, cache = model.step(Inputs.of([[33], [44]], None, lengths), cache)
@@ -144,19 +162,19 @@ class CacheTest(parameterized.TestCase):
 
     def test_a_step_that_does_not_go_on_from_the_cache_is_refused(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
-        _, cache = model.step(Inputs.of([[5, 6, 7]]), model.empty_cache(1, 8))
-        with self.assertRaisesRegex(ValueError, "goes on at position 0, but its cache has reached 2"):
-            model.step(Inputs.of([[8]]), cache)
-        with self.assertRaisesRegex(ValueError, "1 rows, not 2"):
-            model.step(Inputs.of([[8], [9]], None, [[3], [3]]), cache)
+        _, cache = model.step(Inputs.of([[5, 6, 7, 8, 9, 10, 11], [20, 21, 22]]), model.empty_cache(2, 8))
+        with self.assertRaisesRegex(ValueError, "row 0 goes on at position 0, but its cache has reached 6"):
+            model.step(Inputs.of([[8], [8]]), cache)
+        with self.assertRaisesRegex(ValueError, "2 rows, not 1"):
+            model.step(Inputs.of([[8]], None, [[7]]), cache)
 
     def test_a_step_at_the_position_reached_last_is_refused_and_at_the_next_one_taken(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
-        _, cache = model.step(Inputs.of([[5, 6, 7], [5, 6, 7]]), model.empty_cache(2, 8))
+        _, cache = model.step(Inputs.of([[5, 6, 7, 8, 9, 10, 11], [20, 21, 22]]), model.empty_cache(2, 8))
         with self.assertRaisesRegex(ValueError, "row 1 goes on at position 2, but its cache has reached 2"):
-            model.step(Inputs.of([[8], [8]], None, [[3], [2]]), cache)
-        _, cache = model.step(Inputs.of([[8], [8]], None, [[3], [3]]), cache)
-        self.assertEqual(int(cache.length), 4)
+            model.step(Inputs.of([[8], [8]], None, [[7], [2]]), cache)
+        _, cache = model.step(Inputs.of([[8], [8]], None, [[7], [3]]), cache)
+        self.assertEqual(int(cache.length), 8)
 
     def test_a_full_cache_is_refused(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
@@ -168,10 +186,10 @@ class PaddingTest(parameterized.TestCase):
     @parameterized.parameters("left", "right")
     def test_padded_rows_give_the_logits_of_rows_alone(self, side):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
-        rows = [list(range(3, 3 + length)) for length in (30, 11, 1)]
-        ids, mask = np.full((3, 30), 7), np.zeros((3, 30), int)
+        rows = [list(range(3, 3 + length)) for length in (60, 1)]
+        ids, mask = np.full((BATCH, LENGTH), 7), np.zeros((BATCH, LENGTH), int)
         for index, row in enumerate(rows):
-            place = slice(30 - len(row), 30) if side == "left" else slice(0, len(row))
+            place = slice(LENGTH - len(row), LENGTH) if side == "left" else slice(0, len(row))
             ids[index, place], mask[index, place] = row, 1
         logits = np.asarray(model(ids, mask))
         for index, row in enumerate(rows):
@@ -181,9 +199,9 @@ class PaddingTest(parameterized.TestCase):
 
 
 class TraceTest(parameterized.TestCase):
-    @parameterized.product(name=["gqa_tied_bf16", "mha_untied_f32_sharded"], dtype=["float32", "bfloat16"])
-    def test_forcing_with_ones_own_trace_changes_nothing_at_all(self, name, dtype):
-        model = load_model(paths.checkpoint(name), dtype)
+    @parameterized.parameters("float32", "bfloat16")
+    def test_forcing_with_ones_own_trace_changes_nothing_at_all(self, dtype):
+        model = load_model(paths.checkpoint("gqa_tied_bf16"), dtype)
         inputs = padded(model.config.vocab_size)
         trace = model.trace(inputs)
         forced = model.trace(inputs, force=trace)
@@ -215,15 +233,15 @@ class TraceTest(parameterized.TestCase):
             np.testing.assert_array_equal(value, trace[key], key)
 
     def test_a_trace_gives_the_logits_of_the_plain_forward(self):
-        model = load_model(paths.checkpoint("mqa_f16"))
-        inputs = seeded(model.config.vocab_size)
+        model = load_model(paths.checkpoint("gqa_tied_bf16"))
+        inputs = seeded(model.config.vocab_size, BATCH, LENGTH)
         self.assertLessEqual(relative_l2(model.trace(inputs)[stages.LOGITS], np.asarray(model.logits(inputs))), 1e-6)
 
     def test_shapes_are_those_of_the_stage_table(self):
-        model = load_model(paths.checkpoint("head_dim_given"))
+        model = load_model(paths.checkpoint("head_dim_given"), "float64")
         inputs = padded(model.config.vocab_size)
         for key, value in model.trace(inputs).items():
-            self.assertEqual(value.shape, (3, *stages.shape(model.config, stages.Key(key).stage, 20)), key)
+            self.assertEqual(value.shape, (BATCH, *stages.shape(model.config, stages.Key(key).stage, LENGTH)), key)
 
     def test_only_what_is_asked_for_is_returned_and_unknown_stages_are_errors(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
@@ -233,8 +251,8 @@ class TraceTest(parameterized.TestCase):
             model.trace(inputs, force={"stage.9.ffn_up": np.zeros(1)})
         with self.assertRaisesRegex(ValueError, r"hidden\.0"):
             model.trace(inputs, ["hidden.0"])
-        with self.assertRaisesRegex(ValueError, "expected \\(3, 20, 160\\)"):
-            model.trace(inputs, force={"stage.0.ffn_up": np.zeros((3, 160, 20))})
+        with self.assertRaisesRegex(ValueError, "expected \\(2, 64, 160\\)"):
+            model.trace(inputs, force={"stage.0.ffn_up": np.zeros((BATCH, 160, LENGTH))})
 
     def test_a_token_beyond_the_vocabulary_is_refused_wherever_it_is_asked_for(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))
@@ -248,7 +266,7 @@ class TraceTest(parameterized.TestCase):
         scores = model.trace(padded(model.config.vocab_size), ["stage.0.attn_scores"])["stage.0.attn_scores"]
         self.assertFalse(np.triu(scores, 1).any())
         self.assertFalse(scores[0, :, :, :7].any(), "padded keys")
-        self.assertTrue(scores[2][:, *np.tril_indices(20)].all())
+        self.assertTrue(scores[1][:, *np.tril_indices(50)].all())
 
     def test_tables_of_single_layers_count_in_every_kind_of_run(self):
         right = load_model(paths.checkpoint("gqa_tied_bf16"))
@@ -274,7 +292,9 @@ class FusedTest(parameterized.TestCase):
         self.assertEqual(*(sum(x.size for x in jax.tree.leaves(tree)) for tree in (separate, fused)))
         self.assertLen(jax.tree.leaves(separate), len(jax.tree.leaves(fused)) + 5 * len(separate["model"]["layers"]))
 
-    @parameterized.product(name=["gqa_tied_bf16", "mha_untied_f32_sharded"], dtype=["float32", "bfloat16", "float64"])
+    @parameterized.parameters(
+        ("mha_untied_f32_sharded", "float32"), ("gqa_tied_bf16", "bfloat16"), ("gqa_tied_bf16", "float64")
+    )
     def test_a_fused_model_computes_the_same_stages(self, name, dtype):
         separate, fused = (load_model(paths.checkpoint(name), dtype, fused=fused) for fused in (False, True))
         inputs = padded(separate.config.vocab_size)
@@ -287,10 +307,10 @@ class FusedTest(parameterized.TestCase):
     @parameterized.parameters("float32", "bfloat16")
     def test_a_fused_model_steps_as_it_forwards(self, dtype):
         model = load_model(paths.checkpoint("gqa_tied_bf16"), dtype, fused=True)
-        inputs = seeded(model.config.vocab_size, 2, 20)
-        whole, cache = model.step(inputs, model.empty_cache(2, 32))
-        parts, cache = [], model.empty_cache(2, 32)
-        for start, end in ((0, 13), (13, 14), (14, 20)):
+        inputs = seeded(model.config.vocab_size, BATCH, LENGTH)
+        whole = model.logits(inputs)
+        parts, cache = [], model.empty_cache(BATCH, LENGTH)
+        for start, end in ((0, 62), (62, 63), (63, 64)):
             part = Inputs.of(inputs.input_ids[:, start:end], position_ids=inputs.positions()[:, start:end])
             logits, cache = model.step(part, cache)
             parts.append(np.asarray(logits, np.float64))
@@ -302,7 +322,8 @@ class ModelTest(parameterized.TestCase):
     def test_a_bias_is_added_before_bfloat16_rounds(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"), "bfloat16")
         keys = ("stage.0.qkv_matmul", "stage.0.qkv_bias")
-        product, biased = (model.trace(seeded(model.config.vocab_size), keys)[key] for key in keys)
+        trace = model.trace(seeded(model.config.vocab_size, BATCH, LENGTH))
+        product, biased = (trace[key] for key in keys)
         attention = model.parameters["model"]["layers"][0]["self_attn"]
         bias = np.concatenate([attention[part]["bias"] for part in ("q_proj", "k_proj", "v_proj")]).astype(np.float32)
         self.assertEqual(product.dtype, np.float32)
@@ -313,18 +334,20 @@ class ModelTest(parameterized.TestCase):
     def test_parameters_and_logits_have_the_dtype_asked_for(self, dtype):
         model = load_model(paths.checkpoint("mixed_dtypes"), dtype)
         self.assertEqual({str(x.dtype) for x in jax.tree.leaves(model.parameters)}, {dtype})
-        self.assertEqual(str(model([[1, 2, 3]]).dtype), dtype)
+        self.assertEqual(str(model.logits(seeded(model.config.vocab_size, BATCH, LENGTH)).dtype), dtype)
 
     def test_float64_leaves_no_trace_in_the_process(self):
-        load_model(paths.checkpoint("gqa_tied_bf16"), "float64")([[1, 2]])
+        model = load_model(paths.checkpoint("gqa_tied_bf16"), "float64")
+        model.logits(seeded(model.config.vocab_size, BATCH, LENGTH))
         self.assertEqual(str(jax.numpy.asarray(1.5).dtype), "float32")
 
     def test_calls_of_one_shape_compile_once(self):
         model = load_model(paths.checkpoint("odd_sizes"))
-        model(seeded(model.config.vocab_size, 2, 9).input_ids)
+        model.logits(seeded(model.config.vocab_size, BATCH, LENGTH))
         with jax.log_compiles(), self.assertNoLogs("jax", "WARNING"):
-            model(seeded(model.config.vocab_size, 2, 9, seed=1).input_ids)
-            load_model(paths.checkpoint("odd_sizes"))(seeded(model.config.vocab_size, 2, 9, seed=2).input_ids)
+            model.logits(seeded(model.config.vocab_size, BATCH, LENGTH, seed=1))
+            again = load_model(paths.checkpoint("odd_sizes"))
+            again.logits(seeded(model.config.vocab_size, BATCH, LENGTH, seed=2))
 
     def test_bad_requests_are_usage_errors(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"))

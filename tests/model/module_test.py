@@ -26,7 +26,8 @@ from apr_jax.trace.inputs import seeded
 from tests import faults, paths
 
 TINY = paths.checkpoint("gqa_tied_bf16")
-IDS = seeded(288, 3, 11).input_ids
+# The shape of the golden files, which programs of other tests have too.
+IDS = seeded(288, 2, 64).input_ids
 
 
 def loss(module, ids):
@@ -42,12 +43,12 @@ def distance(one, other):
 
 
 class LogitsTest(parameterized.TestCase):
-    @parameterized.parameters(paths.NAMES)
+    @parameterized.parameters("gqa_tied_bf16", "head_dim_given", "mha_untied_f32_sharded", "odd_sizes")
     def test_the_module_computes_what_the_model_computes(self, name):
         model = load_model(paths.checkpoint(name))
-        ids = seeded(model.config.vocab_size, 3, 11).input_ids
+        ids = seeded(model.config.vocab_size, 2, 64).input_ids
         ours = nnx.jit(lambda module: module(ids))(model.module)
-        self.assertEqual((ours.shape, ours.dtype), ((3, 11, model.config.vocab_size), jnp.float32))
+        self.assertEqual((ours.shape, ours.dtype), ((2, 64, model.config.vocab_size), jnp.float32))
         self.assertLessEqual(relative_l2(np.asarray(ours), np.asarray(model(ids))), 1e-6)
 
     @parameterized.parameters("left", "right")
@@ -57,15 +58,15 @@ class LogitsTest(parameterized.TestCase):
         mask[1, slice(0, 4) if side == "left" else slice(7, None)] = 0
         expected = np.asarray(model(IDS, mask))[mask == 1]
         self.assertLessEqual(relative_l2(np.asarray(model.module(IDS, attention_mask=mask))[mask == 1], expected), 1e-6)
-        positions = np.arange(20, 31)
-        expected = np.asarray(model(IDS, mask, np.tile(positions, (3, 1))))[mask == 1]
+        positions = np.arange(20, 84)
+        expected = np.asarray(model(IDS, mask, np.tile(positions, (2, 1))))[mask == 1]
         traced = jax.jit(lambda positions, mask: model.module(IDS, positions, mask))
         for ours in (model.module(IDS, positions, mask), traced(positions, mask)):
             self.assertLessEqual(relative_l2(np.asarray(ours)[mask == 1], expected), 1e-6)
 
     def test_what_cannot_be_raised_in_a_traced_program_is_nan(self):
         module = load_model(TINY).module
-        positions = np.array([*range(10), module.config.max_position_embeddings])
+        positions = np.array([*range(63), module.config.max_position_embeddings])
         self.assertTrue(jnp.isnan(jax.jit(lambda p: module(IDS, p))(positions)[:, -1]).all())
         self.assertTrue(jnp.isnan(jax.jit(module)(np.array([[5, 288]]))[:, -1]).all())
 
@@ -78,10 +79,11 @@ class LogitsTest(parameterized.TestCase):
 
 
 class TransformsTest(parameterized.TestCase):
-    def setUp(self):
-        super().setUp()
-        self.module = load_model(TINY).module
-        self.loss, self.gradients = nnx.jit(nnx.value_and_grad(loss))(self.module, IDS)
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.module = load_model(TINY).module
+        cls.loss, cls.gradients = nnx.jit(nnx.value_and_grad(loss))(cls.module, IDS)
 
     def test_split_and_merge_with_jax_grad(self):
         graph, state = nnx.split(self.module)
@@ -235,12 +237,17 @@ assert len(jax.devices()) == 4
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 ids = np.random.default_rng(0).integers(0, 288, (4, 9))
 model = load_model(source)
-expected, gradients = model(ids), nnx.jit(nnx.grad(lambda module: module(ids).mean()))(model.module)
+expected = model(ids)
+# In float64: under float32 the gradient of a k bias is what is left of a sum that cancels, on some CPUs 1.1e-5 off.
+exact = load_model(source, "float64").module
+gradient = nnx.jit(nnx.grad(lambda module, ids: module(ids).mean()))
+with jax.enable_x64(True):
+    gradients = gradient(exact, ids)
 
-def close(one, other):
+def close(one, other, bound=1e-5):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         a, b = np.asarray(a), np.asarray(b)
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
 
 # Rows of every matrix over one axis of the mesh, sequences over the other.
 spread = lambda x: NamedSharding(mesh, P("model", *[None] * (x.ndim - 1)))
@@ -252,7 +259,12 @@ shown = jax.device_put(ids, NamedSharding(mesh, P("data")))
 logits = nnx.jit(lambda module, ids: module(ids))(model.module, shown)
 assert len(logits.devices()) == 4
 close(logits, expected)
-close(nnx.jit(nnx.grad(lambda module: module(shown).mean()))(model.module), gradients)
+with jax.enable_x64(True):
+    state = nnx.state(exact)
+    nnx.update(exact, jax.device_put(state, jax.tree.map(spread, state)))
+    found = gradient(exact, shown)
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(found))
+    close(found, gradients, 1e-12)
 close(model(ids), expected)
 cache = model.empty_cache(4, 16)
 from apr_jax import Inputs

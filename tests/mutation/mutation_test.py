@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import sys
 import textwrap
@@ -157,7 +158,9 @@ class RunTest(absltest.TestCase):
 
         def ran():
             printed = io.StringIO()
-            with mock.patch.object(run, "copy_tree", two_files), contextlib.redirect_stdout(printed):
+            # Importing hypothesis and xdist takes longer than everything else that pytest does here.
+            bare = mock.patch.dict(os.environ, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+            with mock.patch.object(run, "copy_tree", two_files), contextlib.redirect_stdout(printed), bare:
                 code = run.main(["--count", "99", "--jobs", "2", "--output", str(output)])
             return code, printed.getvalue()
 

@@ -35,25 +35,30 @@ class WhichTests:
         self._paths = modules(root, (*SOURCES, "tests"))
         self._imports = {name: _imported(root / path, self._paths) for name, path in self._paths.items()}
         self._tests = {name for name, path in self._paths.items() if _is_default_test(path)}
+        self._by_stem: dict[str, list[str]] = {}
+        for name in self._tests:
+            self._by_stem.setdefault(pathlib.PurePath(self._paths[name]).stem, []).append(name)
 
     def by_distance(self, path: str) -> Iterator[list[str]]:
         """Yields the paths of tests, the nearest first; of those that are equally near the ones that have its name."""
         reached = {name for name, other in self._paths.items() if other == path}
         seen = set(reached)
         while reached:
-            named = {test for test in self._tests if any(self._is_called_after(test, name) for name in reached)}
+            named = {test for name in reached for test in self._called_after(name)}
             importing = {name for name, found in self._imports.items() if found & reached}
-            found = [*sorted((named & self._tests) - seen), *sorted((importing & self._tests) - named - seen)]
+            found = [*sorted(named - seen), *sorted((importing & self._tests) - named - seen)]
             if found:
                 yield [self._paths[test] for test in found]
             reached = (importing | named) - seen
             seen |= reached
 
-    def _is_called_after(self, test: str, module: str) -> bool:
-        """Whether a test has the name of a module, and the folders of the test are among those of the module."""
-        tests, tested = (pathlib.PurePath(self._paths[name]) for name in (test, module))
+    def _called_after(self, module: str) -> Iterator[str]:
+        """Yields the tests that have the name of a module, and whose folders are among those of the module."""
+        tested = pathlib.PurePath(self._paths[module])
         stem = tested.parent.name if tested.name == "__init__.py" else tested.stem
-        return tests.stem == f"{stem}_test" and set(tests.parts[1:-1]) <= set(tested.parts)
+        for test in self._by_stem.get(f"{stem}_test", ()):
+            if set(pathlib.PurePath(self._paths[test]).parts[1:-1]) <= set(tested.parts):
+                yield test
 
 
 def _is_default_test(path: str) -> bool:

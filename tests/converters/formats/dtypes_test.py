@@ -238,9 +238,9 @@ class AprIdsTest(parameterized.TestCase):
         possible = {size for name in WIDTHS for size in sizes(name, shape)} | {7}
         for id in range(256):
             meanings = {table[id] for table in ERAS.values() if id in table}
-            for size in possible:
-                fitting = {name for name in meanings if size in sizes(name, shape)}
-                with self.subTest(id=id, size=size):
+            with self.subTest(id=id):
+                for size in possible:
+                    fitting = {name for name in meanings if size in sizes(name, shape)}
                     self.check_verdict(id, shape, size, meanings, fitting)
 
     def check_verdict(self, id, shape, size, meanings, fitting):
