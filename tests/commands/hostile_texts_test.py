@@ -52,7 +52,9 @@ class HostileTextsTest(absltest.TestCase):
         self.written(
             "config.json", **{EVIL: 1, "hidden_act": EVIL, "model_type": EVIL, "rope_scaling": {"rope_type": EVIL}}
         )
-        self.assertIn(r"\u202e", self.printed("verify", self.model, codes=(1, 5)))
+        self.assertIn(r"\u202e", self.printed("generate", self.model, "--prompt", "a", codes=(5,)))
+        # It is no matter of the files: verify says what it does not know and goes on.
+        self.assertIn(r"\u202e", self.printed("verify", self.model))
 
     def test_a_configuration_that_is_kept_and_metadata(self):
         self.written("config.json", _name_or_path=EVIL, transformers_version=EVIL)
