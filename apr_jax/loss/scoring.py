@@ -154,7 +154,8 @@ def _program(config: Qwen2Config, dtype: str, fused: bool, ops: Ops, layer_ops: 
     def scored(parameters: Parameters, ids: Array, positions: Array, cos: Array, sin: Array, labels: Array) -> Any:
         model = nnx.merge(graph, parameters)
         # A prompt into an empty cache: what flash attention is there for.
-        cache = Cache.empty(config, *ids.shape, jnp.dtype(dtype))
+        batch, length = ids.shape
+        cache = Cache.empty(config, batch, length, jnp.dtype(dtype))
         x, _ = model.hidden(ids, positions, cos, sin, cache, ops, dict(layer_ops), first=True)
         return _kept(model, x, labels, ops, variant)
 

@@ -123,7 +123,7 @@ def _regions(config: Qwen2Config, site: Site, stage: _Stage) -> Iterator[Region]
         return
     axis = position_axis(site.key)
     others = tuple(other for other in range(1, stage.wrong.ndim) if other != axis)
-    positions, counted = stage.wrong.any(axis=others), stage.counted.any(axis=others)
+    positions, counted = (np.asarray(each.any(axis=others)) for each in (stage.wrong, stage.counted))
     if stage.per_pair:
         heads = np.flatnonzero(stage.wrong.any(axis=(0, 2, 3)))
         if len(heads) < stage.wrong.shape[1]:
@@ -200,7 +200,8 @@ def _relation(stage: _Stage) -> str:
 def _box(stage: _Stage) -> np.ndarray:
     """The values in the channels, or heads and keys, of the wrong ones."""
     if stage.per_pair:
-        return stage.counted & stage.wrong.any(axis=(0, 2, 3))[:, None, None] & stage.wrong.any(axis=(0, 1, 2))
+        heads, keys = (np.asarray(stage.wrong.any(axis=axes)) for axes in ((0, 2, 3), (0, 1, 2)))
+        return stage.counted & heads[:, None, None] & keys
     return stage.counted & stage.wrong.any(axis=(0, 1))
 
 

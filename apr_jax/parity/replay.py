@@ -106,10 +106,10 @@ class Replay:
         if (value := self._kept(key)) is not None:
             return value
         # Layer by layer, so that a long gap is no deep recursion.
-        for other in (*self._outputs(key), key):
-            if (value := self._kept(other)) is None:
-                value = self._composed(other)
-        return value
+        for other in self._outputs(key):
+            if self._kept(other) is None:
+                self._composed(other)
+        return self._composed(key)
 
     def _outputs(self, key: Key) -> list[Key]:
         """The outputs of layers among what has to be computed before a stage, in order of execution."""
