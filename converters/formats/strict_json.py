@@ -297,9 +297,11 @@ class _Census:
     def _is_deep(self) -> bool:
         brackets = b"".join(self._brackets)
         for _ in range(self._max_depth):
-            if not brackets:
+            fewer = brackets.replace(b"[]", b"")
+            if len(fewer) == len(brackets):
+                # Nothing, or what no further round changes: closed ones, then open ones.
                 break
-            brackets = brackets.replace(b"[]", b"")
+            brackets = fewer
         if brackets.count(b"[") > _SAFE_DEPTH:
             expected = f"at most {self._max_depth} levels"
             raise self._reader.error("is nested too deeply", "json-depth", expected=expected)

@@ -1,6 +1,7 @@
 """Every case is refused with its code, or accepted, within 100 ms and 50 MB beyond its text, and leaves no output."""
 
 import ast
+import gc
 import os
 import pathlib
 import platform
@@ -83,10 +84,19 @@ def measured(case: Case, path: pathlib.Path) -> tuple[AprJaxError | None, float,
 def report() -> str:
     """Returns every case with its outcome and cost as Markdown, the dearest first, and the numbers of the list."""
     rows = []
+    # What the imports have left is looked through by no collection in the middle of a case.
+    gc.collect()
+    gc.freeze()
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
+            # Time is measured where nobody counts what is allocated, and on a file that nobody has opened.
             path = case.make(pathlib.Path(folder))
-            found, seconds, memory, text = measured(case, path)
+            begun = time.process_time()
+            case.opened(path)
+            seconds = time.process_time() - begun
+        with tempfile.TemporaryDirectory() as folder:
+            path = case.make(pathlib.Path(folder))
+            found, _, memory, text = measured(case, path)
             where = "" if found is None else _where(found).replace(folder, "")
         rows.append((memory - text, seconds, case.name, "accepted" if found is None else found.code, text, where))
     worst, slowest = max(row[0] for row in rows), max((row for row in rows if row[4] < 1 << 20), key=lambda row: row[1])

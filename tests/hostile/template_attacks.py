@@ -127,7 +127,7 @@ def rendered(template: str) -> tuple[str, float, float]:
     assert child is not None
     before = _used(child.pid)
     try:
-        text = chat_template.render(template, USER, True, {})
+        text = chat_template.render(template, USER, True, {}).text
         outcome = f"LEAK {text[:80]!a}" if LEAKS.search(text) else f"a text of {len(text)} characters"
     except RefusedError as error:
         outcome = f"refused: {error.message[:90]!a}"
