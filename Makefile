@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery clean
+.PHONY: demo test test-slow lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,7 +32,11 @@ demo: $(VENV)/installed
 	$(BIN)/python tools/golden.py $(OUT)/model.apr --check $(GOLDEN)
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore=tests/reference --ignore=tests/cuda
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' tests --ignore=tests/reference --ignore=tests/cuda
+
+# What the default suite leaves out for its length: batteries in small, long searches, kills, examples; part of .ci/run.
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests --ignore=tests/reference --ignore=tests/cuda
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

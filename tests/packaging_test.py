@@ -17,6 +17,8 @@ from tests import paths
 
 EXPORTS = """
 import apr_jax
+
+pytestmark = pytest.mark.slow
 for name in apr_jax.__all__:
     getattr(apr_jax, name)
 print(apr_jax.open_checkpoint("model.apr").kind, apr_jax.__file__)

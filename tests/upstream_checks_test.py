@@ -6,10 +6,13 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from tests import upstream_checks
 from tests.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 MEASURED = {row.name: row for row in upstream_checks.ROWS if row.check is not None}
 

@@ -10,6 +10,7 @@ from unittest import mock
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from apr_jax.load.load_model import load_model
@@ -17,6 +18,8 @@ from apr_jax.parity import localise
 from apr_jax.trace import hf_reference, stages
 from apr_jax.trace.positions import compared_positions, complete
 from tests.battery import budgets
+
+pytestmark = pytest.mark.slow
 
 WIDTH, LENGTH, SEED = 64, 40, 0
 SEEN = {

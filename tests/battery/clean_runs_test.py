@@ -8,11 +8,14 @@ from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest
 
 from apr_jax.trace import hf_reference, stages
 from tests.battery import clean_runs
 from tests.battery.clean_runs import FIRST, Run
+
+pytestmark = pytest.mark.slow
 
 
 def main(*argv: str) -> tuple[int, str]:

@@ -5,12 +5,15 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest
 
 from tests.battery import coarse_battery
 from tests.battery.coarse_battery import SHOWN, Case, _judged, table
 from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import Bench
+
+pytestmark = pytest.mark.slow
 
 
 def result(shown: str, **changed):

@@ -5,9 +5,12 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest
 
 from tests.battery import damage_battery
+
+pytestmark = pytest.mark.slow
 
 
 class DamageBatteryTest(absltest.TestCase):

@@ -9,10 +9,13 @@ from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest
 
 from apr_jax.parity.findings import Finding
 from tests.battery import four_fold
+
+pytestmark = pytest.mark.slow
 
 
 def answer() -> list[Finding]:

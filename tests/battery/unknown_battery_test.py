@@ -6,10 +6,13 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from tests.battery import unknown_battery
 from tests.battery.unknown_battery import CONFIGS, UNKNOWNS, Bench, judged, run_case, table
+
+pytestmark = pytest.mark.slow
 
 CHOSEN = (
     "a head is added to the next",

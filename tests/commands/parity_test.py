@@ -11,6 +11,7 @@ import textwrap
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest
 
@@ -166,6 +167,7 @@ class ParityCommandTest(ParityTestCase):
         self.assertIn("26 of 26 parameters read back bit for bit", err)
 
 
+@pytest.mark.slow
 class DecodingTest(ParityTestCase):
     """Dumps of eight decoding steps: positions 64 to 71, made against a cache that nobody dumped."""
 

@@ -9,6 +9,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
 
@@ -20,6 +21,8 @@ from apr_jax.parity.diagnose import diagnose
 from apr_jax.trace.inputs import seeded
 from tests import paths
 from tests.engines import flax_engine
+
+pytestmark = pytest.mark.slow
 
 NAME = "gqa_tied_bf16"
 load = functools.lru_cache(load_model)

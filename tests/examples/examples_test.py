@@ -8,11 +8,14 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.verify.comparison import compare
 from tests import paths
+
+pytestmark = pytest.mark.slow
 
 TINY = paths.checkpoint("gqa_tied_bf16")
 

@@ -15,6 +15,7 @@ from unittest import mock
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
@@ -25,6 +26,8 @@ from apr_jax.load.save import save
 from apr_jax.trace import aprt, golden, inputs, stages
 from tests import file_faults
 from tests.hostile.file_faults_test import FileFaultsTestCase, make_model, sampled
+
+pytestmark = pytest.mark.slow
 
 WRITERS = ("save", "save a folder", "golden", "dump", "inputs")
 VALUES = {stages.LOGITS: np.ones((1, 3, 6), np.float32), stages.FINAL_NORM: np.ones((1, 3, 8), np.float32)}

@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
@@ -33,6 +34,8 @@ from apr_jax.converters.convert import streaming
 from apr_jax.converters.errors import AprJaxError, StorageError
 from tests import file_faults, paths
 from tests.file_faults import Fault
+
+pytestmark = pytest.mark.slow
 
 EXIT_IO = 7
 REMOVAL = ("unlink", "rmdir", "listdir", "stat", "lstat")

@@ -28,6 +28,8 @@ _SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from apr_jax.converters.convert import streaming
+
+pytestmark = pytest.mark.slow
 streaming._CHUNK_BYTES, streaming._BLOCK_BYTES = 1 << 10, 1 << 12
 write = streaming.OutputFile.write_at
 def slow(self, data, offset):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
+import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
 
@@ -287,6 +288,7 @@ print("as expected")
 """
 
 
+@pytest.mark.slow
 class FourDevicesTest(absltest.TestCase):
     def test_a_sharded_module_computes_the_same(self):
         done = subprocess.run(

@@ -9,6 +9,7 @@ from unittest import mock
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax import open_checkpoint
@@ -19,6 +20,8 @@ from apr_jax.trace.inputs import Excerpt, seeded
 from tests import paths
 from tests.bench import long_engine
 from tests.bench.parity_long_bench import named
+
+pytestmark = pytest.mark.slow
 
 MODEL, LENGTH, BEGINS = paths.checkpoint("gqa_tied_bf16"), 300, 200
 load = functools.lru_cache(load_model)

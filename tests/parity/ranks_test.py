@@ -14,12 +14,15 @@ from collections.abc import Callable
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax.parity import ranks
 from apr_jax.trace.stages import Key
 from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import Bench
+
+pytestmark = pytest.mark.slow
 
 GQA, MHA, MQA = "gqa_tied_bf16", "mha_untied_f32_sharded", "mqa_f16"
 ALIKE = ("attn_norm", "ffn_norm", "final_norm", "post_attn_residual", "post_ffn_residual", "attn_out", "ffn_out")
