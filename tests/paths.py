@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
@@ -25,3 +26,8 @@ def fixtures() -> pathlib.Path | None:
     """Returns the folder of genuine files ($APR_FIXTURES, or shared/fixtures beside the checkout), if there is one."""
     folder = pathlib.Path(os.environ.get("APR_FIXTURES", ROOT.parent / "shared" / "fixtures"))
     return folder if (folder / "genuine").is_dir() else None
+
+
+def cases(names: Iterable[str]) -> list[tuple[str]]:
+    """Returns the parameters of tests over files that may be absent: then one, whose test is skipped, stands for them."""
+    return [(name,) for name in names] or [("none",)]

@@ -61,7 +61,7 @@ class LiveTraceTest(parameterized.TestCase):
 
 @absltest.skipUnless(RECORDED, "no genuine dumps: $APR_FIXTURES and shared/fixtures beside the checkout are absent")
 class RecordedTraceTest(parameterized.TestCase):
-    @parameterized.parameters([str(path.relative_to(FIXTURES)) for path in RECORDED])
+    @parameterized.parameters(*paths.cases(str(path.relative_to(FIXTURES)) for path in RECORDED))
     def test_recorded_dumps_agree_but_for_the_zero_head_of_apr(self, dump):
         name = pathlib.Path(dump).parts[1]
         model = FIXTURES / "genuine" / name / "apr" / "plain.apr"

@@ -32,7 +32,7 @@ from apr_jax.trace import aprt, stages, tolerances
 from apr_jax.trace.compare import compare
 from apr_jax.trace.inputs import Inputs
 from tests import oracle, quantiser_cases
-from tests.paths import CHECKPOINTS, checkpoint, fixtures
+from tests.paths import CHECKPOINTS, cases, checkpoint, fixtures
 
 APR = os.environ.get("APR_BIN")
 FIXTURES = fixtures()
@@ -117,7 +117,7 @@ class DumpTestCase(parameterized.TestCase):
 
 @absltest.skipUnless(FIXTURES, NO_FIXTURES)
 class RecordedFilesTest(DumpTestCase):
-    @parameterized.parameters(*NAMES)
+    @parameterized.parameters(*cases(NAMES))
     def test_values_are_those_of_apr(self, name):
         path = FIXTURES / name
         expected = json.loads(path.with_suffix(".values.json").read_text())
@@ -131,7 +131,7 @@ class RecordedFilesTest(DumpTestCase):
         quantised = sum(entry["dtype_id"] in (12, 128, 129) for entry in expected.values())
         self.assertEqual(quantised, 0 if "fp16" in name else 9 if "k256" in name else 16)
 
-    @parameterized.parameters(*QUANTISED)
+    @parameterized.parameters(*cases(QUANTISED))
     def test_our_quantised_file_has_every_payload_of_apr(self, name):
         path = FIXTURES / name
         cast = quantiser_cases.KINDS[path.stem][0]
@@ -145,7 +145,7 @@ class RecordedFilesTest(DumpTestCase):
                     self.assertEqual((found.dtype, found.shape), (tensor.dtype, tensor.shape), tensor_name)
                     self.assertEqual(found.raw(), tensor.raw(), tensor_name)
 
-    @parameterized.parameters(*NAMES)
+    @parameterized.parameters(*cases(NAMES))
     def test_logits_are_the_oracles_on_the_decoded_weights(self, name):
         path = FIXTURES / name
         with open_checkpoint(path) as opened:
@@ -164,12 +164,12 @@ class RecordedFilesTest(DumpTestCase):
             original, _ = oracle.forward(*oracle.load(path.parents[1] / "hf"), ids)
             self.assertGreater(np.linalg.norm(original - expected) / np.linalg.norm(expected), 1e-3)
 
-    @parameterized.parameters(*(name for name in DUMPS if name.endswith("q4k")))
+    @parameterized.parameters(*cases(name for name in DUMPS if name.endswith("q4k")))
     def test_recorded_q4k_stages(self, dump):
         model = FIXTURES / pathlib.Path(dump).parents[1] / "apr" / "q4k.apr"
         self.assert_agrees(dump, model, FIXTURES / dump)
 
-    @parameterized.parameters(*(name for name in DUMPS if name.endswith("fp16")))
+    @parameterized.parameters(*cases(name for name in DUMPS if name.endswith("fp16")))
     def test_recorded_fp16_stages(self, dump):
         folder = FIXTURES / pathlib.Path(dump).parents[1]
         with tempfile.TemporaryDirectory() as made:
@@ -232,7 +232,7 @@ class LiveTest(DumpTestCase):
         shown = self.apr("trace", "--payload", model, *arguments)
         return dump, Inputs.of([json.loads(re.search(r"Token ids: *(\[.*?\])", shown)[1])])
 
-    @parameterized.parameters(*(name for name in QUANTISED if name.endswith("q4k.apr")))
+    @parameterized.parameters(*cases(name for name in QUANTISED if name.endswith("q4k.apr")))
     def test_apr_trace_of_its_q4k_files(self, name):
         layers = json.loads((FIXTURES / name).parents[1].joinpath("hf", "config.json").read_text())["num_hidden_layers"]
         dump, inputs = self.trace(FIXTURES / name, layers)

@@ -15,7 +15,7 @@ from apr_jax.model.gradients import gradients
 from apr_jax.trace import hf_reference
 from apr_jax.trace.compare import relative_l2
 from apr_jax.trace.inputs import Inputs
-from apr_jax.trace.positions import predicted_pairs
+from apr_jax.trace.positions import compared_positions, predicted_pairs
 from apr_jax.trace.stages import Key
 from tests import paths
 
@@ -38,25 +38,23 @@ class GradientsTest(parameterized.TestCase):
     @parameterized.product(name=paths.NAMES, dtype=("float64", "float32"))
     def test_every_parameter_and_every_stage_is_torchs(self, name, dtype):
         model = load_model(paths.checkpoint(name), dtype)
-        inputs, counted = batch(model.config.vocab_size)
-        loss, ours = gradients(model, inputs, counted, with_stages=True)
+        inputs, labelled = batch(model.config.vocab_size)
+        loss, ours = gradients(model, inputs, labelled, with_stages=True)
         arrays = (inputs.input_ids, inputs.attention_mask, inputs.position_ids)
         with hf_reference.float64_patched() if dtype == "float64" else contextlib.nullcontext():
             expected, theirs = hf_reference.gradients(
-                paths.checkpoint(name), *arrays, predicted_pairs(inputs, counted), dtype, trace=True
+                paths.checkpoint(name), *arrays, predicted_pairs(inputs, labelled), dtype, trace=True
             )
         self.assertAlmostEqual(loss, expected, delta=BOUNDS[dtype] * expected)
         self.assertEqual(
             {key for key in ours if not key.endswith((".as_embedding", ".as_head"))}, {f"grad.{key}" for key in theirs}
         )
-        tokens = inputs.attention_mask == 1
         for key, value in theirs.items():
             mine = ours[f"grad.{key}"]
-            if not Key(f"grad.{key}").of_parameter and not Key(key).per_pair:
-                # What comes out of padding reaches nothing that counts, but for rows of attention that see nothing.
-                mine, value = mine[tokens], value[tokens]
-            elif Key(key).per_pair:
-                mine, value = (np.moveaxis(side, 1, 2)[tokens] for side in (mine, value))
+            if not Key(f"grad.{key}").of_parameter:
+                # What comes out of padding, and what a key that is not seen would change, reaches nothing that counts.
+                counted = compared_positions(key, inputs, mine.shape)
+                mine, value = mine[counted], value[counted]
             with self.subTest(key):
                 self.assertLessEqual(relative_l2(mine, value), BOUNDS[dtype])
 

@@ -82,7 +82,7 @@ class GenuineTestCase(parameterized.TestCase):
 
 @absltest.skipUnless(FIXTURES, NO_FIXTURES)
 class RecordedDumpsTest(GenuineTestCase):
-    @parameterized.parameters(*recorded("plain"))
+    @parameterized.parameters(*paths.cases(recorded("plain")))
     def test_plain_dumps_are_clean_but_for_the_missing_head(self, name):
         report = examined(self.file_of(name, "plain"), FIXTURES / "genuine" / name / "traces" / "plain")
         # `apr` takes its own 0-byte placeholder of a tied 16-bit head for the weight (shared format notes, 9.1).
@@ -93,7 +93,7 @@ class RecordedDumpsTest(GenuineTestCase):
         self.assertEqual((report["code"], finding["fault"], finding["stage"]), (1, "head-missing", "logits"))
         self.assertEqual((finding["layers"], finding["certainty"], finding["residual_after"]), ([], "certain", 0))
 
-    @parameterized.parameters(*recorded("q4k"))
+    @parameterized.parameters(*paths.cases(recorded("q4k")))
     def test_q4k_dumps_are_clean_against_their_file_and_quantised_against_its_source(self, name):
         dump = FIXTURES / "genuine" / name / "traces" / "q4k"
         report = examined(self.file_of(name, "q4k"), dump)
@@ -101,7 +101,7 @@ class RecordedDumpsTest(GenuineTestCase):
         self.assertRegex("\n".join(report["notes"]), "no mistake beside quantised weights: .*q8_k")
         self.assert_quantised(examined(FIXTURES / "genuine" / name / "hf", dump), "q4_k")
 
-    @parameterized.parameters(*recorded("fp16"))
+    @parameterized.parameters(*paths.cases(recorded("fp16")))
     def test_fp16_dumps_are_clean_against_their_file(self, name):
         self.assert_clean(examined(self.file_of(name, "fp16"), FIXTURES / "genuine" / name / "traces" / "fp16"))
 

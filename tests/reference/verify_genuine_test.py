@@ -15,12 +15,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
-from tests.paths import ROOT, fixtures
+from tests.paths import ROOT, cases, fixtures
 
 APR = os.environ.get("APR_BIN")
 FIXTURES = fixtures()
 GENUINE = FIXTURES / "genuine" if FIXTURES else pathlib.Path()
-NAMES = sorted(path.name for path in GENUINE.iterdir()) if FIXTURES else ["none"]
+NAMES = sorted(path.name for path in GENUINE.iterdir()) if FIXTURES else []
 QUANTISED = {"int8": "apr_q8", "int4": "apr_q4", "q4k": "q4_k"}
 TIED = "tie_word_embeddings"
 
@@ -50,7 +50,7 @@ class VerifyGenuineTestCase(parameterized.TestCase):
 
 
 class ImportsTest(VerifyGenuineTestCase):
-    @parameterized.parameters(*NAMES)
+    @parameterized.parameters(*cases(NAMES))
     def test_plain_imports_are_identical(self, name):
         found, _ = self.verify(GENUINE / name / "hf", GENUINE / name / "apr" / "plain.apr", code=0)
         self.assertEqual((found["verdict"], found["findings"]), ("identical", []))
