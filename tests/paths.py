@@ -29,5 +29,5 @@ def fixtures() -> pathlib.Path | None:
 
 
 def cases(names: Iterable[str]) -> list[tuple[str]]:
-    """Returns the parameters of tests over files that may be absent: then one, whose test is skipped, stands for them."""
+    """Returns parameters of tests over files that may be absent: then one, whose test is skipped, stands for them."""
     return [(name,) for name in names] or [("none",)]
