@@ -35,6 +35,7 @@ _CHUNK = 1 << 16
 _SAMPLED_CHUNKS = 128
 # Signs that agree in half of the sampled elements, give or take three standard deviations, when so many are compared.
 _BY_CHANCE, _SIGNS = 0.03, 1024
+_ALIKE, _FIRST_SIGNS = 0.9, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,16 +288,23 @@ class Pair:
         """Whether the suspect has the original's signs only as often as chance gives them.
 
         Then nothing of the original is left: no cast, factor, quantised type or merged adapter brings that about. Signs
-        and no correlation: a single huge value says nothing here.
+        and no correlation: a single huge value says nothing here. Where rows are shifted against each other (those of a
+        quantised type that were filled up, and read as if they were not), the first one still has its own.
         """
+        told, agreement = self._signs(self.sample)
+        begun, alike = self._signs(slice(0, self.shape[1]))
+        begins_alike = begun >= _FIRST_SIGNS and alike >= _ALIKE
+        return told >= _SIGNS and abs(agreement - 0.5) <= _BY_CHANCE and not begins_alike
+
+    def _signs(self, select: Select) -> tuple[int, float]:
+        """How many values have a sign on both sides, and the share of those that have the same."""
         before, after = (
-            np.sign(values_of(bits[self.sample], name))
+            np.sign(values_of(bits[select], name))
             for bits, name in ((self.original.bits, self.original.dtype.name), (self.y, self.type))
         )
         product = before * after
         told = int(np.count_nonzero(np.abs(product) == 1))
-        agreement = np.count_nonzero(product == 1) / max(1, told)
-        return told >= _SIGNS and bool(abs(agreement - 0.5) <= _BY_CHANCE)
+        return told, np.count_nonzero(product == 1) / max(1, told)
 
     @staticmethod
     def chunks(size: int, columns: int) -> Iterator[slice]:
