@@ -12,7 +12,6 @@ save(model, "tuned.apr")
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,9 +46,12 @@ __all__ = list(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        # It takes as long to import as a third of a command's start.
+        from importlib import metadata
+
         try:
-            return importlib.metadata.version("apr-jax")
-        except importlib.metadata.PackageNotFoundError:
+            return metadata.version("apr-jax")
+        except metadata.PackageNotFoundError:
             return "0+unknown"  # a checkout that nobody installed
     if name not in _HOMES:
         raise AttributeError(f"module 'apr_jax' has no attribute '{name}'")

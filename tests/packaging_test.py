@@ -11,14 +11,15 @@ import zipfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import pytest
 from absl.testing import absltest
 
 from tests import paths
 
+pytestmark = pytest.mark.slow
+
 EXPORTS = """
 import apr_jax
-
-pytestmark = pytest.mark.slow
 for name in apr_jax.__all__:
     getattr(apr_jax, name)
 print(apr_jax.open_checkpoint("model.apr").kind, apr_jax.__file__)

@@ -17,10 +17,13 @@ from collections import Counter
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest
 
 from tests import paths
 from tests.hostile.file_faults_test import content
+
+pytestmark = pytest.mark.slow
 
 MOMENTS = int(os.environ.get("KILL_MOMENTS", "4"))
 # Written in small pieces, so that a kill can come between any two of them.
@@ -28,8 +31,6 @@ _SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from apr_jax.converters.convert import streaming
-
-pytestmark = pytest.mark.slow
 streaming._CHUNK_BYTES, streaming._BLOCK_BYTES = 1 << 10, 1 << 12
 write = streaming.OutputFile.write_at
 def slow(self, data, offset):
