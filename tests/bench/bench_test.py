@@ -9,6 +9,7 @@ import xml.etree.ElementTree
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax.bench import measure, report, roofline
@@ -201,6 +202,7 @@ class CommittedResultsTest(absltest.TestCase):
                 self.assertRegex(results["commit"] or "", r"^[0-9a-f]{7,40}\+?$")
 
 
+@pytest.mark.slow
 class CommandTest(absltest.TestCase):
     def bench(self, *arguments):
         return tool.run("bench", *arguments)

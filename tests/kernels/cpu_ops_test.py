@@ -9,6 +9,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax.kernels.cpu_ops import CPU_OPS, attention, linear
@@ -41,6 +42,7 @@ def golden_error(name, ops, dtype="float32", fused=False):
     return relative_l2(tokens(reference.inputs, logits), tokens(reference.inputs, reference.values[stages.LOGITS]))
 
 
+@pytest.mark.slow
 class CpuOpsTest(parameterized.TestCase):
     @parameterized.parameters(paths.NAMES)
     def test_float32_logits_are_within_the_bar_of_huggingfaces(self, name):
@@ -93,6 +95,7 @@ class CpuOpsTest(parameterized.TestCase):
         self.assertEqual(model.trace(inputs, {key})[key].shape, (3, heads, LONG, LONG))
 
 
+@pytest.mark.slow
 class WhatXlaIsAskedForTest(absltest.TestCase):
     """The speed comes from the form of the program, which values do not show."""
 

@@ -8,6 +8,7 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
@@ -32,6 +33,7 @@ def permuted(order, *tensors):
     return [everywhere("weights-permuted", tensor=f"self_attn.{tensor}", order=order) for tensor in tensors]
 
 
+@pytest.mark.slow
 class FieldTest(parameterized.TestCase):
     @classmethod
     def setUpClass(cls):

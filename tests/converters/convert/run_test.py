@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
@@ -749,6 +750,7 @@ cli.start("apr_jax.converters.commands.convert", ["convert", *sys.argv[2:]])
 """
 
 
+@pytest.mark.slow
 class KilledTest(ConversionTestCase):
     def start(self, source: pathlib.Path, output: str, writes: int) -> subprocess.Popen[bytes]:
         """Starts a conversion and returns when it has begun its write number `writes`."""
