@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
@@ -118,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
         with cli.open_dense_from(args, args.model) as checkpoint:
             config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)
             config.but(**settings).checked()
-            with _said():
+            with cli.warnings_said():
                 generator = load_generator(checkpoint, args.dtype, args.device, text=not args.input_ids)
             cli.say_warnings(checkpoint)
         generator.generation_config = config
@@ -194,18 +192,8 @@ def _prompts(
     if "chat_template" in chat:
         templates = generator.tokenizer.chat_template if generator.tokenizer else None
         chat["chat_template"] = by_name_or_file(templates, chat["chat_template"])
-    with _said():
+    with cli.warnings_said():
         return [item if isinstance(item, str) else generator.chat_prompt(item, **chat) for item in items]
-
-
-@contextlib.contextmanager
-def _said() -> Iterator[None]:
-    """Says what is warned of inside, each thing once."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        cli.say(f"warning: {message}")
 
 
 def _read_json(path: str, what: str) -> Any:

@@ -81,6 +81,7 @@ def main(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.storage.output import check_target
     from apr_jax.generate import compilation_cache
+    from apr_jax.generate.tokenizer import Tokenizer
     from apr_jax.loss import checking, summary
     from apr_jax.trace.inputs import paths_of
 
@@ -92,8 +93,11 @@ def main(args: argparse.Namespace) -> int:
         if args.per_token is not None:
             check_target(args.per_token, force=args.force, sources=sources)
         cli.say_warnings(checkpoint)
-        tokenizer = _tokenizer(checkpoint, needed=args.text is not None)
-        documents = _documents(args, tokenizer)
+        with cli.warnings_said():
+            tokenizer = Tokenizer.of(checkpoint) if args.text is not None else Tokenizer.if_usable(checkpoint)
+            documents = _documents(args, tokenizer)
+        for warning in () if tokenizer is None else tokenizer.warnings:
+            cli.say(f"warning: {warning}")
         run = _run(args, checkpoint, documents)
     vocab_size = run.model.config.vocab_size
     loss = summary.Loss.of(documents, run.scores)
@@ -113,18 +117,6 @@ def main(args: argparse.Namespace) -> int:
     return 0 if verdict is None or verdict.within else cli.EXIT_DIFFERS
 
 
-def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Tokenizer | None:
-    from apr_jax.generate import tokenizer_files
-    from apr_jax.generate.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.of(checkpoint)
-    if tokenizer is None and needed:
-        raise tokenizer_files.missing(checkpoint.path)
-    for warning in () if tokenizer is None else tokenizer.warnings:
-        cli.say(f"warning: {warning}")
-    return tokenizer
-
-
 def _documents(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Document]:
     from apr_jax.generate.chat_template import by_name_or_file
     from apr_jax.loss import documents
@@ -137,7 +129,6 @@ def _documents(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Do
             template = by_name_or_file(tokenizer.chat_template if tokenizer else None, template)
         found = documents.of_lines(args.jsonl, tokenizer, template)
     else:
-        assert tokenizer is not None
         found = documents.of_texts(args.text, tokenizer)
     if not any(document.counted.any() for document in found):
         raise UsageError(

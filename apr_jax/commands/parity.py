@@ -135,6 +135,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.inspect import page
+    from apr_jax.converters.storage.output import check_target
     from apr_jax.generate import compilation_cache
     from apr_jax.model.parameters import DTYPES
     from apr_jax.parity import excerpts
@@ -147,7 +148,8 @@ def main(args: argparse.Namespace) -> int:
         cli.say_warnings(checkpoint)
         sources = [*checkpoint.paths, *_files(args.right)]
     if args.html is not None:
-        page.check(args.html, force=args.force, sources=sources)
+        # Before minutes are spent on what goes into it.
+        check_target(args.html, force=args.force, sources=sources)
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
     # Excerpts of a long sequence are many: they are judged where rounding is.

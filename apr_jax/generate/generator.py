@@ -13,7 +13,6 @@ import dataclasses
 import numbers
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.errors import AprJaxError, UsageError
+from apr_jax.converters.errors import UsageError
 from apr_jax.generate import tokenizer_files
 from apr_jax.generate.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
@@ -136,7 +135,7 @@ def load_generator(
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
     with opened as checkpoint:
         settings = GenerationConfig.of(checkpoint)
-        tokenizer = _tokenizer(checkpoint, text)
+        tokenizer = Tokenizer.of(checkpoint) if text else Tokenizer.if_usable(checkpoint)
         target = find_device(device)
         # The kernels for CUDA are made for bfloat16 and read fused leaves.
         model = load_model(
@@ -148,16 +147,6 @@ def load_generator(
         )
     model = model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
     return Generator(model, tokenizer, settings)
-
-
-def _tokenizer(checkpoint: Checkpoint, needed: bool) -> Tokenizer | None:
-    try:
-        return Tokenizer.of(checkpoint)
-    except AprJaxError as error:
-        if needed:
-            raise
-        warnings.warn(f"there is no text, token ids alone: {error.message}", stacklevel=3)
-        return None
 
 
 class Generator:

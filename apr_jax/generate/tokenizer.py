@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import codecs
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.convert import apr_tokenizer
-from apr_jax.converters.errors import UsageError, in_file
+from apr_jax.converters.errors import AprJaxError, UsageError, in_file
 from apr_jax.generate import chat_template as chat_templates
 from apr_jax.generate import tokenizer_files
 
@@ -66,6 +67,15 @@ class Tokenizer:
             return None
         templates = chat_templates.of_files(files, found.config)
         return cls(found, templates, checkpoint.path, warnings)
+
+    @classmethod
+    def if_usable(cls, checkpoint: Checkpoint) -> Tokenizer | None:
+        """As `of`, for what needs no text: one that cannot be used is warned of, and None."""
+        try:
+            return cls.of(checkpoint)
+        except AprJaxError as error:
+            warnings.warn(f"there is no text, token ids alone: {error.message}", stacklevel=3)
+            return None
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._backend.get_vocab_size()} tokens)"

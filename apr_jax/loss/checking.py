@@ -214,10 +214,13 @@ def _named(run: Run, theirs: np.ndarray, bar: float) -> Mistake:
         return Mistake("not-finite", f"{count} losses are not finite", math.inf, {"tokens": count})
     nearest = math.inf
     # What has to go through the model again comes last, and only if nothing else fits.
-    for candidates in (_of_labels, _in_bits, _solved, _of_other_logits):
-        tried = [
-            dataclasses.replace(mistake, error=_distance(theirs, losses)) for mistake, losses in candidates(run, theirs)
-        ]
+    for candidates in (
+        lambda: _of_labels(run),
+        lambda: _in_bits(run),
+        lambda: _solved(run, theirs),
+        lambda: _of_other_logits(run, theirs),
+    ):
+        tried = [dataclasses.replace(mistake, error=_distance(theirs, losses)) for mistake, losses in candidates()]
         best = min(tried, key=lambda mistake: mistake.error)
         if best.error <= bar:
             return best
@@ -229,10 +232,10 @@ Candidates = Iterator[tuple[Mistake, np.ndarray]]
 """Mistakes, each with the losses that it gives, float64 [M]."""
 
 
-def _in_bits(run: Run, theirs: np.ndarray) -> Candidates:
+def _in_bits(run: Run) -> Candidates:
     says = "they are in bits (log2), not in nats"
     yield Mistake("log2-for-ln", says, 0.0), run.taken(lambda scores: scores.loss) / math.log(2)
-    for mistake, losses in _of_labels(run, theirs):
+    for mistake, losses in _of_labels(run):
         both = dataclasses.replace(mistake, name=f"log2-for-ln+{mistake.name}", says=f"{says}; and {mistake.says}")
         yield both, losses / math.log(2)
 
@@ -246,9 +249,8 @@ def _of_other_logits(run: Run, theirs: np.ndarray) -> Candidates:
         yield Mistake("vocabulary-cut", says, 0.0, {"rows": rows}), run.again(Variant(vocabulary=rows))
 
 
-def _of_labels(run: Run, theirs: np.ndarray | None = None) -> Candidates:
+def _of_labels(run: Run) -> Candidates:
     """Yields what other labels, or losses of other tokens, give."""
-    del theirs
     own, after = (run.taken(functools.partial(Scores.against, ahead=ahead)) for ahead in (0, 2))
     right = run.taken(lambda scores: scores.loss)
     yield Mistake("labels-not-shifted", "each position is held against its own token, not the next one", 0.0), own
@@ -329,7 +331,7 @@ def _mean_mistake(run: Run, losses: np.ndarray, mean: float, from_theirs: bool) 
     for mistake, value in _means(run, losses):
         found.append((abs(mean - value) / max(abs(value), 1e-30), mistake))
     if not from_theirs:
-        for mistake, values in [*_of_labels(run)]:
+        for mistake, values in _of_labels(run):
             found.append((abs(mean - float(np.mean(values))) / float(np.mean(values)), mistake))
     fitting = [(error, mistake) for error, mistake in sorted(found, key=lambda each: each[0]) if error <= bar]
     if not fitting:

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.errors import BrokenContainerError, RefusedError, UsageError
+from apr_jax.converters.errors import BrokenContainerError, UsageError
 from apr_jax.converters.formats import strict_json
 from apr_jax.converters.storage.source import read_whole
+from apr_jax.generate import tokenizer_files
 from apr_jax.generate.tokenizer import Tokenizer
 from apr_jax.trace import golden
 
@@ -44,13 +45,13 @@ class Document:
     size: int | None = None
 
 
-def of_texts(paths: Sequence[str], tokenizer: Tokenizer) -> list[Document]:
+def of_texts(paths: Sequence[str], tokenizer: Tokenizer | None) -> list[Document]:
     """Reads text files, each one document.
 
     Raises:
       MissingFileError: There is no such file.
       BrokenContainerError: It is not UTF-8.
-      RefusedError: The tokenizer cannot encode it.
+      RefusedError: There is no tokenizer, or it cannot encode it.
     """
     documents = []
     for path in paths:
@@ -65,7 +66,7 @@ def of_texts(paths: Sequence[str], tokenizer: Tokenizer) -> list[Document]:
                 offset=error.start,
                 hint="Convert it: iconv -f LATIN1 -t UTF-8 FILE",
             ) from None
-        documents.append(_everything(path, tokenizer.encode(text), len(data)))
+        documents.append(_everything(path, _needed(tokenizer, path).encode(text), len(data)))
     return documents
 
 
@@ -164,12 +165,7 @@ def _but_the_first(counted: np.ndarray) -> np.ndarray:
 
 def _needed(tokenizer: Tokenizer | None, where: str) -> Tokenizer:
     if tokenizer is None:
-        raise RefusedError(
-            "text needs a tokenizer, and the checkpoint has none",
-            code="no-tokenizer",
-            file=where,
-            hint='Lines of "input_ids" need none.',
-        )
+        raise tokenizer_files.missing(where)
     return tokenizer
 
 

@@ -27,7 +27,8 @@ from apr_jax.trace.stages import Key
 
 _MOST_BYTES = 1 << 30
 """Scores in float64 that take more than this are not held whole."""
-_EXCERPT_BYTES = {"cpu": 1 << 28, "gpu": 1 << 31}
+_EXCERPT_BYTES = {"cpu": 1 << 28}
+_ACCELERATED_BYTES = 1 << 31
 """What the scores of an excerpt may take: on a GPU each excerpt costs more to start than to compute."""
 _FEWEST, _MOST = 16, 1024
 """Positions of an excerpt."""
@@ -196,13 +197,8 @@ class LongDump:
 
     def _blocks(self, columns: np.ndarray) -> Iterator[Excerpt]:
         """Excerpts of one size; the last is filled up with positions before it, which count as padding there."""
-        most = int(
-            np.clip(
-                _EXCERPT_BYTES[self._exact.device.platform] // _score_bytes(self._exact.config, self.inputs),
-                _FEWEST,
-                _MOST,
-            )
-        )
+        room = _EXCERPT_BYTES.get(self._exact.device.platform, _ACCELERATED_BYTES)
+        most = int(np.clip(room // _score_bytes(self._exact.config, self.inputs), _FEWEST, _MOST))
         size = -(-len(columns) // -(-len(columns) // most))
         for start in range(0, len(columns), size):
             first = max(0, min(start, len(columns) - size))

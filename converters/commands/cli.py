@@ -160,6 +160,18 @@ def say_warnings(checkpoint: Checkpoint) -> None:
         say(f"warning: {warning}")
 
 
+@contextlib.contextmanager
+def warnings_said() -> Iterator[None]:
+    """Prints on stderr what is warned of inside, each thing once."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        say(f"warning: {message}")
+
+
 def print_json(value: Any) -> None:
     """Prints `value` as one JSON object on stdout; NaN and infinities are spelt as strings, since JSON has none."""
     print(json.dumps(_spelt(value), indent=2, ensure_ascii=True, allow_nan=False))

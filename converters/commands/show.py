@@ -80,9 +80,11 @@ def _write_page(
     import sys
 
     from apr_jax.converters.inspect import html_report, page
+    from apr_jax.converters.storage.output import check_target
 
     sources = checkpoint.paths
-    page.check(path, force=force, sources=sources)
+    # Before minutes are spent on reading.
+    check_target(path, force=force, sources=sources)
     found = _measure(listed)
     content = html_report.render(_page(checkpoint, listed, found))
     page.write(path, content, force=force, sources=sources, notice=cli.say)

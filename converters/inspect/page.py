@@ -60,15 +60,6 @@ def scrollable(content: str, label: str, kind: str = "scroll") -> str:
     return f'<div class="{kind}" role="region" aria-label="{text(label)}" tabindex="0">{content}</div>'
 
 
-def check(path: str, *, force: bool, sources: Iterable[str]) -> None:
-    """Refuses a page that could not be written, before minutes are spent on what goes into it.
-
-    Raises:
-      UsageError: It exists and `force` is not given, or is one of the sources.
-    """
-    output.check_target(path, force=force, sources=sources)
-
-
 def write(
     path: str, content: bytes, *, force: bool, sources: Iterable[str], notice: output.Notice | None = None
 ) -> None:
@@ -82,7 +73,7 @@ def write(
       notice: As for `output.atomic_file`.
 
     Raises:
-      UsageError: As `check`.
+      UsageError, MissingFileError: As `output.check_target`.
       StorageError: The operating system refused.
     """
     with output.atomic_file(path, len(content), force=force, sources=sources, notice=notice) as file:

@@ -240,9 +240,7 @@ def check_target(
         except FileNotFoundError:
             if os.path.exists(path):
                 # A pipe behind /dev/stdout has no name of its own.
-                raise UsageError(
-                    "the output is not a regular file", code="output-not-file", file=path, hint="Name another output"
-                ) from None
+                raise _not_regular(path) from None
             if os.path.islink(path) and not force:
                 raise _exists(path) from None
             return final
@@ -270,6 +268,10 @@ def _is_folder(path: str) -> bool:
 
 def _exists(path: str) -> UsageError:
     return UsageError("the output exists", code="output-exists", file=path, hint="--force replaces it")
+
+
+def _not_regular(path: str) -> UsageError:
+    return UsageError("the output is not a regular file", code="output-not-file", file=path, hint="Name another output")
 
 
 def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) -> None:
@@ -311,9 +313,7 @@ def _check_replaceable(path: str, place: str, kind: FolderKind | None) -> None:
                 hint="Name a file in it",
             )
         if not stat.S_ISREG(mode):
-            raise UsageError(
-                "the output is not a regular file", code="output-not-file", file=path, hint="Name another output"
-            )
+            raise _not_regular(path)
         return
     if not stat.S_ISDIR(mode):
         raise UsageError(

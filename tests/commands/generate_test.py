@@ -9,6 +9,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
@@ -160,6 +161,7 @@ cli.start("apr_jax.commands.generate", ["generate", *sys.argv[2:]])
         )
 
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM)
+    @pytest.mark.slow
     def test_an_interrupt_while_decoding_leaves_the_text_so_far(self, number):
         args = (SAMPLE, "--prompt", "What is 2+2?", "--max-new-tokens", 4000, *GREEDY)
         process = self.started(*args)
@@ -171,6 +173,7 @@ cli.start("apr_jax.commands.generate", ["generate", *sys.argv[2:]])
         self.assertLess(len(text), len(whole))
         self.assertTrue(whole.startswith(text), "the beginning of what it would have printed")
 
+    @pytest.mark.slow
     def test_an_interrupt_while_decoding_a_batch_prints_every_row_and_json_says_so(self):
         patch = """
 import signal
@@ -196,6 +199,7 @@ _Row.take = interrupting
             else:
                 self.assertRegex(output, r"(?s)\[0\] .*\n\[1\] .*\n$")
 
+    @pytest.mark.slow
     def test_an_interrupt_while_loading_prints_nothing(self):
         patch = """
 import signal
@@ -207,6 +211,7 @@ for name in ("readinto", "read", "raw"):
         output, errors = process.communicate(timeout=120)
         self.assertEqual((process.returncode, output, errors), (130, "", "interrupted\n"))
 
+    @pytest.mark.slow
     def test_an_interrupt_that_the_compiler_does_not_notice_ends_it_all_the_same(self):
         # A call into C that returns to nobody, like XLA in the midst of a long compilation.
         patch = """

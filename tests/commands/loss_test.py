@@ -68,6 +68,18 @@ class LossCommandTest(absltest.TestCase):
         (said,) = summary.oddities(summary.Loss(10, 9, 9.0, None), corpus, 288)
         self.assertIn("40.00% of the tokens are the tokenizer's unknown token", said)
 
+    def test_token_ids_need_no_tokenizer_that_works_and_text_does(self):
+        for file in SAMPLE.iterdir():
+            (self.folder / "hf" / file.name).parent.mkdir(exist_ok=True)
+            (self.folder / "hf" / file.name).write_bytes(file.read_bytes())
+        (self.folder / "hf" / "tokenizer.json").write_text("{")
+        (self.folder / "ids.json").write_text("[[5, 6, 7]]")
+        (self.folder / "ids.jsonl").write_text('{"input_ids": [5, 6, 7]}')
+        for args in (("--input-ids", "ids.json"), ("--jsonl", "ids.jsonl")):
+            done = tool.ran(self, "loss", "hf", *args, cwd=self.folder)
+            self.assertIn("warning: there is no text, token ids alone", done.stderr)
+        tool.ran(self, "loss", "hf", "--text", "a.txt", code=4, cwd=self.folder)
+
     def test_mistakes_are_one_line_with_their_exit_code(self):
         (self.folder / "empty.txt").write_text("")
         (self.folder / "out.json").write_text("[[5, 288]]")

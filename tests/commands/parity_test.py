@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 import pytest
 import safetensors.numpy
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from apr_jax.trace import aprt, golden, inputs, stages
 from apr_jax.trace.inputs import seeded
@@ -31,7 +31,7 @@ def without_rounding(text):
     return re.sub(r"(?<=: )\d+(?= as right)|\d+(?= within)", "?", answer) + re.sub(r"-?\d[\d.e+-]*", "?", logits)
 
 
-class ParityTestCase(absltest.TestCase):
+class ParityTestCase(parameterized.TestCase):
     def setUp(self):
         super().setUp()
         self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))

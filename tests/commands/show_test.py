@@ -1,6 +1,5 @@
 """The command line of `show`."""
 
-import html.parser
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli
 from apr_jax.converters.formats import apr_format, dtypes
 from apr_jax.testing.sample import SAMPLES
-from tests import tool
+from tests import html_pages, tool
 from tests.paths import DATA, NAMES, ROOT, checkpoint
 from tests.start_up import cpu_seconds
 
@@ -262,8 +261,8 @@ class ShowTest(parameterized.TestCase):
         self.assertEqual(imported & {"jax", "jaxlib", "flax", "numpy", "rich", "ml_dtypes", "torch"}, set())
 
 
-class Page(html.parser.HTMLParser):
-    """The tags and the texts of a page; fails at anything that could ask for something outside, or run."""
+class Page(html_pages.Page):
+    """A page of show: nothing in it can run."""
 
     ALLOWED = frozenset(
         """html head meta title style body h1 h2 p dl div dt dd section table thead tbody tr th td b svg rect path
@@ -274,36 +273,9 @@ class Page(html.parser.HTMLParser):
         aria-hidden tabindex""".split()
     )
 
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts = [], []
-        self._open = []
-        if "url(" in text or "@import" in text:
-            raise AssertionError("the style refers to something")
-        self.feed(text)
-        self.close()
-        if self._open:
-            raise AssertionError(f"not closed: {self._open}")
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in self.ALLOWED or not self.ATTRIBUTES.issuperset(name for name, _ in attributes):
+    def check(self, tag, attributes):
+        if tag not in self.ALLOWED or not self.ATTRIBUTES.issuperset(attributes):
             raise AssertionError(f"unexpected: {tag} {attributes}")
-        if any("://" in (value or "") for _, value in attributes):
-            raise AssertionError(f"refers to something: {tag} {attributes}")
-        self.tags.append(tag)
-        if tag != "meta":
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self._open.pop()
-
-    def handle_endtag(self, tag):
-        if self._open.pop() != tag:
-            raise AssertionError(f"{tag} ends where it was not opened")
-
-    def handle_data(self, text):
-        self.texts.append(text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from tests import gguf_files, paths
+from tests.hostile.checkpoint_cases import DESCRIBED
 
 SEEDS = pathlib.Path(__file__).resolve().parent / "seeds"
 MODEL = paths.checkpoint("gqa_tied_bf16")
@@ -144,22 +145,7 @@ def _gguf_files() -> Iterator[tuple[str, bytes]]:
 
 
 def _prepared_files() -> Iterator[tuple[str, bytes]]:
-    parameter = {"shape": [2], "sha256": "0" * 64, "tensors": {"model.norm.weight": [2]}}
-    yield (
-        "one",
-        json.dumps(
-            {
-                "format": "apr_jax.prepared/1",
-                "dtype": "float32",
-                "fused": False,
-                "devices": 1,
-                "source": {},
-                "versions": {},
-                "metadata": None,
-                "parameters": {"model.norm.weight": parameter},
-            }
-        ).encode(),
-    )
+    yield "one", json.dumps(DESCRIBED).encode()
 
 
 def _json_texts() -> Iterator[tuple[str, bytes]]:

@@ -5,6 +5,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax.parity.faults.table import FAULTS
@@ -21,6 +22,7 @@ ASKED_FOR = {"mask-without-window", "rope-unscaled"}
 FUSED = ("attn_norm", "attention", "attn_out", "post_attn_residual", "ffn_norm", "ffn_out", "post_ffn_residual")
 
 
+@pytest.mark.slow
 class PlantedTest(parameterized.TestCase):
     @classmethod
     def setUpClass(cls):

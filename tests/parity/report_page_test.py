@@ -1,13 +1,11 @@
 """The page of `parity --html`: it holds what the JSON holds, refers to nothing, and text keeps its place in it."""
 
 import contextlib
-import html.parser
 import io
 import json
 import pathlib
 import re
 import sys
-import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -22,59 +20,41 @@ from apr_jax.parity.findings import Finding
 from apr_jax.parity.replay import FORMULAS
 from apr_jax.testing.sample import SAMPLES
 from apr_jax.trace.inputs import seeded
-from tests import oracle, paths, tool
+from tests import html_pages, oracle, paths
 from tests.battery.faulty_forward import Planted, forward, write_aprt
 from tests.battery.parity_battery import REAL_CASE
+from tests.commands import parity_test
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 CONFIG = SAMPLES["qwen2_0.5b"].config
 
 
-class Page(html.parser.HTMLParser):
-    """The texts, tags and cells of a page; fails at what is not closed and at what could ask for something."""
+class Page(html_pages.Page):
+    """A page of parity, with the cells of its map and the rows of its tables; scripts but our own cannot run."""
 
     def __init__(self, text):
-        super().__init__()
-        self.texts, self.tags, self.cells, self.rows = [], [], {}, {}
-        self._open, self._key = [], None
-        if "url(" in text or "@import" in text or "://" in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL):
+        if "://" in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL):
             raise AssertionError("it refers to something")
-        self.feed(text)
-        self.close()
-        if self._open:
-            raise AssertionError(f"not closed: {self._open}")
+        self.cells, self.rows, self._key = {}, {}, None
+        super().__init__(text)
 
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
+    def check(self, tag, attributes):
         if {"src", "href", "srcset", "action", "data", "style"} & attributes.keys() or any(
             name.startswith("on") for name in attributes
         ):
             raise AssertionError(f"refers to something, or runs: {tag} {attributes}")
-        self.tags.append(tag)
         if "data-said" in attributes:
-            key = attributes["data-said"].partition(": ")[0]
-            self.cells[key] = attributes
+            self.cells[attributes["data-said"].partition(": ")[0]] = attributes
         if tag == "tr":
             self._key = attributes.get("data-key")
-        if tag != "meta":
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        self._open.pop()
-
-    def handle_endtag(self, tag):
-        if self._open.pop() != tag:
-            raise AssertionError(f"closed in another order: {tag}")
 
     def handle_data(self, data):
-        if data.strip():
-            self.texts.append(data.strip())
-            if self._key is not None and "td" in self._open:
-                self.rows.setdefault(self._key, []).append(data.strip())
+        super().handle_data(data)
+        if data.strip() and self._key is not None and "td" in self.open:
+            self.rows.setdefault(self._key, []).append(data.strip())
 
 
-class PageTest(parameterized.TestCase):
+class PageTest(parity_test.ParityTestCase):
     clean: dict | None = None
 
     def clean_answer(self):
@@ -82,14 +62,6 @@ class PageTest(parameterized.TestCase):
         if PageTest.clean is None:
             PageTest.clean, _, _ = self.both("--right", self.dump(name="plain"), code=0)
         return PageTest.clean
-
-    def setUp(self):
-        super().setUp()
-        self.folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-
-    def ran(self, *args, code):
-        done = tool.ran(self, "parity", *args, code=code)
-        return done.stdout, done.stderr
 
     def dump(self, faults=(), name="dump", **changed):
         ids = seeded(288, 1, 80).input_ids

@@ -50,23 +50,18 @@ def _updates(x: Value, at: At) -> Value:
 
 
 _OFF = 0.01
-_STREAM = {
-    "attn_norm": ("post_ffn_residual", -1, "post_attn_residual"),
-    "ffn_norm": ("post_attn_residual", 0, "post_ffn_residual"),
-}
-"""Norm -> the residual stream that it is of, in which layer from its own on, and what else reads that."""
+"""Relative to the values: a stream that is off by less is not the cause of a norm that is wrong."""
 
 
 def _of_the_norm_alone(question: Question, node: Key) -> Iterable[Mapping[str, Any]]:
     """Not where the stream itself has to be wrong: it was not dumped, and what else reads it is off as well."""
     if node == Key.of(0, "attn_norm"):
         return []
-    if node.stage not in _STREAM or node.layer is None:
+    probe, reader = question.probe, {norm: stage for stage, norm in _READ.items()}.get(node.stage)
+    if reader is None or all(map(probe.dumped, probe.sources(node))):
         return [{}]
-    stream, before, reader = _STREAM[node.stage]
-    source, key = Key.of(node.layer + before, stream), Key.of(node.layer, reader)
-    probe = question.probe
-    if probe.dumped(source) or not probe.dumped(key):
+    key = Key.of(node.layer, reader)
+    if not probe.dumped(key):
         return [{}]
     theirs, tokens = probe.look(reader, probe.theirs[key]), question.their_tokens()
     off = np.linalg.norm((theirs - probe.compute(key))[tokens])

@@ -12,6 +12,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.formats import dtypes
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import Context
 from apr_jax.converters.verify.diagnosis.missing import Match, diagnose_missing
@@ -336,6 +337,18 @@ class DiagnosisTest(parameterized.TestCase):
         after = stored((low + np.floor((blocks - low) / step + 1e-4) * step).reshape(16, 256), code)
         (first,) = self.diagnose(before, after)
         self.assertEqual(first.parameters, {"type": "int4", "scheme": "asymmetric", "group": 32})
+
+    def test_a_quantised_type_is_told_where_the_filling_of_its_rows_was_read_as_values(self):
+        """Every row but the first is another one's: what is left looks unrelated but for that."""
+        before = stored(_random(40, 96), "F32")
+        filled = np.zeros((40, 256), np.float32)
+        filled[:, :96] = before.f32
+        codec = dtypes.TYPES["q4_k"].codec
+        values = np.empty(filled.size, np.float32)
+        codec.decode(codec.encode(filled.reshape(-1)), values)
+        (first,) = self.diagnose(before, stored(values[: 40 * 96].reshape(40, 96), "F32"))
+        self.assertEqual((first.cause, first.parameters["type"]), ("quantised", "q4_k"))
+        self.assertEqual(first.parameters["padding"], "read as values")
 
     # --- sizes
 
