@@ -340,13 +340,13 @@ class DiagnosisTest(parameterized.TestCase):
 
     def test_a_quantised_type_is_told_where_the_filling_of_its_rows_was_read_as_values(self):
         """Every row but the first is another one's: what is left looks unrelated but for that."""
-        before = stored(_random(40, 96), "F32")
-        filled = np.zeros((40, 256), np.float32)
-        filled[:, :96] = before.f32
+        before = stored(_random(64, 200), "F32")
+        filled = np.zeros((64, 256), np.float32)
+        filled[:, :200] = before.f32
         codec = dtypes.TYPES["q4_k"].codec
         values = np.empty(filled.size, np.float32)
         codec.decode(codec.encode(filled.reshape(-1)), values)
-        (first,) = self.diagnose(before, stored(values[: 40 * 96].reshape(40, 96), "F32"))
+        (first,) = self.diagnose(before, stored(values[: 64 * 200].reshape(64, 200), "F32"))
         self.assertEqual((first.cause, first.parameters["type"]), ("quantised", "q4_k"))
         self.assertEqual(first.parameters["padding"], "read as values")
 
