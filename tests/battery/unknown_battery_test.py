@@ -15,6 +15,7 @@ from tests.battery.unknown_battery import CONFIGS, UNKNOWNS, Bench, judged, run_
 pytestmark = pytest.mark.slow
 
 CHOSEN = (
+    "a key block of a head is zero",
     "a head is added to the next",
     "a clamp of one head",
     "a key block is added twice",
