@@ -1,6 +1,6 @@
 """The default suite and the batteries as other CPUs compute: a verdict must not hang on one CPU's last bits.
 
-    python tests/every_cpu.py [--only TEXT] [--parts suite parity batteries]
+    python tests/every_cpu.py [--only TEXT] [--parts suite parity batteries] [--workers N]
 
 XLA, OpenBLAS, NumPy and torch are told to leave out instructions that this CPU has, and to use one thread or two: sums
 are then added in another order. "parity" is the share of the suite that judges other engines' dumps, for `.ci/run`.
@@ -84,19 +84,19 @@ def judging() -> list[str]:
     return [str(path) for path in chosen if not set(OUTSIDE) & set(path.parts)]
 
 
-def commands(part: str) -> list[list[str]]:
+def commands(part: str, workers: int) -> list[list[str]]:
     """What a part runs, in the root of the repository."""
     if part == "batteries":
         names = ("parity_battery.py", "clean_runs.py", "four_fold.py", "damage_battery.py")
         return [[sys.executable, f"tests/battery/{name}"] for name in names]
     paths = judging() if part == "parity" else ["tests", *(f"--ignore=tests/{folder}" for folder in OUTSIDE)]
-    return [[sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", *paths]]
+    return [[sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *paths]]
 
 
-def run(variation: Variation, parts: Sequence[str]) -> bool:
+def run(variation: Variation, parts: Sequence[str], workers: int) -> bool:
     """Runs parts under a variation; prints a line, and behind it what the commands that failed said last."""
     started, failed = time.perf_counter(), []
-    for command in (command for part in parts for command in commands(part)):
+    for command in (command for part in parts for command in commands(part, workers)):
         done = subprocess.run(command, cwd=ROOT, env=variation.variables(), capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stdout + done.stderr).strip().splitlines()
@@ -112,11 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parts", nargs="+", choices=("suite", "parity", "batteries"), default=["suite", "batteries"], help="what"
     )
+    parser.add_argument("--workers", type=int, default=2, help="processes of the suite (default: 2)")
     args = parser.parse_args(argv)
     chosen = [variation for variation in VARIATIONS if args.only in variation.name]
     if not chosen:
         parser.error(f"no variation is called {args.only!r}; there are {'; '.join(v.name for v in VARIATIONS)}")
-    passed = [run(variation, args.parts) for variation in chosen]
+    passed = [run(variation, args.parts, args.workers) for variation in chosen]
     return 0 if all(passed) else 1
 
 

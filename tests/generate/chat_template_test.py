@@ -227,7 +227,7 @@ HOSTILE = {
     "filler": "{{ lipsum(n=99999) }}",
     "indentation": "{{ messages | tojson(indent=10**9) }}",
     "width": "{{ '%1000000000d' % 1 }}",
-    "lines": "{{ ('a ' * 1000000) | wordwrap(1) }}",
+    "lines": "{{ ('a ' * 10000000) | wordwrap(1) }}",
     "dates": "{{ strftime_now('%c' * 10000000) }}",
     "power": "{{ 9 ** (9 ** 9) }}",
 }
