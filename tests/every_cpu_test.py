@@ -58,7 +58,7 @@ class EveryCpuTest(parameterized.TestCase):
             printed = io.StringIO()
             with (
                 mock.patch.dict(os.environ, XLA_FLAGS=""),
-                mock.patch.object(every_cpu, "commands", programs.__getitem__),
+                mock.patch.object(every_cpu, "commands", lambda part, _: programs[part]),
                 contextlib.redirect_stdout(printed),
             ):
                 self.assertEqual(every_cpu.main(["--only", only, "--parts", "suite"]), code)
