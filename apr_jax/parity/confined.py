@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from apr_jax.parity.faults.parts import ZEROED, exchanged, scaled
-from apr_jax.parity.faults.record import Mistakes, Region
+from apr_jax.parity.faults.record import Mistake, Mistakes, Region
 from apr_jax.parity.localise import channel_medians, row_norms
 from apr_jax.parity.question import Question
 from apr_jax.parity.replay import QKV, Value
@@ -21,6 +21,8 @@ from apr_jax.trace.positions import compared_positions
 
 _HEADED = ("qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attention")
 _ROTATED = ("q_post_rope", "k_post_rope")
+_NEARLY, _SIGMAS = 0.1, 4.0
+"""How far a share of 0 or 1 may be off, absolutely and in standard deviations."""
 
 
 def hypotheses(
@@ -40,6 +42,52 @@ def hypotheses(
         for (mistake,) in [*scaled(question, region), *own, *exchanged(question, region)]:
             if not mistake.fault.multiplies:
                 yield (mistake.confined(region, question.stage),)
+    if question.stage in _ROTATED:
+        yield from _in_pairs(question, singles)
+
+
+def _in_pairs(question: Question, singles: Callable[[Question], Iterable[Mistakes]]) -> Iterator[Mistakes]:
+    """Rotations that only some pairs show: which, all their values together tell.
+
+    What the slow pairs of a rotation are turned by may be less than the rounding of any single value.
+    """
+    stacks = [stack for stack in singles(question) if len(stack) == 1 and _has_no_number(stack[0])]
+    for (mistake,) in stacks:
+        if len(pairs := _pairs_made_in(question, mistake)):
+            region = Region("pairs", tuple(pairs.tolist()), question.replay.config.head_dim // 2)
+            yield (mistake.confined(region, question.stage),)
+
+
+def _has_no_number(mistake: Mistake) -> bool:
+    return mistake.within is None and not any(isinstance(value, float) for _, value in mistake.pairs)
+
+
+def _pairs_made_in(question: Question, mistake: Mistake) -> np.ndarray:
+    """The pairs in which what a mistake changes is there, and not in all; none where some pair cannot tell.
+
+    That is the least-squares share of the change in the difference, 1 where it was made and 0 where not.
+    """
+    replay, config = question.replay, question.replay.config
+    with np.errstate(all="ignore"):
+        change = replay.under((mistake,)).compute(question.key) - question.right
+        off = question.theirs.astype(np.float64) - question.right
+    if not (np.isfinite(change[question.tokens]).all() and np.isfinite(off[question.tokens]).all()):
+        return np.array([], int)
+    change, off = (_by_pair(each[question.tokens], config.head_dim) for each in (change, off))
+    power = (change * change).sum(axis=1)
+    if not power.all():
+        return np.array([], int)
+    share = (change * off).sum(axis=1) / power
+    unsure = np.sqrt(((off - share[:, None] * change) ** 2).mean(axis=1) / power)
+    made = share > 0.5
+    if made.all() or not made.any() or (np.abs(share - made) > np.maximum(_NEARLY, _SIGMAS * unsure)).any():
+        return np.array([], int)
+    return np.flatnonzero(made) if (unsure[made] * _SIGMAS < 1).any() else np.array([], int)
+
+
+def _by_pair(values: np.ndarray, head_dim: int) -> np.ndarray:
+    """Values [n, heads * H] of each pair (i, i + H/2), [H / 2, ...]."""
+    return values.reshape(-1, 2, head_dim // 2).transpose(2, 0, 1).reshape(head_dim // 2, -1)
 
 
 def regions(question: Question) -> Iterator[Region]:

@@ -19,6 +19,7 @@ from apr_jax.parity import confined, undumped
 from apr_jax.parity.faults.products import MULTIPLIED
 from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
 from apr_jax.parity.faults.table import FAULTS
+from apr_jax.parity.localise import EPSILON
 from apr_jax.parity.question import Question
 from apr_jax.trace.stages import Key
 
@@ -34,6 +35,8 @@ _MOST, _MOST_BEHIND_LONG = 3, 4
 """As many mistakes are stacked before one dumped stage."""
 _NO_EFFECT = 1e-9
 """A mistake that changes less than this share of the difference cannot be seen at the stage."""
+FEW_BITS = 2.0**-12
+"""Rounding above this hides what single values would tell."""
 _CLEARLY = 0.3
 """One mistake more has to leave less than this share of what was left without it."""
 
@@ -85,7 +88,8 @@ def hypotheses(
         yield from longer
         # What is rounded in each part may be too little to be looked into there.
         yield from multiplications(question)
-    if not accepted:
+    # In few bits what is made in a part may look like another mistake, about as well.
+    if not accepted or EPSILON[question.dtype] > FEW_BITS:
         yield from confined.hypotheses(question, lambda part: _singles(part, part.nodes[-1]), before)
     if gap:
         yield from _together(question)

@@ -202,7 +202,7 @@ def candidates(before: np.ndarray, after: np.ndarray, positions: np.ndarray, rig
                 found += _less_precise(shape)
                 found += _stretched(turn, _gain(rotated, target, positions), steps, right, shape)
     # Not a set: its order hangs on the last bits of a base, and rounder ones have to stay before it.
-    return sorted(dict.fromkeys(found), key=lambda turn: (deviations(turn), not _is_round(turn.theta)))
+    return sorted(dict.fromkeys(found), key=lambda turn: (deviations(turn), _oddness(turn.theta)))
 
 
 def _of_a_part(before: np.ndarray, after: np.ndarray, positions: np.ndarray, adjacent: bool) -> list[Rotation]:
@@ -219,9 +219,11 @@ def deviations(rotation: Rotation) -> int:
     return sum(getattr(rotation, field.name) != field.default for field in dataclasses.fields(rotation))
 
 
-def _is_round(theta: float | None) -> bool:
-    """Whether somebody may have written a base so: two digits and zeros."""
-    return theta is None or theta == float(f"{theta:.1e}")
+def _oddness(theta: float | None) -> int:
+    """How unlikely somebody wrote a base so: 0 if it is customary, 1 with two digits and zeros, 2 otherwise."""
+    if theta is None or theta in BASES:
+        return 0
+    return 1 if theta == float(f"{theta:.1e}") else 2
 
 
 def _pairs(x: np.ndarray, adjacent: bool) -> np.ndarray:

@@ -17,8 +17,9 @@ import numpy as np
 
 from apr_jax.parity.faults.products import TF32, drift
 from apr_jax.parity.faults.record import Mistake, Mistakes, names
-from apr_jax.parity.hypotheses import Came, hypotheses, multiplications
+from apr_jax.parity.hypotheses import FEW_BITS, Came, hypotheses, multiplications
 from apr_jax.parity.localise import (
+    EPSILON,
     Localisation,
     Site,
     budgets,
@@ -48,6 +49,10 @@ _EQUAL = 1e-9
 """Relative difference of squares up to which two distances are equal."""
 _ALIKE = 0.1
 """Two mistakes give the same values if their distances differ by less than this share of the budget."""
+_TOLD_APART, _FEW = 0.02, 12.5
+"""In few bits what is left is roundings of single values, nearly independent of each other: thousands of them leave a
+wrong mistake farther off than the right one by more than this. Numbers of one mistake may be off by roundings that are
+not: those of cos and sin. By chance alone, few values differ by this much over their number: five sigmas."""
 _ROUND = 0.02
 """As much a number that was solved for may be off its round neighbour."""
 _DOUBTFUL = 0.1
@@ -366,6 +371,10 @@ class Search:
         fits = list(accepted)
         least = min(fit.error for _, fit in fits)
         alike = [pair for pair in fits if pair[1].error <= 2 * least + _ALIKE * self.site.budget]
+        if EPSILON[self.located.dtype] > FEW_BITS:
+            apart = 1 + max(_TOLD_APART, _FEW / self.site.elements)
+            near = {names(mistakes) for mistakes, fit in alike if fit.error <= apart * least}
+            alike = [pair for pair in alike if names(pair[0]) in near]
         # How products are made concerns all of them: it goes before what explains this stage alone.
         blamed = [pair for pair in fits if self._as_near(pair[1].error, least) and known.blames_precision(pair[0])]
         first = names((blamed or alike)[0][0])

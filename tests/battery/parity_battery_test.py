@@ -24,6 +24,14 @@ CASES = {
     "other_layer": Planted("weights-from-another-layer", (0,), {"tensor": "self_attn.k_proj.weight", "layer": 1}),
     "cache": Planted("cache-position", None, {"shift": -1, "prefill": 40, "side": "read"}),
     "eps": Planted("rms-norm-eps", None, {"eps": 1e-4}),
+    # What these pairs are turned by is less than the rounding of any value.
+    "slow_pairs": Planted("rope-not-on-k", None, {"pairs": (6, 7)}),
+    # Adjacent pairs in one channel come as near as single values tell.
+    "slow_pairs_of_q": Planted("rope-not-on-q", None, {"pairs": (6, 7)}),
+    # A base of 2.2e6 comes nearly as near, within what single values may be off.
+    "ntk": Planted("rope-scaling", None, {"rule": "ntk", "factor": 2.0}),
+    # bfloat16 first, then 8 bits: two roundings.
+    "float8_scores": Planted("scores-precision", None, {"dtype": "float8_e5m2"}),
 }
 
 

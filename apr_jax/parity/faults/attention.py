@@ -173,12 +173,12 @@ SCORES_PRECISION = Fault(
     "the attention scores are computed in {dtype}",
     ("attn_scores",),
     {
-        "raw_scores": lambda raw, at, dtype, steps="scores": raw if steps == "scores" else narrow.rounded(raw, dtype),
-        "scores": lambda raw, at, dtype, steps="scores": narrow.rounded(raw, dtype),
+        "raw_scores": lambda raw, at, dtype, product="": narrow.rounded(raw, product) if product else raw,
+        "scores": lambda raw, at, dtype, product="": narrow.rounded(raw, dtype),
     },
     variants=lambda question, node: [{"dtype": dtype} for dtype in narrow.FLOATS],
-    # Either what is left after the scale is rounded, or the product before it as well.
-    ways=lambda dtype: ({"steps": "product"},),
+    # Either what is left after the scale is rounded, or the product before it as well: to the same, or to more bits.
+    ways=lambda dtype: tuple({"product": each} for each in narrow.FLOATS[: narrow.FLOATS.index(dtype) + 1]),
     alone=True,
     chaotic=True,
     formula="{right}, rounded to {dtype}",
