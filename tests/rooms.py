@@ -56,6 +56,7 @@ _APR_JAX = _floors(
     ("generate", "testing"),
     ("bench", "loss"),
     "commands",
+    "__main__",
 )
 # What looks for mistakes and what writes text never meet.
 _APR_JAX[f"{MODEL}.generate"] -= {f"{MODEL}.parity"}
@@ -69,6 +70,7 @@ MAY_IMPORT = (
     _CONVERTERS
     | {room: below | _LIBRARY for room, below in _APR_JAX.items()}
     | {f"{MODEL}.commands": _APR_JAX[f"{MODEL}.commands"] | set(_CONVERTERS)}
+    | {f"{MODEL}.__main__": {f"{MODEL}.commands"}}
     # The package's own names, looked up when they are asked for.
     | {FILES: set(), MODEL: _LIBRARY | set(_APR_JAX) - {f"{MODEL}.{name}" for name in ("testing", "bench", "commands")}}
 )

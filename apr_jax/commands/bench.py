@@ -1,4 +1,4 @@
-"""bench: how fast a model runs, beside its peers and beside what the machine can do."""
+"""Measure how fast a model runs, beside its peers and beside what the machine can do."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments, cli
 
 _EPILOG = """\
-MODEL is a shape, 0.5b, 1.5b or 7b, which gets random weights, or a checkpoint. Cases:
-  prefill-BxT   B prompts of T tokens go through the model; logits of the last ones
-  decode-BxS    a token for each of B rows, S tokens before it
-  start-up      whole processes, to the first token: compilation cache empty, then filled (needs a checkpoint, or
-                writes one of the shape to --scratch)
+MODEL is a shape, 0.5b, 1.5b or 7b, which gets random weights, or a checkpoint.
+
+cases:
+  prefill-BxT  B prompts of T tokens go through the model; logits of the last ones
+  decode-BxS   a token for each of B rows, S tokens before it
+  start-up     whole processes, to the first token: compilation cache empty, then filled (needs a checkpoint, or writes
+               one of the shape to --scratch)
+
 Peers, where they are installed: HuggingFace on the same arrays, as it is and through torch.compile with a static
 cache; the genuine apr where $APR_BIN names it (CPU; one row, short prompt). The limit is the larger of arithmetic at
 the rate of a large product of matrices and bytes (weights and cache once) at the rate of a large copy or sum, both
@@ -24,37 +27,41 @@ measured in the same run. Contestants take turns. A turn makes calls back to bac
 median turn counts, on a CPU, which others use as well, the fastest.
 
 examples:
-  bench.py 0.5b                                          on the CPU, float32
-  bench.py 7b --device cuda --dtype bfloat16 --cases decode-1x128,prefill-4x2048 -o 7b.json
-  bench.py model.apr --cases start-up --json
+  %(prog)s 0.5b                             on the CPU, float32
+  %(prog)s 7b --device cuda --dtype bf16 --cases decode-1x128,prefill-4x2048 -o 7b.json
+  %(prog)s model.apr --cases start-up --json
 
-exit codes: 0 fine, 1 apr_jax and HuggingFace do not compute the same, 2 usage, 3 file not found, 4 broken container,
-  5 refused, 7 I/O, 130 interrupted
+exit codes: 0 fine, 1 apr_jax and HuggingFace do not compute the same, 2 usage, 3 file not found, 4 broken container, 5
+refused, 7 I/O failed, 130 interrupted
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line, program name first."""
-    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(program, __doc__ or "", _EPILOG)
     parser.add_argument("model", metavar="MODEL", help="0.5b, 1.5b, 7b, or a checkpoint: path or OWNER/NAME")
     parser.add_argument("--cases", metavar="LIST", help="comma-separated; default: a set for the device")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    parser.add_argument("--no-peers", action="store_true", help="apr_jax and the machine's limits alone")
+    arguments.add_device(parser)
+    arguments.add_dtype(parser, ("float32", "bfloat16"), "type of weights and computation")
+    parser.add_argument("--no-peers", action="store_true", help="measure apr_jax and the machine's limits alone")
     parser.add_argument(
         "--compiled",
         metavar="LIST",
         help="cases that HuggingFace is compiled for (default: all on CUDA, none on a CPU)",
     )
-    parser.add_argument("--seconds", metavar="S", type=float, help="begin no case after so long")
-    parser.add_argument("--quick", action="store_true", help="one short turn each: to see that it works")
+    parser.add_argument("--seconds", metavar="S", type=float, help="start no case after S seconds")
+    parser.add_argument("--quick", action="store_true", help="one short turn each, to see that it works")
     parser.add_argument("--scratch", metavar="DIR", help="where checkpoints of a shape are written (default: /tmp)")
-    cli.add_configuration_arguments(parser)
+    arguments.add(parser, "--ignore-config")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the results as JSON, after every case")
     parser.add_argument("--svg", metavar="FILE", help="draw the roofline picture")
-    parser.add_argument("--force", action="store_true", help="replace outputs that exist")
-    parser.add_argument("--json", action="store_true", help="print JSON at the end, progress on stderr")
-    return parser.parse_args(argv[1:])
+    arguments.add(parser, "--force", "--json")
+    return arguments.complete(parser)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    return parser_of(argv[0]).parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -110,7 +117,7 @@ def _settings(args: argparse.Namespace) -> Any:
     from apr_jax.bench import session
     from apr_jax.bench.cases import ALL, CPU, Case
 
-    cuda = args.device == "cuda"
+    cuda = args.device.startswith("cuda")
     names = args.cases.split(",") if args.cases else [case.name for case in (ALL if cuda else CPU)]
     cases = tuple(Case.parse(name) for name in names if name != session.START_UP)
     compiled = cases if cuda else ()

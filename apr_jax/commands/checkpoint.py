@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
@@ -27,25 +27,32 @@ examples:
 """
 
 
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(
+        program, "Prepare a model for a fast start, or check one that was prepared.", _EPILOG
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="save|restore")
+    save = commands.add_parser("save", help="write a prepared checkpoint", add_help=False)
+    save.add_argument("model", metavar="MODEL", help=arguments.MODEL)
+    save.add_argument("folder", metavar="DIR", help="folder to write")
+    arguments.add_dtype(save, ("float32", "bfloat16", "float64"), "type of weights and computation")
+    save.add_argument("--fused", action="store_true", help="one matrix for q, k and v, and one for gate and up")
+    arguments.add(save, "--force", *arguments.OF_CHECKPOINTS, "--adapter")
+    said = "restore one on a device and compare it with what was saved"
+    restore = commands.add_parser("restore", help=said, add_help=False)
+    restore.add_argument("folder", metavar="DIR", help="what save wrote")
+    arguments.add_device(restore, default=None)
+    arguments.add(restore, "--ignore-config")
+    for each in (save, restore):
+        arguments.add(each, "--json")
+        arguments.complete(each)
+    return arguments.complete(parser)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
-    parser = cli.make_parser(argv[0], "Prepare a model for a fast start, or check one that was prepared.", _EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="save|restore")
-    save = commands.add_parser("save", help="write a prepared checkpoint")
-    save.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
-    save.add_argument("folder", metavar="DIR", help="folder to write")
-    save.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"), help="default float32")
-    save.add_argument("--fused", action="store_true", help="one matrix for q, k and v, and one for gate and up")
-    save.add_argument("--force", action="store_true", help="replace a prepared checkpoint that is there")
-    cli.add_checkpoint_arguments(save)
-    cli.add_adapter_argument(save)
-    restore = commands.add_parser("restore", help="restore one on a device and compare it with what was saved")
-    restore.add_argument("folder", metavar="DIR", help="what save wrote")
-    restore.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: JAX's own choice)")
-    cli.add_configuration_arguments(restore)
-    for each in (save, restore):
-        each.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(argv[1:])
+    return parser_of(argv[0]).parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.storage.interrupts import end_at_once
 
 COMMANDS = {
     "convert": ("apr_jax.converters.commands.convert", "convert between .apr and safetensors, bit for bit"),
     "show": ("apr_jax.converters.commands.show", "print header, metadata, side files and tensors of a checkpoint"),
     "verify": ("apr_jax.converters.commands.verify", "compare two checkpoints and say what happened, or check one"),
-    "golden": ("apr_jax.commands.golden", "write reference logits and stages, or check a model against them"),
+    "golden": ("apr_jax.commands.golden", "write reference logits and stages, or compare a model with them"),
     "parity": ("apr_jax.commands.parity", "find and name mistakes in another forward pass of the same checkpoint"),
-    "generate": ("apr_jax.commands.generate", "write text with a model"),
-    "loss": ("apr_jax.commands.loss", "compute the loss on text, or say what is wrong with another engine's"),
+    "generate": ("apr_jax.commands.generate", "generate text with a model"),
+    "loss": ("apr_jax.commands.loss", "compute the loss on text, or name what is wrong with another engine's"),
     "checkpoint": ("apr_jax.commands.checkpoint", "prepare a model for a fast start, or check one that was prepared"),
     "bench": ("apr_jax.commands.bench", "measure speed beside peers and beside the machine's limits"),
     "make-sample": ("apr_jax.commands.make_sample", "write a seeded Qwen2 checkpoint"),
@@ -24,14 +24,22 @@ COMMANDS = {
 def run() -> None:
     """Runs the command that sys.argv names."""
     end_at_once()
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help", "--helpfull"):
-        print("usage: apr-jax COMMAND [ARGUMENT ...]\n\ncommands:")
-        for command, (_, summary) in COMMANDS.items():
-            print(f"  {command:12} {summary}")
-        print("\n`apr-jax COMMAND --help` describes a command.")
-        return
-    if name not in COMMANDS:
-        cli.say(f"error: no command '{name}'; there are {', '.join(COMMANDS)}")
+    name, *words = sys.argv[1:] or ["--help"]
+    if name == "help" and words:
+        name, words = words[0], ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+    elif name == "--version":
+        print(arguments.versions())
+    elif name in COMMANDS:
+        cli.start(COMMANDS[name][0], [f"apr-jax {name}", *words])
+    else:
+        meant = arguments.nearest(name, COMMANDS)
+        hint = f"did you mean `apr-jax {meant}`?" if meant else "`apr-jax --help` lists them."
+        cli.say(f"error: no command '{name}'; {hint}")
         sys.exit(2)
-    cli.start(COMMANDS[name][0], [f"apr-jax {name}", *sys.argv[2:]])
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {command:12} {summary}" for command, (_, summary) in COMMANDS.items())
+    return f"usage: apr-jax COMMAND [ARGUMENT ...]\n\ncommands:\n{rows}\n\n`apr-jax help COMMAND` describes a command."

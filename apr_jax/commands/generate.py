@@ -1,4 +1,4 @@
-"""generate: write text with a Qwen2 model."""
+"""Generate text with a Qwen2 model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -20,32 +20,33 @@ _MAX_BYTES = 16 << 20
 _NO_VARIABLES = ("messages", "tools", "chat_template", "self")
 _EPILOG = """\
 examples:
-  generate.py model.apr --prompt "def fib(n):" --greedy          the text goes on, printed as it is made
-  generate.py model.apr --chat "What is 2+2?" --system "Be brief."   by the checkpoint's chat template
-  generate.py model.apr --prompt "A" --prompt "Once upon" --json     a batch; one JSON object at the end
-  generate.py model.apr --prompts prompts.json --device cuda --dtype bfloat16
-  generate.py model.apr --chat "Weather in Paris?" --tools tools.json --template-arg enable_thinking=false
+  %(prog)s model.apr --prompt "def fib(n):" --greedy               continue a text, printed as it is generated
+  %(prog)s model.apr --chat "What is 2+2?" --system "Be brief."    use the checkpoint's chat template
+  %(prog)s model.apr --prompt "A" --prompt "Once upon" --json      a batch; one JSON object at the end
+  %(prog)s model.apr --prompts prompts.json --device cuda --dtype bf16
+  %(prog)s model.apr --chat "Weather in Paris?" --tools tools.json --template-arg enable_thinking=false
 
-Settings are those of generation_config.json, with the meaning and the defaults that they have for HuggingFace's
-`generate`: a checkpoint that says do_sample is sampled. Options go before it; one of --temperature, --top-k and --top-p
-asks for sampling. The same seed gives the same text. A text ends at an end token, with the token that completes a stop
-string, after --max-new-tokens (256 unless the checkpoint says otherwise), or where max_position_embeddings ends.
-FILE of --prompts is a JSON list of texts and of conversations ([{"role": "user", "content": "..."}, ...]), FILE of
---tools one of JSON schemas of functions. A checkpoint with several chat templates is asked for "tool_use" where there
-are tools, else for "default". Text becomes the token ids that transformers makes of it.
+Settings come from generation_config.json, with the meaning and the defaults that they have for HuggingFace's
+`generate`: a checkpoint that says do_sample is sampled from. Options override it; --temperature, --top-k and --top-p
+each ask for sampling. The same seed gives the same text. A text ends at an end token, with the token that completes a
+stop string, after --max-new-tokens (256 unless the checkpoint says otherwise), or where max_position_embeddings ends.
 
-exit codes: 0 fine, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O, 130 interrupted (what was
-  generated is printed)
+--prompts takes a JSON list of texts and conversations ([{"role": "user", "content": "..."}, ...]), --tools a JSON list
+of function schemas. Of several chat templates, "tool_use" is used with tools and "default" otherwise. Text becomes the
+same token ids as in transformers.
+
+exit codes: 0 fine, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed, 130 interrupted (what was
+generated is printed)
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line, program name first."""
-    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
-    parser.add_argument("model", metavar="MODEL", help=f"{cli.CHECKPOINT_HELP}; or what `checkpoint` saved")
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", metavar="TEXT", action="append", help="text to go on from (repeatable: a batch)")
-    prompts.add_argument("--chat", metavar="TEXT", action="append", help="what the user says (repeatable: a batch)")
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(program, __doc__ or "", _EPILOG)
+    parser.add_argument("model", metavar="MODEL", help=f"{arguments.MODEL}; or what `checkpoint save` wrote")
+    prompts = parser.add_argument_group("prompts (one of these)").add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", action="append", help="text to continue (repeatable: a batch)")
+    prompts.add_argument("--chat", metavar="TEXT", action="append", help="user message (repeatable: a batch)")
     prompts.add_argument("--prompts", metavar="FILE", help="JSON list of texts or conversations: a batch")
     prompts.add_argument(
         "--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file: a batch"
@@ -59,33 +60,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         help="a variable of the chat template, such as enable_thinking=false (repeatable; JSON, else text)",
     )
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, help="most tokens to generate")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--temperature", metavar="T", type=float, help="divides the logits; 0 is greedy")
-    parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens; 0: no limit")
-    parser.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest that together reach P")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, help="maximum number of new tokens")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_argument("--temperature", metavar="T", type=float, help="divide the logits by T; 0 is greedy")
+    parser.add_argument("--top-k", metavar="K", type=int, help="sample from the K most likely tokens; 0: no limit")
     parser.add_argument(
-        "--repetition-penalty", metavar="R", type=float, help="above 1: tokens that occurred less often"
+        "--top-p", metavar="P", type=float, help="sample from the most likely tokens that together reach P"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--stop", metavar="TEXT", action="append", help="end after this string as well (repeatable)")
+    parser.add_argument(
+        "--repetition-penalty", metavar="R", type=float, help="above 1: make tokens that have occurred less likely"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--stop", metavar="TEXT", action="append", help="also stop after this string (repeatable)")
     parser.add_argument(
         "--ignore-generation-config",
         metavar="KEY",
         action="append",
         default=[],
-        help="a setting of generation_config.json that is not to count (repeatable)",
+        help="ignore a setting of generation_config.json (repeatable)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float64"),
-        default="float32",
-        help="of weights and computation (default: float32)",
-    )
-    cli.add_checkpoint_arguments(parser)
-    cli.add_adapter_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    arguments.add_device(parser)
+    arguments.add_dtype(parser, ("float32", "bfloat16", "float64"), "type of weights and computation")
+    arguments.add(parser, "--json")
+    opening = parser.add_argument_group("opening checkpoints")
+    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    return arguments.complete(parser)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
     if args.system is not None and not args.chat:
         parser.error("--system belongs to --chat")
@@ -121,7 +125,7 @@ def main(args: argparse.Namespace) -> int:
             cli.say_warnings(checkpoint)
         generator.generation_config = config
         for warning in generator.tokenizer.warnings if generator.tokenizer else ():
-            cli.say(f"warning: {warning}")
+            cli.warn(warning)
         if args.stop:
             settings["stop_strings"] = (*generator.generation_config.stop_strings, *args.stop)
         stream = generator.stream(_prompts(args, prompts, chat, generator), seed=args.seed, **settings)

@@ -1,4 +1,4 @@
-"""golden: write reference logits and stages of a model, or hold a model against such a file."""
+"""Write reference logits and stages of a model, or compare a model with such a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.commands import cli, tables
+from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -27,23 +27,23 @@ _DTYPES = ("bfloat16", "float32", "float64")  # the coarsest first
 
 _EPILOG = """\
 examples:
-  golden.py model.apr -o golden.safetensors --hidden-states      reference values, 2 x 64 seeded tokens
-  golden.py hf_folder -o golden.safetensors --reference hf       the same from HuggingFace (extra: reference)
-  golden.py model.apr -o dump/ --trace --prompt "What is 2+2?"   every stage as APRT files, as `apr trace` writes them
-  golden.py model.apr --check golden.safetensors                 recompute with the file's inputs and compare
-  golden.py model.apr --check dump/                              the same against a dump of another engine
-  golden.py model.apr --export-inputs inputs/                    token ids and positions as plain files, for an engine
+  %(prog)s model.apr -o golden.safetensors --hidden-states     reference values, 2 x 64 seeded tokens
+  %(prog)s hf_folder -o golden.safetensors --reference hf      the same from HuggingFace (extra: reference)
+  %(prog)s model.apr -o dump/ --trace --prompt "What is 2+2?"  every stage as APRT files, as `apr trace` writes them
+  %(prog)s model.apr --check golden.safetensors                recompute with the file's inputs and compare
+  %(prog)s model.apr --check dump/                             the same with a dump of another engine
+  %(prog)s model.apr --export-inputs inputs/                   token ids and positions as plain files, for an engine
 
-exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O,
-  130 interrupted
+exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed, 130
+interrupted
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line, program name first."""
-    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
-    parser.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
-    mode = parser.add_mutually_exclusive_group(required=True)
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(program, __doc__ or "", _EPILOG)
+    parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
+    mode = parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group(required=True)
     mode.add_argument(
         "-o", "--output", metavar="OUT", help="golden file to write, or with --trace a folder of APRT files (OUT/)"
     )
@@ -53,27 +53,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="folder to write input_ids, attention_mask and position_ids to, as raw integers and as JSON",
     )
-    parser.add_argument("--reference", choices=("jax", "hf"), default="jax", help="who computes (default: jax)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="of weights and computation"
-    )
-    tokens = parser.add_mutually_exclusive_group()
+    parser.add_argument("--reference", choices=("jax", "hf"), default="jax", help="which implementation (default: jax)")
+    arguments.add_device(parser)
+    arguments.add_dtype(parser, _DTYPES[1:] + _DTYPES[:1], "type of weights and computation")
+    tokens = parser.add_argument_group("tokens (at most one of these)").add_mutually_exclusive_group()
     tokens.add_argument(
         "--input-ids", metavar="FILE", help="JSON list of lists of token ids, a golden file, or a folder of inputs"
     )
     tokens.add_argument(
         "--prompt", metavar="TEXT", action="append", help="text for the checkpoint's tokenizer (repeatable)"
     )
-    parser.add_argument("--hidden-states", action="store_true", help="store the input of every layer as well")
-    parser.add_argument("--trace", action="store_true", help="store every stage as well")
+    parser.add_argument("--hidden-states", action="store_true", help="also store the input of every layer")
+    parser.add_argument("--trace", action="store_true", help="also store every stage")
     parser.add_argument(
-        "--gradients", action="store_true", help="store the loss's gradients, with --trace those of stages too"
+        "--gradients",
+        action="store_true",
+        help="also store the gradients of the loss, with --trace those of stages too",
     )
-    cli.add_checkpoint_arguments(parser)
-    cli.add_adapter_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    arguments.add(parser, "--json", "--force")
+    opening = parser.add_argument_group("opening checkpoints")
+    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    return arguments.complete(parser)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
     if args.check and (args.hidden_states or args.trace or args.gradients or args.prompt or args.force):
         parser.error(
@@ -265,7 +270,7 @@ def _encode(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
     if tokenizer is None:
         raise tokenizer_files.missing(checkpoint.path)
     for warning in tokenizer.warnings:
-        cli.say(f"warning: {warning}")
+        cli.warn(warning)
     return [tokenizer.encode(prompt) for prompt in prompts]
 
 
@@ -287,7 +292,7 @@ class _Report:
 def _check(args: argparse.Namespace) -> int:
     report = _compare(args)
     for warning in report.warnings:
-        cli.say(f"warning: {warning}")
+        cli.warn(warning)
     if args.json:
         cli.print_json(
             {
@@ -363,7 +368,7 @@ def _reference(args: argparse.Namespace, checkpoint: Checkpoint) -> Golden:
     if os.path.isdir(args.check):
         inputs, values = aprt.read(args.check, checkpoint.model_config(), given)
         if unknown := aprt.unknown_files(args.check, checkpoint.model_config()):
-            cli.say(f"warning: not compared, no stage of this model: {', '.join(unknown[:8])}")
+            cli.warn(f"not compared, no stage of this model: {', '.join(unknown[:8])}")
         return golden.Golden(inputs, values, {})
     if given is not None:
         raise UsageError("a golden file brings its own inputs", code="input-ids", hint="Leave --input-ids out.")

@@ -1,4 +1,4 @@
-"""loss: the loss of a Qwen2 model on text, in nats and bits, or what is wrong with another engine's."""
+"""Compute the loss of a Qwen2 model on text, in nats and bits, or name what is wrong with another engine's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.commands import cli, tables
+from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.commands.progress import bar_of
 from apr_jax.converters.errors import UsageError
 
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 _LONGEST_WINDOW = 2048
 _EPILOG = """\
 examples:
-  loss.py model.apr --text book.txt code.py             mean loss of each file and of all, beside uniform
-  loss.py hf_folder --jsonl chats.jsonl                 conversations: the assistant's tokens count
-  loss.py model.apr --input-ids ids.json --json         rows of token ids
-  loss.py model.apr --text book.txt --window 1024 --stride 512 --device cuda --dtype bfloat16
-  loss.py model.apr --text book.txt --per-token losses.safetensors
-  loss.py model.apr --text book.txt --check theirs.safetensors     another engine's losses: what is wrong with them?
+  %(prog)s model.apr --text book.txt code.py                    mean loss of each file and of all, beside uniform
+  %(prog)s hf_folder --jsonl chats.jsonl                        conversations: the assistant's tokens count
+  %(prog)s model.apr --input-ids ids.json --json                rows of token ids
+  %(prog)s model.apr --text book.txt --window 1024 --stride 512 --device cuda --dtype bfloat16
+  %(prog)s model.apr --text book.txt --per-token losses.safetensors
+  %(prog)s model.apr --text book.txt --check theirs.safetensors  another engine's losses: what is wrong with them?
 
 A text is cut into windows as transformers' guide to perplexity does: one begins every --stride tokens, and each token
 is scored in the first window that reaches it. Each file, line and row is a document of its own. Lines of .jsonl are
-{"text": ...}, {"messages": [...]} (what the chat template marks by {% generation %} counts) or {"input_ids": [...],
+{"text": ...}, {"messages": [...]} (what the chat template marks by {%% generation %%} counts) or {"input_ids": [...],
 "labels": [...]} (-100 does not count). --check reads "losses" (of each token) and "loss" (their mean).
 
-exit codes: 0 fine, 1 the other engine's losses differ, 2 usage, 3 file not found, 4 broken file, 5 refused, 7 I/O,
-  130 interrupted
+exit codes: 0 fine, 1 the other engine's losses differ, 2 usage, 3 file not found, 4 broken file, 5 refused, 7 I/O
+failed, 130 interrupted
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line, program name first."""
-    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG.replace("%", "%%"))
-    parser.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
-    texts = parser.add_mutually_exclusive_group(required=True)
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(program, __doc__ or "", _EPILOG)
+    parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
+    texts = parser.add_argument_group("texts (one of these)").add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 text files, a document each")
-    texts.add_argument("--jsonl", metavar="FILE", help="one document in each line, as below")
+    texts.add_argument("--jsonl", metavar="FILE", help="one JSON document per line, as below")
     texts.add_argument("--input-ids", metavar="FILE", help="JSON list of lists of token ids, or a golden file")
     parser.add_argument("--chat-template", metavar="NAME", help="one of the checkpoint's templates, or a Jinja file")
     parser.add_argument(
@@ -56,14 +56,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--stride", metavar="N", type=int, help="tokens from one window to the next (default: half a window)"
     )
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="windows computed at once (default: 1)")
-    parser.add_argument("--device", metavar="DEVICE", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64 (default: float32)")
+    arguments.add_device(parser)
+    arguments.add_dtype(parser, ("float32", "bfloat16", "float16", "float64"), "type of weights and computation")
     parser.add_argument("--per-token", metavar="OUT", help="write the loss of each token as safetensors")
     parser.add_argument("--check", metavar="FILE", help="another engine's losses, as safetensors, to compare with")
-    cli.add_checkpoint_arguments(parser)
-    cli.add_adapter_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    arguments.add(parser, "--json", "--force")
+    opening = parser.add_argument_group("opening checkpoints")
+    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    return arguments.complete(parser)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
     for name in ("window", "stride", "batch"):
         least = 2 if name == "window" else 1
@@ -97,14 +102,14 @@ def main(args: argparse.Namespace) -> int:
             tokenizer = Tokenizer.of(checkpoint) if args.text is not None else Tokenizer.if_usable(checkpoint)
             documents = _documents(args, tokenizer)
         for warning in () if tokenizer is None else tokenizer.warnings:
-            cli.say(f"warning: {warning}")
+            cli.warn(warning)
         run = _run(args, checkpoint, documents)
     vocab_size = run.model.config.vocab_size
     loss = summary.Loss.of(documents, run.scores)
     corpus = summary.Corpus.of(documents, vocab_size, None if tokenizer is None else tokenizer.unknown_token)
     said = summary.oddities(loss, corpus, vocab_size)
     for warning in said:
-        cli.say(f"warning: {warning}")
+        cli.warn(warning)
     if args.per_token is not None:
         _write(args, run, sources)
     verdict = None if args.check is None else checking.check(run, args.check)

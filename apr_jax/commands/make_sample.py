@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments, cli
 
 _EPILOG = """\
 The weights are random, with the statistics of Qwen2.5-Coder-0.5B; the same name and seed give the same bytes
 everywhere. The tokenizer is a working byte-level BPE with a chat template; what the model says is noise.
 
 examples:
-  make_sample --list
-  make_sample gqa_tied_bf16 -o /tmp/tiny
-  make_sample qwen2_0.5b -o /tmp/qwen2 --seed 1
+  %(prog)s --list
+  %(prog)s gqa_tied_bf16 -o /tmp/tiny
+  %(prog)s qwen2_0.5b -o /tmp/qwen2 --seed 1
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line, program name first."""
-    parser = cli.make_parser(
-        os.path.basename(argv[0]), "Write a seeded Qwen2 checkpoint as a HuggingFace folder.", _EPILOG
-    )
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(program, "Write a seeded Qwen2 checkpoint as a HuggingFace folder.", _EPILOG)
     parser.add_argument("name", nargs="?", metavar="NAME", help="which checkpoint; --list names them")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the weights (default: 0)")
     parser.add_argument(
         "--tokenizer",
         choices=("small", "full"),
         help="283 entries, or 151,643 and 22 added tokens (default: full for the published shapes)",
     )
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
     parser.add_argument("--list", action="store_true", help="list the names and sizes")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments.add(parser, "--force", "--json")
+    return arguments.complete(parser)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
     if not args.list and (args.name is None or args.output is None):
         parser.error("NAME and -o DIR are needed (or --list)")

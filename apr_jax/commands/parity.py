@@ -1,4 +1,4 @@
-"""parity: find where another forward pass of the same checkpoint parts from the right one, and name the mistake."""
+"""Find where another forward pass of the same checkpoint departs from the right one, and name the mistake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import MissingFileError, UsageError
 
 if TYPE_CHECKING:
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from apr_jax.trace.inputs import Inputs
 
 _SIDES = ("cpu", "cuda", "hf")
+_COMPUTED = ("float32", "bfloat16", "float16")
 _EPILOG = """\
 examples:
-  parity.py model.apr --right dump/                 a dump of your engine (docs/dumps.md) against the model in JAX
-  parity.py model.apr --right golden.safetensors    a golden file with stages (golden.py --trace)
-  parity.py model.apr --left cpu --right cuda       both backends in one process
-  parity.py model/ --right hf                       HuggingFace transformers (extra: reference)
-  parity.py model.apr --right steps/ --positions 64-71
-                                                    rows of eight decoding steps; the token ids are those of 0-71
+  %(prog)s model.apr --right dump/                     a dump of your engine (docs/dumps.md) and the model in JAX
+  %(prog)s model.apr --right golden.safetensors        a golden file with stages (golden --trace)
+  %(prog)s model.apr --left cpu --right cuda           both backends in one process
+  %(prog)s model/ --right hf                           HuggingFace transformers (extra: reference)
+  %(prog)s model.apr --right steps/ --positions 64-71  rows of eight decoding steps; the token ids are those of 0-71
 
 Every stage is recomputed in float64 from the other side's own inputs, so that a mistake shows where it is made and
 stacked ones show one by one. Rounding is judged by what the left side itself loses in the other side's dtype.
 --explain-format lists the dumps that are read, ours and those of others: docs/dumps.md. In Python, a dump of a PyTorch
 or Flax model is two lines: `with apr_jax.capture.torch(model, "dump/"): model(input_ids)`.
 
-exit codes: 0 equal or rounding, 1 a mistake, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O,
-  130 interrupted
+exit codes: 0 equal or rounding, 1 a mistake, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed,
+130 interrupted
 """
 
 
@@ -51,26 +51,32 @@ class _ExplainFormat(argparse.Action):
         parser.exit()
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line, program name first."""
-    parser = cli.make_parser(argv[0], __doc__ or "", _EPILOG)
-    parser.add_argument("model", metavar="MODEL", help=cli.CHECKPOINT_HELP)
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(program, __doc__ or "", _EPILOG)
+    parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
     parser.add_argument("--right", metavar="cpu|cuda|hf|DUMP", required=True, help="what is examined")
     parser.add_argument(
-        "--left", choices=("cpu", "cuda"), default="cpu", help="where rounding is measured (default: cpu)"
+        "--left", choices=("cpu", "cuda"), default="cpu", help="device that rounding is measured on (default: cpu)"
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of --right cpu, cuda and hf (default: float32)"
+    arguments.add(
+        parser,
+        "--dtype",
+        choices=_COMPUTED,
+        default=None,
+        help="type that --right cpu, cuda and hf compute in: float32, bfloat16 or float16 (default: float32)",
     )
     parser.add_argument(
         "--right-dtype",
-        choices=("float32", "bfloat16", "float16", "float64"),
-        help="what the dump was computed in (default: what it says, else inferred from its values)",
+        metavar="DTYPE",
+        type=arguments.dtype,
+        choices=(*_COMPUTED, "float64"),
+        help="type that the dump was computed in (default: what it says, else inferred from its values)",
     )
     parser.add_argument(
         "--input-ids",
         metavar="FILE",
-        help="tokens that were run: a JSON list of lists, a golden file, or a folder of golden.py --export-inputs",
+        help="tokens that were run: a JSON list of lists, a golden file, or a folder of golden --export-inputs",
     )
     parser.add_argument(
         "--positions",
@@ -78,20 +84,28 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="positions whose rows the dump holds, where it does not hold all: 64-71 or 0,64-71, both ends included,"
         " or a JSON file",
     )
-    parser.add_argument("--explain-format", action=_ExplainFormat, nargs=0, help="print which dumps are read, and exit")
+    parser.add_argument(
+        "--explain-format", action=_ExplainFormat, nargs=0, help="print which dumps can be read, and exit"
+    )
     parser.add_argument("--check-upload", action="store_true", help="read every parameter back and compare it")
-    cli.add_checkpoint_arguments(parser)
-    cli.add_adapter_argument(parser)
     parser.add_argument(
         "--budget",
         metavar="[STAGE=]FACTOR",
         action="append",
         default=[],
-        help="apply every budget, or one stage's, FACTOR times: for those who must; it is said wherever the answer is",
+        help="multiply every budget, or one stage's, by FACTOR; the answer says so wherever it is shown",
     )
-    parser.add_argument("--html", metavar="FILE", help="write the answer as one self-contained page, too")
-    parser.add_argument("--force", action="store_true", help="replace a page that exists")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--html", metavar="FILE", help="also write the answer as one self-contained page")
+    arguments.add(parser, "--force", help="replace a page that exists")
+    arguments.add(parser, "--json")
+    opening = parser.add_argument_group("opening checkpoints")
+    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    return arguments.complete(parser)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line, program name first."""
+    parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
     try:
         args.widened = _widened(args.budget)

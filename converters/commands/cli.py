@@ -1,4 +1,4 @@
-"""What every command shares: absl's start-up, exit codes, and errors without a traceback."""
+"""What every command shares: how it starts and ends, exit codes, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import io
 import json
 import math
 import os
-import re
+import resource
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.converters.commands import arguments, terminal
 from apr_jax.converters.errors import AprJaxError, StorageError, printable
 from apr_jax.converters.storage.interrupts import EXIT_INTERRUPTED, bounded, termination_as_interrupt
 
@@ -27,95 +29,10 @@ _FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBA
 EXIT_DIFFERS = 1
 EXIT_INTERNAL = 70
 """Of BSD's sysexits: an error of the program itself."""
-CHECKPOINT_HELP = "HuggingFace folder, .safetensors file, index of shards, .apr, or OWNER/NAME[@REVISION] on the Hub"
-
-
-def make_parser(program: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Returns a parser that accepts absl's flags beside the command's own and keeps the epilog's line breaks.
-
-    Args:
-      program: What the command was called by: a path, of which the name is shown, or "apr-jax COMMAND".
-      description: What it does.
-      epilog: More about it; "%(prog)s" stands for its name.
-    """
-    from absl.flags import argparse_flags
-
-    class Parser(argparse_flags.ArgumentParser):
-        def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-            known, rest = super().parse_known_args(None if args is None else list(_without_guessing(args)), namespace)
-            for action in self._actions:
-                if _is_path(action) and getattr(known, action.dest, None) in ("", [""]):
-                    self.error(
-                        f"argument {'/'.join(action.option_strings) or action.metavar}: a name is needed, not ''"
-                    )
-            return known, rest
-
-        def _print_message(self, message: str, file: Any = None) -> None:
-            # argparse's own takes a full disk for a success.
-            if message:
-                (file or sys.stderr).write(message)
-
-    return Parser(
-        prog=os.path.basename(program),
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-_PATHS = frozenset(("FILE", "DIR", "OUT", "PATH", "DUMP", "GOLDEN", "SRC", "MODEL", "A", "B"))
-
-
-def _is_path(action: argparse.Action) -> bool:
-    """Whether an argument names a file or a folder, by what its help calls it."""
-    return isinstance(action.metavar, str) and not _PATHS.isdisjoint(action.metavar.split("|"))
-
-
-def _without_guessing(args: Sequence[str]) -> Iterator[str]:
-    """Yields the arguments, --legacy joined with an ID=TYPE after it; argparse would take any argument for one."""
-    rest = iter(range(len(args)))
-    for at in rest:
-        if args[at] == "--":
-            yield from args[at:]
-            return
-        if args[at] != "--legacy":
-            yield args[at]
-            continue
-        said = args[at + 1] if at + 1 < len(args) and re.fullmatch(r"[0-9]+=\S+", args[at + 1]) else None
-        yield f"--legacy={said or ''}"
-        if said is not None:
-            next(rest)
-
-
-def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how checkpoints are opened; `open_from` obeys them."""
-    parser.add_argument("--lenient", action="store_true", help="turn oddities of .apr files into warnings")
-    parser.add_argument(
-        "--legacy",
-        metavar="ID=TYPE",
-        nargs="?",
-        const="",
-        action="append",
-        default=[],
-        help="read dtype ids of older .apr files, by size; with ID=TYPE where the size does not decide (repeatable)",
-    )
-    parser.add_argument("--follow-links", action="store_true", help="open links that lead out of a checkpoint's folder")
-    add_configuration_arguments(parser)
-
-
-def add_configuration_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how the configuration of a model is read."""
-    parser.add_argument(
-        "--ignore-config",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="go on as if the configuration had no such key: it changes nothing (repeatable)",
-    )
 
 
 def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
-    """Opens a checkpoint as the options of `add_checkpoint_arguments` say.
+    """Opens a checkpoint as the options `arguments.OF_CHECKPOINTS` say.
 
     Raises:
       AprJaxError: As `open_checkpoint`; UsageError if --legacy says what cannot be.
@@ -125,19 +42,8 @@ def open_from(args: argparse.Namespace, path: str) -> Checkpoint:
     return open_checkpoint(path, **_opening(args))
 
 
-def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that names PEFT adapters; `open_dense_from` obeys it."""
-    parser.add_argument(
-        "--adapter",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="add a PEFT adapter (LoRA, DoRA) to the weights (repeatable: one after the other)",
-    )
-
-
 def open_dense_from(args: argparse.Namespace, path: str) -> Checkpoint:
-    """Opens a checkpoint as a model takes it (`dense.open_dense`), as the options of both functions above say."""
+    """Opens a checkpoint as a model takes it (`dense.open_dense`), with the adapters that --adapter names."""
     from apr_jax.converters.checkpoint.dense import open_dense
 
     return open_dense(path, adapters=args.adapter, **_opening(args))
@@ -157,7 +63,7 @@ def _opening(args: argparse.Namespace) -> dict[str, Any]:
 def say_warnings(checkpoint: Checkpoint) -> None:
     """Prints on stderr what a checkpoint was opened in spite of."""
     for warning in checkpoint.warnings:
-        say(f"warning: {warning}")
+        warn(warning)
 
 
 @contextlib.contextmanager
@@ -169,7 +75,7 @@ def warnings_said() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         yield
     for message in dict.fromkeys(str(warning.message) for warning in caught):
-        say(f"warning: {message}")
+        warn(message)
 
 
 def print_json(value: Any) -> None:
@@ -192,6 +98,16 @@ def say(message: str) -> None:
     print(_escaped(message), file=sys.stderr, flush=True)
 
 
+def warn(message: str) -> None:
+    """Prints a warning on stderr, unless --quiet asked for none."""
+    if not terminal.manner.quiet:
+        _say_under("warning:", terminal.YELLOW, _escaped(message))
+
+
+def _say_under(kind: str, colour: str, message: str) -> None:
+    print(terminal.coloured(kind, colour, sys.stderr), message, file=sys.stderr, flush=True)
+
+
 def show(message: str) -> None:
     """Prints a part of the result, which may hold names from files, and lines of its own, on stdout."""
     print(_escaped(message))
@@ -207,7 +123,9 @@ def report(error: AprJaxError, as_json: bool) -> int:
         # Where the error is that nothing can be written to stdout, this cannot be either.
         with contextlib.suppress(OSError):
             print_json({"error": error.to_json()})
-    print(f"error: {error.text()}", file=sys.stderr)
+    if terminal.manner.verbose:
+        say("".join(traceback.format_exception(error)))
+    _say_under("error:", terminal.RED, error.text())
     return error.exit_code
 
 
@@ -231,7 +149,7 @@ def _report_internal(error: BaseException, as_json: bool) -> int:
 
 
 def start(command: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a command under absl and ends the process with its exit code, whatever happens in it.
+    """Runs a command and ends the process with its exit code, whatever happens in it.
 
     Args:
       command: The module of it, which is imported here. `parse(argv)` takes the command line, program name first, and
@@ -274,24 +192,22 @@ class _Unfailing(io.FileIO):
 
 
 def _run(command: str, argv: Sequence[str] | None, check_interrupted: Callable[[], None]) -> None:
-    def parse(words: list[str]) -> argparse.Namespace:
-        with _ending_on_error("--json" in words, check_interrupted):
-            args: argparse.Namespace = module.parse(words)
-            return args
-
-    def main(args: argparse.Namespace) -> int:
-        # Other packages' notes on what they did not find are no output of ours.
-        logging.set_verbosity(logging.WARNING)
-        with _ending_on_error(bool(getattr(args, "json", False)), check_interrupted):
-            code: int = module.main(args)
-            check_interrupted()
-            return code
-
-    with _ending_on_error("--json" in (argv or sys.argv), check_interrupted):
-        from absl import app, logging
-
+    words, started = list(sys.argv if argv is None else argv), time.perf_counter()
+    terminal.manner.settle(argparse.Namespace())
+    with _ending_on_error("--json" in words, check_interrupted):
         module = importlib.import_module(command)
-    app.run(main, argv=None if argv is None else list(argv), flags_parser=parse)
+        args: argparse.Namespace = module.parse(words)
+        terminal.manner.settle(args)
+        code: int = module.main(args)
+        check_interrupted()
+        if terminal.manner.verbose:
+            say(f"took {time.perf_counter() - started:.1f} s and at most {_most_memory()}; {arguments.versions()}")
+    sys.exit(code)
+
+
+def _most_memory() -> str:
+    unit = 1 if sys.platform == "darwin" else 1 << 10
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6:.0f} MB of memory"
 
 
 @contextlib.contextmanager

@@ -7,76 +7,81 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.commands import cli
-from apr_jax.converters.errors import counted, printable
+from apr_jax.converters.commands import arguments, cli
+from apr_jax.converters.errors import UsageError, counted, printable
 
 if TYPE_CHECKING:
     from apr_jax.converters.convert.plan import Plan
     from apr_jax.converters.convert.run import Outcome
 
+FORMATS = ("apr", "safetensors")
+_FOREIGN = frozenset((".gguf", ".bin", ".pt", ".pth", ".onnx", ".ckpt", ".npz", ".h5", ".msgpack", ".pb", ".tflite"))
 _EPILOG = """\
 Nothing that is not asked for changes: tensors keep their names, types, shapes and bytes; config.json, tokenizer and
 the other texts of the folder, and safetensors' __metadata__, travel in the .apr and come back byte for byte. What stays
 behind is named.
 
-examples
-  %(prog)s Qwen2.5-0.5B -o qwen.apr --to apr
-  %(prog)s qwen.apr -o Qwen2.5-0.5B --to safetensors
+examples:
+  %(prog)s Qwen2.5-0.5B qwen.apr
+  %(prog)s qwen.apr Qwen2.5-0.5B
+  %(prog)s Qwen2.5-0.5B -o qwen.apr --to apr --cast bf16
 
-outputs
-  --to apr -o FILE.apr                   runs with `apr`, and turns back into the very same checkpoint
-  --to safetensors -o DIR                a folder as HuggingFace has them: model.safetensors, or shards with an index
-  --to safetensors -o FILE.safetensors   one file, side files in its __metadata__
+outputs (--to follows from the name unless it is given):
+  FILE.apr          runs with `apr`, and turns back into the very same checkpoint
+  DIR               a folder as HuggingFace has them: model.safetensors, or shards with an index
+  FILE.safetensors  one file, side files in its __metadata__
 
-tied heads
-  Without --tied-head: a head (lm_head.weight) that the source holds is kept as it is, a copy of the embedding in
-  whatever type included, and none is added; a head without data (as `apr import` writes) becomes absent. On the way
-  from an .apr that another program made to safetensors, a head with the embedding's values is left out: `apr import`
-  had added it.
-  --tied-head absent leaves out every head that has the embedding's values.
-  --tied-head copy writes the head of a tied model as a copy of the embedding, in the embedding's type.
-  A head with values of its own is always kept, whatever the metadata say.
+tied heads:
+  --tied-head absent  leaves out every head (lm_head.weight) that has the embedding's values
+  --tied-head copy    writes the head of a tied model as a copy of the embedding, in the embedding's type
 
-casts
-  --cast bf16                            every tensor
-  --cast f16 --cast '*norm*=f32'         the last match counts
-  To f16, bf16, f32, f64; to nearest even, from the source's type directly; NaN stay NaN. A finite value that would
-  become infinite is an error. Quantised tensors are decoded.
-  --cast q8, q4, q4k (--to apr)          quantised as `apr import --quantize int8, int4, q4k` does, bit for bit: biases,
-                                         norms and tensors of less than 1024 values become float32 instead. What it
-                                         costs each tensor is printed.
+Without --tied-head, a head that the source holds is kept as it is, even a copy of the embedding in another type, and
+none is added; a head without data (as `apr import` writes) becomes absent. From an .apr that another program made to
+safetensors, a head with the embedding's values is left out: `apr import` had added it. A head with values of its own is
+always kept, whatever the metadata say.
 
-names
-  --rename _orig_mod.=                   takes a prefix away
+casts:
+  --cast bf16                     every tensor
+  --cast f16 --cast '*norm*=f32'  the last match counts
+  --cast q8, q4, q4k              quantises as `apr import --quantize int8, int4, q4k` does, bit for bit (.apr only):
+                                  biases, norms and tensors of fewer than 1024 values become float32 instead; the error
+                                  of each tensor is printed
+
+To f16, bf16, f32 and f64, values are rounded to nearest even, directly from the source's type; NaN stay NaN. A finite
+value that would become infinite is an error. Quantised tensors are decoded.
+
+names:
+  --rename _orig_mod.=                   removes a prefix
   --rename =model.                       puts one in front of every name
-  --rename model.language_model.=model. --rename 'model.layers.*._orig_mod.=model.layers.*.'
-  FROM is what a name begins with; "*" in it stands for anything between two dots, and in TO for the same. Of several
-  that fit a name the longest FROM counts, once. --rename lm_head.=lm_head. leaves a name as it is. verify says which
-  renaming gives the names that HuggingFace has for the model.
+  --rename 'layers.*.attn.=layers.*.a.'  "*" stands for anything between two dots, and in TO for the same
 
-quantised forms
-  GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors and GGML blocks are carried over bit for bit, configuration included.
-  --dequantise decodes them (`gptq`'s qweight, scales and zero points become one float32 matrix) and takes
-  quantization_config out of config.json; --cast bf16 beside it rounds once, from the exact values.
-  --adapter DIR adds a PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of
-  the weight that it changes; a quantised base is decoded.
+FROM is what a name begins with. Of several that fit a name the longest FROM counts, once; --rename lm_head.=lm_head.
+leaves a name as it is. verify says which renaming gives the names that HuggingFace has for the model.
 
-older files
-  An .apr whose dtype ids are not those of today (2 was bf16, 8 and 9 were q4 and q8; other programs used others) is
-  refused, with what they may mean. --legacy takes what the size of every tensor decides; --legacy 8=q4_k says what it
-  cannot decide. --to apr then writes today's ids with the very same payloads.
+Quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, GGML blocks) are carried over bit for bit, with their
+configuration. --dequantise decodes them (GPTQ's qweight, scales and zero points become one float32 matrix) and removes
+quantization_config from config.json; --cast bf16 beside it rounds once, from the exact values. --adapter DIR adds a
+PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of the weight that it
+changes; a quantised base is decoded.
+
+An older .apr, whose dtype ids are not today's (2 was bf16, 8 and 9 were q4 and q8; other programs used others), is
+refused, with what its ids may mean. --legacy takes what the size of every tensor decides; --legacy 8=q4_k says what
+sizes cannot decide. Written as .apr again it has today's ids and the very same payloads.
 
 exit codes: 0 done, 2 usage (output exists), 3 file not found, 4 broken container, 5 refused, 7 input or output failed,
-  130 interrupted. Whatever happens, the output is complete or absent.
+130 interrupted. Whatever happens, the output is complete or absent.
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the parsed command line; argv[0] is the program's name."""
-    parser = cli.make_parser(argv[0], "Convert a Qwen2 checkpoint between HuggingFace safetensors and .apr.", _EPILOG)
-    parser.add_argument("source", metavar="SRC", help=cli.CHECKPOINT_HELP)
-    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="file or folder to write")
-    parser.add_argument("--to", choices=("apr", "safetensors"), required=True, help="format to write")
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(
+        program, "Convert a Qwen2 checkpoint between HuggingFace safetensors and .apr.", _EPILOG
+    )
+    parser.add_argument("source", metavar="SRC", help=arguments.MODEL)
+    parser.add_argument("target", metavar="DST", nargs="?", help="file or folder to write (or -o)")
+    parser.add_argument("-o", "--output", metavar="OUT", help="file or folder to write")
+    parser.add_argument("--to", choices=FORMATS, help="format to write (default: the one that the output's name has)")
     parser.add_argument(
         "--cast",
         metavar="[GLOB=]TYPE",
@@ -85,36 +90,61 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="cast tensors (repeatable)",
     )
     parser.add_argument(
-        "--dequantise", "--dequantize", action="store_true", help="decode quantised tensors and write them dense"
+        "--dequantise", "--dequantize", action="store_true", help="decode quantised tensors and write dense ones"
     )
-    cli.add_adapter_argument(parser)
-    parser.add_argument("--allow-overflow", action="store_true", help="let a cast turn finite values into infinities")
-    parser.add_argument("--tied-head", choices=("absent", "copy"), help="how to write a head that is the embedding")
+    parser.add_argument(
+        "--allow-overflow", action="store_true", help="allow a cast to turn finite values into infinities"
+    )
+    parser.add_argument("--tied-head", choices=("absent", "copy"), help="how to write a head that equals the embedding")
     parser.add_argument("--max-shard-size", metavar="SIZE", help="split a folder's tensors, e.g. 5GB, 500MB, 2GiB")
     parser.add_argument(
         "--rename",
         metavar="FROM=TO",
         action="append",
         default=[],
-        help="give tensors whose name begins with FROM a name that begins with TO (repeatable)",
+        help="rename tensors: a name that begins with FROM begins with TO instead (repeatable)",
     )
     parser.add_argument(
         "--leave-out",
         metavar="GLOB",
         action="append",
         default=[],
-        help="write no tensors whose name matches (repeatable)",
+        help="leave out tensors whose name matches (repeatable)",
     )
     parser.add_argument(
         "--as-is",
         action="store_true",
-        help="convert what is there although it is a part of a model, or not what config.json asks for",
+        help="convert what is there, even if it is part of a model or not what config.json asks for",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--force", action="store_true", help="replace an output that exists")
-    cli.add_checkpoint_arguments(parser)
-    return parser.parse_args(argv[1:])
+    arguments.add(parser, "--json", "--force")
+    opening = parser.add_argument_group("opening checkpoints")
+    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    return arguments.complete(parser)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed command line; argv[0] is the program's name."""
+    parser = parser_of(argv[0])
+    args = parser.parse_args(argv[1:])
+    if (args.target is None) == (args.output is None):
+        parser.error("name one output: DST or -o OUT")
+    args.output = args.output or args.target
+    args.to = args.to or _format_of(args.output)
+    return args
+
+
+def _format_of(output: str) -> str:
+    """The format that an output's name asks for: a folder has no ending, or that of a version as in Qwen2.5."""
+    ending = os.path.splitext(output)[1].lower()
+    if ending in _FOREIGN:
+        raise UsageError(
+            f"'{ending}' is not a format that convert writes",
+            code="output-format",
+            file=output,
+            expected="FILE.apr, FILE.safetensors or a folder",
+        )
+    return "apr" if ending == ".apr" else "safetensors"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -142,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
             dequantise=args.dequantise,
         )
         for warning in plan.warnings:
-            cli.say(f"warning: {warning}")
+            cli.warn(warning)
         if args.dry_run:
             check_output(plan, force=args.force)
             if args.json:

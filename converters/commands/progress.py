@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from apr_jax.converters.commands.terminal import is_terminal
+from apr_jax.converters.commands.terminal import shows_progress
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def bar_of(total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], Non
       total: How much there is to do.
       in_bytes: Whether that is bytes; else things that are counted.
     """
-    if not is_terminal(sys.stderr):
+    if not shows_progress(sys.stderr):
         yield None
         return
     from rich import console, progress

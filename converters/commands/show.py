@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import counted, printable
 
 if TYPE_CHECKING:
@@ -17,19 +17,36 @@ if TYPE_CHECKING:
     from apr_jax.converters.inspect.statistics import Statistics
 
 _SHOWN_CHARACTERS = 100
+_EPILOG = """\
+examples:
+  %(prog)s model.apr
+  %(prog)s hf_folder --stats --tensors 'model.layers.0.*'
+  %(prog)s model.apr --html report.html
+
+exit codes: 0 done, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input or output failed, 130 interrupted
+"""
+
+
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(
+        program, "Print what a checkpoint holds: header, metadata, side files and tensors.", _EPILOG
+    )
+    parser.add_argument("path", metavar="MODEL", help=arguments.MODEL)
+    parser.add_argument("--tensors", metavar="GLOB", default="*", help="list only tensors whose name matches")
+    parser.add_argument(
+        "--stats", action="store_true", help="read every value: mean, deviation, extremes, zeros, NaN, ..."
+    )
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page, with statistics and checks")
+    arguments.add(parser, "--force", help="replace a page that exists")
+    arguments.add(parser, "--json", help="print everything as one JSON object, metadata unabbreviated")
+    arguments.add(parser.add_argument_group("opening checkpoints"), *arguments.OF_CHECKPOINTS)
+    return arguments.complete(parser)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; argv[0] is the program's name."""
-    parser = cli.make_parser(argv[0], "Print what a checkpoint holds: header, metadata, side files and tensors.")
-    parser.add_argument("path", metavar="PATH", help=cli.CHECKPOINT_HELP)
-    parser.add_argument("--tensors", metavar="GLOB", default="*", help="list only tensors whose name matches")
-    parser.add_argument("--stats", action="store_true", help="read every value: mean, std, extremes, zeros, NaN, ...")
-    parser.add_argument("--html", metavar="FILE", help="write one self-contained page, statistics and checks included")
-    parser.add_argument("--force", action="store_true", help="replace a page that exists")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, metadata unabbreviated")
-    cli.add_checkpoint_arguments(parser)
-    return parser.parse_args(argv[1:])
+    return parser_of(argv[0]).parse_args(argv[1:])
 
 
 def main(args: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from apr_jax.converters.commands import cli
-from apr_jax.converters.commands.terminal import has_colours, is_terminal
+from apr_jax.converters.commands import arguments, cli
+from apr_jax.converters.commands.terminal import has_colours, shows_progress
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
@@ -22,18 +22,19 @@ _ROWS = 20
 _TIED = "tie_word_embeddings"
 
 _EPILOG = """\
-With two checkpoints, A is the original and B the one in question. Both are streamed. Of tensors that differ the cause
-is searched for: another dtype tag, a cast, a transpose, a permutation, swapped tensors, a shift, quantisation, ...
+With two checkpoints, A is the original and B the one in question. Both are streamed. The cause of every difference is
+searched for: another dtype tag, a cast, a transpose, a permutation, swapped tensors, a shift, quantisation, ...
 
-verdicts
-  identical      every byte of every tensor                                                     exit code 0
-  equal-values   every value; the types differ, all casts are exact                                          0
-  close          every tensor within a relative L2 of 1e-3                                                   1
-  different      anything else, tensors that one side lacks and nothing in common included                   1
+verdicts (and exit codes):
+  identical     (0) every byte of every tensor
+  equal-values  (0) every value is equal; types differ, and all casts are exact
+  close         (1) every tensor is within a relative L2 distance of 1e-3
+  different     (1) anything else, including tensors that one side lacks and nothing in common
+
 A tied head may be absent, without data, or a copy of the embedding: that is no difference.
 Equal weights are not enough where something else changes the answer: a configuration that gives other logits, another
-tokenizer, chat template or generation setting, a file of these that is broken, names that programs do not find (a
-prefix in front of all). Each is named, and the verdict is "different" (--json tells the weights' own in "weights").
+tokenizer, chat template or generation setting, a broken file of these, names that programs do not find (a prefix in
+front of all). Each is named, and the verdict is "different" (with --json, "weights" holds that of the weights alone).
 Bookkeeping (transformers_version, torch_dtype, spelling) and files that one side lacks do not count.
 
 Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors) are compared by what they decode to, and
@@ -46,14 +47,21 @@ other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 in
 """
 
 
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """Returns the parser of the command, called by this name."""
+    parser = arguments.make_parser(program, "Compare two checkpoints and say what happened, or check one.", _EPILOG)
+    parser.add_argument("a", metavar="A", help=arguments.MODEL)
+    parser.add_argument("b", metavar="B", nargs="?", help="the checkpoint to compare with A")
+    opening = parser.add_argument_group("opening checkpoints")
+    arguments.add(opening, "--adapter", help="add a PEFT adapter (LoRA, DoRA) to A (repeatable: one after the other)")
+    arguments.add(opening, *arguments.OF_CHECKPOINTS)
+    arguments.add(parser, "--json")
+    return arguments.complete(parser)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed command line; argv[0] is the program's name."""
-    parser = cli.make_parser(argv[0], "Compare two checkpoints and say what happened, or check one.", _EPILOG)
-    parser.add_argument("a", metavar="A", help=cli.CHECKPOINT_HELP)
-    parser.add_argument("b", metavar="B", nargs="?", help="the checkpoint to hold against A")
-    cli.add_adapter_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    cli.add_checkpoint_arguments(parser)
+    parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
     if args.adapter and args.b is None:
         parser.error("--adapter belongs to a comparison: give B too")
@@ -119,7 +127,7 @@ def _warn(*checkpoints: Checkpoint) -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Progress | None]:
     """Yields what shows a bar for each phase on stderr; None where stderr is no terminal."""
-    if not is_terminal(sys.stderr):
+    if not shows_progress(sys.stderr):
         yield None
         return
     from rich import console, progress

@@ -129,8 +129,8 @@ class ConvertTest(parameterized.TestCase):
         self.assertNotIn(b"\x1b", done.stdout)
 
     def test_help_names_the_command_as_it_was_called(self):
-        self.assertIn("usage: convert.py ", self.run_tool("--help").stdout)
-        self.assertIn("\n  convert.py Qwen2.5-0.5B -o ", self.run_tool("--help").stdout)
+        self.assertIn("usage: python convert.py ", self.run_tool("--help").stdout)
+        self.assertIn("\n  python convert.py Qwen2.5-0.5B -o ", self.run_tool("--help").stdout)
         code = "from apr_jax.commands import entry; import sys; sys.argv[1:] = ['convert', '--help']; entry.run()"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         self.assertIn("usage: apr-jax convert ", done.stdout)

@@ -20,10 +20,10 @@ import sys, types
 sys.path.insert(0, sys.argv[1])
 {prepare}
 from apr_jax.commands import entry
-from apr_jax.converters.commands import cli
+from apr_jax.converters.commands import arguments
 module = types.ModuleType(entry.COMMANDS[sys.argv[2]][0])
 def parse(argv):
-    parser = cli.make_parser("test", "")
+    parser = arguments.make_parser("test", "")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(argv[1:])
 module.parse = parse

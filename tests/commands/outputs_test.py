@@ -1,21 +1,17 @@
 """No command writes over what it reads: every output option of every command, every kind of input, links included."""
 
 import argparse
-import contextlib
 import importlib
-import io
 import os
 import pathlib
 import shutil
 import sys
-from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
 from apr_jax.commands.entry import COMMANDS
-from apr_jax.converters.commands import cli
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import UsageError
 from tests import paths
@@ -51,12 +47,7 @@ PATHS = ("FILE", "DIR", "OUT", "PATH", "DUMP", "GOLDEN", "SRC", "MODEL", "A", "B
 
 def options(command: str) -> list[argparse.Action]:
     """What a command's parser takes, its subcommands' included."""
-    made: list[argparse.ArgumentParser] = []
-    make = cli.make_parser
-    watched = mock.patch.object(cli, "make_parser", lambda *args: made.append(make(*args)) or made[-1])
-    with watched, contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        importlib.import_module(COMMANDS[command][0]).parse([command, "--help"])
-    (parser,) = made
+    parser = importlib.import_module(COMMANDS[command][0]).parser_of(command)
     actions = list(parser._actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -95,6 +95,19 @@ class BoundedTest(parameterized.TestCase):
             time.sleep(0.3)
         self.assertEqual(seen, [1])
 
+    def test_a_second_signal_is_nothing_to_complain_of(self):
+        code = """
+import os, signal, time
+from apr_jax.converters.storage import interrupts
+with interrupts.bounded():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=paths.ROOT)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     def test_a_process_that_does_not_notice_is_ended_and_leaves_no_temporary(self, number):
         # Two locks of one mutex: a call into C that never returns, like a long compilation or product.
