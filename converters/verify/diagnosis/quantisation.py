@@ -34,6 +34,9 @@ _HELD = 0.8
 _USUAL_GROUPS = (16, 32, 64, 128, 256)
 # An element is near its original within so many steps of the grid; clipped outliers and GPTQ's corrections are not.
 _NEAR_STEPS, _NEAR_SHARE = 2.0, 0.75
+# Groups that are looked at where the original lies on such a grid, too; how far their scales must be apart, in what is
+# not known of them; and in what share of the groups: in the others the same elements may have made the same scale.
+_AGAIN, _OTHER_SCALE, _AGAIN_SHARE = 64, 4.0, 0.3
 # Cosine of original and suspect; two bits leave more.
 _ALIKE = 0.4
 
@@ -373,15 +376,29 @@ def _share(solved: Solved, chance: float) -> float | None:
 
 
 def _near(values: _Values, index: np.ndarray, solved: Solved, grid: Grid) -> bool:
-    """Whether the values are near the original, and the original does not lie on the same grid."""
+    """Whether the values are near the original, and the original does not lie on the same grid already."""
     before, after = values.before(index), values.after(index)
     fits = np.flatnonzero(solved.fits & solved.told)
     near = np.abs(before - after) <= _NEAR_STEPS * solved.steps(after, grid)
     if np.count_nonzero(near[fits]) < _NEAR_SHARE * near[fits].size:
         return False
-    some = before[fits[:: max(1, len(fits) // _TRIED)], :_TRIED_ELEMENTS]
-    there = _solved(some, values.pair.original.dtype.name, grid)
-    return int(np.count_nonzero(there.fits & there.told)) < 0.5 * max(1, int(np.count_nonzero(there.told)))
+    name = values.pair.original.dtype.name
+    some = fits[:: max(1, len(fits) // _TRIED)]
+    there = _solved(before[some, :_TRIED_ELEMENTS], name, grid)
+    if np.count_nonzero(there.fits & there.told) < 0.5 * max(1, int(np.count_nonzero(there.told))):
+        return True
+    return _quantised_again(
+        _solved(before[fits[:_AGAIN], :_TRIED_ELEMENTS], name, grid),
+        values.solved(index[fits[:_AGAIN], :_TRIED_ELEMENTS], grid),
+    )
+
+
+def _quantised_again(before: Solved, after: Solved) -> bool:
+    """Whether groups that lay on a grid already now lie on another one, and were not just moved a little along it."""
+    both = before.fits & before.told & after.fits & after.told
+    reach = before.reach + after.reach + np.abs(before.scale) * 2.0**-20
+    other = np.abs(np.abs(before.scale) - np.abs(after.scale)) > _OTHER_SCALE * reach
+    return bool(np.count_nonzero(other & both) >= _AGAIN_SHARE * max(1, int(np.count_nonzero(both))))
 
 
 def _told(values: _Values, match: _Match, table: Sequence[Grouping]) -> Found:

@@ -305,6 +305,55 @@ class ChannelsTest(FieldTestCase):
         short = [name.rsplit(".", 1)[-1] for name in (source, reader)]
         self.assertEqual(finding.parameters, {"from": short[0], "into": short[1:], "function": "unchanged"})
 
+    def folded_and_smoothed(self, code, readers, behind, times=1.0):
+        """The norm goes into its readers, the last of which hands scales on to what reads it, all it holds `times`."""
+        before = base(code)
+        changed = {}
+        for layer in (0, 1):
+            names = {role: f"model.layers.{layer}.{role}" for role in (*readers, behind)}
+            norm = names[readers[0]].rpartition(".")[0].replace("self_attn", "input_layernorm")
+            norm = norm.replace("mlp", "post_attention_layernorm") + ".weight"
+            for reader in readers:
+                weight = f"{names[reader]}.weight"
+                changed[weight] = stored(before[weight].f32 * before[norm].f32, code)
+            changed[norm] = stored(np.ones(64), code)
+            source, last = f"{names[readers[-1]]}.weight", f"{names[behind]}.weight"
+            factor = np.exp(np.random.default_rng(layer).normal(0, 0.4, before[source].shape[0])).astype("<f4")
+            values = before[source].f32 * before[norm].f32 * factor[:, None] * np.float32(times)
+            changed[source] = stored(values, code)
+            bias = source.replace("weight", "bias")
+            if bias in before:
+                changed[bias] = stored(before[bias].f32 * factor, code)
+            repeated = np.repeat(factor.reshape(-1, HEAD_DIM), before[last].shape[1] // len(factor), 0).reshape(-1)
+            changed[last] = stored(before[last].f32 / repeated, code)
+        return before, changed
+
+    @parameterized.product(
+        code=("BF16", "F32", "F16"),
+        at=(
+            (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+        ),
+    )
+    def test_field_factors_on_both_sides(self, code, at):
+        """FIELD verify: a norm folded in and scales handed on, in one matrix -> both moved, the function is the same"""
+        finding = self.only(*self.folded_and_smoothed(code, *at))
+        short = [name.rsplit(".", 1)[-1] for name in (*at[0], at[1])]
+        norm = "post_attention_layernorm" if "mlp" in at[1] else "input_layernorm"
+        moves = [{"from": norm, "into": short[:-1]}, {"from": short[-2], "into": short[-1:]}]
+        self.assertEqual(finding.cause, "rescaled-channels")
+        self.assertEqual(finding.parameters["function"], "unchanged")
+        self.assertCountEqual(finding.parameters["moves"], moves)
+
+    @parameterized.parameters("mlp", "self_attn")
+    def test_factors_on_both_sides_whose_product_is_off_change_the_function(self, block):
+        readers = ("gate", "up") if block == "mlp" else ("q", "k", "v")
+        names = tuple(f"{block}.{role}_proj" for role in readers)
+        behind = f"{block}.{'down' if block == 'mlp' else 'o'}_proj"
+        found = self.verified(*self.folded_and_smoothed("BF16", names, behind, times=1.25)).findings
+        said = {finding.parameters["function"] for finding in found if finding.cause == "rescaled-channels"}
+        self.assertEqual(said, {"changed"})
+
     def test_field_factors_that_nothing_makes_up_for(self):
         """FIELD verify: q, k, v times a factor for each channel, the norm kept -> rescaled, the function changed"""
         before = base("BF16")
