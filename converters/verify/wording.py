@@ -218,6 +218,8 @@ def _quantised(p: Parameters) -> str:
         text += f" {p['scheme']}"
     if group is not None:
         text += f", {grouped}"
+    if "order" in p:
+        text += " columns, which are no neighbours (act-order)"
     if "padding" in p:
         text += ", and the values that pad each row to whole blocks were read as values: every row but the first is off"
     return text + (f", rounded {_ROUNDINGS.get(p['rounding'], p['rounding'])}" if "rounding" in p else "")

@@ -651,6 +651,21 @@ def coded(
     return plant
 
 
+def in_any_order(
+    quantiser: Callable[[np.ndarray], np.ndarray], group: int, wanted: dict[str, Any]
+) -> Callable[[Tensors, str], Damage]:
+    """Columns that share scales are no neighbours, as GPTQ's act-order has them; which ones, all rows agree on."""
+
+    def plant(tensors: Tensors, name: str) -> Damage:
+        old = tensors[name]
+        order = _random(name).permutation(old.shape[1])
+        values = np.empty(old.shape, "<f4")
+        values[:, order] = quantisers.grouped(np.ascontiguousarray(old.f32[:, order]), group, quantiser)
+        return _one(name, stored(values, old.code), "quantised", wanted | {"group": group, "order": "act-order"})
+
+    return plant
+
+
 def mantissa(bits: int, *, nearest: bool) -> Callable[[Tensors, str], Damage]:
     def plant(tensors: Tensors, name: str) -> Damage:
         old = tensors[name]
@@ -889,6 +904,29 @@ def _coded_again() -> Iterator[Variant]:
         )
 
 
+def _in_any_order() -> Iterator[Variant]:
+    """GPTQ's act-order; steps of 8 bits in small groups are lost in bfloat16."""
+    for bits, group, codes in (
+        (4, 32, ALL_CODES),
+        (4, 128, ALL_CODES),
+        (8, 32, ("F32", "F16")),
+        (8, 128, ("F32", "F16")),
+    ):
+        for scheme, quantiser in (
+            ("symmetric", quantisers.symmetric(bits)),
+            ("asymmetric", quantisers.asymmetric(bits)),
+        ):
+            for start in (wide_random, wide_trained):
+                yield Variant(
+                    f"int{bits} {scheme} by {group}, act-order, {start.__name__.removeprefix('wide_')}",
+                    in_any_order(quantiser, group, {"type": f"int{bits}", "scheme": scheme}),
+                    tuple(f"{_L0}{matrix}.weight" for matrix in _WIDE),
+                    codes,
+                    start,
+                    quick=start is wide_trained and group == 128 and scheme == "symmetric",
+                )
+
+
 def _coded_variants() -> Iterator[Variant]:
     for index, (name, quantiser, group, parameters, others) in enumerate(_codecs()):
         for start in (wide_random, wide_trained):
@@ -1026,6 +1064,7 @@ VARIANTS = (
     Variant("norm folded into q, k, v", norm_folded, _Q_NAMES[:2], ALL_CODES),
     *_coded_variants(),
     *_coded_again(),
+    *_in_any_order(),
     Variant("replaced", replaced, MIXED, ALL_CODES),
     Variant("fine-tuned", fine_tuned, MIXED, ALL_CODES),
     Variant("slightly fine-tuned", slightly_tuned, MIXED, ("F32", "F16")),

@@ -14,8 +14,9 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.verify.comparison import Comparison, compare
+from apr_jax.converters.verify.diagnosis import column_groups, grids
 from apr_jax.converters.verify.findings import Finding
-from tests.battery import quantisers
+from tests.battery import damage_battery, quantisers
 from tests.battery.damage_battery import HEAD_DIM, Stored, Tensors, base, from_bits, stored, write
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -136,6 +137,44 @@ class QuantisedTest(FieldTestCase):
         }
         parameters = {"type": "int4", "scheme": "symmetric", "group": 64}
         self.assertEqual(self.only(before, changed).parameters, parameters)
+
+    @parameterized.product(bits=(4, 8), code=("F32", "F16"), scheme=("symmetric", "asymmetric"))
+    def test_field_act_order(self, bits, code, scheme):
+        """FIELD verify: int4 and int8 by GPTQ with act-order, dense -> that type, group 64, columns no neighbours"""
+        before = damage_battery.wide_trained(code)
+        quantiser = getattr(quantisers, scheme)(bits)
+        wanted = {"type": f"int{bits}", "scheme": scheme}
+        changed = {}
+        for name in before:
+            changed |= damage_battery.in_any_order(quantiser, 64, wanted)(before, name).changed
+        finding = self.only(before, changed)
+        self.assertEqual(finding.parameters, wanted | {"group": 64, "order": "act-order"})
+        self.assertIn("in groups of 64 columns, which are no neighbours (act-order)", finding.sentence)
+
+    def test_columns_that_share_no_scale_are_no_groups(self):
+        values = np.random.default_rng(0).normal(0, 0.02, (96, 512))
+        for name in ("f32", "bf16"):
+            stored_as = stored(values, {"f32": "F32", "bf16": "BF16"}[name]).f32.astype(float)
+
+            def read(rows, columns, values=stored_as, name=name):
+                some = values[np.ix_(rows, columns)]
+                return some, grids.rounding_error(some, name, affine=False)
+
+            self.assertEqual(column_groups.column_groups(values.shape, read), [])
+
+    @parameterized.parameters((64, 32), (64, 128))
+    def test_field_int4_of_int4(self, by, again):
+        """FIELD verify: int4 with minima of what was so in other groups -> int4 asymmetric, the new groups"""
+        before = {
+            name: stored(quantisers.grouped(tensor.f32, by, quantisers.real_zero(4)), "F32")
+            for name, tensor in damage_battery.wide_trained("F32").items()
+        }
+        changed = {
+            name: stored(quantisers.grouped(tensor.f32, again, quantisers.real_zero(4)), "F32")
+            for name, tensor in before.items()
+        }
+        wanted = {"type": "int4", "scheme": "asymmetric", "group": again}
+        self.assertEqual(self.only(before, changed).parameters, wanted)
 
 
 class ShapeTest(FieldTestCase):
