@@ -37,14 +37,18 @@ def words(codes: np.ndarray, bits: int) -> np.ndarray:
     return (stream << np.arange(32)).sum(2).astype(np.uint32).view(np.int32)
 
 
-def _affine(w: np.ndarray, bits: int, order: np.ndarray, scale_type: np.dtype) -> tuple[np.ndarray, ...]:
+def _affine(
+    w: np.ndarray, bits: int, order: np.ndarray, scale_type: np.dtype, *, symmetric: bool = False
+) -> tuple[np.ndarray, ...]:
     """Codes, zero points and scales of groups of columns."""
     top, groups = (1 << bits) - 1, int(order.max()) + 1
     low = np.stack([np.minimum(w[:, order == g].min(1), 0) for g in range(groups)], 1)
     high = np.stack([np.maximum(w[:, order == g].max(1), 0) for g in range(groups)], 1)
+    if symmetric:
+        low, high = -np.maximum(-low, high), np.maximum(-low, high)
     scale = np.maximum((high - low) / top, 1e-4).astype(scale_type)
     step = scale.astype(np.float32)
-    zero = np.clip(np.rint(-low / step), 1, top)
+    zero = np.full(step.shape, 1 << bits - 1) if symmetric else np.clip(np.rint(-low / step), 1, top)
     codes = np.clip(np.rint(w / step[:, order]) + zero[:, order], 0, top)
     return codes, zero, scale, ((codes - zero[:, order]) * step[:, order]).astype(np.float32)
 
@@ -55,10 +59,12 @@ def _order(columns: int, group: int, shuffled: bool) -> np.ndarray:
 
 
 def gptq(bits: int = 4, group: int = 32, *, shuffled: bool = False, v2: bool = False, index: bool = True,
-         scale_type: object = np.float16) -> Packer:  # fmt: skip
+         symmetric: bool = False, scale_type: object = np.float16) -> Packer:  # fmt: skip
+    """`symmetric`: every zero point is the middle code, as GPTQModel has it unless it is told otherwise."""
+
     def pack(w: np.ndarray) -> Packed:
         order = _order(w.shape[1], group, shuffled)
-        codes, zero, scale, dense = _affine(w, bits, order, np.dtype(scale_type))
+        codes, zero, scale, dense = _affine(w, bits, order, np.dtype(scale_type), symmetric=symmetric)
         parts = {
             "qweight": np.ascontiguousarray(words(codes, bits).T),
             "qzeros": words((zero - (not v2)).T, bits),
@@ -269,6 +275,10 @@ MEMBERS: dict[str, tuple[Packer, dict]] = {
     "gptq_int4_act_order": (
         gptq(shuffled=True),
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+    ),
+    "gptq_int4_act_order_symmetric": (
+        gptq(group=64, shuffled=True, symmetric=True),
+        {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True, "sym": True},
     ),
     "gptq_int8_whole_row_bf16": (
         gptq(8, -1, scale_type=ml_dtypes.bfloat16),

@@ -217,8 +217,11 @@ class _Reading:
             begin += _aligned(run.kind.nbytes)
             reading.views.append(room if run.kind.is_block else room.view(run.kind.type).reshape(run.kind.shape))
             for tensor, low, high in run.extents:
-                for at in range(low, high, _READ_BYTES):
-                    piece, room = room[: min(_READ_BYTES, high - at)], room[min(_READ_BYTES, high - at) :]
+                # Whole rows: what has to be decoded is written where it belongs, and not copied there.
+                row = max(1, tensor.nbytes // max(1, tensor.shape[0]))
+                step = max(1, _READ_BYTES // row) * row
+                for at in range(low, high, step):
+                    piece, room = room[: min(step, high - at)], room[min(step, high - at) :]
                     reading.reads.append(readers.start(tensor.readinto_at, at, piece.data))
         return reading
 

@@ -163,12 +163,12 @@ def _removed(p: Parameters) -> str:
 
 
 def _rescaled(p: Parameters) -> str:
-    if "from" in p:
-        return (
-            f"factors of channels moved from {p['from']} into {', '.join(p['into'])}: the function is the same, "
-            "but for rounding"
-        )
-    text = f"each {'column' if p['axis'] else 'row'} multiplied by a factor of its own"
+    moves = p.get("moves", [p] if "from" in p else [])
+    if moves:
+        listed = ", and ".join(f"from {move['from']} into {', '.join(move['into'])}" for move in moves)
+        return f"factors of channels moved {listed}: the function is the same, but for rounding"
+    lines = {0: "each row", 1: "each column", "both": "each row and each column"}[p["axis"]]
+    text = f"{lines} multiplied by a factor of its own"
     return text + ("; no other tensor makes up for it" if p.get("function") == "changed" else "")
 
 
@@ -218,6 +218,8 @@ def _quantised(p: Parameters) -> str:
         text += f" {p['scheme']}"
     if group is not None:
         text += f", {grouped}"
+    if "order" in p:
+        text += " columns, which are no neighbours (act-order)"
     if "padding" in p:
         text += ", and the values that pad each row to whole blocks were read as values: every row but the first is off"
     return text + (f", rounded {_ROUNDINGS.get(p['rounding'], p['rounding'])}" if "rounding" in p else "")

@@ -148,6 +148,14 @@ def wide_trained(code: str) -> Tensors:
     return out
 
 
+def wide_on_grid(code: str) -> Tensors:
+    """Returns the trained ones as a file in int4 with minima in groups of 64 leaves them."""
+    return {
+        name: stored(quantisers.grouped(tensor.f32, 64, quantisers.real_zero(4)), code)
+        for name, tensor in wide_trained(code).items()
+    }
+
+
 def fused(code: str) -> Tensors:
     """Returns the sample checkpoint with q, k and v in one tensor."""
     tensors = base(code)
@@ -643,6 +651,21 @@ def coded(
     return plant
 
 
+def in_any_order(
+    quantiser: Callable[[np.ndarray], np.ndarray], group: int, wanted: dict[str, Any]
+) -> Callable[[Tensors, str], Damage]:
+    """Columns that share scales are no neighbours, as GPTQ's act-order has them; which ones, all rows agree on."""
+
+    def plant(tensors: Tensors, name: str) -> Damage:
+        old = tensors[name]
+        order = _random(name).permutation(old.shape[1])
+        values = np.empty(old.shape, "<f4")
+        values[:, order] = quantisers.grouped(np.ascontiguousarray(old.f32[:, order]), group, quantiser)
+        return _one(name, stored(values, old.code), "quantised", wanted | {"group": group, "order": "act-order"})
+
+    return plant
+
+
 def mantissa(bits: int, *, nearest: bool) -> Callable[[Tensors, str], Damage]:
     def plant(tensors: Tensors, name: str) -> Damage:
         old = tensors[name]
@@ -731,6 +754,13 @@ def channels_rescaled(axis: int) -> Callable[[Tensors, str], Damage]:
         return _one(name, stored(values, old.code), "rescaled-channels", {"axis": axis, "function": "changed"})
 
     return plant
+
+
+def rescaled_on_both_sides(tensors: Tensors, name: str) -> Damage:
+    old, random = tensors[name], _random(name)
+    of_rows, of_columns = (np.exp(random.normal(0, 0.3, size)).astype("<f4") for size in old.shape)
+    values = old.f32 * of_rows[:, None] * of_columns
+    return _one(name, stored(values, old.code), "rescaled-channels", {"axis": "both", "function": "changed"})
 
 
 def norm_folded(tensors: Tensors, name: str) -> Damage:
@@ -855,6 +885,46 @@ def _codecs() -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray], int | s
     for name, (size, quantiser) in quantisers.FIXED.items():
         yield name, quantiser, size, {"type": name}, ()
     yield "iq4_nl", quantisers.iq4_nl, 32, {"type": "iq4_nl", "group": 32}, ()
+
+
+def _coded_again() -> Iterator[Variant]:
+    """What lies on a grid already, quantised to groups within its own and across them."""
+    for group in (32, 128):
+        yield Variant(
+            f"int4 with minima by {group} of what was so by 64",
+            coded(
+                quantisers.real_zero(4),
+                group,
+                {"type": "int4", "scheme": "asymmetric", "group": group},
+                *(("q4_1",) if group == 32 else ()),
+            ),
+            tuple(f"{_L0}{matrix}.weight" for matrix in _WIDE),
+            ("F32", "BF16"),
+            wide_on_grid,
+        )
+
+
+def _in_any_order() -> Iterator[Variant]:
+    """GPTQ's act-order; steps of 8 bits in small groups are lost in bfloat16."""
+    for bits, group, codes in (
+        (4, 32, ALL_CODES),
+        (4, 128, ALL_CODES),
+        (8, 32, ("F32", "F16")),
+        (8, 128, ("F32", "F16")),
+    ):
+        for scheme, quantiser in (
+            ("symmetric", quantisers.symmetric(bits)),
+            ("asymmetric", quantisers.asymmetric(bits)),
+        ):
+            for start in (wide_random, wide_trained):
+                yield Variant(
+                    f"int{bits} {scheme} by {group}, act-order, {start.__name__.removeprefix('wide_')}",
+                    in_any_order(quantiser, group, {"type": f"int{bits}", "scheme": scheme}),
+                    tuple(f"{_L0}{matrix}.weight" for matrix in _WIDE),
+                    codes,
+                    start,
+                    quick=start is wide_trained and group == 128 and scheme == "symmetric",
+                )
 
 
 def _coded_variants() -> Iterator[Variant]:
@@ -990,8 +1060,11 @@ VARIANTS = (
     Variant("two columns changed", lines_changed(1, 60, 61), MATRICES[:1], ALL_CODES),
     Variant("a factor for each column", channels_rescaled(1), MATRICES, ALL_CODES),
     Variant("a factor for each row", channels_rescaled(0), MATRICES, ALL_CODES),
+    Variant("factors for rows and columns", rescaled_on_both_sides, MATRICES, ALL_CODES),
     Variant("norm folded into q, k, v", norm_folded, _Q_NAMES[:2], ALL_CODES),
     *_coded_variants(),
+    *_coded_again(),
+    *_in_any_order(),
     Variant("replaced", replaced, MIXED, ALL_CODES),
     Variant("fine-tuned", fine_tuned, MIXED, ALL_CODES),
     Variant("slightly fine-tuned", slightly_tuned, MIXED, ("F32", "F16")),

@@ -29,6 +29,10 @@ FORMS = {
         packers.gptq(4, 128, shuffled=True),
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
     ),
+    "gptq int4 128 act-order symmetric": (
+        packers.gptq(4, 128, shuffled=True, symmetric=True),
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+    ),
     "gptq int8 128": (packers.gptq(8, 128), {"quant_method": "gptq", "bits": 8, "group_size": 128}),
     "awq 128": (packers.awq(128), {"quant_method": "awq", "bits": 4, "group_size": 128}),
     "fp8 block": packers.MEMBERS["fp8_block_128"],
@@ -64,7 +68,7 @@ def main() -> None:
             (plain, plain_cpu), (packed, packed_cpu) = fastest(base, path, args.dtype, args.rounds)
             verdict = "" if packed <= 2 * plain else "  OVER"
             print(
-                f"{name:28} {packed:6.2f} s, bfloat16 {plain:6.2f} s, ratio {packed / plain:5.2f}; processor"
+                f"{name:34} {packed:6.2f} s, bfloat16 {plain:6.2f} s, ratio {packed / plain:5.2f}; processor"
                 f" {packed_cpu:6.2f} s, {plain_cpu:6.2f} s, ratio {packed_cpu / plain_cpu:5.2f}{verdict}",
                 flush=True,
             )

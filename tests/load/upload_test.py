@@ -16,6 +16,7 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import StorageError
@@ -113,6 +114,22 @@ class UploadTest(parameterized.TestCase):
         self.assertGreater(known.mean(), 0.9)
         np.testing.assert_array_equal(np.isnan(found), ~known)
         np.testing.assert_array_equal(found[known].view(np.uint32), expected[known].view(np.uint32))
+
+    def test_reads_are_whole_rows_so_that_decoders_write_where_values_belong(self):
+        reads, read = [], Tensor.readinto_at
+
+        def noted(tensor, begin, buffer):
+            reads.append((begin % (tensor.nbytes // tensor.shape[0]), len(buffer) % (tensor.nbytes // tensor.shape[0])))
+            return read(tensor, begin, buffer)
+
+        # In one piece and in its own type, nothing has to be compiled.
+        self.enter_context(mock.patch.object(upload, "_WHOLE_BYTES", 1 << 20))
+        self.enter_context(mock.patch.object(Tensor, "readinto_at", noted))
+        with open_checkpoint(paths.checkpoint("gqa_tied_bf16")) as checkpoint:
+            name = "model.embed_tokens.weight"
+            upload.upload({name: [checkpoint.tensors[name]]}, "bfloat16", self.device)
+        self.assertGreater(len(reads), 30)
+        self.assertEqual(set(reads), {(0, 0)})
 
     def test_casts_round_as_on_the_host_for_every_half_and_at_every_edge(self):
         every = np.arange(65536, dtype=np.uint16)

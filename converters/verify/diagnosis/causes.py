@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Cause:
       alternatives: Other causes that explain these elements as well and cannot be told apart from this one.
       evidence: The same in words and figures, for this tensor.
       readings: Parameters that describe this tensor as well.
-      factors: Of `rescaled-channels`, the factor of each row or column.
+      factors: Of `rescaled-channels`, by axis the factor of each row (0) or column (1).
     """
 
     cause: str
@@ -68,7 +69,7 @@ class Cause:
     alternatives: tuple[str, ...] = ()
     evidence: str = ""
     readings: tuple[dict[str, Any], ...] = ()
-    factors: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    factors: Mapping[int, np.ndarray] | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Found:
       rank: Among several, the lowest is the answer; None: the cause's place in the list of causes.
       alternatives: What else it might be called.
       readings: Parameters that describe this tensor as well; which ones are the model's, its other tensors say.
-      factors: Of `rescaled-channels`, the factor of each row or column.
+      factors: Of `rescaled-channels`, by axis the factor of each row (0) or column (1).
     """
 
     cause: str
@@ -93,4 +94,4 @@ class Found:
     rank: float | None = None
     alternatives: tuple[str, ...] = ()
     readings: tuple[dict[str, Any], ...] = ()
-    factors: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    factors: Mapping[int, np.ndarray] | None = dataclasses.field(default=None, compare=False, repr=False)

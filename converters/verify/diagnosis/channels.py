@@ -1,4 +1,4 @@
-"""Finds rows and columns that were treated by themselves: a few scaled ones, or each by a factor of its own.
+"""Finds rows and columns that were treated by themselves: a few scaled ones, or each by a factor of its own, or both.
 
 A factor for each channel is what moves a norm's weights, or smoothing scales (SmoothQuant, AWQ), into the next
 matrices. Whether the model still computes the same, `story` says, which sees both sides.
@@ -6,6 +6,7 @@ matrices. Whether the model still computes the same, `story` says, which sees bo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,16 @@ from apr_jax.converters.verify.diagnosis.pair import ACCEPTED, Bits, Pair, Selec
 _PROBED, _FEW = 6, 0.25
 # Elements that a line needs to have before they prove a factor.
 _ENOUGH = 8
+# Rows and columns of the part that shows whether factors on both sides are worth looking at the whole matrix.
+_PART = 64
+# Elements that are fitted at once; the columns' factors need no more to be known.
+_FITTED = 1 << 20
+# Sweeps over rows and columns: with every element told, two are enough.
+_SWEEPS = 6
+# Both factors rounded to the stored type, one after the other, take an element so many half steps away.
+_WITHIN = 2.5
+# Factors of a side are such if they vary by so many half steps.
+_VARY = 8.0
 
 
 def single_lines(pair: Pair) -> tuple[int, np.ndarray] | None:
@@ -77,8 +88,118 @@ def rescaled(pair: Pair) -> Iterator[Found]:
             low, high = np.quantile(np.abs(factors), (0.05, 0.95))
             kind = "column" if axis else "row"
             evidence = f"a factor for each {kind}, most of them between {low:.3g} and {high:.3g}, gives these values"
-            yield Found("rescaled-channels", {"axis": axis}, explained, evidence, factors=factors)
+            yield Found("rescaled-channels", {"axis": axis}, explained, evidence, factors={axis: factors})
             return
+    yield from _rescaled_both(pair)
+
+
+def _rescaled_both(pair: Pair) -> Iterator[Found]:
+    """A factor for each row and one for each column: b = row * a * column.
+
+    Only their products are known: the columns' have the geometric mean 1.
+    """
+    rows, columns = pair.shape
+    if min(rows, columns) < _ENOUGH:
+        return
+    part = _Ratios.of(pair, _spread(rows, _PART), _spread(columns, _PART))
+    if part is None or part.explained_by(*part.factors()) < ACCEPTED:
+        return
+    # Of a matrix that was only moved a little, no factors are nearly all there is.
+    step = float(np.median(part.reach[part.told]))
+    if min(np.log(np.abs(factors)).std() for factors in part.factors()) < _VARY * step:
+        return
+    part = _Ratios.of(pair, _spread(rows, max(_PART, _FITTED // columns)), np.arange(columns))
+    if part is None:
+        return
+    _, of_columns = part.factors()
+    of_rows, explained = np.empty(rows), 0.0
+    step = max(1, _FITTED // columns)
+    for begin in range(0, rows, step):
+        lines = np.arange(begin, min(begin + step, rows))
+        part = _Ratios.of(pair, lines, np.arange(columns))
+        if part is None:
+            return
+        of_rows[lines] = part.rows_beside(of_columns)
+        explained += part.explained_by(of_rows[lines], of_columns) * len(lines) / rows
+    if explained < ACCEPTED:
+        return
+    (low, high), (least, most) = (np.quantile(np.abs(f), (0.05, 0.95)) for f in (of_rows, of_columns))
+    evidence = (
+        f"a factor for each row, most of them between {low:.3g} and {high:.3g}, times one for each column, between "
+        f"{least:.3g} and {most:.3g}, gives these values"
+    )
+    yield Found("rescaled-channels", {"axis": "both"}, explained, evidence, factors={0: of_rows, 1: of_columns})
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ratios:
+    """What a part of a matrix was multiplied by, element by element, all [rows, columns].
+
+    Attributes:
+      told: Where both sides have a finite number other than zero.
+      logs, signs: Of the ratios; 0 where they are not told.
+      reach: Half a step of the suspect's type, relative to the element.
+      equal: Where nothing is told, and both are the same.
+    """
+
+    told: np.ndarray
+    logs: np.ndarray
+    signs: np.ndarray
+    reach: np.ndarray
+    equal: np.ndarray
+
+    @classmethod
+    def of(cls, pair: Pair, rows: np.ndarray, columns: np.ndarray) -> _Ratios | None:
+        """Takes these rows and columns; None where too few ratios are told."""
+        index = rows[:, None] * pair.shape[1] + columns
+        before, after = (
+            pairs.values_of(bits[index], name).astype("<f8")
+            for bits, name in ((pair.original.bits, pair.original.dtype.name), (pair.y, pair.type))
+        )
+        told = np.isfinite(before) & np.isfinite(after) & (before != 0) & (after != 0)
+        equal = ~told & (before == after)
+        if np.count_nonzero(told | equal) < ACCEPTED * told.size or not told.any():
+            return None
+        after = np.where(told, after, 1)
+        ratio = after / np.where(told, before, 1)
+        reach = np.where(told, pairs.half_ulp(after, pair.type) / np.abs(after), 0)
+        return cls(told, np.where(told, np.log(np.abs(ratio)), 0), np.where(told, np.sign(ratio), 0), reach, equal)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns factors of rows and columns whose products are these ratios, by least squares of the logarithms."""
+        of_columns = np.zeros(self.logs.shape[1])
+        for _ in range(_SWEEPS):
+            of_rows = self._means(self.logs - of_columns, 1)
+            of_columns = self._means(self.logs - of_rows[:, None], 0)
+        middle = of_columns.mean()
+        signs = _signs(self.signs)
+        return signs[0] * np.exp(of_rows + middle), signs[1] * np.exp(of_columns - middle)
+
+    def rows_beside(self, of_columns: np.ndarray) -> np.ndarray:
+        """Returns the factors of the rows, where those of the columns are known."""
+        signs = np.where((self.signs * np.sign(of_columns)).sum(1) < 0, -1.0, 1.0)
+        return signs * np.exp(self._means(self.logs - np.log(np.abs(of_columns)), 1))
+
+    def _means(self, values: np.ndarray, axis: int) -> np.ndarray:
+        return np.where(self.told, values, 0).sum(axis) / np.maximum(self.told.sum(axis), 1)
+
+    def explained_by(self, of_rows: np.ndarray, of_columns: np.ndarray) -> float:
+        """Returns the share of the elements that the factors take to within rounding."""
+        logs = np.log(np.abs(of_rows))[:, None] + np.log(np.abs(of_columns))
+        near = np.abs(self.logs - logs) <= _WITHIN * self.reach
+        fits = near & (self.signs == np.sign(of_rows)[:, None] * np.sign(of_columns))
+        return float(np.count_nonzero(np.where(self.told, fits, self.equal))) / self.told.size
+
+
+def _signs(signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a sign for each row and each column whose products are those of the elements, where there are such."""
+    first = signs[:, np.abs(signs).sum(0).argmax()]
+    of_columns = np.where(first @ signs < 0, -1.0, 1.0)
+    return np.where(signs @ of_columns < 0, -1.0, 1.0), of_columns
 
 
 def _factors(pair: Pair, axis: int, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

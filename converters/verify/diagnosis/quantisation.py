@@ -16,6 +16,7 @@ from apr_jax.converters.formats import casts
 from apr_jax.converters.verify.diagnosis import grids, replays
 from apr_jax.converters.verify.diagnosis import pair as pairs
 from apr_jax.converters.verify.diagnosis.causes import Found
+from apr_jax.converters.verify.diagnosis.column_groups import column_groups
 from apr_jax.converters.verify.diagnosis.context import Context
 from apr_jax.converters.verify.diagnosis.grids import Floats, Grid, Solved, integers
 from apr_jax.converters.verify.diagnosis.groupings import Grouping, groupings, same_groups
@@ -31,9 +32,15 @@ _CHANCE, _TRIED_CHANCE = -20.0, -8.0
 _SURE = -9.0
 # Superblocks whose scales must lie on a grid of their own.
 _HELD = 0.8
-_USUAL_GROUPS = (16, 32, 64, 128, 256)
+_USUAL_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+# The part of a group's columns that must have been found, where they are in any order, and that is looked at; and with
+# how many strangers.
+_MOST_OF, _FEW_MORE = 0.85, 1.05
 # An element is near its original within so many steps of the grid; clipped outliers and GPTQ's corrections are not.
 _NEAR_STEPS, _NEAR_SHARE = 2.0, 0.75
+# Groups that are looked at where the original lies on such a grid, too; how far their scales must be apart, in what is
+# not known of them; and in what share of the groups: in the others the same elements may have made the same scale.
+_AGAIN, _OTHER_SCALE, _AGAIN_SHARE = 64, 4.0, 0.3
 # Cosine of original and suspect; two bits leave more.
 _ALIKE = 0.4
 
@@ -215,7 +222,7 @@ def _on_grid(pair: Pair, context: Context) -> Found | None:
         found = _named(values, context, covers, down)
         if found is not None:
             return found
-    return _few_values(values)
+    return _in_any_order(values) or _few_values(values)
 
 
 def _covers(values: _Values, down: bool) -> list[Grid]:
@@ -373,15 +380,29 @@ def _share(solved: Solved, chance: float) -> float | None:
 
 
 def _near(values: _Values, index: np.ndarray, solved: Solved, grid: Grid) -> bool:
-    """Whether the values are near the original, and the original does not lie on the same grid."""
+    """Whether the values are near the original, and the original does not lie on the same grid already."""
     before, after = values.before(index), values.after(index)
     fits = np.flatnonzero(solved.fits & solved.told)
     near = np.abs(before - after) <= _NEAR_STEPS * solved.steps(after, grid)
     if np.count_nonzero(near[fits]) < _NEAR_SHARE * near[fits].size:
         return False
-    some = before[fits[:: max(1, len(fits) // _TRIED)], :_TRIED_ELEMENTS]
-    there = _solved(some, values.pair.original.dtype.name, grid)
-    return int(np.count_nonzero(there.fits & there.told)) < 0.5 * max(1, int(np.count_nonzero(there.told)))
+    name = values.pair.original.dtype.name
+    some = fits[:: max(1, len(fits) // _TRIED)]
+    there = _solved(before[some, :_TRIED_ELEMENTS], name, grid)
+    if np.count_nonzero(there.fits & there.told) < 0.5 * max(1, int(np.count_nonzero(there.told))):
+        return True
+    return _quantised_again(
+        _solved(before[fits[:_AGAIN], :_TRIED_ELEMENTS], name, grid),
+        values.solved(index[fits[:_AGAIN], :_TRIED_ELEMENTS], grid),
+    )
+
+
+def _quantised_again(before: Solved, after: Solved) -> bool:
+    """Whether groups that lay on a grid already now lie on another one, and were not just moved a little along it."""
+    both = before.fits & before.told & after.fits & after.told
+    reach = before.reach + after.reach + np.abs(before.scale) * 2.0**-20
+    other = np.abs(np.abs(before.scale) - np.abs(after.scale)) > _OTHER_SCALE * reach
+    return bool(np.count_nonzero(other & both) >= _AGAIN_SHARE * max(1, int(np.count_nonzero(both))))
 
 
 def _told(values: _Values, match: _Match, table: Sequence[Grouping]) -> Found:
@@ -407,6 +428,40 @@ def _labels(grouping: Grouping, table: Sequence[Grouping], *, rows: bool = False
     numbered = not rows and any(label in _USUAL_GROUPS for label in labels)
     preferred = [label for label in labels if isinstance(label, int) == numbered]
     return list(dict.fromkeys((*preferred, *labels)))
+
+
+# --- columns in an order of their own
+
+
+def _in_any_order(values: _Values) -> Found | None:
+    """Whole numbers with a scale for each group of columns, which are no neighbours (GPTQ's act-order)."""
+    rows, columns = values.shape
+
+    def read(lines: np.ndarray, where: np.ndarray) -> tuple[Floats, Floats]:
+        after = values.after(lines[:, None] * columns + where)
+        return after, grids.rounding_error(after, values.rounded_to, affine=False)
+
+    groups = column_groups(values.shape, read)
+    if not groups:
+        return None
+    # Columns that are zero everywhere belong to any group, and are missing; a stranger may be there.
+    groups = sorted(groups, key=len)[-2:]
+    least, most = len(groups[0]), len(groups[-1])
+    group = next((usual for usual in _USUAL_GROUPS if _MOST_OF * usual <= most <= _FEW_MORE * usual), None)
+    if len(groups) < 2 or group is None or least < _MOST_OF * most:
+        return None
+    lines = np.unique(np.linspace(0, rows - 1, min(rows, max(2, _MEASURED // (2 * least)))).astype(int))
+    index = np.concatenate([lines[:, None] * columns + surest[: int(_MOST_OF * least)] for surest in groups])
+    for codec in _CODECS:
+        if codec.scheme is None or codec.grid.affine:
+            continue
+        solved = values.solved(index, codec.grid)
+        if _share(solved, _CHANCE) is not None and _near(values, index, solved, codec.grid):
+            differs = values.pair.differs[index]
+            explained = int(np.count_nonzero(differs & solved.fits[:, None])) / max(1, int(np.count_nonzero(differs)))
+            evidence = f"in every row, one scale gives the values of {most} columns that are no neighbours"
+            return Found("quantised", codec.parameters(group) | {"order": "act-order"}, float(explained), evidence)
+    return None
 
 
 # --- what scales tell

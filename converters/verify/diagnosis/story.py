@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,18 +178,40 @@ _MOVES = (
 _LAST = _Move("model.norm", ("lm_head",))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Cancelled:
+    """A move that was found.
+
+    Attributes:
+      move: Which.
+      parts: The tensors that were changed together.
+      halves: Of tensors with factors on both sides, of which only the products are known: what has to be taken from
+        this side's factors to the other side's. It is the same for both sides, if the function is.
+    """
+
+    move: _Move
+    parts: tuple[str, ...]
+    halves: Mapping[str, float]
+
+    @property
+    def words(self) -> dict[str, Any]:
+        short = [name.rsplit(".", 1)[-1] for name in (self.move.source, *self.move.into)]
+        return {"from": short[0], "into": short[1:]}
+
+
 def _moved_factors(causes: Told, context: Context) -> Told:
     """Says of factors of channels whether they cancel: then the model computes the same."""
     rescaled = {pair.name: cause for pair, cause in causes if cause.cause == "rescaled-channels"}
     if not rescaled:
         return causes
     named: dict[str, dict[str, Any]] = {}
-    for prefix, move in _places(rescaled):
-        parts = _cancel(prefix, move, rescaled, context)
-        if parts is not None:
-            short = [name.rsplit(".", 1)[-1] for name in (move.source, *move.into)]
-            parameters = {"from": short[0], "into": short[1:], "function": "unchanged"}
-            named |= dict.fromkeys(parts, parameters)
+    found = (_cancel(prefix, move, rescaled, context) for prefix, move in _places(rescaled))
+    for together in _joined(cancelled for cancelled in found if cancelled is not None):
+        parts = {part for cancelled in together for part in cancelled.parts}
+        if all(_on_both_sides(name, together, context) for name in parts if len(_factors(name, rescaled)) > 1):
+            words = [cancelled.words for cancelled in together]
+            parameters = words[0] if len(words) == 1 else {"moves": words}
+            named |= dict.fromkeys(parts, parameters | {"function": "unchanged"})
 
     def told(pair: Pair, cause: Cause) -> Cause:
         if pair.name in named:
@@ -202,6 +224,22 @@ def _moved_factors(causes: Told, context: Context) -> Told:
     return [(pair, told(pair, cause)) for pair, cause in causes]
 
 
+def _joined(moves: Iterable[_Cancelled]) -> list[list[_Cancelled]]:
+    """Puts moves together that have a tensor in common, which has factors of both."""
+    groups: list[list[_Cancelled]] = []
+    for move in moves:
+        touching = [group for group in groups if any(set(move.parts) & set(other.parts) for other in group)]
+        groups = [group for group in groups if group not in touching]
+        groups.append([*(other for group in touching for other in group), move])
+    return groups
+
+
+def _on_both_sides(name: str, together: Sequence[_Cancelled], context: Context) -> bool:
+    """Whether the factors of both sides of a tensor cancel, and what one side lacks the other has."""
+    halves = [cancelled.halves[name] for cancelled in together if name in cancelled.halves]
+    return len(halves) == 2 and abs(halves[0] / halves[1] - 1) <= _slack(context.b[name])
+
+
 def _places(names: Iterable[str]) -> Iterator[tuple[str, _Move]]:
     prefixes = {name[: name.index(rest)] for name in names for _, rest in (split_layer(name),) if rest != name}
     for prefix in sorted(prefixes):
@@ -210,41 +248,54 @@ def _places(names: Iterable[str]) -> Iterator[tuple[str, _Move]]:
     yield "", _LAST
 
 
-def _cancel(prefix: str, move: _Move, rescaled: Mapping[str, Cause], context: Context) -> list[str] | None:
+def _cancel(prefix: str, move: _Move, rescaled: Mapping[str, Cause], context: Context) -> _Cancelled | None:
     """Returns the tensors that were changed together if the factors of the source and of its readers cancel."""
     source = f"{prefix}{move.source}.weight"
-    readers = [f"{prefix}{name}.weight" for name in move.into]
     if source not in context.a or source not in context.b:
         return None
     factors = _factors_of(source, rescaled, context)
     if factors is None:
         return None
-    parts = [source]
+    # Of a tensor with factors on both sides these are known but for a number.
+    open_ = len(_factors(source, rescaled)) > 1
+    parts, halves = [source], dict[str, float]()
     if len(context.a[source].shape) > 1 and (bias := f"{prefix}{move.source}.bias") in context.a:
         # What is added in front of the reader has to be scaled, too.
         ratio = _ratio(context.a[bias], context.b.get(bias))
-        if ratio is None or not _ones(ratio / factors, context.a[bias], ratio == ratio):
+        number = None if ratio is None else _number(ratio / factors, context.a[bias], ratio == ratio, any_=open_)
+        if number is None:
             return None
+        factors, open_ = factors * number, False
+        halves |= {source: 1 / number} if len(_factors(source, rescaled)) > 1 else {}
         parts.append(bias)
-    for reader in readers:
-        if reader not in context.a:
+    for reader in (f"{prefix}{name}.weight" for name in move.into):
+        if reader not in context.a or 1 not in _factors(reader, rescaled):
             return None
-        cause = rescaled.get(reader)
-        if cause is None or cause.factors is None or cause.parameters.get("axis") != 1:
+        theirs = _factors(reader, rescaled)
+        mine = _repeated(factors, theirs[1], context) if move.heads else factors
+        both = len(theirs) > 1
+        if mine.shape != theirs[1].shape or (both and open_):
             return None
-        mine = _repeated(factors, cause.factors, context) if move.heads else factors
-        if mine.shape != cause.factors.shape or not _ones(mine * cause.factors, context.b[reader]):
+        number = _number(mine * theirs[1], context.b[reader], any_=both or open_)
+        if number is None:
             return None
+        if both:
+            halves[reader] = 1 / number
+        elif open_:
+            halves[source], factors, open_ = number, factors / number, False
         parts.append(reader)
-    return parts
+    return _Cancelled(move, tuple(parts), halves)
+
+
+def _factors(name: str, rescaled: Mapping[str, Cause]) -> Mapping[int, np.ndarray]:
+    return (rescaled[name].factors if name in rescaled else None) or {}
 
 
 def _factors_of(name: str, rescaled: Mapping[str, Cause], context: Context) -> np.ndarray | None:
     """Returns the factor that each output channel of a tensor was multiplied by."""
     if len(context.a[name].shape) == 1:
         return _ratio(context.a[name], context.b[name])
-    cause = rescaled.get(name)
-    return cause.factors if cause is not None and cause.parameters.get("axis") == 0 else None
+    return _factors(name, rescaled).get(0)
 
 
 def _ratio(before: Tensor, after: Tensor | None) -> np.ndarray | None:
@@ -267,8 +318,17 @@ def _repeated(factors: np.ndarray, wanted: np.ndarray, context: Context) -> np.n
     return np.repeat(factors.reshape(-1, config.head_dim), times, 0).reshape(-1)
 
 
-def _ones(products: np.ndarray, tensor: Tensor, where: np.ndarray | None = None) -> bool:
-    """Whether nearly all products are 1, as far as the rounding of both factors tells."""
-    slack = {"f32": 1e-4, "f64": 1e-4, "f16": 2e-3}.get(tensor.dtype.name, 1.2e-2)
+def _number(
+    products: np.ndarray, tensor: Tensor, where: np.ndarray | None = None, *, any_: bool = False
+) -> float | None:
+    """Returns 1, or `any_` number, if nearly all products are that, as far as the rounding of both factors tells."""
     told = np.isfinite(products) if where is None else np.isfinite(products) & where
-    return bool(told.any() and np.mean(np.abs(products[told] - 1) <= slack) >= 0.99)
+    if not told.any():
+        return None
+    number = float(np.median(products[told])) if any_ else 1.0
+    near = np.abs(products[told] - number) <= _slack(tensor) * abs(number)
+    return number if number and np.mean(near) >= 0.99 else None
+
+
+def _slack(tensor: Tensor) -> float:
+    return {"f32": 1e-4, "f64": 1e-4, "f16": 2e-3}.get(tensor.dtype.name, 1.2e-2)

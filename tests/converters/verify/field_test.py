@@ -14,8 +14,9 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.verify.comparison import Comparison, compare
+from apr_jax.converters.verify.diagnosis import column_groups, grids
 from apr_jax.converters.verify.findings import Finding
-from tests.battery import quantisers
+from tests.battery import damage_battery, quantisers
 from tests.battery.damage_battery import HEAD_DIM, Stored, Tensors, base, from_bits, stored, write
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -136,6 +137,44 @@ class QuantisedTest(FieldTestCase):
         }
         parameters = {"type": "int4", "scheme": "symmetric", "group": 64}
         self.assertEqual(self.only(before, changed).parameters, parameters)
+
+    @parameterized.product(bits=(4, 8), code=("F32", "F16"), scheme=("symmetric", "asymmetric"))
+    def test_field_act_order(self, bits, code, scheme):
+        """FIELD verify: int4 and int8 by GPTQ with act-order, dense -> that type, group 64, columns no neighbours"""
+        before = damage_battery.wide_trained(code)
+        quantiser = getattr(quantisers, scheme)(bits)
+        wanted = {"type": f"int{bits}", "scheme": scheme}
+        changed = {}
+        for name in before:
+            changed |= damage_battery.in_any_order(quantiser, 64, wanted)(before, name).changed
+        finding = self.only(before, changed)
+        self.assertEqual(finding.parameters, wanted | {"group": 64, "order": "act-order"})
+        self.assertIn("in groups of 64 columns, which are no neighbours (act-order)", finding.sentence)
+
+    def test_columns_that_share_no_scale_are_no_groups(self):
+        values = np.random.default_rng(0).normal(0, 0.02, (96, 512))
+        for name in ("f32", "bf16"):
+            stored_as = stored(values, {"f32": "F32", "bf16": "BF16"}[name]).f32.astype(float)
+
+            def read(rows, columns, values=stored_as, name=name):
+                some = values[np.ix_(rows, columns)]
+                return some, grids.rounding_error(some, name, affine=False)
+
+            self.assertEqual(column_groups.column_groups(values.shape, read), [])
+
+    @parameterized.parameters((64, 32), (64, 128))
+    def test_field_int4_of_int4(self, by, again):
+        """FIELD verify: int4 with minima of what was so in other groups -> int4 asymmetric, the new groups"""
+        before = {
+            name: stored(quantisers.grouped(tensor.f32, by, quantisers.real_zero(4)), "F32")
+            for name, tensor in damage_battery.wide_trained("F32").items()
+        }
+        changed = {
+            name: stored(quantisers.grouped(tensor.f32, again, quantisers.real_zero(4)), "F32")
+            for name, tensor in before.items()
+        }
+        wanted = {"type": "int4", "scheme": "asymmetric", "group": again}
+        self.assertEqual(self.only(before, changed).parameters, wanted)
 
 
 class ShapeTest(FieldTestCase):
@@ -304,6 +343,55 @@ class ChannelsTest(FieldTestCase):
         finding = self.only(before, changed)
         short = [name.rsplit(".", 1)[-1] for name in (source, reader)]
         self.assertEqual(finding.parameters, {"from": short[0], "into": short[1:], "function": "unchanged"})
+
+    def folded_and_smoothed(self, code, readers, behind, times=1.0):
+        """The norm goes into its readers, the last of which hands scales on to what reads it, all it holds `times`."""
+        before = base(code)
+        changed = {}
+        for layer in (0, 1):
+            names = {role: f"model.layers.{layer}.{role}" for role in (*readers, behind)}
+            norm = names[readers[0]].rpartition(".")[0].replace("self_attn", "input_layernorm")
+            norm = norm.replace("mlp", "post_attention_layernorm") + ".weight"
+            for reader in readers:
+                weight = f"{names[reader]}.weight"
+                changed[weight] = stored(before[weight].f32 * before[norm].f32, code)
+            changed[norm] = stored(np.ones(64), code)
+            source, last = f"{names[readers[-1]]}.weight", f"{names[behind]}.weight"
+            factor = np.exp(np.random.default_rng(layer).normal(0, 0.4, before[source].shape[0])).astype("<f4")
+            values = before[source].f32 * before[norm].f32 * factor[:, None] * np.float32(times)
+            changed[source] = stored(values, code)
+            bias = source.replace("weight", "bias")
+            if bias in before:
+                changed[bias] = stored(before[bias].f32 * factor, code)
+            repeated = np.repeat(factor.reshape(-1, HEAD_DIM), before[last].shape[1] // len(factor), 0).reshape(-1)
+            changed[last] = stored(before[last].f32 / repeated, code)
+        return before, changed
+
+    @parameterized.product(
+        code=("BF16", "F32", "F16"),
+        at=(
+            (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"),
+        ),
+    )
+    def test_field_factors_on_both_sides(self, code, at):
+        """FIELD verify: a norm folded in and scales handed on, in one matrix -> both moved, the function is the same"""
+        finding = self.only(*self.folded_and_smoothed(code, *at))
+        short = [name.rsplit(".", 1)[-1] for name in (*at[0], at[1])]
+        norm = "post_attention_layernorm" if "mlp" in at[1] else "input_layernorm"
+        moves = [{"from": norm, "into": short[:-1]}, {"from": short[-2], "into": short[-1:]}]
+        self.assertEqual(finding.cause, "rescaled-channels")
+        self.assertEqual(finding.parameters["function"], "unchanged")
+        self.assertCountEqual(finding.parameters["moves"], moves)
+
+    @parameterized.parameters("mlp", "self_attn")
+    def test_factors_on_both_sides_whose_product_is_off_change_the_function(self, block):
+        readers = ("gate", "up") if block == "mlp" else ("q", "k", "v")
+        names = tuple(f"{block}.{role}_proj" for role in readers)
+        behind = f"{block}.{'down' if block == 'mlp' else 'o'}_proj"
+        found = self.verified(*self.folded_and_smoothed("BF16", names, behind, times=1.25)).findings
+        said = {finding.parameters["function"] for finding in found if finding.cause == "rescaled-channels"}
+        self.assertEqual(said, {"changed"})
 
     def test_field_factors_that_nothing_makes_up_for(self):
         """FIELD verify: q, k, v times a factor for each channel, the norm kept -> rescaled, the function changed"""

@@ -138,6 +138,16 @@ SAID = (
     ),
     (
         "rescaled-channels",
+        {"moves": [{"from": "norm", "into": ["up"]}, {"from": "up", "into": ["down"]}], "function": "unchanged"},
+        "factors of channels moved from norm into up, and from up into down: the function is the same",
+    ),
+    (
+        "rescaled-channels",
+        {"axis": "both", "function": "changed"},
+        "each row and each column multiplied by a factor of its own; no",
+    ),
+    (
+        "rescaled-channels",
         {"axis": 1, "function": "changed"},
         "each column multiplied by a factor of its own; no",
     ),
