@@ -3,8 +3,8 @@
     calls = file_faults.recorded(folder, action)             a clean run: what is called, in order
     with file_faults.planted(folder, fault, at): action()    call number `at` goes wrong
 
-Signals that interrupt a call are not among the faults: Python repeats the call before anybody sees them (PEP 475).
-`tests/hostile/system_faults.py` plants them below Python, in the system calls.
+Signals that interrupt a call are not among the faults: Python repeats the call before anybody sees them (PEP 475);
+tests/hostile/CRASHES.md has how they were planted below Python, in the system calls.
 """
 
 from __future__ import annotations

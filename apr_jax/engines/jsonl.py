@@ -36,7 +36,7 @@ def read(path: pathlib.Path, config: Qwen2Config) -> Found:
 
 def _line(line: bytes, number: int, path: pathlib.Path, config: Qwen2Config) -> tuple[list[int], np.ndarray]:
     content = strict_json.loads(
-        line, what=f"line {number}", max_bytes=bounded.MAX_TEXT, per_byte=12, file=os.fspath(path)
+        line, what=f"line {number}", max_bytes=bounded.MAX_TEXT, per_byte=14, file=os.fspath(path)
     )
     content = content if isinstance(content, dict) else {}
     tokens = next((content[name] for name in _TOKENS if isinstance(content.get(name), list)), None)

@@ -217,7 +217,9 @@ def _open_single(path: str, source: SourceFile, side_files: SideFiles, warnings:
     embedded = metadata.get(SAFETENSORS_SOURCE_FILES_KEY)
     if embedded is not None:
         limit = safetensors_format.MAX_HEADER_BYTES
-        decoded = strict_json.loads(embedded.encode(), what="the list of side files", max_bytes=limit, file=path)
+        decoded = strict_json.loads(
+            embedded.encode(), what="the list of side files", max_bytes=limit, wide=True, file=path
+        )
         side_files = _embedded_files(decoded, path)
     tensors = list(_tensors(source, header))
     incomplete = recognise(

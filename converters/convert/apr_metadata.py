@@ -238,7 +238,7 @@ def _configured(files: Mapping[str, bytes], known: Mapping[str, int]) -> dict[st
 
 def _parse(files: Mapping[str, bytes], name: str) -> Any:
     return strict_json.loads(
-        files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, per_byte=strict_json.TOKENIZER, file=name
+        files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, per_byte=strict_json.TOKENIZER, wide=True, file=name
     )
 
 
@@ -310,7 +310,9 @@ def foreign_from_safetensors(source_metadata: Mapping[str, str]) -> dict[str, An
     text = source_metadata.get(FOREIGN_METADATA)
     if text is None:
         return None
-    parsed = strict_json.loads(text.encode(), what=FOREIGN_METADATA, max_bytes=_MAX_SIDE_FILE_BYTES)
+    parsed = strict_json.loads(
+        text.encode(), what=FOREIGN_METADATA, max_bytes=_MAX_SIDE_FILE_BYTES, per_byte=strict_json.METADATA, wide=True
+    )
     if not isinstance(parsed, dict):
         raise BrokenContainerError(f"{FOREIGN_METADATA} is no object", code="metadata-type")
     return parsed

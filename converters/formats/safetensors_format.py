@@ -114,6 +114,7 @@ def parse_header(header: Bytes, file_size: int, *, file: str | None = None) -> S
         what="the header",
         max_bytes=MAX_HEADER_BYTES,
         max_depth=3,
+        wide=True,
         file=file,
         offset=PREFIX_BYTES,
     )

@@ -1,9 +1,10 @@
 """JSON as container headers need it: nothing is guessed, nothing is lost, and a hostile text costs little.
 
 Reading refuses what `json` lets through: duplicate keys, NaN and Infinity, byte-order marks, unpaired surrogates,
-numbers of absurd length, nesting beyond a limit. Everything has a price: what the objects of a text will take in memory
-is added up in one pass over its bytes, piece by piece, and a text beyond the budget is refused before anything is made
-of it. Then the C scanner of the standard library reads, so that 20 MB of tokenizer take a fraction of a second.
+numbers of absurd length, nesting beyond a limit. Everything has a price: what the letters and objects of a text will
+take in memory is added up in one pass over its bytes, piece by piece, and a text beyond the budget is refused before
+anything is made of it. Then the C scanner of the standard library reads, so that 20 MB of tokenizer take a fraction of
+a second.
 
 Numbers keep their spelling (`SpeltFloat`): an object that `apr` wrote is written back byte for byte, `0.000001`
 included, where Python alone would print `1e-06`. Format: apr-v2-format section 3.2.
@@ -11,6 +12,9 @@ included, where Python alone would print `1e-06`. Format: apr-v2-format section 
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
 import json
 import math
 import re
@@ -24,22 +28,38 @@ from apr_jax.converters.storage.crc import Bytes
 # Longest spelling of a number that is believed; a float64 needs 24 characters, an unsigned 64-bit integer 20.
 _MAX_NUMBER_CHARACTERS = 100
 _MAX_DEPTH = 64
-# What CPython takes for each, in bytes: an object or array, a key with its place in a table and what the scanner keeps
-# of it meanwhile, a string, a number or literal, and what a float adds that remembers its spelling.
-_CONTAINER, _KEY, _STRING, _SCALAR, _FLOAT = 96, 100, 56, 32, 110
+# What CPython takes for each beside its letters, in bytes: an object or array, a key with its place in a table and what
+# the scanner keeps of it meanwhile, the same where the key has been there before, a string, a number or literal, and
+# what a float adds that remembers its spelling; it takes time as well, as much as if it had 160 bytes.
+_CONTAINER, _KEY, _KEY_AGAIN, _STRING, _SCALAR, _FLOAT = 96, 136, 90, 64, 32, 160
+# What a string takes beyond that if it is not of ASCII alone.
+_NOT_ASCII = 24
+_SHORT = 64
 _BUDGET_BYTES = 48 << 20
-TOKENIZER = 3.0
+TOKENIZER = 6.0
 """`per_byte` for tokenizers, whose merges are pairs of short texts: one of 260,000 tokens has 33 MB."""
+METADATA = 2.0
+"""`per_byte` for metadata of `.apr`, which hold a vocabulary beside the files of a tokenizer."""
 _PIECE_BYTES = 1 << 18
 # The C scanner recurses; below this many levels it is far from the interpreter's own limit.
 _SAFE_DEPTH = 200
+
+_KEYS = re.compile(rb'"([^"]*)"[ \t\r\n]*:')
+# Levels that are taken off brackets by replacing before the rest is counted, and what each bracket does to the level.
+_ROUNDS = 4
+_STEPS = [{ord("["): 1, ord("]"): -1}.get(byte, 0) for byte in range(256)]
 
 _NOT_STRUCTURAL = bytes(set(range(256)) - set(b'"[]{},:.eE'))
 _BRACES_AS_BRACKETS, _NOT_BRACKETS = bytes.maketrans(b"{}", b"[]"), b",:.eE"
 _DIGITS_AS_ZEROS = bytes(ord("0") if byte in b"0123456789" else byte for byte in range(256))
 # Half of what is believed: wherever a text is cut into pieces, one of the two halves shows it.
 _LONG_NUMBER = b"0" * (_MAX_NUMBER_CHARACTERS // 2)
+# Bytes of UTF-8: those that no letter begins with, and those that begin one beyond U+FFFF; then how an escaped one
+# begins, and some that are not beyond.
+_CONTINUING, _BEYOND_FFFF = bytes(range(0x80, 0xC0)), (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4")
+_ESCAPED_BEYOND_FFFF = (b"\\ud", b"\\uD")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_new_float = float.__new__
 _encode_string = json.JSONEncoder(ensure_ascii=False).encode
 _encode_plain = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -51,7 +71,7 @@ class SpeltFloat(float):
     text: str
 
     def __new__(cls, value: float, text: str | None = None) -> SpeltFloat:
-        number = super().__new__(cls, value)
+        number = float.__new__(cls, value)
         number.text = _decimal_text(float.__repr__(number), 16, -5) if text is None else text
         return number
 
@@ -82,6 +102,7 @@ def loads(
     max_bytes: int,
     max_depth: int = _MAX_DEPTH,
     per_byte: float = 1.0,
+    wide: bool = False,
     file: str | None = None,
     offset: int = 0,
 ) -> Any:
@@ -92,7 +113,9 @@ def loads(
       what: What the text is, for error messages ("the metadata").
       max_bytes: Longest text accepted.
       max_depth: Deepest nesting accepted; `[]` has depth 1.
-      per_byte: What the objects may take in memory for each byte of the text, beyond 48 MB.
+      per_byte: What the decoded text and its values may take in memory for each byte of it, beyond 48 MB.
+      wide: Whether letters cost no more than the bytes that they have here: for what holds whole tokenizers, which may
+        have any letter. Python takes four bytes for each letter of a text that has one beyond U+FFFF.
       file: The file it comes from, for error messages.
       offset: Where it begins in that file, for error messages.
 
@@ -108,7 +131,8 @@ def loads(
         raise reader.error("is too large", "json-size", found=f"{len(data)} bytes", expected=f"at most {max_bytes}")
     if bytes(data[:3]) == b"\xef\xbb\xbf":
         raise reader.error("begins with a byte-order mark", "json-utf8")
-    census = _Census(reader, _BUDGET_BYTES + int(per_byte * len(data)), max_depth)
+    letters = _WideLetters() if wide else _Letters()
+    census = _Census(reader, _BUDGET_BYTES + int(per_byte * len(data)), max_depth, letters)
     too_deep = census.take(data)
     try:
         text = str(data, "utf-8")
@@ -124,19 +148,20 @@ def loads(
     return value
 
 
-def check_limits(data: Bytes, *, what: str) -> None:
+def check_limits(data: Bytes, *, what: str, per_byte: float) -> None:
     """Checks text that is about to be written against the limits that `loads` has for it when it comes back.
 
     Args:
       data: What `dumps` returned.
-      what: As `loads`.
+      what, per_byte: As `loads`, which will be told that the letters are wide.
 
     Raises:
       RefusedError: Codes "json-depth", "json-count".
     """
     reader = _Reader(what, None, 0)
     try:
-        if _Census(reader, _BUDGET_BYTES + len(data), _MAX_DEPTH).take(data):
+        budget = _BUDGET_BYTES + int(per_byte * len(data))
+        if _Census(reader, budget, _MAX_DEPTH, _WideLetters()).take(data):
             raise reader.error("is nested too deeply", "json-depth", expected=f"at most {_MAX_DEPTH} levels")
     except BrokenContainerError as error:
         raise RefusedError(
@@ -194,7 +219,8 @@ class _Reader:
             parse_constant=self._constant,
         )
         try:
-            return decoder.decode(text)
+            with _no_collection():
+                return decoder.decode(text)
         except json.JSONDecodeError as error:
             at = sum(
                 len(text[i : min(i + _PIECE_BYTES, error.pos)].encode()) for i in range(0, error.pos, _PIECE_BYTES)
@@ -212,10 +238,12 @@ class _Reader:
         return value
 
     def _float(self, text: str) -> SpeltFloat:
-        value = float(text) if len(text) <= _MAX_NUMBER_CHARACTERS else math.inf
-        if math.isinf(value):
+        # Not by the constructor: this is called hundreds of thousands of times.
+        number = _new_float(SpeltFloat, text if len(text) <= _MAX_NUMBER_CHARACTERS else "inf")
+        if math.isinf(number):
             raise self.error("has a number out of range", "json-number", found=text[:40])
-        return SpeltFloat(value, text)
+        number.text = text
+        return number
 
     def _int(self, text: str) -> int | SpeltFloat:
         if len(text) > _MAX_NUMBER_CHARACTERS:
@@ -224,6 +252,18 @@ class _Reader:
 
     def _constant(self, text: str) -> Any:
         raise self.error("has a number that JSON does not know", "json-number", found=text)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Lets no garbage be looked for: nothing that is parsed has cycles, and looking takes as long as parsing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Census:
@@ -236,10 +276,11 @@ class _Census:
       odd_integers: Whether there may be integers that are too long, or a -0: they are looked at one by one.
     """
 
-    def __init__(self, reader: _Reader, budget: int, max_depth: int):
+    def __init__(self, reader: _Reader, budget: int, max_depth: int, letters: _Letters):
         self.odd_integers = False
         self._reader, self._budget, self._max_depth = reader, budget, max_depth
-        self._quotes = self._commas = self._keys = self._floats = self._containers = 0
+        self._quotes = self._commas = self._keys = self._again = self._floats = self._containers = 0
+        self._letters = letters
         self._brackets: list[bytes] = []
 
     def take(self, data: Bytes) -> bool:
@@ -252,10 +293,8 @@ class _Census:
         at = 0
         while at < len(data):
             piece = bytes(data[at : at + _PIECE_BYTES])
-            # An escape is not cut in two: of the backslashes at the end, an odd one waits.
-            odd = (len(piece) - len(piece.rstrip(b"\\"))) % 2
-            if odd and at + len(piece) < len(data):
-                piece = piece[:-1]
+            if at + len(piece) < len(data):
+                piece = _without_escape_at_end(piece)
             at += len(piece)
             self._look_at_integers(piece, bytes(data[at : at + 1]))
             self._add(piece)
@@ -269,12 +308,16 @@ class _Census:
         # A -0 is kept as a float, too; those within strings do no harm.
         self._floats += piece.count(b"-0")
         if b"\\" in piece:
-            piece = piece.replace(b"\\\\", b"").replace(b'\\"', b"")
+            piece = piece.replace(b"\\\\", b"_").replace(b'\\"', b"_")
+        self._letters.add(piece, within=self._quotes % 2 == 1)
         parts = piece.translate(None, _NOT_STRUCTURAL).split(b'"')
         outside = b"".join(parts[self._quotes % 2 :: 2])
         self._quotes += len(parts) - 1
         self._commas += outside.count(b",")
-        self._keys += outside.count(b":")
+        if b":" in outside:
+            keys = _KEYS.findall(piece)
+            self._again += len(keys) - len(set(keys))
+            self._keys += outside.count(b":")
         # Those with a point or an exponent; true and false have the letter as well.
         self._floats += outside.count(b".") + outside.count(b"e") + outside.count(b"E")
         brackets = outside.translate(_BRACES_AS_BRACKETS, _NOT_BRACKETS)
@@ -284,28 +327,138 @@ class _Census:
         # Every value but the first one of a container, and every member, has a comma before it.
         scalars = max(0, self._commas + 1 - (strings - self._keys))
         price = self._containers * _CONTAINER + self._keys * _KEY + strings * _STRING
-        price += scalars * _SCALAR + min(self._floats, scalars) * _FLOAT
+        price -= self._again * (_KEY + _STRING - _KEY_AGAIN)
+        price += scalars * _SCALAR + min(self._floats, scalars) * _FLOAT + self._letters.price()
         if price > self._budget:
             self._is_deep()
             raise self._reader.error(
                 "has more objects, texts and numbers than such a file needs",
                 "json-count",
-                found=f"{self._containers} objects and arrays, {strings} texts, {scalars} numbers up to there",
+                found=f"{self._containers} objects and arrays, {strings} texts, {scalars} numbers up to there, "
+                f"{self._letters}",
                 expected=f"what fits into {self._budget >> 20} MB",
             )
 
     def _is_deep(self) -> bool:
         brackets = b"".join(self._brackets)
-        for _ in range(self._max_depth):
-            fewer = brackets.replace(b"[]", b"")
-            if len(fewer) == len(brackets):
-                # Nothing, or what no further round changes: closed ones, then open ones.
-                break
-            brackets = fewer
-        if brackets.count(b"[") > _SAFE_DEPTH:
+        # Most of them are closed at once; each round takes one level from all that is nested.
+        rounds = 0
+        while rounds < _ROUNDS and len(fewer := brackets.replace(b"[]", b"")) < len(brackets):
+            brackets, rounds = fewer, rounds + 1
+        if brackets.count(b"]") > brackets.count(b"["):
+            # The parser comes to where it is broken, and how many these are has no price.
+            return False
+        depth = rounds + max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0)
+        if depth > max(_SAFE_DEPTH, self._max_depth):
             expected = f"at most {self._max_depth} levels"
             raise self._reader.error("is nested too deeply", "json-depth", expected=expected)
-        return bool(brackets)
+        return depth > self._max_depth
+
+
+def _without_escape_at_end(piece: bytes) -> bytes:
+    """Returns what no cut behind it parts an escape in two: without an escape that begins in the last six bytes."""
+    _, backslash, rest = piece[-6:].rpartition(b"\\")
+    before = piece[: len(piece) - len(rest)]
+    odd = (len(before) - len(before.rstrip(b"\\"))) % 2
+    return before[:-1] if backslash and odd else piece
+
+
+class _Letters:
+    """Adds up what the letters of a text take: once as a whole, and once in the values that are made of it.
+
+    Python keeps all letters of a text as wide as the widest: 1, 2 or 4 bytes.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._width, self._values = 0, 1, 0
+        # The text that goes on in the next piece, and what making one takes for a moment, at most.
+        self._open_count, self._open_width, self._moment = 0, 1, 0
+
+    def __str__(self) -> str:
+        return f"{self._count} letters of {self._width} bytes"
+
+    def price(self) -> int:
+        # While the whole is made wider there are two of it.
+        whole = self._count * (self._width if self._width == 1 else self._width + 1)
+        return whole + self._values + self._moment
+
+    def add(self, piece: bytes, *, within: bool) -> None:
+        """Adds a piece without escaped quotes; `within`: whether it begins in the middle of a text."""
+        if not within:
+            self._open_count, self._open_width = 0, 1
+        if piece.isascii() and b"\\u" not in piece and self._open_width == 1:
+            self._count += len(piece)
+            self._values += len(piece)
+            # Where there is no quote this is 0, and the text goes on.
+            last = piece.rfind(b'"') + 1
+            self._open_count = len(piece) - last + (0 if last else self._open_count)
+            self._moment = max(self._moment, self._open_count // 4)
+        else:
+            self._count += _count(piece)
+            self._width = max(self._width, _width(piece))
+            self._values += _decoded_count(piece)
+            parts = piece.split(b'"')
+            texts = parts[not within :: 2]
+            if within:
+                self._go_on(texts.pop(0))
+            self._widen(texts)
+            if len(parts) > 1:
+                self._open_count, self._open_width = _decoded_count(parts[-1]), _decoded_width(parts[-1])
+
+    def _go_on(self, text: bytes) -> None:
+        """Adds the next part of a text that has begun; it may make wider what there was of it."""
+        count, width = _decoded_count(text), max(self._open_width, _decoded_width(text))
+        self._values += self._open_count * (width - self._open_width) + count * (width - 1)
+        # A text with escapes is given a quarter more room than it needs; while it is made wider there are two of it.
+        narrow = self._open_count * self._open_width if width > self._open_width else 0
+        self._moment = max(self._moment, (self._open_count + count) * width // 4 + narrow)
+        self._open_count, self._open_width = self._open_count + count, width
+
+    def _widen(self, texts: list[bytes]) -> None:
+        """Adds what texts take beyond one byte for each letter."""
+        joined = b"".join(texts)
+        if b"\\u" not in joined:
+            wide = [text for text in texts if not text.isascii()]
+        elif joined.isascii():
+            wide = [text for text in texts if b"\\u" in text]
+        else:
+            wide = [text for text in texts if b"\\u" in text or not text.isascii()]
+        joined = b"".join(wide)
+        self._values += _NOT_ASCII * len(wide) + _decoded_count(joined)
+        marks = [mark for mark in (*_BEYOND_FFFF, *_ESCAPED_BEYOND_FFFF) if mark in joined]
+        if marks and len(joined) > _SHORT * len(wide):
+            joined = b"".join([text for text in wide if any(mark in text for mark in marks)])
+        # Of short ones all count as four bytes wide where one is: what they take is mostly the string itself.
+        self._values += 2 * _decoded_count(joined) if marks else 0
+
+
+class _WideLetters(_Letters):
+    """The same where a letter costs what it takes in the file, however wide it makes others."""
+
+    def add(self, piece: bytes, *, within: bool) -> None:
+        self._count += len(piece)
+        self._values += len(piece)
+
+
+def _count(text: bytes) -> int:
+    return len(text) if text.isascii() else len(text.translate(None, _CONTINUING))
+
+
+def _decoded_count(text: bytes) -> int:
+    return _count(text) - 5 * text.count(b"\\u")
+
+
+def _width(text: bytes) -> int:
+    """Returns how many bytes Python takes for a letter of a text, at most: Latin-1 is not told from what is beyond."""
+    if text.isascii():
+        return 1
+    return 4 if any(first in text for first in _BEYOND_FFFF) else 2
+
+
+def _decoded_width(text: bytes) -> int:
+    if b"\\u" not in text:
+        return _width(text)
+    return 4 if any(mark in text for mark in _ESCAPED_BEYOND_FFFF) else max(2, _width(text))
 
 
 def _refuse_surrogates(value: Any, reader: _Reader) -> None:

@@ -321,6 +321,8 @@ case("59 bytes of nothing", st({}, bytes(4)), "trailing-bytes")
 case("60 too many tensors", st(("{" + ",".join(f'"{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in
  range(100_001)) + "}").encode()), "json-count")  # fmt: skip
 accepted("61 no tensors", st({}))
+WIDE_FILE = '"tokenizer.json":"😀'.encode() + b"a" * 6_000_000 + b'"'
+accepted("61 no tensors, a file with a wide letter", st(b'{"__metadata__":{' + WIDE_FILE + b"}}"))
 accepted("62 a scalar", one(shape=[]))
 accepted("63 a shape with a zero", one(b"", shape=[3, 0], offsets=[0, 0]))
 accepted("64 padded with blanks", st(json.dumps({"a": entry()}).encode() + b" " * 1000, bytes(4)))
@@ -428,6 +430,9 @@ case("122 a key twice", shards(None, text=b'{"weight_map":{},"weight_map":{}}'),
 case("123 many shards", shards({"weight_map": {str(n): f"{n}.safetensors" for n in range(5000)}}), "shard-count")
 case("123 a million shards", shards(None, text=b'{"weight_map":{' + b",".join(
     b'"%d":"%d.safetensors"' % (n, n) for n in range(10**6)) + b"}}"), "json-count")  # fmt: skip
+for letter in ("😀", r"\ud83d\ude00"):
+    case(f"123 a shard of 20 MB that ends with {letter}", shards(None, text=b'{"weight_map":{"a":"' + b"a" * 20_000_000
+         + letter.encode() + b'"}}'), "json-count")  # fmt: skip
 
 # --- numbers that need something else than the container alone
 
@@ -538,6 +543,7 @@ for number, width in ((3, 16), (6, 32), (7, 32)):
 for number, name, width in ((12, "q4_k", 143), (12, "q4_k", 145), (14, "q6_k", 209)):
     case(f"99 {name} of 31 values in {width} bytes", apr(tensors=((b"a", number, (31,), 0, width),)), "size-mismatch")
 accepted("110 metadata {}", apr(b"{}"))
+accepted("110 a file with a wide letter", apr(b'{"source_files":{' + WIDE_FILE + b"}}"))
 
 
 def twice_held(equal: bool) -> Make:

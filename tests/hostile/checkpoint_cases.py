@@ -355,6 +355,8 @@ TEXTS = (
     (b"\xff", "json-utf8"),
     (b'{"a":"\\ud800"}', "json-surrogate"),
     (b'{"a":[' + b"0.5," * 3_000_000 + b"0]}", "json-count"),
+    # One letter makes a text four times as wide as it is in the file.
+    ('{"a":"😀'.encode() + b"a" * 12_000_000 + b'"}', "json-count"),
 )
 for content, code in TEXTS:
     case(f"config.json: {content[:20].decode('latin-1') or 'empty'}", beside(config__json=content), code, opens=config)

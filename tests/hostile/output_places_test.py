@@ -125,10 +125,10 @@ class LinksTest(OutputPlacesTestCase):
 
 
 class PlacesTest(OutputPlacesTestCase):
-    def refused(self, path: object, to: str = "apr", **arguments: object) -> AprJaxError:
+    def refused(self, path: object, to: str = "apr", *, model: object = None, **arguments: object) -> AprJaxError:
         before = self.names()
         with self.assertRaises(AprJaxError) as caught:
-            convert(self.models[0], path, to=to, **arguments)
+            convert(model or self.models[0], path, to=to, **arguments)
         self.assertEqual(self.names(), before)
         return caught.exception
 
@@ -171,17 +171,47 @@ class PlacesTest(OutputPlacesTestCase):
             self.assertEqual((error.code, error.exit_code), (code, 7))
             self.assertIn(os.strerror(number).lower(), str(error))
 
-    def test_a_read_only_folder(self):
+    def mounted(self, options: str) -> pathlib.Path:
+        """Returns a folder of the work folder that is a disk of its own."""
         place = self.work / "mount"
         place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], capture_output=True, text=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
         if done.returncode:
             self.skipTest(f"no tmpfs can be mounted: {done.stderr.strip()}")
         self.addCleanup(subprocess.run, ["umount", place], check=True)
+        return place
+
+    def test_a_read_only_folder(self):
+        place = self.mounted("ro")
         for to, name in (("apr", "m.apr"), ("safetensors", "m")):
             error = self.refused(place / name, to=to)
             self.assertIsInstance(error, StorageError)
             self.assertEqual(error.code, "read-only")
+
+    @parameterized.parameters("size=32k", "nr_inodes=4")
+    def test_a_disk_that_is_too_small(self, options):
+        place = self.mounted(options)
+        if "inodes" in options:
+            for name in ("a", "b", "c"):
+                (place / name).touch()
+        stood = sorted(os.listdir(place))
+        for to, name in (("apr", "m.apr"), ("safetensors", "m")):
+            error = self.refused(place / name, to=to, force=True, model=paths.checkpoint("gqa_tied_bf16"))
+            self.assertEqual((error.code, error.exit_code), ("no-space", 7), error)
+            self.assertEqual(sorted(os.listdir(place)), stood)
+
+    @parameterized.parameters(("apr", "m.apr"), ("safetensors", "m"))
+    def test_a_disk_on_which_an_output_fits_once_but_not_beside_the_old_one(self, to, name):
+        convert(self.models[1], self.work / name, to=to)
+        files = [file.stat().st_size for file in (self.work / name, *(self.work / name).rglob("*")) if file.is_file()]
+        page = os.sysconf("SC_PAGE_SIZE")
+        place = self.mounted(f"size={sum(-(-size // page) for size in files) * page}")
+        convert(self.models[1], place / name, to=to)
+        before = content(place / name)
+        error = self.refused(place / name, to=to, force=True)
+        self.assertEqual((error.code, error.exit_code), ("no-space", 7), error)
+        self.assertEqual(content(place / name), before)
+        self.assertEqual(os.listdir(place), [name])
 
     def test_a_folder_that_vanishes_while_the_output_is_written(self):
         gone = self.work / "gone"

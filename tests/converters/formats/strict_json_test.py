@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 import timeit
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -120,11 +121,15 @@ class RefusalTest(parameterized.TestCase):
     @parameterized.parameters(
         ("[", "[],", 402_000),
         ("[", "{},", 402_000),
-        ("[", '"a",', 900_000),
-        ("[", "0.5,", 370_000),
-        ("[", "1e5,", 370_000),
-        ("[", "17,", 1_700_000),
-        ("{", '"%06d":1,', 280_000),
+        ("[", '"a",', 740_000),
+        ("[", '"ć",', 530_000),
+        ("[", '"😀",', 452_000),
+        ("[", '"\\u0107",', 500_000),
+        ("[", '"' + 60 * "a" + '",', 396_000),
+        ("[", "0.5,", 257_000),
+        ("[", "1e5,", 257_000),
+        ("[", "17,", 1_437_000),
+        ("{", '"%06d":1,', 207_000),
         ("[", '{"a":[1]},', 160_000),
     )
     def test_what_objects_take_is_bounded_before_anything_is_built(self, opening, item, count):
@@ -134,6 +139,26 @@ class RefusalTest(parameterized.TestCase):
             with self.assertRaises(BrokenContainerError) as caught:
                 loads(opening + "".join(items) + "!")
             self.assertEqual(caught.exception.code, code, f"{factor}: {caught.exception}")
+
+    @parameterized.parameters("😀", r"\ud83d\ude00")
+    def test_one_letter_makes_a_text_four_times_as_dear_wherever_it_is(self, letter):
+        size, piece = 10_700_000, 1 << 18
+        for at in (0, *range(piece - 13, piece), size):
+            text = f'["{"a" * at}{letter}{"a" * (size - at)}"]'.encode()
+            self.assertEqual(self.refusal(text), "json-count", at)
+        self.assertIsNone(self.refusal(text, wide=True))
+        self.assertIsNone(self.refusal(f'["ć{"a" * size}"]'.encode()))
+        # Beside the text it costs nothing but the width of the whole, which an escape leaves as it is.
+        self.assertEqual(self.refusal(f'["{"a" * size}","{letter}"]'.encode()), None if "u" in letter else "json-count")
+
+    def refusal(self, data, **options):
+        """Returns the code with which a text is refused for its price; it is not parsed."""
+        try:
+            with mock.patch.object(json.JSONDecoder, "decode", return_value=None):
+                loads(data, **options)
+        except BrokenContainerError as error:
+            return error.code
+        return None
 
     def test_the_price_is_what_the_objects_take(self):
         """Measured: nothing that is accepted takes 25 % more than its price says."""
@@ -311,7 +336,8 @@ class CostTest(absltest.TestCase):
                 before = peak()
                 data = sys.stdin.buffer.read()
                 begin = time.thread_time()
-                value = strict_json.loads(data, what="the metadata", max_bytes=1 << 26)
+                value = strict_json.loads(
+                    data, what="the metadata", max_bytes=1 << 26, per_byte=strict_json.METADATA, wide=True)
                 print(len(data), time.thread_time() - begin, (peak() - before) / len(data))
                 assert strict_json.dumps(value) == data
         """)
