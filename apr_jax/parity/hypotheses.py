@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from apr_jax.parity import behind, confined, undumped
+from apr_jax.parity import behind, confined, joint, undumped
 from apr_jax.parity.faults.products import MULTIPLIED
 from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
 from apr_jax.parity.faults.table import FAULTS
@@ -85,7 +85,8 @@ def hypotheses(
         yield from _at_one_stage(question, plain)
     if not accepted:
         yield from _likeliest_of_one_layer(question, gap, before)
-    yield from behind.hypotheses(question, explained=bool(accepted))
+    if not sure or _has_number(sure):
+        yield from behind.hypotheses(question, explained=bool(accepted))
     if not accepted:
         yield from _in_one_layer(question, gap, before, came, sure)
     longer = [stack for stack in own if len(stack) > 1]
@@ -97,6 +98,9 @@ def hypotheses(
         yield from confined.hypotheses(question, lambda part: _singles(part, part.nodes[-1]), before)
     if gap:
         yield from _together(question)
+    if len(gap) >= _LONG and not accepted:
+        beside = [stack for stack in plain if not stack[0].fault.alone]
+        yield from joint.hypotheses(question, beside, lambda at: _solved(at, gap, _MOST_SOLVED), came, accepted)
     yield from sorted(longer, key=len)
     singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
     yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], came, sure)
@@ -208,6 +212,11 @@ def _with_numbers(question: Question, gap: Sequence[Key]) -> list[Mistake]:
                 variants = (each for each in fault.variants(question, node) if _is_open(fault, each))
                 found |= dict.fromkeys(fault.made(**each) for each in variants)
     return list(found)
+
+
+def _has_number(stacks: Sequence[Mistakes]) -> bool:
+    """Whether a mistake has a number, as a factor of a stage or a part of one has."""
+    return any(isinstance(value, float) for stack in stacks for mistake in stack for _, value in mistake.pairs)
 
 
 def _promising(question: Question, stacks: Sequence[Mistakes]) -> list[Mistakes]:

@@ -148,9 +148,14 @@ class Response:
         return pulled
 
     def _input(self, replay: Replay, layer: int | None) -> Value:
-        """The residual stream that a layer, or (None) the final norm, is given."""
+        """The residual stream that a layer, or (None) the final norm, is given; zeros where dumped stages stand between
+        it and the gap."""
         source = replay.stream_before(layer)
-        return self.values[source] if source in self.values else np.asarray(replay.theirs[source], np.float64)
+        if source in self.values:
+            return self.values[source]
+        if source in replay.theirs:
+            return np.asarray(replay.theirs[source], np.float64)
+        return np.zeros((*replay.inputs.input_ids.shape, replay.config.hidden_size))
 
     def moved(self, key: Key, change: Value) -> Value:
         """Returns what a change of one stage contributes along the difference and each direction, [1 + directions]."""
