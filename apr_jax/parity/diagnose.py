@@ -178,7 +178,10 @@ def _with_unshown(finding: Finding, replay: Replay, located: Localisation) -> Fi
         if site.stage not in fault.stages or site.wrong or not site.elements:
             continue
         number = {fault.grid.parameter: finding.parameters[fault.grid.parameter]}
-        mistake = fault.made(**{**next(iter(fault.variants(None, site.key)), {}), **number})
+        parameters = {**next(iter(fault.variants(None, site.key)), {}), **number}
+        if not finding.parameters.keys() <= parameters.keys():
+            break  # the number alone does not make it
+        mistake = fault.made(**parameters)
         some = dataclasses.replace(replay, rows=few)
         made, right = some.under((mistake,)).compute(site.key), some.look(site.stage, located.reference[site.key])
         window = replay.config.window_of(site.layer)

@@ -183,14 +183,16 @@ def _merged(group: Iterable[Sighting]) -> dict[str, Any]:
 
 def _finding(group: list[Sighting], num_layers: int) -> Finding:
     fault, explanations = group[0][0].fault, [explanation for _, explanation in group]
-    parameters = _merged(group)
+    parameters, stage = _merged(group), explanations[0].site.stage
+    if (where := group[0][0].stage) not in ("", stage):
+        parameters["where"] = f"{parameters['where']} of {where}" if "where" in parameters else where
+        parameters["stage"] = where
     found = sorted({layer for e in explanations for layer in e.layers_of(fault.name)})
     layers: tuple[int, ...] | str = "all" if found == list(range(num_layers)) and num_layers > 1 else tuple(found)
     alternatives = tuple(sorted({other for e in explanations for other in e.instead_of(fault.name)} - {fault.name}))
     before = max(e.before for e in explanations)
     after = max((e.after for e in explanations if e.after is not None), default=None)
     note = next((e.note for e in explanations if e.note), "")
-    stage = explanations[0].site.stage
     certainty = "unexplained" if fault.unexplained else ("ambiguous" if alternatives else "certain")
     text = sentence(fault, layers, stage, parameters, before, after, note)
     firsts = [explanation.site.first for explanation in explanations if explanation.site.first is not None]

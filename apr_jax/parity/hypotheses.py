@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from apr_jax.parity import confined, undumped
+from apr_jax.parity import behind, confined, joint, undumped
 from apr_jax.parity.faults.products import MULTIPLIED
 from apr_jax.parity.faults.record import Fault, Mistake, Mistakes
 from apr_jax.parity.faults.table import FAULTS
-from apr_jax.parity.localise import EPSILON
+from apr_jax.parity.localise import CLASS_OF, EPSILON
 from apr_jax.parity.question import Question
 from apr_jax.trace.stages import Key
 
@@ -33,6 +33,8 @@ _LIKE, _MOST_SOLVED = 0.98, 3
 """Of mistakes with a number the likest are solved for in single layers."""
 _MOST, _MOST_BEHIND_LONG = 3, 4
 """As many mistakes are stacked before one dumped stage."""
+_PROMISING, _MOST_PROMISING = 0.3, 100
+"""The least cosine between what a mistake is expected to change and the difference, and how many are made whole."""
 _NO_EFFECT = 1e-9
 """A mistake that changes less than this share of the difference cannot be seen at the stage."""
 FEW_BITS = 2.0**-12
@@ -78,9 +80,15 @@ def hypotheses(
     before = [*plain, *numerical]
     yield from plain
     if not sure:
-        yield from numerical
+        yield from _promising(question, numerical)
     if not sure:
         yield from _solved(question, gap)
+    if not accepted:
+        yield from _at_one_stage(question, plain)
+    if not accepted:
+        yield from _likeliest_of_one_layer(question, gap, before)
+    if not sure or _has_number(sure):
+        yield from behind.hypotheses(question, explained=bool(accepted))
     if not accepted:
         yield from _in_one_layer(question, gap, before, came, sure)
     longer = [stack for stack in own if len(stack) > 1]
@@ -93,6 +101,9 @@ def hypotheses(
         yield from confined.hypotheses(question, lambda part: _singles(part, part.nodes[-1]), before)
     if gap:
         yield from _together(question)
+    if len(gap) >= _LONG and not accepted:
+        beside = [stack for stack in plain if not stack[0].fault.alone]
+        yield from joint.hypotheses(question, beside, lambda at: _solved(at, gap, _MOST_SOLVED), came, accepted)
     yield from sorted(longer, key=len)
     singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
     yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], came, sure)
@@ -133,8 +144,14 @@ def _singles(question: Question, node: Key) -> Iterator[Mistakes]:
             if fault.solve not in solvers:
                 solvers.add(fault.solve)
                 yield from fault.solve(question)
-        elif not fault.grid:
-            yield from ((fault.made(**parameters),) for parameters in fault.variants(question, node))
+        else:
+            whole = (parameters for parameters in fault.variants(question, node) if not _is_open(fault, parameters))
+            yield from ((fault.made(**parameters),) for parameters in whole)
+
+
+def _is_open(fault: Fault, parameters: Mapping[str, Any]) -> bool:
+    """Whether a fault lacks its number, which is to be solved for."""
+    return fault.grid is not None and fault.grid.parameter not in parameters
 
 
 def _too_small_or_large(fault: Fault, question: Question) -> bool:
@@ -195,8 +212,56 @@ def _with_numbers(question: Question, gap: Sequence[Key]) -> list[Mistake]:
     for node in gap:
         for fault in FAULTS.values():
             if fault.grid is not None and _may_be_made(fault, node):
-                found |= dict.fromkeys(fault.made(**each) for each in fault.variants(question, node))
+                variants = (each for each in fault.variants(question, node) if _is_open(fault, each))
+                found |= dict.fromkeys(fault.made(**each) for each in variants)
     return list(found)
+
+
+def _has_number(stacks: Sequence[Mistakes]) -> bool:
+    """Whether a mistake has a number, as a factor of a stage or a part of one has."""
+    return any(isinstance(value, float) for stack in stacks for mistake in stack for _, value in mistake.pairs)
+
+
+def _promising(question: Question, stacks: Sequence[Mistakes]) -> list[Mistakes]:
+    """Those that are expected to change what there is to explain, the likest first; all where that is not known."""
+    response = question.response
+    if response is None:
+        return list(stacks)
+    likeness = {stack: response.likeness(stack[0]) for stack in stacks}
+    likely = (stack for stack in stacks if likeness[stack] > _PROMISING)
+    return sorted(likely, key=lambda stack: -likeness[stack])[:_MOST_PROMISING]
+
+
+def _at_one_stage(question: Question, plain: Sequence[Mistakes]) -> Iterator[Mistakes]:
+    """Mistakes that can be made at several stages of one kind, made at one of them: one of a layer's two norms."""
+    inside = {node.stage for node in question.nodes}
+    for (mistake,) in plain:
+        stages = [stage for stage in mistake.stages(question.replay) if stage in inside]
+        if len(stages) > 1 and len({CLASS_OF[stage] for stage in stages}) == 1:
+            yield from ((mistake.at(stage),) for stage in stages)
+
+
+def _likeliest_of_one_layer(question: Question, gap: Sequence[Key], before: Sequence[Mistakes]) -> Iterator[Mistakes]:
+    """Mistakes of one layer of several that are expected to change what there is to explain, the likest first."""
+    layers, response = sorted({node.layer for node in gap if node.layer is not None}), question.response
+    if len(layers) < 2 or response is None:
+        return
+    likeness: dict[Mistake, float] = {}
+    for (mistake,) in before:
+        for layer, moved in response.of(mistake).items():
+            if layer is not None:
+                likeness[mistake.in_layers(layer)] = float(response.predicted(moved).cosine)
+    likely = sorted((made for made in likeness if likeness[made] > _PROMISING), key=lambda made: -likeness[made])
+    yield from ((mistake,) for mistake in likely[:_MOST_PROMISING])
+    numbers: dict[Mistake, float] = {}
+    for base in _with_numbers(question, gap):
+        for made in undumped.some(base):
+            for layer, moved in response.of(made).items():
+                here = base.in_layers(layer)
+                numbers[here] = max(numbers.get(here, 0.0), float(response.predicted(moved).cosine))
+    likely = sorted((made for made in numbers if numbers[made] > _PROMISING), key=lambda made: -numbers[made])
+    for base in likely[:_MOST_SOLVED]:
+        yield from ((mistake,) for mistake in undumped.solve(question, base))
 
 
 def _in_one_layer(
@@ -211,12 +276,12 @@ def _in_one_layer(
     if len(layers) < 2:
         return
     likest = sorted(before, key=lambda stack: float(f"{came.get(stack, _NOWHERE).unlike:.2e}"))
-    for numerical in (False, True):
+    for numerical in (False, True) if question.response is None else (False,):
         for (mistake,) in (stack for stack in likest if _is_numerical(stack[0]) == numerical):
             for layer in layers:
                 if not sure or _is_like(mistake, layer, sure):
                     yield (mistake.in_layers(layer),)
-        if not numerical and not sure:
+        if not numerical and not sure and question.response is None:
             bases = [base.in_layers(layer) for base in _with_numbers(question, gap) for layer in layers]
             for base in _likest(question, bases, _MOST_SOLVED):
                 yield from ((mistake,) for mistake in undumped.solve(question, base))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import numpy as np
 
 from apr_jax.parity.faults.record import Mistakes
 from apr_jax.parity.localise import EPSILON, Site
 from apr_jax.parity.replay import QKV, Replay, Value
+from apr_jax.parity.response import Response, is_small
 from apr_jax.trace.positions import position_axis
 from apr_jax.trace.stages import Key
 
@@ -43,6 +45,7 @@ class Question:
       dtype: What the other side declares to compute in.
       only: The projection that is looked at, of a stage that holds several; "" is all.
       site: How the stage was judged; None where that is not known.
+      reference: What every stage should be, from the other side's own inputs; empty where that is not known.
     """
 
     replay: Replay
@@ -55,6 +58,7 @@ class Question:
     dtype: str = "float32"
     only: str = ""
     site: Site | None = None
+    reference: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def layer(self) -> int | None:
@@ -76,13 +80,28 @@ class Question:
         """Relative difference below which values are taken for right ones, rounded."""
         return max(_NOTHING, 4 * EPSILON[self.dtype])
 
+    @functools.cached_property
+    def response(self) -> Response | None:
+        """What small changes of the stages of the gap do to the stage; None without a gap, or where that is too much
+        to hold."""
+        nodes, whole = self.nodes, self.replay.beyond is None and not self.only and not self.given
+        if len(nodes) < 2 or not whole or not self.reference.keys() >= set(nodes):
+            return None
+        off = self.theirs.astype(np.float64) - self.right
+        if self.theirs.shape != self.right.shape or not np.isfinite(off).all() or not is_small(nodes, self.reference):
+            return None
+        shown = self.tokens[..., None]
+        if self.key.per_pair:
+            shown = (self.replay.visible(self.layer) & self.tokens[:, :, None])[:, None]
+        return Response(self.replay, self.key, self.reference, off * shown)
+
     def all(self) -> Replay:
         """The replay with all positions in which the given mistakes are made."""
         return dataclasses.replace(self.replay.under(self.given), target=self.key)
 
     def shares(self, mistakes: Mistakes = ()) -> float:
         """What share of their values the mistakes, beside the given ones, leave unexplained."""
-        theirs = self._counted(self.their_rows())
+        theirs = self.compared(self.their_rows())
         return self.misfit(mistakes) / (float(np.linalg.norm(theirs)) or 1.0)
 
     @functools.cached_property
@@ -120,20 +139,21 @@ class Question:
     def misfit(self, mistakes: Mistakes) -> float:
         """|theirs - the stage with these mistakes| at the probe's positions, over what is compared."""
         with np.errstate(all="ignore"):
-            return float(np.linalg.norm(self._counted(self.their_rows() - self.value(mistakes))))
+            return float(np.linalg.norm(self.compared(self.their_rows() - self.value(mistakes))))
 
     def unlike(self, mistakes: Mistakes) -> float:
         """The sine of the angle between what these mistakes change and what there is to explain; 1 from 90 degrees."""
         right = self._without_more
         with np.errstate(all="ignore"):
-            changed, off = self._counted(self.value(mistakes) - right), self._counted(self.their_rows() - right)
+            changed, off = self.compared(self.value(mistakes) - right), self.compared(self.their_rows() - right)
             return sine(changed, off)
 
     @functools.cached_property
     def _without_more(self) -> Value:
         return self.value(())
 
-    def _counted(self, values: Value) -> Value:
+    def compared(self, values: Value) -> Value:
+        """The values at the probe's positions that count."""
         if self.key.per_pair:
             return np.where(self.seen(), values, 0.0)
         return values[self.their_tokens()]

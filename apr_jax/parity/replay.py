@@ -41,7 +41,8 @@ class Replay:
       theirs: The other side's values.
       made: The mistakes that are made.
       target: The stage that is being computed and so not taken from `theirs`.
-      layer: The layer of the stage whose formula is at work.
+      at: The stage whose formula is at work.
+      making: The mistakes that are made in it; None is all of `made` that are not confined to a part of a stage.
       rows: The positions that are looked at; None is all of them. Keys and values are always there for all.
       memo: What was computed once and does not depend on `made`.
       composed: What does, within one computation.
@@ -54,7 +55,8 @@ class Replay:
     theirs: Mapping[str, np.ndarray]
     made: Mistakes = ()
     target: Key | None = None
-    layer: int | None = None
+    at: Key | None = None
+    making: Mistakes | None = None
     rows: np.ndarray | None = None
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
@@ -67,32 +69,31 @@ class Replay:
 
     def _made(self, key: Key) -> Value:
         """Computes a stage with the mistakes that are made: in all of it, or in the part that each is confined to."""
-        if self.layer != key.layer and any(mistake.layers is not None for mistake in self.made):
-            return dataclasses.replace(self, layer=key.layer)._made(key)
-        here = [mistake for mistake in self.made if mistake.within is not None and mistake.stage == key.stage]
-        if not here:
-            return self.step("result", FORMULAS[key.stage](self, key.layer), key.layer, key.stage)
-        # Those that are confined to parts of stages before this one are made there.
-        rest = tuple(mistake for mistake in self.made if mistake not in here)
-        value = self.under(rest)._made(key)
+        if not self.made:
+            return self._by_formula(key)
+        here = [mistake for mistake in self.made if mistake.within is not None and mistake.made_at(key)]
+        rest = tuple(mistake for mistake in self.made if mistake.within is None)
+        value = dataclasses.replace(self, at=key, making=rest)._by_formula(key)
         for mistake in here:
             assert mistake.within is not None
-            other = self.under((*rest, mistake.everywhere))._made(key)
+            other = dataclasses.replace(self, at=key, making=(*rest, mistake.everywhere))._by_formula(key)
             chosen = mistake.within.chosen(value, self.columns(), self.config.head_dim)
             value = np.where(chosen, other, value)
         return value
 
+    def _by_formula(self, key: Key) -> Value:
+        return self.step("result", FORMULAS[key.stage](self, key.layer), key.layer, key.stage)
+
     def under(self, mistakes: Mistakes) -> Replay:
         """Returns the replay in which these mistakes are made."""
-        return dataclasses.replace(self, made=tuple(mistakes), composed={})
+        return dataclasses.replace(self, made=tuple(mistakes), making=None, composed={})
 
     def step(self, name: str, value: Any, layer: int | None = None, what: str = "") -> Any:
         """Returns what the mistakes that are made turn the right value of a step into; `what` is done in `layer`."""
-        for mistake in self.made:
+        at = self.target if self.at is None else self.at
+        for mistake in self.made if self.making is None else self.making:
             change = mistake.fault.changes.get(name)
-            if mistake.within is not None or (mistake.layers is not None and self.layer not in mistake.layers):
-                continue
-            if change and not (name == "result" and mistake.stage not in ("", what)):
+            if change is not None and mistake.within is None and mistake.made_at(at):
                 value = change(value, At(self, layer, what), **mistake.parameters)
         return value
 
@@ -182,7 +183,7 @@ class Replay:
         """The replay with all positions."""
         if self.rows is None:
             return self
-        known = ("whole", self.layer)
+        known = ("whole", self.at, self.making)
         if known not in self.composed:
             self.composed[known] = dataclasses.replace(self, rows=None)
         return self.composed[known]
@@ -194,7 +195,7 @@ class Replay:
             return self.whole
         # Positions of an excerpt are no positions of the whole.
         made = tuple(m for m in self.made if m.within is None or m.within.kind != "positions")
-        return dataclasses.replace(self.beyond, made=made, target=self.target, layer=self.layer, composed={})
+        return dataclasses.replace(self.beyond, made=made, target=self.target, at=self.at, composed={})
 
     def dumped(self, key: Key) -> bool:
         """Whether a stage is known from the other side."""
@@ -225,16 +226,16 @@ class Replay:
             elif name != "residual":
                 yield Key.of(key.layer, name)
             else:
-                yield self._stream_before(key.layer)
+                yield self.stream_before(key.layer)
 
-    def _stream_before(self, layer: int | None) -> Key:
+    def stream_before(self, layer: int | None) -> Key:
         """The residual stream that a layer, or (None) the final norm, is given."""
         place = self.config.num_layers if layer is None else layer
         return Key.of(place - 1, "post_ffn_residual") if place > 0 else stages.EMBEDDING
 
     def residual(self, layer: int | None) -> Value:
         """Returns the input of a layer, or (None) of the final norm."""
-        source = self._stream_before(layer)
+        source = self.stream_before(layer)
         return self.get(source.layer, source.stage)
 
     def weight(self, layer: int | None, name: str) -> Value:
@@ -466,7 +467,8 @@ def turn_sizes(replay: Replay, key: Key, least: float) -> tuple[Value, Value]:
     made = {everywhere, tuple(mistake.everywhere for mistake in replay.made)}  # some heads, or all of them
     sizes = []
     for mistakes in made:
-        turn = replay.under(mistakes).step("rotation", Rotation(), key.layer, QKV[which])
+        working = dataclasses.replace(replay.under(mistakes), at=key)
+        turn = working.step("rotation", Rotation(), key.layer, QKV[which])
         sizes.append(turn.sizes(x, replay.positions(), replay.right_rotation(), least))
     terms, moved = (np.maximum.reduce(each) for each in zip(*sizes, strict=True))
     return join_heads(terms + np.abs(late)), join_heads(moved)

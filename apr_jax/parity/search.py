@@ -357,9 +357,8 @@ class Search:
         key = self.site.key
         theirs, right = self.located.theirs[key], self.located.reference[key]
         tokens = dumped_tokens(self._replay.inputs, self.located.columns.get(key))
-        return Question(
-            self._replay, self._some.replay, key, theirs, right, tokens, dtype=self.located.dtype, site=self.site
-        )
+        given, reference = (self._replay, self._some.replay, key, theirs, right, tokens), self.located.reference
+        return Question(*given, dtype=self.located.dtype, site=self.site, reference=reference)
 
     def _choose(self, accepted: Iterable[tuple[Mistakes, Fit]], known: Known) -> Answer:
         """The first that is about as near as the nearest; the others of its kind are alternatives.

@@ -42,10 +42,14 @@ def solve(question: Question, base: Mistake) -> list[Mistake]:
 
 def unlike(question: Question, base: Mistake) -> float:
     """Returns how unlike what there is to explain a fault's change is, by a few numbers from all over its grid."""
+    return min(question.unlike((made,)) for made in some(base))
+
+
+def some(base: Mistake) -> list[Mistake]:
+    """Returns a fault with a few numbers from all over its grid."""
     assert base.fault.grid is not None
     values = base.fault.grid.values
-    some = values[:: max(1, len(values) // _FEW)]
-    return min(question.unlike((_with_number(base, value),)) for value in some)
+    return [_with_number(base, value) for value in values[:: max(1, len(values) // _FEW)]]
 
 
 def _with_number(base: Mistake, value: float) -> Mistake:

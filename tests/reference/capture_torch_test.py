@@ -31,6 +31,7 @@ from tests.reference import parity_hf_test as planted
 
 NAME = "gqa_tied_bf16"
 EAGER = ("stale theta", "eps of one norm", "no biases", "window", "KV heads tiled", "no attention residual")
+SDPA = ("stale theta", "eps of one norm", "no biases", "window", "no attention residual")
 load = functools.lru_cache(load_model)
 
 
@@ -111,6 +112,20 @@ class CaptureTest(parameterized.TestCase):
         found, dump = self.found(stages=20)
         self.assertEqual(found, {fault for fault, _, _ in expected})
         np.testing.assert_array_equal(dump.inputs.attention_mask, inputs.attention_mask)
+
+    @parameterized.parameters(None, *SDPA)
+    def test_transformers_with_sdpa_which_shows_neither_scores_nor_shares(self, case):
+        _, plant, expected = planted.CASES[case] if case else (NAME, contextlib.nullcontext, [])
+        inputs = planted.batch()
+        ids, mask = (torch.tensor(each.astype(np.int64)) for each in (inputs.input_ids, inputs.attention_mask))
+        with plant(), torch.inference_mode():
+            model = hf_reference.load(paths.checkpoint(NAME))
+            model.set_attn_implementation("sdpa")
+            with capture.torch(model, self.folder):
+                model(ids, attention_mask=mask)
+        found, dump = self.found(stages=20)
+        self.assertEqual(found, {fault for fault, _, _ in expected})
+        self.assertEqual([key for key in dump.values if key.endswith(("attn_scores", "attn_softmax"))], [])
 
     def test_hidden_states_and_attentions_of_transformers(self):
         """As `output_attentions` gives weights and no scores: judged, and a wrong mask is named."""

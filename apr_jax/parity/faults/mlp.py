@@ -61,7 +61,7 @@ def _of_the_norm_alone(question: Question, node: Key) -> Iterable[Mapping[str, A
     if reader is None or all(map(probe.dumped, probe.sources(node))):
         return [{}]
     key = Key.of(node.layer, reader)
-    if not probe.dumped(key):
+    if key == question.key or not probe.dumped(key):
         return [{}]
     theirs, tokens = probe.look(reader, probe.theirs[key]), question.their_tokens()
     off = np.linalg.norm((theirs - probe.compute(key))[tokens])

@@ -237,7 +237,7 @@ class Mistake:
       fault: What is made.
       pairs: Sorted (parameter, value) pairs.
       within: The part of a stage that it is confined to; None is all of it.
-      stage: That stage; "" without `within`.
+      stage: The only stage that it is made at; "" is all that the fault is made at.
       layers: The layers that it is made in, None standing for what is outside; None is all that the stages tell.
     """
 
@@ -273,6 +273,15 @@ class Mistake:
         """Returns the same in one part of a stage only."""
         return dataclasses.replace(self, within=within, stage=stage)
 
+    def at(self, stage: str) -> Mistake:
+        """Returns the same at one stage only."""
+        return dataclasses.replace(self, stage=stage)
+
+    def made_at(self, key: Key | None) -> bool:
+        """Whether it is made in the formula of a stage, if at all; None is a step outside of any."""
+        layer, stage = (None, "") if key is None else (key.layer, key.stage)
+        return (self.layers is None or layer in self.layers) and (not self.stage or self.stage == stage)
+
     def in_layers(self, *layers: int | None) -> Mistake:
         """Returns the same in some layers only."""
         return dataclasses.replace(self, layers=layers)
@@ -283,7 +292,7 @@ class Mistake:
 
     def stages(self, replay: Any) -> tuple[str, ...]:
         """Returns the stages that it is made at."""
-        if self.within is not None:
+        if self.stage:
             return (self.stage,)
         stages = self.fault.stages
         return stages(replay, **self.parameters) if callable(stages) else stages

@@ -104,12 +104,14 @@ def _stretched(turn: rope_fit.Rotation, at: At, rule: str, factor: float, origin
     return dataclasses.replace(turn, scaling=rope_rules.Rule(rule, factor, original))
 
 
-def _rules(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
-    """Behind a gap the customary factors are tried."""
-    rules = [rope_rules.Rule("linear", factor) for factor in rope_rules.FACTORS[:3]]
-    rules += [rope_rules.Rule("ntk", factor) for factor in rope_rules.FACTORS[:3]]
-    rules += rope_rules.customary(question.replay.config, rope_rules.FACTORS[:3])
-    yield from (_scaling(rule).parameters for rule in rules)
+def _rules(question: Question | None, node: Key) -> Iterator[Mapping[str, Any]]:
+    """Behind a gap the customary factors are tried, and that of "linear" is solved for."""
+    if question is None:
+        return
+    factors = rope_rules.FACTORS if question.response is not None else rope_rules.FACTORS[:3]
+    rules = [rope_rules.Rule(rule, factor) for rule in ("linear", "ntk") for factor in factors]
+    yield from (_scaling(rule).parameters for rule in [*rules, *rope_rules.customary(question.replay.config, factors)])
+    yield {"rule": "linear"}
 
 
 _WITH = {
@@ -212,6 +214,7 @@ SCALING = Fault(
     {"rotation": _stretched},
     solve=rotations,
     variants=_rules,
+    grid=Grid("factor", (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0), round_numbers.near),
     merge={"original": IGNORED},
     alone=True,
     formula="{right}, angles by {rule} with factor {factor:.6g}",

@@ -81,6 +81,26 @@ def _sample(question: Question, product: str) -> _Pair:
     return x[(*batch, row)] * right, lacking[tuple(places)]
 
 
+def terms_of(replay: Replay, key: Key) -> list[tuple[str, Value, Value, slice]]:
+    """Returns the products of a stage: the name, what is multiplied, and which of the stage's channels it gives.
+
+    Args:
+      replay: Where all that the stage is computed from is known.
+      key: The stage; it may have none.
+    """
+    seen: list[tuple[str, _Pair]] = []
+
+    def watched(pair: _Pair, at: At) -> _Pair:
+        seen.append((at.what, pair))
+        return pair
+
+    replay.under((Fault("watched", "", changes={"terms": watched}).made(),)).compute(key)
+    if len(seen) == 1:
+        return [(what, *pair, slice(None)) for what, pair in seen]
+    ends = np.cumsum([0, *(len(weight) for _, (_, weight) in seen)])
+    return [(what, *pair, slice(ends[n], ends[n + 1])) for n, (what, pair) in enumerate(seen)]
+
+
 def _watched(seen: list[_Pair], pair: _Pair, wanted: bool) -> _Pair:
     if wanted:
         seen.append(pair)

@@ -63,12 +63,17 @@ def _quantisations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]
             ("fp16", "bf16") if small else ("fp16", "bf16", *(codec for codec in narrow.CODECS if "f16" not in codec))
         )
         if not small and not own:
-            tried = ("fp16", *_BEHIND_GAPS) if len(question.nodes) > _SHORT else tried
+            tried = ("fp16", *_BEHIND_GAPS) if _too_many(question) else tried
         elif not small:
             tried = _promising(question, node, tensor, tried)
         for codec in tried:
             if codec != its_own and (codec not in ("fp16", "bf16") or _narrows(right, codec)):
                 yield {"tensor": tensor, "codec": codec}
+
+
+def _too_many(question: Question) -> bool:
+    """Whether a gap is long, and nothing tells which of its weights' many changes are worth being made whole."""
+    return len(question.nodes) > _SHORT and question.response is None
 
 
 def _narrows(weight: Value, codec: str) -> bool:
@@ -257,15 +262,14 @@ _PACKED = {"q4_0": 32, "q4_1": 32, "q5_0": 32, "q5_1": 32, "q4_k": 64, "int4": 3
 
 
 def _interleavings(question: Question, node: Key) -> Iterator[Mapping[str, Any]]:
-    far = node != question.nodes[-1] and len(question.nodes) > _SHORT
-    if far or node.stage in NORMS or node.stage == "qkv_bias":
+    if (node != question.nodes[-1] and _too_many(question)) or node.stage in NORMS or node.stage == "qkv_bias":
         return
     for tensor in tensors_of(question.replay, node.stage):
         if question.only in tensor:
             columns = question.replay.weight(node.layer, tensor).shape[-1]
             blocks = [block for block in _BLOCKS if columns % block == 0]
             yield from ({"tensor": tensor, "block": block, "order": order} for block in blocks for order in _SAID)
-            if node == question.nodes[-1]:
+            if node == question.nodes[-1] or question.response is not None:
                 for codec, block in _PACKED.items():
                     if block in blocks:
                         same = {"tensor": tensor, "codec": codec, "block": block}
