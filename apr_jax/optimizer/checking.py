@@ -158,7 +158,7 @@ class _Trial:
 
 def _explanations(question: Question) -> tuple[_Trial, ...]:
     """Returns what explains the other side's parameters, the likeliest first: one mistake, or two where none does."""
-    bases: Sequence[_Trial] = (_Trial((), question.right, Fit(math.inf, "", math.inf)),)
+    bases: Sequence[_Trial] = (_Trial((), question.right, Fit(math.inf, "", math.inf, math.inf)),)
     nearest = math.inf
     for _ in range(_DEEPEST):
         tried = [trial for base in bases for trial in _beside(question, base)]
@@ -172,9 +172,11 @@ def _explanations(question: Question) -> tuple[_Trial, ...]:
     return (_Trial((Named("unknown", says),), question.right, question.fit(question.right)),)
 
 
-def _likelihood(trial: _Trial) -> tuple[int, int]:
-    """Sorts explanations: few numbers that are solved for first, then those that leave less than rounding cannot do."""
-    return trial.solved, round(max(1.0, trial.fit.worst))
+def _likelihood(trial: _Trial) -> tuple[int, int, int]:
+    """Sorts explanations: few numbers that are solved for first, then what leaves little, then round numbers."""
+    numbers = [number for named in trial.made for number in named.numbers.values() if isinstance(number, float)]
+    digits = sum(len(f"{number:.5e}".split("e")[0].rstrip("0")) for number in numbers)
+    return trial.solved, round(max(1.0, trial.fit.typical)), digits
 
 
 def _first_of_each(trials: Iterable[_Trial]) -> list[_Trial]:

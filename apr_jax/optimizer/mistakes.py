@@ -62,7 +62,7 @@ def _decades(low: int, high: int, each: int = 3) -> list[float]:
 
 def _uncorrected(question: Question, base: Rule) -> Iterator[Way]:
     del question
-    for which, kept in (("both moments", (0, 0)), ("the first moment", (0, 1)), ("the second moment", (1, 0))):
+    for which, kept in (("both moments are", (0, 0)), ("the first moment is", (0, 1)), ("the second moment is", (1, 0))):
 
         def corrections(beta1: float, beta2: float, step: int, kept: tuple[int, int] = kept) -> tuple[float, float]:
             first, second = formulas.corrections(beta1, beta2, step)
@@ -312,7 +312,7 @@ def _rounded(question: Question, base: Rule) -> Iterator[Way]:
 
 
 MISTAKES: tuple[Mistake, ...] = (
-    Mistake("adamw-bias-correction", "{which} are not corrected for having begun at 0", "m, not m / (1 - beta1^t)", _uncorrected),
+    Mistake("adamw-bias-correction", "{which} not corrected for having begun at 0", "m, not m / (1 - beta1^t)", _uncorrected),
     Mistake(
         "adamw-step-off-by-one",
         "the step counter of the bias correction is off by {by:+d}",

@@ -17,12 +17,13 @@ import numpy as np
 from apr_jax.optimizer.rule import GradientsAt, Rule, Vector
 from apr_jax.optimizer.settings import Layout, Settings
 
-BAR = 4.0
+BAR = 3.0
 """How many times its allowance the differences of any one parameter may be, as a root mean square (`Fit.worst`).
 
-Clean runs of torch and optax are at most 1.4 (tests/reference/optimizer_hf_test.py prints them)."""
+Clean runs of torch and optax stay below 1 (tests/reference/optimizer_hf_test.py prints them)."""
 _SOLVED_ON = 16_000  # elements that a number is solved for on
 _LARGEST = 1e4  # one element counts no more than this
+_LARGEST_EXPLAINED = 30.0  # and beside a mistake that explains nearly all no more than this
 _CHAOTIC_SHARE = 0.9  # of the elements, where a mistake decides by rounding and a few go the other way
 _MOST_LEFT = 0.3  # of what is to be explained: a rule that allows everything explains nothing
 
@@ -35,12 +36,14 @@ class Fit:
       worst: Of the parameter that is farthest off: the root mean square of its differences in units of what each
         element may be off.
       where: Its name.
+      typical: As `worst`, with little weight on single elements: where a mistake makes steps large, rounding decides more.
       error: |theirs - replayed| / |theirs - before| over all elements.
       left: |theirs - replayed| / |theirs - right|.
     """
 
     worst: float
     where: str
+    typical: float
     error: float
     left: float = math.inf
 
@@ -52,7 +55,7 @@ class Fit:
     @property
     def explains(self) -> bool:
         """Whether a rule with mistakes leaves nothing of what the right one does."""
-        return self.within and self.left <= _MOST_LEFT
+        return self.typical <= BAR and self.left <= _MOST_LEFT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,8 +124,10 @@ class Question:
         """
         after, gradients = self.replay(rule)
         units = _in_units(self.theirs - after, self.allowance(rule, gradients))
-        worst, where = max((_size(units[part], chaotic), name) for name, part in self.layout.slices.items())
-        return Fit(worst, where, self._ratio(after, self.start), self._ratio(after, self.expected[0]))
+        parts = {name: units[part] for name, part in self.layout.slices.items()}
+        worst, where = max((_size(part), name) for name, part in parts.items())
+        typical = max(_typical(part, chaotic) for part in parts.values())
+        return Fit(worst, where, typical, self._ratio(after, self.start), self._ratio(after, self.expected[0]))
 
     def _ratio(self, after: Vector, of: Vector) -> float:
         off, whole = (float(np.linalg.norm(self.theirs - each)) for each in (after, of))
@@ -148,15 +153,18 @@ class Question:
         number = grid[0]
         for _ in range(2):
 
-            def cost(number: float, gradients: list[Vector] = gradients) -> float:
+            def cost(number: float, gradients: list[Vector] = gradients, allowance: Vector = allowance) -> float:
                 after = change(number).run(self.start, lambda step, _: gradients[min(step, len(gradients) - 1)], some)
                 # Grows so slowly that what rounding has decided the other way does not pull.
                 return float(np.mean(np.log1p(_in_units(theirs - after, allowance) ** 2)))
 
             number = _least(cost, grid)
             _, gradients = self.replay(change(number))
+            nearer = self.allowance(change(number), gradients)[some]
+            # A number that makes rounding of everything would come nearest.
+            allowance = np.minimum(allowance, nearer)
         best = cost(number)
-        return next(each for each in (*likely(number), number) if cost(each) <= best + 0.02 * (1 + best))
+        return next(each for each in (*likely(number), number) if cost(each) <= best + 0.1 * (1 + best))
 
 
 def _in_units(off: Vector, allowance: Vector) -> Vector:
@@ -176,10 +184,14 @@ def _patterns(steps: int) -> Iterator[np.ndarray]:
             yield sign * np.eye(steps)[0]
 
 
-def _size(units: Vector, chaotic: bool) -> float:
+def _size(units: Vector) -> float:
+    return float(np.sqrt(np.mean(units**2)))
+
+
+def _typical(units: Vector, chaotic: bool) -> float:
     if chaotic:
         units = np.sort(units)[: max(1, int(len(units) * _CHAOTIC_SHARE))]
-    return float(np.sqrt(np.mean(units**2)))
+    return _size(np.minimum(units, _LARGEST_EXPLAINED))
 
 
 def _least(cost: Callable[[float], float], grid: Sequence[float]) -> float:
