@@ -7,7 +7,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import cli
-from apr_jax.converters.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +53,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             "--reference hf out"
         )
     if args.check and args.dtype == "bfloat16":
-        parser.error("--optimizer --check judges steps in float32 or float64: in bfloat16 most of a step is rounded off")
+        parser.error(
+            "--optimizer --check judges steps in float32 or float64: in bfloat16 most of a step is rounded off"
+        )
     if args.betas is not None and len(args.betas) != 2:
         parser.error(f"--betas is two numbers: {len(args.betas)} are given")
     rates = args.lr or (1e-3,)
@@ -76,7 +77,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
     from apr_jax.optimizer.settings import Settings
 
     rates = args.lr or (1e-3,)
-    names = {"betas": "betas", "eps": "eps", "weight_decay": "weight_decay", "decay": "decayed", "clip_norm": "clip_norm"}
+    names = {
+        "betas": "betas",
+        "eps": "eps",
+        "weight_decay": "weight_decay",
+        "decay": "decayed",
+        "clip_norm": "clip_norm",
+    }
     given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
     return Settings(rates if len(rates) > 1 else rates * (args.steps or 1), **given)
 
@@ -141,8 +148,8 @@ def _steps(settings: Settings) -> str:
 
 def _print(verdict: Verdict, settings: Settings) -> None:
     print(
-        f"{verdict.parameters} parameters, {verdict.elements} elements after {_steps(settings)} of AdamW: theirs differ "
-        f"from ours by {verdict.right.error:.1e} of the step"
+        f"{verdict.parameters} parameters, {verdict.elements} elements after {_steps(settings)} of AdamW: theirs "
+        f"differ from ours by {verdict.right.error:.1e} of the step"
     )
     for mistake in verdict.mistakes:
         cli.show(f"{mistake.name}: {mistake.says}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -28,7 +28,6 @@ from apr_jax.trace.inputs import Inputs
 
 _DEEPEST = 2  # mistakes at once
 _STACKED = 6  # mistakes that a second one is tried beside: those that leave least
-_GRADIENT_NOISE = 4.0  # times the root mean square of our own error: another engine's, and its tails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,21 +109,13 @@ def check(
     values, stored = _read(theirs, layout)
     finite = np.isfinite(values)
     start = layout.flat({name: np.asarray(array) for name, array in named(engine.parameters).items()})
-    at = gradients_at(exact, inputs, counted)
-
-    def gradient(step: int, parameters: Vector) -> Vector:
-        del step
-        if not np.isfinite(parameters).all():
-            return np.full_like(parameters, np.nan)
-        return layout.flat(at(layout.arrays(parameters))[1])
-
     question = Question(
         settings,
         layout,
         start,
         values,
-        gradient,
-        _noise(layout, gradient(0, start), gradients_at(engine, inputs, counted)(layout.arrays(start))[1]),
+        _gradients_of(exact, layout, inputs, counted),
+        _gradients_of(engine, layout, inputs, counted),
         np.maximum(_spacing(start, engine.dtype), _spacing(start, stored)),
         float(ml_dtypes.finfo(engine.dtype).eps) / 2,
     )
@@ -137,9 +128,7 @@ def check(
     elif not right.within:
         found = _explanations(question)
     best, others = (found[0], found[1:]) if found else (_Trial((), question.right, right), ())
-    return Verdict(
-        len(layout.shapes), len(start), right, best.made, tuple(other.made for other in others), best.fit
-    )
+    return Verdict(len(layout.shapes), len(start), right, best.made, tuple(other.made for other in others), best.fit)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -230,12 +219,15 @@ def _spacing(values: Vector, dtype: str) -> Vector:
     return np.exp2(np.floor(np.log2(sizes)) - limits.nmant)
 
 
-def _noise(layout: Layout, exact: Vector, coarse: Mapping[str, Any]) -> Vector:
-    """Returns how far an engine's gradients may be off, [P]: as far as ours are, but by no rounding where they are 0."""
-    off = layout.flat({name: np.asarray(value) for name, value in coarse.items()}) - exact
-    noise = np.zeros_like(exact)
-    for part in layout.slices.values():
-        own = float(np.sqrt(np.mean(off[part] ** 2)))
-        least = 1e-15 * float(np.sqrt(np.mean(exact[part] ** 2)))
-        noise[part] = np.where(exact[part] == 0, 0.0, _GRADIENT_NOISE * max(own, least))
-    return noise
+def _gradients_of(
+    model: LanguageModel, layout: Layout, inputs: Inputs, counted: np.ndarray | None
+) -> Callable[[int, Vector], Vector]:
+    at = gradients_at(model, inputs, counted)
+
+    def gradient(step: int, parameters: Vector) -> Vector:
+        del step
+        if not np.isfinite(parameters).all():
+            return np.full_like(parameters, np.nan)
+        return layout.flat({name: np.asarray(value) for name, value in at(layout.arrays(parameters))[1].items()})
+
+    return gradient

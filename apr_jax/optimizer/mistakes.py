@@ -62,7 +62,11 @@ def _decades(low: int, high: int, each: int = 3) -> list[float]:
 
 def _uncorrected(question: Question, base: Rule) -> Iterator[Way]:
     del question
-    for which, kept in (("both moments are", (0, 0)), ("the first moment is", (0, 1)), ("the second moment is", (1, 0))):
+    for which, kept in (
+        ("both moments are", (0, 0)),
+        ("the first moment is", (0, 1)),
+        ("the second moment is", (1, 0)),
+    ):
 
         def corrections(beta1: float, beta2: float, step: int, kept: tuple[int, int] = kept) -> tuple[float, float]:
             first, second = formulas.corrections(beta1, beta2, step)
@@ -197,12 +201,14 @@ def _into_moments(question: Question, base: Rule) -> Iterator[Way]:
 
 def _unscaled(question: Question, base: Rule) -> Iterator[Way]:
     del question
-    yield {"by": "it is not multiplied by the learning rate"}, base.change(
-        applied=lambda p, d, rate, decay: p - rate * d - decay * p
+    yield (
+        {"by": "it is not multiplied by the learning rate"},
+        base.change(applied=lambda p, d, rate, decay: p - rate * d - decay * p),
     )
     peak = max(base.rates)
-    yield {"by": "it is multiplied by the highest rate and not by that of the step"}, base.change(
-        applied=lambda p, d, rate, decay: p - rate * d - peak * decay * p
+    yield (
+        {"by": "it is multiplied by the highest rate and not by that of the step"},
+        base.change(applied=lambda p, d, rate, decay: p - rate * d - peak * decay * p),
     )
 
 
@@ -224,8 +230,9 @@ def _kinds(question: Question, base: Rule) -> Iterator[Way]:
     if decays != asked:
         said = [kind for kind in KINDS if decays[kind]]
         wanted = [kind for kind in KINDS if asked[kind]]
-        yield {"on": ", ".join(said) or "nothing", "asked": ", ".join(wanted)}, base.change(
-            decay=question.layout.per_kind(decays)
+        yield (
+            {"on": ", ".join(said) or "nothing", "asked": ", ".join(wanted)},
+            base.change(decay=question.layout.per_kind(decays)),
         )
 
 
@@ -301,18 +308,26 @@ def _not_moved(question: Question, base: Rule) -> Iterator[Way]:
     for name in still:
         moves[slices[name]] = False
     said = ", ".join(still[:3]) + (f" and {len(still) - 3} more" if len(still) > 3 else "")
-    yield {"parameters": said if len(still) < len(slices) else "all of them", "count": len(still)}, base.change(moves=moves)
+    yield (
+        {"parameters": said if len(still) < len(slices) else "all of them", "count": len(still)},
+        base.change(moves=moves),
+    )
 
 
 def _rounded(question: Question, base: Rule) -> Iterator[Way]:
     del question
     for dtype in ("bfloat16", "float16"):
         kind = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
-        yield {"dtype": dtype}, base.change(kept=lambda p, kind=kind: p.astype(np.float32).astype(kind).astype(np.float64))
+        yield (
+            {"dtype": dtype},
+            base.change(kept=lambda p, kind=kind: p.astype(np.float32).astype(kind).astype(np.float64)),
+        )
 
 
 MISTAKES: tuple[Mistake, ...] = (
-    Mistake("adamw-bias-correction", "{which} not corrected for having begun at 0", "m, not m / (1 - beta1^t)", _uncorrected),
+    Mistake(
+        "adamw-bias-correction", "{which} not corrected for having begun at 0", "m, not m / (1 - beta1^t)", _uncorrected
+    ),
     Mistake(
         "adamw-step-off-by-one",
         "the step counter of the bias correction is off by {by:+d}",
@@ -341,15 +356,31 @@ MISTAKES: tuple[Mistake, ...] = (
         _changed(direction=_eps_before_correction),
     ),
     Mistake("adamw-eps", "eps is {eps:.3g}", "another eps", _other_eps, solved=1),
-    Mistake("adamw-root-missing", "the step is divided by the second moment, not by its root", "m / (v + eps)", _changed(direction=_root_missing)),
+    Mistake(
+        "adamw-root-missing",
+        "the step is divided by the second moment, not by its root",
+        "m / (v + eps)",
+        _changed(direction=_root_missing),
+    ),
     Mistake(
         "adamw-momentum-only",
         "the step is {which}, which no second moment divides",
         "p - rate m",
         _first_moment_alone,
     ),
-    Mistake("adamw-lr", "the learning rate is {factor:.4g} times what was asked for ({rate:.4g} at the first step){uphill}", "another rate", _other_rate, solved=1),
-    Mistake("adamw-schedule-off-by-one", "the learning rates are one step {by}", "rate of step t + 1, or t - 1", _schedule_off),
+    Mistake(
+        "adamw-lr",
+        "the learning rate is {factor:.4g} times what was asked for ({rate:.4g} at the first step){uphill}",
+        "another rate",
+        _other_rate,
+        solved=1,
+    ),
+    Mistake(
+        "adamw-schedule-off-by-one",
+        "the learning rates are one step {by}",
+        "rate of step t + 1, or t - 1",
+        _schedule_off,
+    ),
     Mistake("adamw-steps", "{steps} steps were taken", "another number of steps", _other_count),
     Mistake(
         "adamw-decay-in-moment",
@@ -357,14 +388,36 @@ MISTAKES: tuple[Mistake, ...] = (
         "g + decay p",
         _into_moments,
     ),
-    Mistake("adamw-decay-on-norms", "weight decay acts on {on}; it was asked for on {asked}", "decay of the wrong parameters", _kinds),
+    Mistake(
+        "adamw-decay-on-norms",
+        "weight decay acts on {on}; it was asked for on {asked}",
+        "decay of the wrong parameters",
+        _kinds,
+    ),
     Mistake("adamw-decay-unscaled", "weight decay: {by}", "p - rate d - decay p", _unscaled),
     Mistake("adamw-weight-decay", "weight decay is {decay:.4g}", "another decay", _other_decay, solved=1),
-    Mistake("adamw-gradient-scaled", "gradients are {factor:.4g} times what they should be", "factor g", _scaled, solved=1),
-    Mistake("adamw-gradient-clipped", "gradients are clipped: {of} at most {most:.4g}", "g min(1, most / |g|)", _clipped, solved=1),
+    Mistake(
+        "adamw-gradient-scaled", "gradients are {factor:.4g} times what they should be", "factor g", _scaled, solved=1
+    ),
+    Mistake(
+        "adamw-gradient-clipped",
+        "gradients are clipped: {of} at most {most:.4g}",
+        "g min(1, most / |g|)",
+        _clipped,
+        solved=1,
+    ),
     Mistake("adamw-gradient-not-clipped", "gradients are not clipped to the norm {norm:g}", "g", _not_clipped),
-    Mistake("adamw-gradient-accumulated", "gradients are added to those of the steps before: they are not set to zero", "sum of all g so far", _changed(taken=_accumulated)),
-    Mistake("adamw-gradient-stale", "gradients are those of the step before", "g of step t - 1", _changed(taken=_stale)),
+    Mistake(
+        "adamw-gradient-accumulated",
+        "gradients are added to those of the steps before: they are not set to zero",
+        "sum of all g so far",
+        _changed(taken=_accumulated),
+    ),
+    Mistake(
+        "adamw-gradient-stale", "gradients are those of the step before", "g of step t - 1", _changed(taken=_stale)
+    ),
     Mistake("adamw-not-moved", "parameters are as they were before: {parameters}", "p", _not_moved),
-    Mistake("adamw-weights-rounded", "parameters are kept in {dtype} between steps", "round(p)", _rounded, chaotic=True),
+    Mistake(
+        "adamw-weights-rounded", "parameters are kept in {dtype} between steps", "round(p)", _rounded, chaotic=True
+    ),
 )

@@ -1,8 +1,8 @@
 """What is known of another engine's steps, and how well a rule explains them.
 
-Adam divides a gradient by its own size, so that rounding decides the direction of a step where the gradient is nearly 0.
-How far each element may be off is therefore asked of the rule itself: what does it make of gradients that are off by as
-much as ours are in the engine's dtype? A difference is measured in units of that.
+Adam divides a gradient by its own size, so that rounding decides the direction of a step where the gradient is nearly
+0. How far each element may be off is therefore asked of the rule itself: what does it make of gradients that are off by
+as much as ours are in the engine's dtype? A difference is measured in units of that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ BAR = 3.0
 """How many times its allowance the differences of any one parameter may be, as a root mean square (`Fit.worst`).
 
 Clean runs of torch and optax stay below 1 (tests/reference/optimizer_hf_test.py prints them)."""
+_GRADIENT_NOISE = 4.0  # times the root mean square of our own error: another engine's, and its tails
 _SOLVED_ON = 16_000  # elements that a number is solved for on
 _LARGEST = 1e4  # one element counts no more than this
 _LARGEST_EXPLAINED = 30.0  # and beside a mistake that explains nearly all no more than this
@@ -36,9 +37,10 @@ class Fit:
       worst: Of the parameter that is farthest off: the root mean square of its differences in units of what each
         element may be off.
       where: Its name.
-      typical: As `worst`, with little weight on single elements: where a mistake makes steps large, rounding decides more.
+      typical: As `worst`, with little weight on single elements: where a mistake makes steps large, rounding decides
+        more of them.
       error: |theirs - replayed| / |theirs - before| over all elements.
-      left: |theirs - replayed| / |theirs - right|.
+      left: |theirs - replayed| / |theirs - right|, both in units of what each element may be off of the right rule.
     """
 
     worst: float
@@ -67,8 +69,8 @@ class Question:
       layout: Where each parameter stands.
       start: The parameters before, [P].
       theirs: The other side's after the last step, [P]; finite.
-      gradients_at: Computes the exact gradient of a step at some parameters.
-      noise: How far a gradient of the engine's dtype may be off, [P]; 0 where it is 0 by construction.
+      exact: Computes the gradient of a step at some parameters, in float64.
+      coarse: The same in the engine's dtype.
       spacing: The distance of neighbouring numbers of the engine's dtype at each parameter, [P].
       rounding: One rounding in the engine's dtype, relative.
     """
@@ -77,8 +79,8 @@ class Question:
     layout: Layout
     start: Vector
     theirs: Vector
-    gradients_at: GradientsAt
-    noise: Vector
+    exact: GradientsAt
+    coarse: GradientsAt
     spacing: Vector
     rounding: float
 
@@ -92,28 +94,43 @@ class Question:
         """The right parameters after the last step, and the gradients on the way."""
         return self.replay(self.right)
 
+    @functools.cached_property
+    def _expected_within(self) -> tuple[Vector, Vector]:
+        """The right parameters, and how far each element may be off."""
+        after, gradients = self.expected
+        return after, self.allowance(self.right, gradients)
+
     def replay(self, rule: Rule) -> tuple[Vector, list[Vector]]:
         """Returns the parameters that a rule ends at, [P], and the gradient at each of its steps."""
-        found: list[Vector] = []
-
-        def at(step: int, parameters: Vector) -> Vector:
-            found.append(self.gradients_at(step, parameters))
-            return found[-1]
-
-        return rule.run(self.start, at), found
+        return _recorded(rule, self.start, self.exact)
 
     def allowance(self, rule: Rule, gradients: Sequence[Vector]) -> Vector:
-        """Returns how far each element may be off that an engine steps by a rule, float64 [P]."""
+        """Returns how far each element may be off that an engine steps by a rule, float64 [P].
+
+        Gradients are off by rounding, and from the second step on also since the parameters are: both are seen where
+        the rule runs on gradients of the engine's dtype.
+        """
+        _, coarse = _recorded(rule, self.start, self.coarse)
+        noise = [self._noise(*pair) for pair in zip(gradients, coarse, strict=True)]
         middle = rule.run(self.start, lambda step, _: gradients[step])
         spread = np.zeros_like(middle)
         count = len(gradients)
         for signs in _patterns(count):
-            moved = rule.run(self.start, lambda step, _, signs=signs: gradients[step] + signs[step] * self.noise)  # type: ignore[misc]
-            spread = np.fmax(spread, np.abs(moved - middle))
+            moved = [each + sign * off for each, sign, off in zip(gradients, signs, noise, strict=True)]
+            after = rule.run(self.start, lambda step, _, moved=moved: moved[step])  # type: ignore[misc]
+            spread = np.fmax(spread, np.abs(after - middle))
         # Engines take 1 - beta2^t in their own dtype, so that the roundings of beta2 are large beside it.
         relative = self.rounding * (8 + 0.5 / max(1 - max(rule.betas), 1e-5))
         steps = relative * np.abs(middle - self.start) + self.rounding * sum(map(abs, rule.rates))
         return spread + steps + 0.5 * self.spacing * np.sqrt(2 * count)
+
+    def _noise(self, exact: Vector, coarse: Vector) -> Vector:
+        """Returns how far a gradient may be off, [P]: as far as ours are, and by no rounding where they are 0."""
+        noise = np.zeros_like(exact)
+        for part in self.layout.slices.values():
+            own, size = (float(np.sqrt(np.mean(each**2))) for each in (coarse[part] - exact[part], exact[part]))
+            noise[part] = np.where(exact[part] == 0, 0.0, _GRADIENT_NOISE * max(own, self.rounding * size))
+        return noise
 
     def fit(self, rule: Rule, chaotic: bool = False) -> Fit:
         """Replays a rule and compares.
@@ -123,16 +140,17 @@ class Question:
           chaotic: Whether a tenth of the elements of each parameter may be anywhere.
         """
         after, gradients = self.replay(rule)
-        units = _in_units(self.theirs - after, self.allowance(rule, gradients))
+        off = self.theirs - after
+        units = _in_units(off, self.allowance(rule, gradients))
         parts = {name: units[part] for name, part in self.layout.slices.items()}
         worst, where = max((_size(part), name) for name, part in parts.items())
         typical = max(_typical(part, chaotic) for part in parts.values())
-        return Fit(worst, where, typical, self._ratio(after, self.start), self._ratio(after, self.expected[0]))
-
-    def _ratio(self, after: Vector, of: Vector) -> float:
-        off, whole = (float(np.linalg.norm(self.theirs - each)) for each in (after, of))
-        ratio = off / whole if whole else (0.0 if off == 0 else math.inf)
-        return ratio if math.isfinite(ratio) else math.inf
+        step = float(np.linalg.norm(self.theirs - self.start))
+        error = float(np.linalg.norm(off)) / step if step else (0.0 if not off.any() else math.inf)
+        expected, allowance = self._expected_within
+        all_of_it = _size(_in_units(self.theirs - expected, allowance))
+        left = _size(_in_units(off, allowance)) / all_of_it if all_of_it else 0.0
+        return Fit(worst, where, typical, error if math.isfinite(error) else math.inf, left)
 
     def solve(
         self, change: Callable[[float], Rule], grid: Sequence[float], likely: Callable[[float], Sequence[float]]
@@ -149,7 +167,7 @@ class Question:
         """
         _, gradients = self.expected
         some = slice(None, None, max(1, len(self.start) // _SOLVED_ON))
-        allowance, theirs = self.allowance(self.right, gradients)[some], self.theirs[some]
+        allowance, theirs = self._expected_within[1][some], self.theirs[some]
         number = grid[0]
         for _ in range(2):
 
@@ -165,6 +183,16 @@ class Question:
             allowance = np.minimum(allowance, nearer)
         best = cost(number)
         return next(each for each in (*likely(number), number) if cost(each) <= best + 0.1 * (1 + best))
+
+
+def _recorded(rule: Rule, start: Vector, gradients_at: GradientsAt) -> tuple[Vector, list[Vector]]:
+    found: list[Vector] = []
+
+    def at(step: int, parameters: Vector) -> Vector:
+        found.append(gradients_at(step, parameters))
+        return found[-1]
+
+    return rule.run(start, at), found
 
 
 def _in_units(off: Vector, allowance: Vector) -> Vector:

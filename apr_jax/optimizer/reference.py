@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,12 @@ from apr_jax.optimizer.settings import Settings, decay_of, kind_of
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.stages import GRADIENT
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, Any]
 
 
 def gradients_at(
     model: LanguageModel, inputs: Inputs, counted: np.ndarray | None
-) -> Callable[[Arrays], tuple[float, dict[str, jax.Array | np.ndarray]]]:
+) -> Callable[[Arrays], tuple[float, dict[str, Any]]]:
     """Returns a function: parameters by name -> the batch's loss and the gradient of each, in the model's dtype.
 
     Args:
@@ -31,7 +32,7 @@ def gradients_at(
     """
     names = list(named(model.parameters))
 
-    def at(parameters: Arrays) -> tuple[float, dict[str, jax.Array | np.ndarray]]:
+    def at(parameters: Arrays) -> tuple[float, dict[str, Any]]:
         with model.scope():
             arrays = {name: jnp.asarray(parameters[name], model.dtype) for name in names}
         moved = LanguageModel(model.config, nested(arrays), model.device, model.ops, model.layer_ops)

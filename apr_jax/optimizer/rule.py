@@ -1,4 +1,4 @@
-"""AdamW in NumPy float64, as formulas of which each can be replaced: a mistake is a rule with another formula or number.
+"""AdamW in NumPy float64, as formulas that can each be replaced: a mistake is a rule with another formula or number.
 
 One step t of Loshchilov and Hutter 2019, algorithm 2, element by element, g the gradient and p the parameter:
 

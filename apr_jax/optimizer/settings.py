@@ -40,7 +40,12 @@ class Settings:
     def __post_init__(self) -> None:
         bounds = (
             ("--lr", self.rates, all(0 < rate < math.inf for rate in self.rates) and self.rates, "above 0"),
-            ("--betas", self.betas, all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to 1, 1 not among them"),
+            (
+                "--betas",
+                self.betas,
+                all(0 <= beta < 1 for beta in self.betas),
+                "two numbers from 0 to 1, 1 not among them",
+            ),
             ("--eps", self.eps, 0 <= self.eps < math.inf, "0 or more"),
             ("--weight-decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more"),
             ("--decay", self.decayed, self.decayed in DECAYED, " or ".join(DECAYED)),

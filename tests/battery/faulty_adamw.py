@@ -1,7 +1,7 @@
 """AdamW in NumPy, as an engine in float32 runs it, that can be wrong in every way that is known.
 
-It shares nothing with the code under test: parameters are a dict, each formula is spelt out, and all of it is rounded to
-float32. Gradients come from outside, in float32.
+It shares nothing with the code under test: parameters are a dict, each formula is spelt out, and all of it is rounded
+to float32. Gradients come from outside, in float32.
 """
 
 from __future__ import annotations

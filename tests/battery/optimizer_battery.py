@@ -88,8 +88,11 @@ def outcome(verdict: Verdict, mistake: str) -> str:
         return "no effect"
     found = [tuple(each.name for each in verdict.mistakes), *(tuple(e.name for e in o) for o in verdict.alternatives)]
     numbers = verdict.mistakes[0].numbers
-    right = all(abs(numbers[key] - value) <= 0.05 * abs(value) for key, value in faulty_adamw.MISTAKES[mistake].items()
-                if key in numbers)
+    right = all(
+        abs(numbers[key] - value) <= 0.05 * abs(value)
+        for key, value in faulty_adamw.MISTAKES[mistake].items()
+        if key in numbers
+    )
     if found[0] == (name,):
         return "exact" if right else "wrong"
     if (name,) in found or any(found[0] == (other,) for other in SAME.get(name, ())):
