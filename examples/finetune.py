@@ -55,7 +55,7 @@ def main() -> None:
     optimizer = nnx.Optimizer(model.module, optax.adamw(args.learning_rate), wrt=nnx.Param)
     for step, batch in enumerate(batches(ids, 4, length, args.steps)):
         loss = train_step(model.module, optimizer, batch)
-        print(f"step {step}: loss {float(loss):.4f}")
+        print(f"step {step}: loss {float(loss):.6f}")
 
     print(generator.generate(args.text.read_text()[:20], max_new_tokens=16)[0].text)
     save(model, args.output)

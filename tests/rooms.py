@@ -54,7 +54,7 @@ _APR_JAX = _floors(
     ("load", "cuda", "parity", "capture"),
     "kernels",
     ("generate", "testing"),
-    ("bench", "loss"),
+    ("bench", "loss", "optimizer"),
     "commands",
     "__main__",
 )

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import golden_optimizer
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.errors import RefusedError, UsageError
 
@@ -33,6 +34,9 @@ examples:
   %(prog)s model.apr --check golden.safetensors                recompute with the file's inputs and compare
   %(prog)s model.apr --check dump/                             the same with a dump of another engine
   %(prog)s model.apr --export-inputs inputs/                   token ids and positions as plain files, for an engine
+  %(prog)s model.apr --optimizer adamw --lr 1e-4 --steps 3 -o after.safetensors   parameters after 3 steps
+  %(prog)s model.apr --optimizer adamw --lr 1e-4 --steps 3 --check theirs.safetensors
+                                                               name what is wrong with another engine's
 
 exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed, 130
 interrupted
@@ -70,6 +74,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         action="store_true",
         help="also store the gradients of the loss, with --trace those of stages too",
     )
+    golden_optimizer.add_arguments(parser)
     arguments.add(parser, "--json", "--force")
     opening = parser.add_argument_group("opening checkpoints")
     arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
@@ -80,6 +85,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    golden_optimizer.check_arguments(parser, args)
+    if args.optimizer:
+        return args
     if args.check and (args.hidden_states or args.trace or args.gradients or args.prompt or args.force):
         parser.error(
             "--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace, --gradients and --force out"
@@ -98,6 +106,11 @@ def main(args: argparse.Namespace) -> int:
     args.model = located(args.model)
     if args.export_inputs is not None:
         return _export(args)
+    if args.optimizer is not None:
+        with cli.open_dense_from(args, args.model) as checkpoint:
+            inputs = _inputs(args, checkpoint, batch=DEFAULT_BATCH)
+            inputs.check_vocabulary(checkpoint.model_config().vocab_size)
+        return (golden_optimizer.make if args.check is None else golden_optimizer.check)(args, inputs, _labels(args))
     return _check(args) if args.check is not None else _make(args)
 
 

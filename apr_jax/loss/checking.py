@@ -7,7 +7,8 @@ the model's own is tried: wrong logits are parity's business.
 The file is safetensors and holds at least one of
 
     losses        one value for each token that counts, in order; or for each token, or for each but the first of every
-                  document (NaN, 0 or anything where the token does not count); any shape, [B, T - 1] as well
+                  document (NaN, 0 or anything where the token does not count); any shape; or [B, T] or [B, T - 1] of
+                  documents that are padded to one length, on either side
     loss          their mean, [] or [1]
 """
 
@@ -132,14 +133,16 @@ def check(run: Run, path: str | os.PathLike[str]) -> Verdict:
     bar = BARS[run.model.dtype]
     mistakes: list[Mistake] = []
     error, worst = None, None
+    given = None
     if losses is not None:
-        theirs = _aligned(losses, run, path)
+        given = _aligned(losses, run, path)
+        theirs = given.counted
         error = _distance(theirs, ours)
         worst = _token(run, int(np.nanargmax(np.abs(theirs - ours)))) if np.isfinite(theirs).any() else _token(run, 0)
         if not error <= bar:
             mistakes.append(_named(run, theirs, bar))
         ours = theirs if np.isfinite(theirs).all() else ours
-    if mean is not None and (wrong := _mean_mistake(run, ours, mean, losses is not None)):
+    if mean is not None and (wrong := _mean_mistake(run, ours, mean, given)):
         mistakes.append(wrong)
     expected = float(np.mean(run.taken(lambda scores: scores.loss)))
     return Verdict(0 if losses is None else len(ours), error, worst, mean, expected, tuple(mistakes))
@@ -163,27 +166,70 @@ def _read(path: str | os.PathLike[str]) -> tuple[np.ndarray | None, float | None
         raise DumpError("a mean loss is one number", code="loss-shape", file=path, found=list(mean.shape))
     losses = found.get("losses")
     return (
-        None if losses is None else losses.astype(np.float64).reshape(-1),
+        None if losses is None else losses.astype(np.float64),
         None if mean is None else float(mean.astype(np.float64).reshape(-1)[0]),
     )
 
 
-def _aligned(losses: np.ndarray, run: Run, path: str | os.PathLike[str]) -> np.ndarray:
-    """Picks the losses of the tokens that count out of all that the other side gives, float64 [M]."""
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The other side's losses, float64.
+
+    Attributes:
+      counted: Of the tokens that count, [M].
+      predicted: Of all tokens that something predicts, those that do not count too; None where they are not given.
+      places: Of padding as well, [N]; None where it is not given.
+    """
+
+    counted: np.ndarray
+    predicted: np.ndarray | None = None
+    places: np.ndarray | None = None
+
+
+def _aligned(losses: np.ndarray, run: Run, path: str | os.PathLike[str]) -> _Given:
+    """Picks the losses of the tokens that count out of all that the other side gives."""
     counted = np.concatenate([counts(*pair) for pair in zip(run.documents, run.scores, strict=True)])
     predicted = np.concatenate([np.arange(len(document.ids)) > 0 for document in run.documents])
-    forms = {int(counted.sum()): None, len(counted): counted, int(predicted.sum()): counted[predicted]}
-    if len(losses) not in forms:
-        raise DumpError(
-            "there are not as many losses as tokens",
-            code="loss-shape",
-            file=path,
-            found=len(losses),
-            expected=f"{counted.sum()} that count, {predicted.sum()} that are predicted, or all {len(counted)}",
-            hint="Were other tokens, windows or a special token in front used?",
-        )
-    chosen = forms[len(losses)]
-    return losses if chosen is None else losses[chosen]
+    size = losses.size
+    if size == counted.sum():
+        return _Given(losses.reshape(-1))
+    if size in (len(counted), predicted.sum()):
+        values = np.full(len(counted), np.nan)
+        values[predicted if size < len(counted) else slice(None)] = losses.reshape(-1)
+        return _Given(values[counted], values[predicted])
+    if (placed := _of_padded(losses, run)) is not None:
+        return placed
+    raise DumpError(
+        "there are not as many losses as tokens",
+        code="loss-shape",
+        file=path,
+        found=list(losses.shape),
+        expected=f"{counted.sum()} that count, {predicted.sum()} that are predicted, all {len(counted)}, or documents "
+        "that are padded to one length",
+        hint="Were other tokens, windows or a special token in front used?",
+    )
+
+
+def _of_padded(losses: np.ndarray, run: Run) -> _Given | None:
+    """Reads losses [B, T] or [B, T - 1] of documents that are padded, on the side where they come nearer to ours."""
+    longest = max(len(document.ids) for document in run.documents)
+    if losses.shape not in {(len(run.documents), longest), (len(run.documents), longest - 1)}:
+        return None
+    # A column for the first place, which nothing predicts.
+    whole = losses if losses.shape[1] == longest else np.pad(losses, ((0, 0), (1, 0)), constant_values=np.nan)
+    ours, found = run.taken(lambda scores: scores.loss), []
+    for on_left in (False, True):
+        rows = [
+            row[longest - len(document.ids) :] if on_left else row[: len(document.ids)]
+            for row, document in zip(whole, run.documents, strict=True)
+        ]
+        pairs = zip(rows, run.documents, run.scores, strict=True)
+        counted = [row[counts(document, scores)] for row, document, scores in pairs]
+        # Where padding stands in front, it predicts the first token.
+        places = whole[:, 1:].reshape(-1)
+        given = _Given(np.concatenate(counted), np.concatenate([row[1:] for row in rows]), places)
+        found.append((float(np.nansum(np.abs(given.counted - ours))), given))
+    return min(found, key=lambda each: each[0])[1]
 
 
 def _token(run: Run, number: int) -> tuple[int, int]:
@@ -212,6 +258,10 @@ def _named(run: Run, theirs: np.ndarray, bar: float) -> Mistake:
     if not np.isfinite(theirs).all():
         count = int((~np.isfinite(theirs)).sum())
         return Mistake("not-finite", f"{count} losses are not finite", math.inf, {"tokens": count})
+    if len(theirs) > 1 and (theirs == theirs[0]).all():
+        uniform = math.log(run.model.config.vocab_size)
+        of = ", which is ln(vocabulary): all logits are alike" if _near(theirs[0], uniform, bar) else ": a placeholder"
+        return Mistake("constant-loss", f"every token has the same loss, {theirs[0]:.6g}{of}", 0.0)
     nearest = math.inf
     # What has to go through the model again comes last, and only if nothing else fits.
     for candidates in (
@@ -315,38 +365,59 @@ def _last_row(run: Run, theirs: np.ndarray) -> int | None:
 # --- Means -----------------------------------------------------------------------------------------------------------
 
 
-def _mean_mistake(run: Run, losses: np.ndarray, mean: float, from_theirs: bool) -> Mistake | None:
+def _mean_mistake(run: Run, losses: np.ndarray, mean: float, given: _Given | None) -> Mistake | None:
     """Returns what is wrong with a mean, given the losses that it should be of; None if it is right.
 
     Args:
       run: What was computed here.
       losses: Of the tokens that count: the other side's where it gives them, else ours.
       mean: What it says.
-      from_theirs: Whether the losses are the other side's, so that only the mean can be wrong.
+      given: The other side's losses, so that only the mean can be wrong; None where it gives none.
     """
-    bar = _SCALAR if from_theirs else BARS[run.model.dtype]
+    loose = BARS[run.model.dtype]
+    bar = loose if given is None else _SCALAR
     if _near(mean, float(np.mean(losses)), bar):
         return None
-    found = list[tuple[float, Mistake]]()
-    for mistake, value in _means(run, losses):
-        found.append((abs(mean - value) / max(abs(value), 1e-30), mistake))
-    if not from_theirs:
-        for mistake, values in _of_labels(run):
-            found.append((abs(mean - float(np.mean(values))) / float(np.mean(values)), mistake))
-    fitting = [(error, mistake) for error, mistake in sorted(found, key=lambda each: each[0]) if error <= bar]
+    tried = [(*each, bar) for each in _means(run, losses, given)]
+    tried += [(*each, loose) for each in _means_of_ours(run, given)]
+    found = [(abs(mean - value) / max(abs(value), 1e-30), mistake, within) for mistake, value, within in tried]
+    fitting = sorted((each for each in found if each[0] <= each[2]), key=lambda each: each[0])
     if not fitting:
-        return Mistake("unknown", "nothing that is known gives this mean", min((e for e, _ in found), default=math.inf))
-    error, mistake = fitting[0]
-    others = tuple(dict.fromkeys(each.name for _, each in fitting[1:] if each.name != mistake.name))
+        nearest = min((error for error, _, _ in found), default=math.inf)
+        return Mistake("unknown", "nothing that is known gives this mean", nearest)
+    error, mistake, _ = fitting[0]
+    others = tuple(dict.fromkeys(each.name for _, each, _ in fitting[1:] if each.name != mistake.name))
     return dataclasses.replace(mistake, error=error, alternatives=others)
+
+
+def _means_of_ours(run: Run, given: _Given | None) -> Iterator[tuple[Mistake, float]]:
+    """Yields wrong means that are made of losses which the other side does not give."""
+    if given is None:
+        for mistake, values in _of_labels(run):
+            yield mistake, float(np.mean(values))
+    if given is None or given.predicted is None:
+        everything = np.concatenate([scores.loss for scores in run.scores]).astype(np.float64)
+        everything = everything[~np.isnan(everything)]
+        if len(everything) > len(run.taken(lambda scores: scores.loss)):
+            yield _IGNORED_COUNTED, float(np.mean(everything))
+    uniform = math.log(run.model.config.vocab_size)
+    yield Mistake("uniform-loss", f"it is ln(vocabulary), {uniform:.4f}: all logits are alike", 0.0), uniform
+
+
+_IGNORED_COUNTED = Mistake("mean-over-ignored", "losses of tokens that do not count are in the mean", 0.0)
+_PADDING_COUNTED = Mistake("mean-over-padding", "losses at padding are in the mean", 0.0)
 
 
 def _near(value: float, expected: float, bar: float) -> bool:
     return abs(value - expected) <= bar * abs(expected)
 
 
-def _means(run: Run, losses: np.ndarray) -> Iterator[tuple[Mistake, float]]:
+def _means(run: Run, losses: np.ndarray, given: _Given | None) -> Iterator[tuple[Mistake, float]]:
     """Yields wrong ways to take a mean, with what they give."""
+    wider = () if given is None else ((_IGNORED_COUNTED, given.predicted), (_PADDING_COUNTED, given.places))
+    for mistake, values in wider:
+        if values is not None and np.isfinite(values).any():
+            yield mistake, float(np.mean(values[np.isfinite(values)]))
     total, scored = float(losses.sum()), len(losses)
     everything = sum(len(document.ids) for document in run.documents)
     predicted = everything - len(run.documents)

@@ -157,6 +157,34 @@ class CheckingTest(parameterized.TestCase):
         self.assertEqual(self.verdict(mean=own.mean()).mistakes[0].name, "labels-not-shifted")
         self.assertEqual(self.verdict(right, right.mean() * 1.37).mistakes[0].name, "unknown")
 
+    def test_losses_of_tokens_that_do_not_count_and_of_padding_in_the_mean(self):
+        every = [
+            losses(logits[:-1], document.ids[1:]) for document, logits in zip(self.documents, self.logits, strict=True)
+        ]
+        noise = np.random.default_rng(3)
+        for on_left in (False, True):
+            padded = np.stack(
+                [
+                    np.concatenate([part, noise.uniform(3, 9, max(LENGTHS) - 1 - len(part))][:: -1 if on_left else 1])
+                    for part in every
+                ]
+            )
+            with self.subTest("padding", on_left=on_left):
+                self.assertTrue(self.verdict(padded, self.right().mean()).within)
+                (found,) = self.verdict(padded, padded.mean()).mistakes
+                self.assertEqual((found.name, found.says), ("mean-over-padding", "losses at padding are in the mean"))
+        together = np.concatenate(every)
+        for given in (together, self.right(), None):
+            with self.subTest("ignored", given=None if given is None else len(given)):
+                (found,) = self.verdict(given, together.mean()).mistakes
+                said = "losses of tokens that do not count are in the mean"
+                self.assertEqual((found.name, found.says), ("mean-over-ignored", said))
+
+    def test_one_loss_for_all_tokens(self):
+        self.assertIn("a placeholder", self.named(np.ones(len(self.right()))).says)
+        self.assertIn("all logits are alike", self.named(np.full(len(self.right()), np.log(288))).says)
+        self.assertEqual(self.verdict(mean=np.log(288)).mistakes[0].name, "uniform-loss")
+
     def test_a_file_without_losses_or_with_others_is_refused(self):
         for arrays, said in (
             ({"logits": np.zeros(3, np.float32)}, "holds no losses"),

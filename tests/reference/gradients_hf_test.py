@@ -1,8 +1,10 @@
 """Gradients of parameters and of stages against torch's autograd through transformers' own modules."""
 
 import contextlib
+import functools
 import pathlib
 import sys
+import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -18,16 +20,29 @@ from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import compared_positions, predicted_pairs
 from apr_jax.trace.stages import Key
 from tests import paths
+from tests.reference import more_checkpoints
 
 if not hf_reference.available():
     pytest.skip("torch and transformers are not installed", allow_module_level=True)
 
 BOUNDS = {"float64": 1e-10, "float32": 2e-5}
+BFLOAT16_FACTOR = 1.1
+"""Our error in bfloat16 against float64 over torch's."""
+BATCHES = 8
+EVERY = [*paths.NAMES, *more_checkpoints.CONFIGURATIONS]
 
 
-def batch(vocab_size):
+@functools.cache
+def folder_of(name):
+    """Returns the folder of a committed checkpoint, or of one that is made here."""
+    if name in paths.NAMES:
+        return paths.checkpoint(name)
+    return more_checkpoints.write(name, pathlib.Path(tempfile.mkdtemp()))
+
+
+def batch(vocab_size, seed=5):
     """Three rows: whole, padded on the left, padded on the right; and some labels that do not count."""
-    generator = np.random.default_rng(5)
+    generator = np.random.default_rng(seed)
     mask = np.ones((3, 20), np.int64)
     mask[1, :6], mask[2, 13:] = 0, 0
     inputs = Inputs.of(generator.integers(0, vocab_size, mask.shape), mask)
@@ -35,28 +50,54 @@ def batch(vocab_size):
 
 
 class GradientsTest(parameterized.TestCase):
-    @parameterized.product(name=paths.NAMES, dtype=("float64", "float32"))
+    def test_there_are_thirteen_checkpoints(self):
+        self.assertLen(set(EVERY), 13)
+
+    @parameterized.product(name=EVERY, dtype=("float64", "float32"))
     def test_every_parameter_and_every_stage_is_torchs(self, name, dtype):
-        model = load_model(paths.checkpoint(name), dtype)
+        model = load_model(folder_of(name), dtype)
         inputs, labelled = batch(model.config.vocab_size)
         loss, ours = gradients(model, inputs, labelled, with_stages=True)
-        arrays = (inputs.input_ids, inputs.attention_mask, inputs.position_ids)
-        with hf_reference.float64_patched() if dtype == "float64" else contextlib.nullcontext():
-            expected, theirs = hf_reference.gradients(
-                paths.checkpoint(name), *arrays, predicted_pairs(inputs, labelled), dtype, trace=True
-            )
+        expected, theirs = self.torchs(name, dtype, inputs, labelled, trace=True)
         self.assertAlmostEqual(loss, expected, delta=BOUNDS[dtype] * expected)
         self.assertEqual(
             {key for key in ours if not key.endswith((".as_embedding", ".as_head"))}, {f"grad.{key}" for key in theirs}
         )
+        errors = {}
         for key, value in theirs.items():
             mine = ours[f"grad.{key}"]
             if not Key(f"grad.{key}").of_parameter:
                 # What comes out of padding, and what a key that is not seen would change, reaches nothing that counts.
-                counted = compared_positions(key, inputs, mine.shape)
+                window = model.config.window_of(Key(key).layer)
+                counted = compared_positions(key, inputs, mine.shape, window=window)
                 mine, value = mine[counted], value[counted]
-            with self.subTest(key):
-                self.assertLessEqual(relative_l2(mine, value), BOUNDS[dtype])
+            errors[key] = relative_l2(mine, value)
+        worst = max(errors, key=errors.get)
+        print(f"{name}, {dtype}: {len(errors)} gradients, largest relative L2 {errors[worst]:.1e} ({worst})")
+        self.assertLessEqual(errors[worst], BOUNDS[dtype], worst)
+
+    @staticmethod
+    def torchs(name, dtype, inputs, labelled, trace=False):
+        arrays = (inputs.input_ids, inputs.attention_mask, inputs.position_ids)
+        with hf_reference.float64_patched() if dtype == "float64" else contextlib.nullcontext():
+            return hf_reference.gradients(
+                folder_of(name), *arrays, predicted_pairs(inputs, labelled), dtype, trace=trace
+            )
+
+    @parameterized.parameters(EVERY)
+    def test_in_bfloat16_gradients_are_as_near_as_torchs_own(self, name):
+        """Over all parameters and some batches: how near a single one comes in bfloat16 is a matter of luck."""
+        exact, coarse = (load_model(folder_of(name), dtype) for dtype in ("float64", "bfloat16"))
+        errors = []
+        for seed in range(BATCHES):
+            inputs, labelled = batch(exact.config.vocab_size, seed)
+            right, ours = (gradients(model, inputs, labelled)[1] for model in (exact, coarse))
+            for key, each in self.torchs(name, "bfloat16", inputs, labelled)[1].items():
+                reference = right[f"grad.{key}"]
+                errors.append([relative_l2(ours[f"grad.{key}"], reference), relative_l2(each, reference)])
+        mine, other = np.sqrt((np.array(errors) ** 2).mean(0))
+        print(f"{name}, bfloat16: relative L2 ours {mine:.2e}, torch {other:.2e}: {mine / other:.2f}")
+        self.assertLessEqual(mine, BFLOAT16_FACTOR * other)
 
     def test_the_two_parts_of_a_tied_embedding_are_those_of_an_untied_twin(self):
         model = load_model(paths.checkpoint("gqa_tied_bf16"), "float64")
