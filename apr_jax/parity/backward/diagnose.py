@@ -202,7 +202,7 @@ class _Pass:
                 site, (NON_FINITE.made(),), None, note=f"{bad} of {judged.theirs.size} values are NaN or infinite"
             )
         question = Question(self.bench, judged)
-        rounding = scaling.rounding_of(question)
+        rounding = scaling.rounding_of(question, [mistake for one in self.explained for mistake in one.mistakes])
         found, closest = (None, None) if rounding is not None else search(question, later)
         if rounding is not None:
             return Explanation(site, (rounding,), None)

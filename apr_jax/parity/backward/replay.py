@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, Qwen2Config
-from apr_jax.model.gradients import AS_EMBEDDING
 from apr_jax.parity.backward import nodes
 from apr_jax.parity.backward.loss import Loss
 from apr_jax.parity.faults.record import Mistake, Mistakes
@@ -55,6 +54,7 @@ class Backward:
       made: The mistakes that are made in the backward pass.
       supposed: Those of them that are tried, and not believed yet.
       layer: The layer whose formula is at work.
+      rows: The rows of the batch that gradients of parameters are summed over; None is all.
       dtype: What is computed in; narrower than float64 it shows what rounding does.
       kept: What was computed and does not depend on `supposed`.
       composed: What does.
@@ -67,6 +67,7 @@ class Backward:
     made: Mistakes = ()
     supposed: Mistakes = ()
     layer: int | None = None
+    rows: slice | None = None
     dtype: str = "float64"
     kept: dict[Key, Value] = dataclasses.field(default_factory=dict)
     composed: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
@@ -136,9 +137,18 @@ class Backward:
         kind = nodes.kind_of(key, self.config)
         if key.of_parameter:
             layer, name = nodes.tensor_of(key)
-            value = PARAMETERS[kind](here, layer, name)
-            return self.cast(here.step("parameter", value, layer, name))
+            return self.cast(here.step("parameter", here.over_rows(key, None), layer, name))
         return self.cast(here.step("gradient", FORMULAS[kind](here, layer), layer, kind))
+
+    def over_rows(self, key: Key, rows: slice | None) -> Value:
+        """Returns the gradient of a parameter, summed over some rows of the batch: those of a micro-batch."""
+        layer, name = nodes.tensor_of(key)
+        kind = nodes.kind_of(key, self.config)
+        return PARAMETERS[kind](dataclasses.replace(self, rows=rows), layer, name)
+
+    def some(self, value: Value) -> Value:
+        """Returns the rows of the batch that a parameter's gradient is summed over."""
+        return value if self.rows is None else value[self.rows]
 
     def gap(self, key: Key) -> list[Key]:
         """Returns a gradient and those that have to be computed before it because they were not dumped, in order."""
@@ -451,10 +461,10 @@ def terms(back: Backward, layer: int | None, name: str) -> tuple[Value, Value]:
     """Returns the gradient of what a linear layer computes, and what it read, [B, T, C] each."""
     stage = next((stage for stage, (_, weight) in PRODUCTS.items() if weight == name), None)
     if stage is not None:
-        return back.get(layer, stage), back.value(layer, PRODUCTS[stage][0])
+        return back.some(back.get(layer, stage)), back.some(back.value(layer, PRODUCTS[stage][0]))
     which = QKV.index(name.split(".")[1])
     gradient = _projections(back, layer, "qkv_bias" if name.endswith(".bias") else "qkv_matmul")[which]
-    return gradient, back.value(layer, "attn_norm")
+    return back.some(gradient), back.some(back.value(layer, "attn_norm"))
 
 
 def _flat(x: Value) -> Value:
@@ -484,17 +494,18 @@ def _norm_weight(back: Backward, layer: int | None, name: str) -> Value:
     stage = next(stage for stage, weight in NORMS.items() if weight == name)
     x, r = norm_factor(back, layer, stage)
     normed = back.cast(back.step("norm_read", x * r, layer, stage))
-    return back.cast(back.get(layer, stage) * normed).sum(axis=(0, 1))
+    return back.some(back.cast(back.get(layer, stage) * normed)).sum(axis=(0, 1))
 
 
 def _head(back: Backward, layer: int | None, name: str) -> Value:
-    return back.step("outer", _outer, layer, name)(back.get(None, LOGITS), back.value(None, "final_norm"))
+    gradient, x = back.some(back.get(None, LOGITS)), back.some(back.value(None, "final_norm"))
+    return back.step("outer", _outer, layer, name)(gradient, x)
 
 
 def _embedding(back: Backward, layer: int | None, name: str) -> Value:
     rows = back.at(None, "embedding").step("row", back.forward.inputs.input_ids)
     gather = back.step("scatter", add_rows, None, name)
-    return gather(back.get(None, "embedding"), rows, back.config.vocab_size)
+    return gather(back.some(back.get(None, "embedding")), back.some(rows), back.config.vocab_size)
 
 
 def add_rows(gradient: Value, rows: np.ndarray, vocabulary: int) -> Value:
@@ -505,7 +516,7 @@ def add_rows(gradient: Value, rows: np.ndarray, vocabulary: int) -> Value:
 
 
 def _tied(back: Backward, layer: int | None, name: str) -> Value:
-    parts = tuple(map(back.cast, (_embedding(back, None, EMBEDDING + AS_EMBEDDING), _head(back, None, EMBEDDING))))
+    parts = tuple(map(back.cast, (_embedding(back, None, EMBEDDING), _head(back, None, EMBEDDING))))
     first, second = back.step("tied", parts, None, name)
     return np.asarray(first + second)
 

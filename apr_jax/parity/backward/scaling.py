@@ -12,8 +12,15 @@ from apr_jax.parity.backward import nodes
 from apr_jax.parity.backward.localise import Bench, Judged, judge
 from apr_jax.parity.backward.search import Question, factor_of
 from apr_jax.parity.faults.losses import LOSS_COUNT, LOSS_SUM, SCALED, round_factor
-from apr_jax.parity.faults.parameter_gradients import ANOTHER_STEP, CLIPPED, ROUNDED_AT_RANDOM, TRUNCATED, in_dtype
-from apr_jax.parity.faults.record import Mistake
+from apr_jax.parity.faults.parameter_gradients import (
+    ANOTHER_STEP,
+    CLIPPED,
+    ROUNDED,
+    ROUNDED_AT_RANDOM,
+    TRUNCATED,
+    in_dtype,
+)
+from apr_jax.parity.faults.record import Fault, Mistake
 from apr_jax.parity.faults.seen import UNKNOWN
 from apr_jax.parity.findings import Explanation, Finding
 from apr_jax.parity.wording import sentence
@@ -29,6 +36,8 @@ _ROUND = 1e-3
 _AT_RANDOM = 0.02
 """The share of values that have to be rounded to the farther neighbour."""
 _WITHIN = 0.99
+_TOLD, _FEWEST_TOLD = 0.05, 16
+"""A value tells how it was rounded if it is known to that share of a unit; as many have to."""
 _LARGE_ROWS = 5.0
 """Times the largest right row of a token that is not in the batch."""
 
@@ -60,8 +69,20 @@ def common_factor(bench: Bench, order: Sequence[Key], gradients: Mapping[str, np
     same = [abs(factor / middle - 1) < _SAME for factor in factors] if middle else []
     if not middle or abs(middle - 1) < _SAME or np.mean(same) < _SHARE:
         return None
-    exact = round_factor(middle)
-    return Common(exact, _finding_of(bench, order, gradients, judged, exact))
+    exact = _precisely([each for each in judged if _multiple(each) is not None], middle)
+    return Common(exact, _finding_of(bench, order, gradients, judged, round_factor(exact)))
+
+
+def _precisely(judged: Sequence[Judged], about: float) -> float:
+    """The factor by all parameters that have it."""
+    with_it = [each for each in judged if abs((factor_of(each) or about) / about - 1) < _SAME]
+    power = sum(float(np.vdot(each.right, each.right)) for each in with_it)
+    exact = sum(float(np.vdot(each.right, each.theirs)) for each in with_it) / power
+    return (
+        float(2.0 ** round(np.log2(exact)))
+        if exact > 0 and abs(np.log2(exact) % 1 - round(np.log2(exact) % 1)) < 1e-6
+        else exact
+    )
 
 
 def _multiple(judged: Judged) -> float | None:
@@ -137,27 +158,50 @@ def of_other_tokens(
     return Finding(ANOTHER_STEP.name, (), seen.site.stage, parameters, seen.before, None, (), "certain", text)
 
 
-def rounding_of(question: Question) -> Mistake | None:
-    """Returns how a parameter's gradient was rounded to a narrower dtype, where that is not to the nearest."""
-    judged = question.judged
+def rounding_of(question: Question, known: Sequence[Mistake]) -> Mistake | None:
+    """Returns how a parameter's gradient was rounded to a narrower dtype than the one declared, if it was.
+
+    Args:
+      question: The gradient.
+      known: How others were rounded: values that cancel do not tell.
+    """
     if not question.node.of_parameter or question.dtype not in ("float32", "float64"):
         return None
-    theirs, right = judged.theirs, judged.right
+    theirs, right = question.judged.theirs, question.judged.right
     for dtype in ("bfloat16", "float16"):
-        if not np.array_equal(in_dtype(theirs, dtype), theirs) or not theirs.any():
-            continue
-        low, high = _neighbours(right, dtype)
-        slack = 1e-3 * np.abs(high - low)
-        inside = (theirs >= low - slack) & (theirs <= high + slack)
-        if np.mean(inside) < _WITHIN:
-            return None
-        farther = np.abs(theirs - right) > np.minimum(np.abs(low - right), np.abs(high - right)) + slack
-        if np.mean(farther) < _AT_RANDOM:
-            return None
-        outwards = np.abs(theirs) > np.abs(right) * (1 + 1e-5)
-        fault = TRUNCATED if np.mean(outwards) < _AT_RANDOM / 4 else ROUNDED_AT_RANDOM
-        return fault.made(dtype=dtype, tensor=nodes.tensor_of(question.node)[1])
+        if theirs.any() and np.array_equal(in_dtype(theirs, dtype), theirs):
+            off = np.broadcast_to(_allowed(question), right.shape)
+            low, high = _neighbours(right - off, dtype)[0], _neighbours(right + off, dtype)[1]
+            if np.mean((theirs >= low) & (theirs <= high)) < _WITHIN:
+                return None
+            fault = _direction(theirs, right, off, dtype) or next((m.fault for m in known if m.fault in _WAYS), ROUNDED)
+            return fault.made(dtype=dtype, tensor=nodes.tensor_of(question.node)[1])
     return None
+
+
+_WAYS = (ROUNDED, ROUNDED_AT_RANDOM, TRUNCATED)
+
+
+def _allowed(question: Question) -> np.ndarray:
+    """What every value may be off by rounding on the way to it."""
+    site, right = question.judged.site, question.judged.right
+    width = right.shape[-1] if right.ndim > 1 else 1
+    return np.asarray(site.row_budgets / width**0.5).reshape(-1, *([1] * (right.ndim - 1)))
+
+
+def _direction(theirs: np.ndarray, right: np.ndarray, off: np.ndarray, dtype: str) -> Fault | None:
+    """How values were rounded, by those of which it is known which neighbour is the nearer one; None of too few."""
+    low, high = _neighbours(right, dtype)
+    unit = high - low
+    told = off < _TOLD * unit
+    if told.sum() < _FEWEST_TOLD:
+        return None
+    theirs, right, low, high, unit = (each[told] for each in (theirs, right, low, high, unit))
+    farther = np.abs(theirs - right) > np.minimum(right - low, high - right) + 2 * _TOLD * unit
+    if np.mean(farther) < _AT_RANDOM:
+        return ROUNDED
+    outwards = np.abs(theirs) > np.abs(right) + 2 * _TOLD * unit
+    return TRUNCATED if np.mean(outwards) < _AT_RANDOM / 2 else ROUNDED_AT_RANDOM
 
 
 def _neighbours(values: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ _ALIKE = 0.1
 """Hypotheses give the same values if their errors differ by less than this share of the budget."""
 _CHAOTIC = 0.35
 """What roundings that may fall the other way leave at most of the difference, if most values are met."""
+_NEARLY = 1e-3
 _MET = 0.9
 """The share of values that such a hypothesis has to meet."""
 _KEPT, _KEPT_PAIRS = 14, 6
@@ -187,15 +188,18 @@ def _try(question: Question, mistakes: Mistakes) -> _Tried:
         return _Tried(mistakes, math.inf, False)
     better = error <= _BETTER * judged.site.error
     fits = better and error <= _SLACK * budget and worst <= _SLACK
-    if not fits and better and any(mistake.fault.chaotic for mistake in mistakes):
-        fits = error <= _CHAOTIC * judged.site.error and _met(judged, value) >= _MET
+    if not fits and (near := max((m.fault.near for m in mistakes if m.fault.chaotic), default=0.0)):
+        # Of roundings all but few values are met, of exponentials that are off a little each nearly.
+        left = _CHAOTIC if near < _NEARLY else 1.0
+        fits = error <= left * judged.site.error and _met(judged, value, near) >= _MET
     return _Tried(mistakes, error, fits)
 
 
-def _met(judged: Judged, value: np.ndarray) -> float:
-    """The share of values that are met to a last bit."""
-    theirs, made = judged.theirs[judged.counted], value[judged.counted]
-    return float(np.mean(np.abs(theirs - made) <= 1e-6 * np.abs(theirs)))
+def _met(judged: Judged, value: np.ndarray, near: float) -> float:
+    """The share of values that are met, of those that differ from the right ones by more than that."""
+    theirs, made, right = (each[judged.counted] for each in (judged.theirs, value, judged.right))
+    wrong = np.abs(theirs - right) > 2 * near * np.abs(theirs)
+    return float(np.mean((np.abs(theirs - made) <= near * np.abs(theirs))[wrong])) if wrong.any() else 0.0
 
 
 def _stacks(question: Question, singles: Sequence[_Tried]) -> Iterator[_Tried]:

@@ -307,6 +307,8 @@ FAULTS: Sequence[Fault] = (
         {"weights": _unmasked},
         variants=_masks,
         merge={"of": UNION},
+        chaotic=True,
+        near=0.05,
         formula={
             "grad.attn_scores": "ds = {right}, for keys that are masked too",
             "grad.qkv_bias": "dv = {right}, p unmasked",
@@ -411,6 +413,8 @@ FAULTS: Sequence[Fault] = (
         _OF_LAYERS,
         {"stored": _recomputed},
         variants=_other_inputs,
+        chaotic=True,
+        near=0.05,
         formula=dict.fromkeys(_OF_LAYERS, "{right}, with the values of a forward pass from {inputs}"),
     ),
 )

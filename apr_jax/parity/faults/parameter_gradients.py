@@ -155,16 +155,13 @@ def in_dtype(values: Value, dtype: str) -> Value:
         return np.asarray(values, np.float32).astype(ml_dtypes.finfo(dtype).dtype).astype(np.float64)
 
 
-def _accumulated(right: Callable[..., Value], at: Place, rows: int, dtype: str) -> Callable[..., Value]:
-    def summed(*terms: Value) -> Value:
-        total: Value | None = None
-        for first in range(0, len(terms[0]), rows):
-            part = in_dtype(right(*(term[first : first + rows] for term in terms)), dtype)
-            total = part if total is None else in_dtype(total + part, dtype)
-        assert total is not None
-        return total
-
-    return summed
+def _accumulated(right: Value, at: Place, rows: int, dtype: str) -> Value:
+    key = nodes.of_tensor(at.layer, at.what)
+    total: Value | None = None
+    for first in range(0, len(at.replay.forward.inputs.input_ids), rows):
+        part = in_dtype(at.replay.over_rows(key, slice(first, first + rows)), dtype)
+        total = part if total is None else in_dtype(total + part, dtype)
+    return right if total is None else total
 
 
 def _micro_batches(question: Any) -> list[Mapping[str, Any]]:
@@ -172,26 +169,21 @@ def _micro_batches(question: Any) -> list[Mapping[str, Any]]:
     return [{"rows": rows, "dtype": "bfloat16"} for rows in range(1, count) if count % rows == 0]
 
 
-def _narrow(question: Any) -> list[Mapping[str, Any]]:
-    """The dtypes narrower than the one declared that hold all of their values."""
-    single = np.asarray(question.judged.theirs, np.float32)
-    held = [dtype for dtype in ("bfloat16", "float16") if np.array_equal(in_dtype(single, dtype), single)]
-    return [{"dtype": dtype} for dtype in held if question.dtype not in ("bfloat16", "float16")]
-
-
-def _rounded(value: Value, at: Place, dtype: str) -> Value:
-    return in_dtype(value, dtype)
-
-
+ROUNDED = Fault(
+    "gradient-rounded",
+    "the gradient of {tensor} is rounded to {dtype}",
+    merge={"tensor": UNION},
+    formula=Instead("dW rounded to {dtype}", "dW in the dtype declared"),
+)
 ROUNDED_AT_RANDOM = Fault(
     "stochastic-rounding",
-    "gradients are rounded to {dtype} up or down at random: within one unit, and as often up as down",
+    "the gradient of {tensor} is rounded to {dtype} up or down at random: within one unit, and as often up as down",
     merge={"tensor": UNION},
     formula=Instead("dW rounded to {dtype}, up or down at random", "dW in the dtype declared"),
 )
 TRUNCATED = Fault(
     "gradient-truncated",
-    "gradients are rounded to {dtype} towards zero",
+    "the gradient of {tensor} is rounded to {dtype} towards zero",
     merge={"tensor": UNION},
     formula=Instead("dW cut off to {dtype}", "dW in the dtype declared"),
 )
@@ -304,27 +296,16 @@ FAULTS: Sequence[Fault] = (
         lambda first, second: (2 * first, 2 * second),
         "dE = 2 (that of the embedding + that of the head)",
     ),
-    Fault(
+    _of_parameter(
         "bf16-gradient-accumulation",
         "the gradient of {tensor} is accumulated in {dtype} over micro-batches of {rows} rows",
-        (nodes.WEIGHT, nodes.HEAD_WEIGHT, nodes.BIAS),
-        {step: _of_tensor(_accumulated) for step in ("outer", "bias_sum")},
-        variants=lambda question, node: (
-            {"tensor": nodes.tensor_of(node)[1], **rest} for rest in _micro_batches(question)
-        ),
-        merge={"tensor": UNION},
-        chaotic=True,
-        formula="dW = Σ over micro-batches of {rows} rows, rounded to {dtype} after each",
-    ),
-    _of_parameter(
-        "gradient-rounded",
-        "the gradient of {tensor} is rounded to {dtype}",
         (*_WEIGHTS, nodes.BIAS),
-        _rounded,
-        "dW rounded to {dtype}",
-        parameters=_narrow,
+        _accumulated,
+        "dW = Σ over micro-batches of {rows} rows, rounded to {dtype} after each",
+        parameters=_micro_batches,
         chaotic=True,
     ),
+    ROUNDED,
     ROUNDED_AT_RANDOM,
     TRUNCATED,
     CLIPPED,
