@@ -167,7 +167,7 @@ def singles(bench: Bench) -> Iterator[Planted]:
         ("bias-gradient-averaged", {}),
         ("weight-gradient-first-row", {}),
         ("bias-gradient-first-row", {}),
-        ("bias-gradient-first-row", {"kept": "position"}),
+        ("bias-gradient-first-row", {"tensor": "self_attn.v_proj.bias", "kept": "position"}),
         ("norm-weight-gradient-unnormalised", {}),
         ("bf16-gradient-accumulation", {"rows": 1}),
         ("bf16-gradient-accumulation", {"rows": 2}),

@@ -16,7 +16,7 @@ from apr_jax.parity.backward.describe import describe
 from apr_jax.parity.backward.localise import Bench, GradientSite, Judged, judge
 from apr_jax.parity.backward.loss import Loss
 from apr_jax.parity.backward.replay import Backward
-from apr_jax.parity.backward.search import Question, search
+from apr_jax.parity.backward.search import Question, accumulated, search
 from apr_jax.parity.faults.record import Mistake, Mistakes
 from apr_jax.parity.faults.seen import NON_FINITE, UNKNOWN
 from apr_jax.parity.findings import Explanation, Finding, gather
@@ -203,8 +203,8 @@ class _Pass:
             )
         question = Question(self.bench, judged)
         rounding = scaling.rounding_of(question, [mistake for one in self.explained for mistake in one.mistakes])
-        found, closest = (None, None) if rounding is not None else search(question, later)
-        if rounding is not None:
+        found, closest = search(question, later) if rounding is None else (accumulated(question), None)
+        if found is None and rounding is not None:
             return Explanation(site, (rounding,), None)
         if found is None:
             self._doubt(site.key, later)

@@ -365,7 +365,8 @@ def _scores(back: Backward, layer: int | None) -> Value:
     gradient = np.where(unseen, _softmax(back, layer) if shares[unseen].any() else 0.0, gradient)
     seen = back.at(layer, "attn_softmax").step("summed", back.visible(layer))
     total = (back.value(layer, "attn_softmax") * gradient * back.visible(layer)).sum(-1, keepdims=True)
-    return shares * (gradient - back.step("row_sum", seen * total, layer))
+    # What is not seen has shares by mistake only, and is then treated as what is.
+    return shares * (gradient - back.step("row_sum", (seen | unseen) * total, layer))
 
 
 def _rotated(which: int, back: Backward, layer: int | None) -> Value:

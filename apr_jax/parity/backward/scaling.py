@@ -23,6 +23,7 @@ from apr_jax.parity.faults.parameter_gradients import (
 from apr_jax.parity.faults.record import Fault, Mistake
 from apr_jax.parity.faults.seen import UNKNOWN
 from apr_jax.parity.findings import Explanation, Finding
+from apr_jax.parity.localise import EPSILON
 from apr_jax.parity.wording import sentence
 from apr_jax.trace.stages import LOGITS, Key
 
@@ -31,8 +32,8 @@ _FEWEST = 3
 _SHARE = 0.9
 """Of the parameters that are some multiple of the right gradient as many have the same one."""
 _SAME = 2e-3
-_ROUND = 1e-3
-"""As far a norm may be from a number of one digit that gradients are clipped to."""
+_ROUND = 64.0
+"""As many roundings a norm may be from a number of one digit that gradients are clipped to."""
 _AT_RANDOM = 0.02
 """The share of values that have to be rounded to the farther neighbour."""
 _WITHIN = 0.99
@@ -103,10 +104,10 @@ def _finding_of(
     if from_loss and abs(factor / loss.count - 1) < _SAME:
         possible.append(LOSS_SUM.made())
     digit = float(f"{norm:.0e}")
-    if complete and factor < 1 and abs(norm / digit - 1) < _ROUND:
+    if complete and factor < 1 and abs(norm / digit - 1) < _ROUND * max(EPSILON[bench.dtype], EPSILON["float32"]):
         possible.append(CLIPPED.made(norm=digit, right=norm / factor))
     count = loss.count / factor
-    if from_loss and abs(count - round(count)) < _SAME * count and 1 < round(count) <= 4 * loss.targets.size:
+    if from_loss and abs(count - round(count)) < _SAME * count and 1 < round(count) <= loss.targets.size:
         known = {int((loss.inputs.attention_mask == 1).sum()), loss.targets.size, loss.targets[:, 1:].size}
         if round(count) in known or not possible:
             possible.append(LOSS_COUNT.made(count=round(count), right=loss.count))

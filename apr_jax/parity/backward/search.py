@@ -174,6 +174,14 @@ def search(question: Question, later: Sequence[Key]) -> tuple[Found | None, tupl
     return None, (names(nearest.mistakes), nearest.error / question.judged.site.error)
 
 
+def accumulated(question: Question) -> Found | None:
+    """Looks for a running sum in a narrow dtype: what else is rounded to it has no other mistake."""
+    sums = [mistake for mistake in candidates(question) if mistake.fault.chaotic and "tensor" in mistake.parameters]
+    good = [tried for tried in (_try(question, (mistake,)) for mistake in sums) if tried.fits]
+    best = min(good, key=lambda tried: tried.error, default=None)
+    return None if best is None else Found(best.mistakes, best.error)
+
+
 def _best_way(question: Question, mistake: Mistake) -> _Tried:
     ways = [way.in_layers(*(mistake.layers or ())) for way in mistake.ways()]
     return min((_try(question, (way,)) for way in ways), key=lambda tried: (not tried.fits, tried.error))

@@ -68,7 +68,7 @@ def _counts(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
     factor = question.factor()
     if factor is not None and factor > 0:
         count = loss.count / factor
-        if abs(count - round(count)) < 1e-3 * count and 1 < round(count) <= 4 * tokens.size:
+        if abs(count - round(count)) < 1e-3 * count and 1 < round(count) <= tokens.size:
             known.append(round(count))
     for count in dict.fromkeys(known):
         if count not in (1, loss.count):
