@@ -65,11 +65,17 @@ class Bench:
         labels[1, :IGNORED] = -100
         return cls(name, *oracle.load(folder), Inputs.of(ids, mask), labels, exact, stages)
 
-    def dump(self, faults: Sequence[Planted], dtype: str = "float32", ids: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def dump(
+        self, faults: Sequence[Planted], dtype: str = "float32", ids: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         i = self.inputs
         ids = i.input_ids if ids is None else ids
         dump = backward(self.weights, self.config, ids, i.attention_mask, self.labels, faults, dtype)
-        return {key: value for key, value in dump.items() if self.stages or (key.startswith(GRADIENT) and Key(key).of_parameter)}
+        return {
+            key: value
+            for key, value in dump.items()
+            if self.stages or (key.startswith(GRADIENT) and Key(key).of_parameter)
+        }
 
     def diagnose(self, dump: Mapping[str, np.ndarray]) -> BackwardDiagnosis:
         forward = {key: value for key, value in dump.items() if not key.startswith(GRADIENT)}
@@ -216,7 +222,17 @@ def stacks(count: int, seed: int) -> Iterator[tuple[Planted, ...]]:
         yield tuple(chosen)
 
 
-OUTSIDE = ("loss", "labels", "padding", "accumulation", "embedding", "tied", "gradient-of", "gradient-scaled", "gradient-clipped")
+OUTSIDE = (
+    "loss",
+    "labels",
+    "padding",
+    "accumulation",
+    "embedding",
+    "tied",
+    "gradient-of",
+    "gradient-scaled",
+    "gradient-clipped",
+)
 _KEPT = {"row": "the first row", "position": "the first position", "last": "last", "first": "first"}
 _INPUTS = {"output": "its own output", "row": "another row's input", "before": "the input of the layer before"}
 
@@ -227,12 +243,20 @@ def matches(bench: Bench, planted: Planted, finding: Any) -> bool:
         return not bench.stages and planted.name in finding.alternatives and _in_layers(bench, planted, finding)
     values, given = planted.values, finding.parameters
     for name in ("eps", "norm", "factor"):
-        if name in values and isinstance(values[name], float) and not math.isclose(given[name], values[name], rel_tol=0.01):
+        if (
+            name in values
+            and isinstance(values[name], float)
+            and not math.isclose(given[name], values[name], rel_tol=0.01)
+        ):
             return False
     if planted.name == "loss-count" and given["count"] != values["count"]:
         return False
     for name in ("rows", "token", "how", "without"):
-        if values.get(name) is not None and name in given and given[name] != {"twice": "there twice"}.get(values[name], values[name]):
+        if (
+            values.get(name) is not None
+            and name in given
+            and given[name] != {"twice": "there twice"}.get(values[name], values[name])
+        ):
             return False
     if "kept" in values and "kept" in given and given["kept"] != _KEPT[values["kept"]]:
         return False
@@ -291,8 +315,12 @@ def run_case(bench: Bench, faults: Sequence[Planted], tally: Tally) -> None:
         tally.detected += bool(findings)
         exact = all(found) and not extra
         tally.exact += exact
-        verdict = "exact" if exact else "NOT EXACT: " + "; ".join(f.sentence + f" {f.alternatives}" for f in findings)[:600]
-    print(f"{bench.name[:4]} {'stages' if bench.stages else 'params'} {label:70} {seconds:5.1f} s  {verdict}", flush=True)
+        verdict = (
+            "exact" if exact else "NOT EXACT: " + "; ".join(f.sentence + f" {f.alternatives}" for f in findings)[:600]
+        )
+    print(
+        f"{bench.name[:4]} {'stages' if bench.stages else 'params'} {label:70} {seconds:5.1f} s  {verdict}", flush=True
+    )
 
 
 def cases(group: str, stacked: int, seed: int) -> Iterator[tuple[Bench, tuple[Planted, ...]]]:
@@ -326,7 +354,9 @@ def main() -> int:
             f"{group}: {tally.counted} counted, {tally.detected} detected, {tally.exact} named exactly ({share:.1%}, at"
             f" least {GROUPS[group]:.0%} needed); {tally.uncounted} not counted, {tally.wrong_names} wrong names there"
         )
-        good &= tally.counted > 0 and tally.detected == tally.counted and share >= GROUPS[group] and not tally.wrong_names
+        good &= (
+            tally.counted > 0 and tally.detected == tally.counted and share >= GROUPS[group] and not tally.wrong_names
+        )
     if "clean" in args.groups:
         from tests.battery import backward_clean_runs
 

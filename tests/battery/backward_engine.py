@@ -175,7 +175,9 @@ class _Backward:
         positions = np.maximum(np.cumsum(self.mask, 1) - 1, 0)
         frequencies, gain = rope(config, self.dim, int(positions.max()) + 1)
         angles = (positions.astype(f32)[..., None] * frequencies).astype(f64)
-        self.cos, self.sin = ((f(angles).astype(f32) * f32(gain)).astype(self.wide)[:, :, None] for f in (np.cos, np.sin))
+        self.cos, self.sin = (
+            (f(angles).astype(f32) * f32(gain)).astype(self.wide)[:, :, None] for f in (np.cos, np.sin)
+        )
         self.seen = np.tril(np.ones((self.length, self.length), bool)) & self.mask[:, None, None, :]
         self.g: dict[str, np.ndarray] = {}
 
@@ -215,7 +217,8 @@ class _Backward:
             if self._of("bf16-gradient-accumulation", OUTER) is not None:
                 h = self.s["stage.final_norm"]
                 both = self._summed(
-                    lambda part: self._rows(x[part], self.ids[part]) + np.einsum("BTo,BTi->oi", dz[part], h[part]), OUTER
+                    lambda part: self._rows(x[part], self.ids[part]) + np.einsum("BTo,BTi->oi", dz[part], h[part]),
+                    OUTER,
                 )
             self._parameter(EMBEDDING, both, OUTER)
         else:
@@ -271,7 +274,9 @@ class _Backward:
         p, s = f"stage.{layer}.", self._values(layer)
         through = self._put(p + "ffn_out", g)
         dh = self._mlp(through, s, layer)
-        normed = self._norm(dh, s["post_attn_residual"], f"model.layers.{layer}.post_attention_layernorm.weight", "ffn_norm", layer)
+        normed = self._norm(
+            dh, s["post_attn_residual"], f"model.layers.{layer}.post_attention_layernorm.weight", "ffn_norm", layer
+        )
         if self._of("backward-mlp-residual-missing", layer) is not None:
             g = 0 * g
         if self._of("backward-mlp-branch-missing", layer) is not None:
@@ -291,7 +296,13 @@ class _Backward:
         before = lambda k: self.s["stage.embedding" if k == 0 else f"stage.{k - 1}.post_ffn_residual"]  # noqa: E731
         if other := self._of("checkpoint-recompute", layer):
             kind = other["inputs"]
-            x = stages["post_ffn_residual"] if kind == "output" else np.roll(before(layer), 1, 0) if kind == "row" else before(layer - 1)
+            x = (
+                stages["post_ffn_residual"]
+                if kind == "output"
+                else np.roll(before(layer), 1, 0)
+                if kind == "row"
+                else before(layer - 1)
+            )
             return {**self.engine._layer(x, x, layer), "input": x}
         return {**stages, "input": before(layer)}
 
@@ -365,7 +376,9 @@ class _Backward:
             if other["form"] == "relu":
                 return (x > 0).astype(self.wide)
             if other["form"] == "erf":
-                return np.asarray(0.5 * (1 + erf(x / np.sqrt(2))) + x * np.exp(-x * x / 2) / np.sqrt(2 * np.pi), self.wide)
+                return np.asarray(
+                    0.5 * (1 + erf(x / np.sqrt(2))) + x * np.exp(-x * x / 2) / np.sqrt(2 * np.pi), self.wide
+                )
             c = np.sqrt(2 / np.pi)
             t = np.tanh(c * (x + 0.044715 * x**3))
             return np.asarray(0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x), self.wide)

@@ -148,6 +148,7 @@ class _Pass:
         self.unexamined: dict[str, str] = {}
         self.unfollowed: dict[Key, str] = {}
         self.doubtful: set[Key] = set()
+        self.blurred: set[Key] = set()
         self.sound: set[Key] = set()
 
     def run(self) -> None:
@@ -176,12 +177,15 @@ class _Pass:
         judged = judge(self.bench, key, self.gradients[key])
         site = judged.site
         if not site.wrong:
-            self.sound.update(gap)
-            self.doubtful -= set(gap)
+            self.sound.update(nodes.shown_by(key, gap))
+            self.doubtful -= set(nodes.shown_by(key, gap))
             self.sites.append(site)
             return
         if self.doubtful & set(gap):
             self.unexamined[str(key)] = "behind a gradient that nothing explains"
+            return
+        if self.blurred & set(gap):
+            self.unexamined[str(key)] = "behind one that is known nearly"
             return
         self.sites.append(site)
         explanation = self._explain(judged, later)
@@ -189,6 +193,10 @@ class _Pass:
         inner = tuple(m for m in explanation.mistakes if self._is_inside(m, gap[:-1]))
         if inner:
             self.bench = self.bench.believing(inner)
+            rough = [mistake for mistake in inner if mistake.fault.chaotic]
+            self.blurred |= {node for node in gap for mistake in rough if self.bench.exact.makes(mistake, node)}
+        if explanation.after is not None:
+            self.sound.update(nodes.shown_by(key, gap))
 
     def _is_inside(self, mistake: Mistake, gap: Sequence[Key]) -> bool:
         return any(self.bench.exact.makes(mistake, node) for node in gap)
@@ -201,7 +209,7 @@ class _Pass:
             return Explanation(
                 site, (NON_FINITE.made(),), None, note=f"{bad} of {judged.theirs.size} values are NaN or infinite"
             )
-        question = Question(self.bench, judged)
+        question = Question(self.bench, judged, frozenset(self.sound))
         rounding = scaling.rounding_of(question, [mistake for one in self.explained for mistake in one.mistakes])
         found, closest = search(question, later) if rounding is None else (accumulated(question), None)
         if found is None and rounding is not None:

@@ -9,7 +9,7 @@ gradient of a layer's input, which is computed by that layer, "grad.output" for 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, FINAL_NORM, HEAD, Qwen2Config
 from apr_jax.model.gradients import AS_EMBEDDING, AS_HEAD
@@ -148,6 +148,31 @@ def sources(key: Key, config: Qwen2Config) -> tuple[Key, ...]:
     if kind == "output":
         return (of_stage(None, "final_norm"),)
     return tuple(of_stage(None if name == "logits" else layer, name) for name in _BEHIND[kind])
+
+
+_OF_PART = {"q_proj": ("q_post_rope",), "k_proj": ("k_post_rope",), "v_proj": ("attention",)}
+
+
+def sources_for(key: Key, reader: Key, config: Qwen2Config) -> tuple[Key, ...]:
+    """Returns what a gradient is computed from, as far as another needs it: of q, k and v, the weight of q needs q."""
+    found = sources(key, config)
+    part = part_of(reader)
+    if part is None or kind_of(key, config) != GRADIENT + "qkv_bias" or key.layer != tensor_of(reader)[0]:
+        return found
+    return tuple(source for source in found if source.stage in _OF_PART[part])
+
+
+def part_of(key: Key) -> str | None:
+    """Returns which of QKV a parameter belongs to; None if to none."""
+    parts = tensor_of(key)[1].split(".") if key.of_parameter else []
+    return parts[1] if len(parts) > 1 and parts[1] in QKV else None
+
+
+def shown_by(key: Key, gap: Sequence[Key]) -> list[Key]:
+    """Returns which gradients before it a right one shows to be right: of q, k and v together no part of them does."""
+    shared = () if part_of(key) is None else (of_stage(tensor_of(key)[0], s) for s in ("qkv_bias", "qkv_matmul"))
+    hidden = {key, *shared}
+    return [node for node in gap if node not in hidden]
 
 
 def _sources_of_parameter(key: Key, config: Qwen2Config) -> Iterator[Key]:

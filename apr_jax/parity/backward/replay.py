@@ -157,7 +157,7 @@ class Backward:
             found: dict[Key, None] = {}
 
             def visit(at: Key) -> None:
-                for source in nodes.sources(at, self.config):
+                for source in nodes.sources_for(at, key, self.config):
                     if source not in found and source not in self.theirs:
                         visit(source)
                 found[at] = None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
+from apr_jax.converters.checkpoint.qwen2 import EMBEDDING
 from apr_jax.parity.backward import nodes
 from apr_jax.parity.backward.localise import Bench, Judged, judge
 from apr_jax.parity.backward.search import Question, factor_of
@@ -141,12 +142,12 @@ def of_other_tokens(
 ) -> Finding | None:
     """Says that nothing that is explained fits because the gradients are those of other tokens: their rows show it."""
     unknown = [one for one in explained if one.mistakes[0].fault is UNKNOWN and one.site.key.of_parameter]
-    kinds = (nodes.EMBEDDING_WEIGHT, nodes.TIED_WEIGHT)
-    seen = next((one for one in unknown if nodes.kind_of(one.site.key, bench.exact.config) in kinds), None)
-    if seen is None:
+    embedding = nodes.of_tensor(None, EMBEDDING)
+    if not unknown or embedding not in gradients:
         return None
-    theirs = np.linalg.norm(np.asarray(gradients[seen.site.key], np.float64), axis=-1)
-    right = np.linalg.norm(bench.exact.compute(seen.site.key), axis=-1)
+    seen = unknown[0]
+    theirs = np.linalg.norm(np.asarray(gradients[embedding], np.float64), axis=-1)
+    right = np.linalg.norm(bench.exact.compute(embedding), axis=-1)
     inputs = bench.exact.forward.inputs
     absent = np.setdiff1d(np.arange(len(right)), inputs.input_ids)
     if not len(absent):

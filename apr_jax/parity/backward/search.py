@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -35,6 +36,8 @@ _CHANGES = 1e-9
 _NEIGHBOURS = 8
 """At how many gradients that share its inputs a hypothesis is tried."""
 _STEPS = 40
+_SECONDS = 30.0
+"""How long sets of mistakes are tried at one gradient; of this thread's processor time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +47,12 @@ class Question:
     Attributes:
       bench: What gradients are judged with.
       judged: The gradient.
+      sound: Gradients that were not dumped and that others, which were made of them, show to be right.
     """
 
     bench: Bench
     judged: Judged
+    sound: frozenset[Key] = frozenset()
 
     @property
     def back(self) -> Backward:
@@ -70,8 +75,8 @@ class Question:
 
     @functools.cached_property
     def gap(self) -> list[Key]:
-        """The gradient, and what was not dumped before it."""
-        return self.back.gap(self.node)
+        """The gradient, and what was not dumped before it and may be wrong."""
+        return [key for key in self.back.gap(self.node) if key not in self.sound]
 
     def value(self, mistakes: Mistakes) -> np.ndarray:
         """Returns the gradient with these mistakes made too."""
@@ -216,7 +221,10 @@ def _stacks(question: Question, singles: Sequence[_Tried]) -> Iterator[_Tried]:
     moving = [tried for tried in singles if abs(tried.error - start) > _CHANGES * start and math.isfinite(tried.error)]
     ranked = sorted(moving, key=lambda tried: float(f"{tried.error:.3e}"))
     pairs: list[_Tried] = []
+    ends = time.thread_time() + _SECONDS
     for first, second in itertools.product(ranked[:_KEPT], ranked):
+        if time.thread_time() > ends:
+            return
         if _apart(first.mistakes, second.mistakes):
             pairs.append(_try(question, (*first.mistakes, *second.mistakes)))
             yield pairs[-1]
@@ -224,6 +232,8 @@ def _stacks(question: Question, singles: Sequence[_Tried]) -> Iterator[_Tried]:
         return
     for pair in sorted(pairs, key=lambda tried: float(f"{tried.error:.3e}"))[:_KEPT_PAIRS]:
         for third in ranked:
+            if time.thread_time() > ends:
+                return
             if all(_apart((mistake,), third.mistakes) for mistake in pair.mistakes):
                 yield _try(question, (*pair.mistakes, *third.mistakes))
 
