@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import arguments, cli
-from apr_jax.converters.errors import MissingFileError, UsageError
+from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
@@ -30,6 +30,8 @@ examples:
   %(prog)s model.apr --left cpu --right cuda           both backends in one process
   %(prog)s model/ --right hf                           HuggingFace transformers (extra: reference)
   %(prog)s model.apr --right steps/ --positions 64-71  rows of eight decoding steps; the token ids are those of 0-71
+  %(prog)s model.apr --right gradients.safetensors --backward
+                                                       gradients of parameters (torch's .grad), and of stages if given
 
 Every stage is recomputed in float64 from the other side's own inputs, so that a mistake shows where it is made and
 stacked ones show one by one. Rounding is judged by what the left side itself loses in the other side's dtype.
@@ -85,6 +87,9 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         " or a JSON file",
     )
     parser.add_argument(
+        "--backward", action="store_true", help="also examine the dump's gradients, of parameters and of stages"
+    )
+    parser.add_argument(
         "--explain-format", action=_ExplainFormat, nargs=0, help="print which dumps can be read, and exit"
     )
     parser.add_argument("--check-upload", action="store_true", help="read every parameter back and compare it")
@@ -112,6 +117,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"--budget: {error}")
     computed = args.right in _SIDES
+    if args.backward and computed:
+        parser.error("--backward is for dumps; golden.py --gradients writes one")
+    if args.backward and args.positions is not None:
+        parser.error("--backward needs values of all positions: leave --positions out")
     for given, applies, to in (
         ("dtype", computed, "--right cpu, cuda and hf; a dump's is --right-dtype"),
         ("right_dtype", not computed, "dumps; for --right cpu, cuda and hf it is --dtype"),
@@ -168,7 +177,8 @@ def main(args: argparse.Namespace) -> int:
     dump.inputs.check_vocabulary(config.vocab_size)
     # Excerpts of a long sequence are many: they are judged where rounding is.
     exact = _load(args, "float64", args.left if excerpts.needed(config, dump.inputs) else "cpu")
-    dtype = args.right_dtype or dump.dtype or (infer_dtype(dump.values) if dump.values else "float32")
+    shown = dump.values or {key: value for key, value in dump.gradients.items() if value.any()}
+    dtype = args.right_dtype or dump.dtype or (infer_dtype(shown) if shown else "float32")
     if dtype not in DTYPES:
         raise UsageError(
             "dumps of this dtype cannot be judged",
@@ -178,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
             hint="Say with --right-dtype as what it shall be judged.",
         )
     same = _load(args, dtype, args.left)
-    if dump.summaries and not dump.values:
+    if dump.summaries and not dump.values and not dump.gradients:
         answer, show = _of_summaries(args, dump, exact, same), _print_summaries
     else:
         answer, show = _of_values(args, dump, exact, same), _print
@@ -196,12 +206,15 @@ def main(args: argparse.Namespace) -> int:
 
 def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel) -> dict[str, Any]:
     """Judges a dump of values."""
-    from apr_jax.parity.diagnose import diagnose
+    from apr_jax.parity.diagnose import diagnose, nothing
     from apr_jax.parity.report import report
 
     notes = _notes(args, dump, exact)
     dump, of_ranks = _put_together(dump, exact, same.dtype)
-    diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told(), args.widened)
+    if dump.values:
+        diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told(), args.widened)
+    else:
+        diagnosis = nothing(exact, dump.inputs, same.dtype)
     if dump.ranks:
         from apr_jax.parity import ranks
 
@@ -211,9 +224,33 @@ def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same:
     if args.check_upload:
         diagnosis = _with_upload(args, same.dtype, diagnosis, notes)
     answer = report(diagnosis, dump, exact, notes)
+    if args.backward:
+        answer = _with_gradients(args, answer, diagnosis, dump, exact)
     if answer["logits"] is not None:
         answer["logits"] |= _texts(args, answer["logits"])
     return answer
+
+
+def _with_gradients(
+    args: argparse.Namespace, answer: dict[str, Any], diagnosis: Diagnosis, dump: Dump, exact: LanguageModel
+) -> dict[str, Any]:
+    """Judges the dump's gradients, too: of the backward pass that follows the forward pass as it was found to be."""
+    from apr_jax.parity.backward.diagnose import diagnose_backward
+    from apr_jax.parity.report import with_gradients
+
+    if diagnosis.replay is None or dump.columns is not None:
+        raise RefusedError(
+            "gradients are not examined of this dump",
+            code="backward",
+            file=args.right,
+            found="layers in another order, a long sequence judged by excerpts, or values of some positions only",
+            expected="values of all positions of a batch, the layers in their order",
+        )
+    counted = None if dump.labels is None else dump.labels >= 0
+    back = diagnose_backward(
+        diagnosis.replay, diagnosis.explained, dump.gradients, counted, diagnosis.localisation.dtype, _told()
+    )
+    return with_gradients(answer, back, exact)
 
 
 def _texts(args: argparse.Namespace, logits: dict[str, Any]) -> dict[str, str | None]:
@@ -367,7 +404,6 @@ def _told() -> Callable[[str], None]:
 
 def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: list[str]) -> Diagnosis:
     """Takes out what belongs to a quantised file: engines round activations beside Q4_K weights, by design."""
-    from apr_jax.parity.diagnose import Diagnosis
     from apr_jax.parity.faults.table import FAULTS
 
     with cli.open_dense_from(args, args.model) as checkpoint:
@@ -377,7 +413,9 @@ def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: lis
         return diagnosis
     notes += [f"no mistake beside quantised weights: {finding.sentence}" for finding in by_design]
     findings = tuple(finding for finding in diagnosis.findings if finding not in by_design)
-    return Diagnosis(findings, diagnosis.localisation, frozenset(finding.fault for finding in by_design))
+    return dataclasses.replace(
+        diagnosis, findings=findings, by_design=frozenset(finding.fault for finding in by_design)
+    )
 
 
 def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
@@ -396,7 +434,7 @@ def _right(args: argparse.Namespace, config: Qwen2Config) -> Dump:
                 expected=f"{', '.join(_SIDES)}, a file or a folder",
             )
         positions = None if args.positions is None else parse_positions(args.positions)
-        return dumps.read(args.right, config, batch, positions)
+        return dumps.read(args.right, config, batch, positions, args.backward)
     batch = batch or inputs.seeded(config.vocab_size)
     batch.check_vocabulary(config.vocab_size)
     dtype = args.dtype or "float32"
@@ -440,13 +478,20 @@ def _notes(args: argparse.Namespace, dump: Dump, exact: LanguageModel) -> list[s
             f"only positions {shown_positions(dump.inputs, dump.columns)} were dumped: what earlier ones left in the"
             " cache of keys and values is taken to be right but for the mistakes that are found, and was not examined"
         )
-    if not any(stages.Key(key).is_inner for key in dump.values):
+    if dump.unread:
+        notes.append(f"{dump.unread} gradients in the dump were not examined: --backward does that")
+    if dump.values and not any(stages.Key(key).is_inner for key in dump.values):
         notes.append(
             "no stages were dumped, only what comes out of all layers: mistakes are looked for in all of them and in"
             " single ones; several that are made in different layers are not named"
         )
     if dump.strangers:
         notes.append(f"not read, no stage of this model: {', '.join(dump.strangers[:8])}")
+    if dump.gradients and all(stages.Key(key).of_parameter for key in dump.gradients):
+        notes.append(
+            "gradients of parameters alone: a mistake is named at the first one that shows it. Gradients of stages show"
+            " where it is made (docs/dumps.md)"
+        )
     if beyond := set(dump.values) - set(stages.trace_keys(exact.config.num_layers)):
         notes.append(f"the dump has a layer more than the model ({len(beyond)} stages)")
     if dump.weights_sha256 is not None:
@@ -509,6 +554,27 @@ def _print(report: dict[str, Any]) -> None:
     _print_first_wrong(report["first_wrong"])
     if report["logits"]:
         _print_logits(report["logits"])
+    _print_gradients(report["stages"])
+
+
+def _print_gradients(sites: Sequence[dict[str, Any]]) -> None:
+    """Layers by gradients, of stages and of parameters: '.' right, 'X' wrong, ' ' not there or not judged."""
+    from apr_jax.parity.localise import STANDINGS
+    from apr_jax.trace.stages import GRADIENT
+
+    found = [site for site in sites if site["key"].startswith(GRADIENT)]
+    if not found:
+        return
+    marks = {(site["stage"], site["layer"]): "X" if site["standing"] == STANDINGS[2] else "." for site in found}
+    layers = sorted({layer for _, layer in marks if layer is not None})
+    names = list(dict.fromkeys(stage for stage, _ in marks))
+    width = max(map(len, names))
+    print(f"\n{'gradients, layer':{width}}    " + " ".join(f"{layer:>2}" for layer in layers))
+    for name in names:
+        print(
+            f"{name:{width}} {marks.get((name, None), ' '):2} "
+            + " ".join(f"{marks.get((name, layer), ' '):>2}" for layer in layers)
+        )
 
 
 _LATE = 64

@@ -76,12 +76,17 @@ def _by_name(
 ) -> Found:
     merged = any(name.startswith("kqv_merged") for name in loads)
     stages: dict[str, Stage] = {}
+    gradients: dict[str, Stage] = {}
     strangers: list[str] = []
     for name, load in loads.items():
-        if name in (*names.INPUTS, *_IGNORED, "positions"):
+        if name in (*names.INPUTS, *_IGNORED, "positions", "labels"):
             continue
         if _STACKED.fullmatch(name):
             stages |= _stacked(path, name, load, config)
+            continue
+        where = path / f"{name}.npy" if path.is_dir() else path
+        if (gradient := names.gradient_of(name, config)) is not None:
+            gradients[gradient] = Stage(load, where, None, shaped)
             continue
         cached = names.cached_keys(name)
         key = cached or names.key_of(name, config.num_layers, merged)
@@ -91,7 +96,6 @@ def _by_name(
         unscaled = Key(key).stage == names.UNSCALED
         if unscaled:
             key = Key.of(Key(key).layer, "attn_scores")
-        where = path / f"{name}.npy" if path.is_dir() else path
         # A stage under its own key goes before one under a name that stands for it.
         if key not in stages or key == name:
             layout = None if cached is None else "bhtd"
@@ -103,7 +107,9 @@ def _by_name(
     positions = None
     if "positions" in loads:
         positions = checked_positions(loads["positions"](_MOST_TOKENS).tolist(), path)
-    return Found(stages, inputs, positions, dtype, strangers=tuple(sorted(strangers)))
+    labels = _batch(loads["labels"](_MOST_TOKENS)) if "labels" in loads else None
+    strange = tuple(sorted(strangers))
+    return Found(stages, inputs, positions, dtype, strangers=strange, gradients=gradients, labels=labels)
 
 
 def _batch(array: np.ndarray | None) -> np.ndarray | None:

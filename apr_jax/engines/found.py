@@ -60,6 +60,8 @@ class Found:
       strangers: Names in the dump that are no stage.
       summaries: Trace key -> numbers of stages whose values are not there.
       origin: What it says of how it was made, as text.
+      gradients: Key of a gradient (`stages.Key`) -> array.
+      labels: The label of each place, as the loss is given them; None where the dump does not say.
       finish: What the tokens become once they are known from elsewhere: a dump may hold those that were generated.
     """
 
@@ -72,6 +74,8 @@ class Found:
     finish: Callable[[Inputs], tuple[Inputs, Positions | None]] | None = None
     summaries: Mapping[str, Summary] = dataclasses.field(default_factory=dict)
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gradients: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
+    labels: np.ndarray | None = None
 
 
 def of_array(array: np.ndarray, file: str | os.PathLike[str], layout: str | None = None, shaped: bool = False) -> Stage:

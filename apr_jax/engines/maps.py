@@ -40,12 +40,31 @@ def read(folder: pathlib.Path, config: Qwen2Config) -> Found:
         default = bounded.checked_dtype(default, path)
     inputs = from_mapping(content, path) if "input_ids" in content else None
     positions = checked_positions(content["positions"], path) if "positions" in content else None
+    gradients = {
+        key: _stage(folder, entry, default)
+        for name, entry in entries.items()
+        if "file" in entry and (key := names.gradient_of(name, config)) is not None
+    }
+    entries = {name: entry for name, entry in entries.items() if names.gradient_of(name, config) is None}
     keys = {name: names.key_of(name, config.num_layers) or name for name in entries}
     stages = {keys[name]: _stage(folder, entry, default) for name, entry in entries.items() if "file" in entry}
     numbers = {
         keys[name]: summaries.of_entry(entry, name, path) for name, entry in entries.items() if "file" not in entry
     }
-    return Found(stages, inputs, positions, default, summaries=numbers)
+    labels = _labels(content, path)
+    return Found(stages, inputs, positions, default, summaries=numbers, gradients=gradients, labels=labels)
+
+
+def _labels(content: Mapping[str, Any], path: pathlib.Path) -> np.ndarray | None:
+    if "labels" not in content:
+        return None
+    try:
+        labels = np.array(content["labels"], np.int64)
+    except (TypeError, ValueError, OverflowError):
+        labels = None
+    if labels is None or labels.ndim != 2:
+        raise BrokenContainerError("labels are no list of lists of numbers", code="dump-map", file=path)
+    return labels
 
 
 def _stage(folder: pathlib.Path, entry: Mapping[str, Any], default: str | None) -> Stage:

@@ -5,6 +5,8 @@ hidden.0, hidden_states.0, _0, [0]     the input of layer 0; as many as there ar
                                        HuggingFace's `hidden_states`, whose last entry is normed
 attentions.0                           HuggingFace's attention weights
 present.0.key, k_cache.0               the keys of a layer's cache, which are its k_post_rope
+grad.stage.0.attn_norm, stage_grad.0.attn_norm, grad.model.norm.weight, model.norm.weight
+                                       gradients of stages, and of parameters as torch names them
 attn_norm-0, l_out-0, result_output    llama.cpp's names of a graph's tensors, as its eval-callback shows them
 """
 
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import re
 
+from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, Qwen2Config
 from apr_jax.trace import stages
-from apr_jax.trace.stages import Key
+from apr_jax.trace.stages import GRADIENT, Key
 
 UNSCALED = "unscaled"
 """Stands for scores before they are multiplied by 1/sqrt(head_dim)."""
@@ -93,6 +96,27 @@ def key_of(name: str, num_layers: int, merged: bool = False) -> str | None:
         stage = "attn_out" if match[1] == "kqv_out" and merged else _LLAMA_NAMES[match[1]]
         return Key.of(int(match[2]), stage)
     return None
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+_PARTS = {"grad_part.embedding.": ".as_embedding", "grad_part.head.": ".as_head"}
+
+
+def gradient_of(name: str, config: Qwen2Config) -> str | None:
+    """Returns the key of the gradient that an array of this name is; None if it is none."""
+    for prefix, suffix in _PARTS.items():
+        if name == prefix + EMBEDDING:
+            return GRADIENT + EMBEDDING + suffix
+    if name.startswith("stage_grad."):
+        stage = name.removeprefix("stage_grad.")
+        name = GRADIENT + (stage if stage == stages.LOGITS else f"stage.{stage}")
+    bare = name.removeprefix(GRADIENT)
+    if name != bare and bare in set(stages.trace_keys(config.num_layers)):
+        return name
+    whole = bare.removesuffix(".grad").removesuffix(".as_embedding").removesuffix(".as_head")
+    for wrapper in _WRAPPERS:
+        whole, bare = whole.removeprefix(wrapper), bare.removeprefix(wrapper)
+    return GRADIENT + bare.removesuffix(".grad") if whole in config.tensor_shapes() else None
 
 
 def cached_keys(name: str) -> str | None:

@@ -109,7 +109,7 @@ def _stage(config: Qwen2Config, inputs: Inputs, located: Localisation, site: Sit
     rows = np.broadcast_to(site.row_budgets, theirs.shape[:-1]) if site.row_budgets.shape == theirs.shape[:-1] else None
     width = np.maximum(counted.sum(axis=-1), 1)
     typical = site.budget / max(1, int(counted.sum())) ** 0.5 if rows is None else rows / np.sqrt(width)
-    factor = ROW_FACTOR * FACTORS[CLASS_OF[site.stage]]
+    factor = ROW_FACTOR * FACTORS[CLASS_OF[site.key.stage]]
     allowed = np.asarray(typical)[..., None] + factor * EPSILON[located.dtype] * np.abs(right)
     return _Stage(theirs, right, counted, counted & (np.abs(theirs - right) > allowed), inputs.places())
 
@@ -145,7 +145,7 @@ def _regions(config: Qwen2Config, site: Site, stage: _Stage) -> Iterator[Region]
 def _in_channels(config: Qwen2Config, site: Site, wrong: np.ndarray, count: int) -> Iterator[Region]:
     """Whole heads, or channels."""
     width = config.head_dim
-    for part, start, heads in _projections(config, site.stage):
+    for part, start, heads in _projections(config, site.key.stage):
         inside = wrong - start
         if inside.min() < 0 or inside.max() >= heads * width:
             continue

@@ -62,11 +62,15 @@ class Diagnosis:
       findings: The mistakes.
       localisation: The stages that they were found at.
       by_design: Deviations that were found and taken out because the file asks for them.
+      explained: What was found at each wrong stage.
+      replay: The replay that stages were explained with; None of a long sequence.
     """
 
     findings: tuple[Finding, ...]
     localisation: Localisation
     by_design: frozenset[str] = frozenset()
+    explained: tuple[Explanation, ...] = ()
+    replay: Replay | None = None
 
 
 def diagnose(
@@ -107,7 +111,13 @@ def diagnose(
     findings = [_with_unshown(finding, replay, located) for finding in gather(explained, exact.config.num_layers)]
     if mistake is not None:
         findings = [order_finding(mistake), *findings]
-    return Diagnosis((*findings, *layout_findings(layouts, exact.config.num_layers)), located)
+    found = (*findings, *layout_findings(layouts, exact.config.num_layers))
+    return Diagnosis(found, located, explained=tuple(explained), replay=None if mistake is not None else replay)
+
+
+def nothing(exact: LanguageModel, inputs: Inputs, dtype: str) -> Diagnosis:
+    """Returns the answer on a dump that holds no value of the forward pass, for its gradients to be examined."""
+    return Diagnosis((), Localisation((), {}, dtype, {}, {}), replay=Replay(exact.config, exact.parameters, inputs, {}))
 
 
 def _diagnose_long(

@@ -54,6 +54,10 @@ class Dump:
       ranks: Trace key -> what each tensor-parallel rank dumped of it.
       form: The name of its form, one of FORMS; "" if it was computed here.
       origin: What the file says of how it was made: witness, device, versions.
+      gradients: Key of a gradient (`stages.Key`) -> float32 or float64 array, of a stage [B, T, ...] or as the
+        parameter; empty unless they were asked for.
+      labels: The label of each place, -100 where it does not count in the loss, int [B, T]; None: all count.
+      unread: How many gradients the dump holds that were not asked for.
     """
 
     inputs: Inputs
@@ -66,6 +70,9 @@ class Dump:
     ranks: Mapping[str, Parts] = dataclasses.field(default_factory=dict)
     form: str = ""
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gradients: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    labels: np.ndarray | None = None
+    unread: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +197,7 @@ def read(
     config: Qwen2Config,
     inputs: Inputs | None = None,
     positions: Positions | None = None,
+    backward: bool = False,
 ) -> Dump:
     """Reads a dump.
 
@@ -198,15 +206,18 @@ def read(
       config: The model's configuration.
       inputs: The batch that was run, where the dump does not say it.
       positions: The positions that the dump's rows stand for, where it holds some only and does not say which.
+      backward: Whether its gradients are wanted too.
 
     Raises:
       AprJaxError: Missing, broken or foreign files; sizes that do not fit the model; nothing to compare.
     """
     with in_file(path):
-        return _read(pathlib.Path(path), config, inputs, positions)
+        return _read(pathlib.Path(path), config, inputs, positions, backward)
 
 
-def _read(place: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None) -> Dump:
+def _read(
+    place: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None, backward: bool
+) -> Dump:
     if places := ranks.folders(place):
         dump = _read_ranks(places, config, inputs, positions)
         return dataclasses.replace(dump, form=f"{len(places)} tensor-parallel ranks")
@@ -221,7 +232,15 @@ def _read(place: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, posit
     if form.name == "APRT":
         dump = _read_aprt(place, config, inputs, positions)
     else:
-        dump = _fitted(form.read(place, config), place, config, inputs, positions)
+        dump = _fitted(form.read(place, config), place, config, inputs, positions, backward)
+    if backward and not dump.gradients:
+        raise DumpError(
+            "the dump holds no gradient",
+            code="nothing-compared",
+            file=place,
+            expected="grad.stage.0.attn_norm, grad.model.norm.weight or such",
+            hint="docs/dumps.md says how to dump gradients.",
+        )
     return dataclasses.replace(dump, form=form.name)
 
 
@@ -259,10 +278,22 @@ def _read_ranks(
 
 
 def _fitted(
-    found: Found, path: pathlib.Path, config: Qwen2Config, inputs: Inputs | None, positions: Positions | None
+    found: Found,
+    path: pathlib.Path,
+    config: Qwen2Config,
+    inputs: Inputs | None,
+    positions: Positions | None,
+    backward: bool,
 ) -> Dump:
     """Fits what was found to the model: tokens, positions and the shape of every stage."""
-    if not found.stages and not found.summaries:
+    if found.gradients and not backward and not found.stages:
+        raise DumpError(
+            "the dump holds gradients only",
+            code="nothing-compared",
+            file=path,
+            hint="--backward examines them.",
+        )
+    if not found.stages and not found.summaries and not found.gradients:
         raise DumpError(
             "the dump holds no stage of this model",
             code="nothing-compared",
@@ -277,6 +308,8 @@ def _fitted(
         batch, positions = found.finish(batch)
     columns = None if positions is None else find_columns(positions, batch)
     values = {key: _load(key, stage, config, batch, columns) for key, stage in found.stages.items()}
+    gradients = {key: _gradient(key, stage, config, batch) for key, stage in found.gradients.items() if backward}
+    labels = None if found.labels is None else _checked_labels(found.labels, batch, path)
     return Dump(
         batch,
         values,
@@ -286,7 +319,43 @@ def _fitted(
         found.strangers,
         found.summaries,
         origin=found.origin,
+        gradients=gradients,
+        labels=labels,
+        unread=0 if backward else len(found.gradients),
     )
+
+
+def _gradient(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np.ndarray:
+    """Reads a gradient: of a stage at all positions, or in the shape of its parameter."""
+    if not Key(key).of_parameter:
+        return _load(key, stage, config, inputs, None)
+    name = key.removeprefix(stages.GRADIENT).removesuffix(".as_embedding").removesuffix(".as_head")
+    shape = config.tensor_shapes()[name]
+    array = stage.load(math.prod(shape))
+    if array.shape != shape or array.dtype.kind in "iub":
+        raise DumpError(
+            "a gradient has another shape than its parameter",
+            code="dump-shape",
+            file=stage.file,
+            tensor=key,
+            found=f"{array.dtype} {list(array.shape)}",
+            expected=list(shape),
+        )
+    return array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32)
+
+
+def _checked_labels(labels: np.ndarray, inputs: Inputs, path: pathlib.Path) -> np.ndarray:
+    ids = inputs.input_ids
+    if labels.shape != ids.shape or not ((labels == ids) | (labels < 0)).all():
+        raise DumpError(
+            "labels are not the tokens themselves; a model shifts them by one",
+            code="dump-labels",
+            file=path,
+            found=list(labels.shape),
+            expected=f"input_ids, or -100 where a token does not count, {list(ids.shape)}",
+            hint="Give the labels as they go into the model, not as they go into the loss.",
+        )
+    return labels
 
 
 def _tokens(found: Found, path: pathlib.Path, inputs: Inputs | None) -> Inputs:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.parity.backward import nodes
 from apr_jax.parity.faults.record import Fault, Instead, fields, shown
 from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.findings import Finding
@@ -42,6 +43,38 @@ RIGHT: Mapping[str, str] = {
 """Stage -> its formula; in braces numbers of the configuration."""
 
 
+_NORM_BACK = "dx = r (w g − x r² mean(w g x)), r = 1 / √(mean(x²) + {rms_norm_eps:.6g})"
+BACKWARD: Mapping[str, str] = {
+    "grad.logits": "dz[t] = (softmax(z[t]) − 1[id[t + 1]]) / N, N the tokens that count",
+    "grad.final_norm": "dx = dz W, W the head",
+    nodes.OUTPUT: _NORM_BACK,
+    nodes.INPUT: "dx = g + that through the norm: " + _NORM_BACK.removeprefix("dx = "),
+    "grad.ffn_out": "dx = g",
+    "grad.ffn_swigl": "dx = g W_down",
+    "grad.ffn_silu": "dsilu = g · up",
+    "grad.ffn_up": "dup = g · SiLU(gate)",
+    "grad.ffn_gate": "dgate = g · σ(gate) (1 + gate (1 − σ(gate)))",
+    "grad.ffn_norm": "dx = dgate W_gate + dup W_up",
+    "grad.post_attn_residual": "dx = g + that through the norm: " + _NORM_BACK.removeprefix("dx = "),
+    "grad.attn_out": "dx = g",
+    "grad.attention": "dx = g Wo",
+    "grad.attn_softmax": "dp[h, i, j] = g[h, i] · v[h // {group}, j]",
+    "grad.attn_scores": "ds = p · (dp − Σ_j p dp), for j ≤ i",
+    "grad.q_post_rope": "dq[h, i] = Σ_j ds[h, i, j] k[h // {group}, j] / √{head_dim}",
+    "grad.k_post_rope": "dk[j] = Σ_h Σ_i ds[h, i, j] q[h, i] / √{head_dim}, h the {group} heads of the group",
+    "grad.qkv_bias": "[dq, dk] = R(−t · θ) g, dv[j] = Σ_h Σ_i p[h, i, j] g[h, i]",
+    "grad.qkv_matmul": "dx = g",
+    "grad.attn_norm": "dx = dq Wq + dk Wk + dv Wv",
+    nodes.WEIGHT: "dW = Σ_t g[t] x[t]ᵀ",
+    nodes.BIAS: "db = Σ_t g[t]",
+    nodes.NORM_WEIGHT: "dw = Σ_t g[t] · x[t] / rms(x[t])",
+    nodes.HEAD_WEIGHT: "dW = Σ_t dz[t] x[t]ᵀ",
+    nodes.EMBEDDING_WEIGHT: "dE[id] = Σ g[t] over all t with id[t] = id",
+    nodes.TIED_WEIGHT: "dE = that of the embedding + that of the head",
+}
+"""Kind of a gradient (`backward.nodes`) -> its formula; g is the gradient of what is computed from x."""
+
+
 class Pair(NamedTuple):
     """Two formulas to be read side by side.
 
@@ -67,7 +100,7 @@ def pair(finding: Finding, config: Qwen2Config) -> Pair | None:
         right, theirs = (text.format(**known) for text in (fault.formula.right, fault.formula.theirs))
         return Pair("", right, theirs + where)
     stage = _made_at(fault, finding.stage)
-    right = RIGHT[stage].format(**known)
+    right = ({**RIGHT, **BACKWARD})[stage].format(**known)
     theirs = _form(fault, stage, known.keys() | {"right"}).format(**known, right=right)
     return Pair(stage, right, theirs + where)
 

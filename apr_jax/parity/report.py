@@ -11,6 +11,7 @@ import numpy as np
 
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity import curves, formulas
+from apr_jax.parity.backward.diagnose import BackwardDiagnosis
 from apr_jax.parity.diagnose import Diagnosis
 from apr_jax.parity.dumps import Dump
 from apr_jax.parity.faults.table import FAULTS
@@ -62,6 +63,44 @@ def report(diagnosis: Diagnosis, dump: Dump, exact: LanguageModel, notes: Sequen
         # Of a long sequence, which is judged by excerpts, no value of ours is there at all positions.
         "worst_stage": _worst_stage(located, dump, exact) if located.reference else None,
         "logits": _of_logits(dump, exact) if located.reference else None,
+    }
+    return finite(values)
+
+
+def with_gradients(answer: Mapping[str, Any], back: BackwardDiagnosis, exact: LanguageModel) -> dict[str, Any]:
+    """Returns the answer with what was found of a backward pass: its findings and gradients behind the forward pass's.
+
+    Args:
+      answer: As `report` returns it.
+      back: What was found.
+      exact: The model in float64.
+
+    Returns:
+      The same entries; where no value of the forward pass was dumped, no stage is listed as not examined.
+    """
+    sites = [site for site in back.sites if site.elements]
+    wrong = any(site.wrong for site in sites)
+    verdicts = ("equal", "rounding", "mistake")
+    verdict = "mistake" if back.findings or wrong else "rounding" if any(site.error for site in sites) else "equal"
+    if answer["stages"]:
+        verdict = max(verdict, answer["verdict"], key=verdicts.index)
+    compared = answer["compared"]
+    forward_only = list(answer["unexamined"]) if answer["stages"] else []
+    standings = [answer["standing"]] if answer["stages"] else []
+    standings += [_standing(verdict, sites)]
+    values = {
+        **answer,
+        "verdict": verdict,
+        "standing": max(standings, key=STANDINGS.index),
+        "compared": {
+            "stages": compared["stages"] + len(sites),
+            "elements": compared["elements"] + sum(site.elements for site in sites),
+            "positions": max(compared["positions"], back.positions),
+        },
+        "unexamined": [*forward_only, *(f"{key} ({why})" for key, why in back.unexamined.items())],
+        "findings": [*answer["findings"], *(_of_finding(finding, exact) for finding in back.findings)],
+        "notes": [*answer["notes"], *back.notes],
+        "stages": [*answer["stages"], *(_of_site(site) for site in back.sites)],
     }
     return finite(values)
 

@@ -178,6 +178,7 @@ class Fault:
         right.
       chaotic: Whether it moves values by whole steps, so that a last bit here or there is a step elsewhere: it is told
         by most values, not by all.
+      near: How near, relative to themselves, these values have to be met.
       formula: The mistaken formula for people to read, of the stage; forms as of the wording, or stage -> formula.
         "{right}" is the stage's own (`formulas.RIGHT`), other braces are parameters and the configuration's numbers.
     """
@@ -201,6 +202,7 @@ class Fault:
     mistake: bool = True
     alone: bool = False
     chaotic: bool = False
+    near: float = 1e-6
     formula: str | tuple[str, ...] | Mapping[str, str] | Instead = ""
 
     def __repr__(self) -> str:

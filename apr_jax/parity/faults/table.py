@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from apr_jax.parity.faults import attention, mlp, norms, outside, parts, products, rope, seen, sums, weights
+from apr_jax.parity.faults import (
+    attention,
+    gradients,
+    losses,
+    mlp,
+    norms,
+    outside,
+    parameter_gradients,
+    parts,
+    products,
+    rope,
+    seen,
+    sums,
+    weights,
+)
 from apr_jax.parity.faults.record import Fault
 
+_BACKWARD = {
+    "Backward: the loss": losses,
+    "Backward: gradients of stages": gradients,
+    "Backward: gradients of parameters": parameter_gradients,
+}
 _FAMILIES = {
     "Rotary positions": rope,
     "Norms": norms,
@@ -18,6 +37,7 @@ _FAMILIES = {
     "Terms of products": sums,
     "Parts of a stage": parts,
     "What is only seen": seen,
+    **_BACKWARD,
 }
 
 _HEAD = """\
@@ -26,6 +46,8 @@ A mistake is named at the stage that makes it or, where that was not dumped, at 
 """
 
 FAULTS: Mapping[str, Fault] = {fault.name: fault for family in _FAMILIES.values() for fault in family.FAULTS}
+BACKWARD: Mapping[str, Fault] = {fault.name: fault for family in _BACKWARD.values() for fault in family.FAULTS}
+"""Those of a backward pass alone."""
 
 
 def listing() -> str:

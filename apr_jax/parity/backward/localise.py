@@ -1,0 +1,168 @@
+"""Which gradients of another backward pass are wrong: each is judged on its own inputs, as stages are.
+
+The right gradient is that of the replay in float64, made from what the other side itself fed into it. What rounding
+does is seen by the same replay in the other side's dtype. A gradient may be off by a small multiple of the larger of
+that error and one rounding of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from apr_jax.parity.backward import nodes
+from apr_jax.parity.backward.replay import Backward
+from apr_jax.parity.faults.record import Mistakes
+from apr_jax.parity.localise import EPSILON, ROW_FACTOR, Site, row_norms, worst_share
+from apr_jax.trace.positions import token_mask
+from apr_jax.trace.stages import Key
+
+FACTOR = 6.0
+"""How many times the larger of our own error and one rounding a right program's gradient may be off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientSite(Site):
+    """One gradient of the other side, judged on its own inputs; see `Site`.
+
+    Attributes:
+      kind: What kind of gradient it is (`nodes`).
+      place: The layer that computes it, None outside the layers.
+      label: What a finding says that it was seen at.
+    """
+
+    kind: str = ""
+    place: int | None = None
+    label: str = ""
+
+    @property
+    def stage(self) -> str:
+        """What a finding says that it was seen at: the kind, or the parameter's name."""
+        return self.label
+
+    @property
+    def layer(self) -> int | None:
+        """The layer that computes it, None outside the layers."""
+        return self.place
+
+    @property
+    def allowed(self) -> float:
+        """What the dtype itself makes of it: the larger of our own error in it and one rounding."""
+        return self.budget / FACTOR
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A gradient with what it was judged by.
+
+    Attributes:
+      site: The verdict.
+      theirs: Their values, float64 in the shape of the right ones.
+      right: The right ones, from their own inputs.
+      counted: Which of them count.
+      dtype: What the other side computes in.
+    """
+
+    site: GradientSite
+    theirs: np.ndarray
+    right: np.ndarray
+    counted: np.ndarray
+    dtype: str
+
+    def error(self, values: np.ndarray) -> tuple[float, float, float]:
+        """Returns |theirs - values| over what counts, what it may be, and the largest share of a row in its budget.
+
+        Values that are larger than the right ones are rounded more.
+        """
+        mask = _rows(self.counted)
+        with np.errstate(all="ignore"):
+            rows = row_norms(_rows(self.theirs - values), mask)
+            size = float(np.linalg.norm(row_norms(_rows(values), mask)))
+        more = max(1.0, size / self.site.norm) if self.site.norm else 1.0
+        rounding = FACTOR * EPSILON[self.dtype] * size
+        budgets = np.maximum(more * self.site.row_budgets, 0.0 if self.site.norm else ROW_FACTOR * rounding)
+        return float(np.linalg.norm(rows)), max(more * self.site.budget, rounding), worst_share(rows, budgets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What gradients are judged with.
+
+    Attributes:
+      exact: The replay in float64, with what is believed of gradients that were not dumped.
+      narrow: The same in the other side's dtype.
+    """
+
+    exact: Backward
+    narrow: Backward
+
+    @classmethod
+    def of(cls, exact: Backward, dtype: str) -> Bench:
+        """Returns the two for a dtype."""
+        return cls(exact, dataclasses.replace(exact, dtype=dtype, kept={}, composed={}))
+
+    @property
+    def dtype(self) -> str:
+        """What the other side computes in."""
+        return self.narrow.dtype
+
+    def believing(self, mistakes: Mistakes) -> Bench:
+        """Returns the two in which these mistakes are made too."""
+        return Bench(self.exact.believing(mistakes), self.narrow.believing(mistakes))
+
+    def supposing(self, mistakes: Mistakes) -> Bench:
+        """Returns the two in which these are tried."""
+        return Bench(self.exact.supposing(mistakes), self.narrow.supposing(mistakes))
+
+
+def judge(bench: Bench, key: Key, theirs: np.ndarray) -> Judged:
+    """Judges one gradient of the other side."""
+    back, dtype = bench.exact, bench.dtype
+    right, own = back.compute(key), bench.narrow.compute(key).astype(np.float64)
+    theirs = np.asarray(theirs, np.float64).reshape(right.shape)
+    counted = _counted(back, key, right)
+    finite = bool(np.isfinite(theirs[counted]).all())
+    mask = _rows(counted)
+    with np.errstate(all="ignore"):
+        error = row_norms(_rows(theirs - right), mask)
+        size, own_error = row_norms(_rows(right), mask), row_norms(_rows(np.nan_to_num(own - right)), mask)
+    rounding = size * EPSILON[dtype] / np.sqrt(3)
+    total = float(np.linalg.norm(own_error))
+    typical = total / max(1, int(np.count_nonzero(size))) ** 0.5
+    rows = ROW_FACTOR * FACTOR * np.maximum(np.maximum(own_error, rounding), typical)
+    site = GradientSite(
+        key,
+        error=float(np.linalg.norm(error)) if finite else float("inf"),
+        own=total,
+        budget=FACTOR * max(total, float(np.linalg.norm(rounding))),
+        norm=float(np.linalg.norm(size)),
+        worst=worst_share(error, rows) if finite else float("inf"),
+        row_budgets=rows,
+        channel_budgets=None,
+        elements=int(counted.sum()),
+        finite=finite,
+        constant=False,
+        kind=nodes.kind_of(key, back.config),
+        place=nodes.layer_of(key, back.config),
+        label=nodes.label_of(key, back.config),
+    )
+    return Judged(site, theirs, right, counted, dtype)
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """The values so that the last axis is a row: numbers of a vector each are one."""
+    return values[:, None] if values.ndim == 1 else values
+
+
+def _counted(back: Backward, key: Key, right: np.ndarray) -> np.ndarray:
+    """Which values count: tokens', and those at padding that have to be 0; of shares the keys that a query sees."""
+    if key.of_parameter:
+        return np.ones(right.shape, bool)
+    inputs = back.forward.inputs
+    tokens = token_mask(inputs)
+    if not key.per_pair:
+        return np.broadcast_to(tokens[..., None] | (right == 0).all(axis=-1, keepdims=True), right.shape)
+    if key.stage == "attn_softmax":
+        return np.broadcast_to(back.visible(key.layer) & tokens[:, None, :, None], right.shape)
+    return np.broadcast_to(tokens[:, None, :, None], right.shape)
