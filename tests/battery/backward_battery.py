@@ -193,11 +193,20 @@ def singles(bench: Bench) -> Iterator[Planted]:
 
 
 STACKABLE = (
-    (("loss-sum", {}), ("labels-not-shifted", {}), ("accumulation-averaged", {"rows": 1}), ("loss-count", {"count": 77})),
+    (
+        ("loss-sum", {}),
+        ("labels-not-shifted", {}),
+        ("accumulation-averaged", {"rows": 1}),
+        ("loss-count", {"count": 77}),
+    ),
     (("backward-rope-missing", {}), ("backward-rope-direction", {}), ("backward-rope-pairs", {})),
     (("backward-softmax-sum-missing", {}), ("backward-mask-ignored", {})),
     (("backward-scale-missing", {}),),
-    (("backward-norm-projection-missing", {}), ("backward-norm-eps", {"eps": 1e-3}), ("backward-norm-weight-missing", {})),
+    (
+        ("backward-norm-projection-missing", {}),
+        ("backward-norm-eps", {"eps": 1e-3}),
+        ("backward-norm-weight-missing", {}),
+    ),
     (("backward-attention-residual-missing", {}), ("backward-mlp-residual-missing", {})),
     (("backward-silu-sigmoid-only", {}), ("backward-activation-gelu", {}), ("backward-gate-up-swapped", {})),
     (("weight-gradient-transposed", {}), ("weight-gradient-averaged", {}), ("weight-gradient-missing", {})),

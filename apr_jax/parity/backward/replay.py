@@ -171,7 +171,7 @@ class Backward:
     def at(self, layer: int | None, stage: str) -> Replay:
         """Returns the forward replay with the mistakes that are made at a stage."""
         made = self.made_before.get(Key.of(layer, stage), ())
-        return dataclasses.replace(self.forward, made=made, layer=layer, composed={})
+        return dataclasses.replace(self.forward, made=made, making=None, at=Key.of(layer, stage), composed={})
 
     def value(self, layer: int | None, stage: str) -> Value:
         """Returns a stage's value as the backward pass has it, float64; what is not finite is 0."""
