@@ -55,7 +55,8 @@ names
   renaming gives the names that HuggingFace has for the model.
 
 quantised forms
-  GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao and GGML blocks are carried over bit for bit, configuration included.
+  GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao and GGML blocks are carried over bit for bit, configuration
+  included.
   --dequantise decodes them (`gptq`'s qweight, scales and zero points become one float32 matrix) and takes
   quantization_config out of config.json; --cast bf16 beside it rounds once, from the exact values.
   --adapter DIR adds a PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of

@@ -36,8 +36,9 @@ tokenizer, chat template or generation setting, a file of these that is broken, 
 prefix in front of all). Each is named, and the verdict is "different" (--json tells the weights' own in "weights").
 Bookkeeping (transformers_version, torch_dtype, spelling) and files that one side lacks do not count.
 
-Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao) are compared by what they decode to, and
-named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is both together.
+Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao) are compared by what they decode
+to, and named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is both
+together.
 
 With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, names, side files,
 vocabulary, and whether the values look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.
