@@ -182,6 +182,22 @@ def ct(bits: int = 4, group: int = 32, *, symmetric: bool = True, shuffled: bool
     return pack
 
 
+def torchao(bits: int = 4, group: int = 32, scale_type: object = np.float32) -> Packer:
+    """Codes as they are, each in 8 bits, zero points beside their scales."""
+
+    def pack(w: np.ndarray) -> Packed:
+        codes, zero, scale, dense = _affine(w, bits, _order(w.shape[1], group, False), np.dtype(scale_type))
+        half = 1 << bits - 1
+        parts = {
+            "_weight_qdata": (codes - half).astype(np.int8),
+            "_weight_scale": scale,
+            "_weight_zero_point": (zero - half).astype(np.int8),
+        }
+        return parts, dense
+
+    return pack
+
+
 def nvfp4(group: int = 16) -> Packer:
     def pack(w: np.ndarray) -> Packed:
         grouped = w.reshape(len(w), -1, group)
@@ -329,5 +345,7 @@ MEMBERS: dict[str, tuple[Packer, dict]] = {
     "ct_int8_packed_row": (ct(8, -1), _ct_weights(num_bits=8, strategy="channel")),
     "ct_int8_row": (scaled(np.int8, (1, 0)), CT | {"format": "int-quantized"}),
     "ct_fp8_tensor": (scaled(ml_dtypes.float8_e4m3fn), CT | {"format": "float-quantized"}),
+    "torchao_int4_32": (torchao(), {"quant_method": "torchao", "quant_type_name": "int4_weight_only"}),
+    "torchao_int8_row_bf16": (torchao(8, -1, ml_dtypes.bfloat16), {"quant_method": "torchao"}),
     "ct_nvfp4": (nvfp4(), CT | {"format": "nvfp4-pack-quantized"}),
 }

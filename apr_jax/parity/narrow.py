@@ -2,8 +2,7 @@
 
 Every formula is the plain one, absolute maximum or minimum and maximum of a group: Q8_0 to Q5_1 are GGML's
 (`quantize_row_*_ref`), int4 and q4_k `apr`'s own (`converters.formats.codecs`), NF4 that of bitsandbytes (Dettmers et
-al. 2023, QLoRA), the rest what quantising runtimes do. Quantisers that search for better scales, as GGML's for
-K-quants, cannot be replayed without their code.
+al. 2023, QLoRA), the rest what quantising runtimes do. `k_quants` has those that search for better scales.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from apr_jax.converters.formats import casts, codebooks, dtypes
+from apr_jax.parity import k_quants
 
 Values = np.ndarray
 
@@ -161,6 +161,15 @@ def _by_tensor(one: Callable[[Values], Values]) -> Callable[[Values], Values]:
     return lambda values: one(values.astype(np.float32).reshape(1, -1)).reshape(values.shape).astype(np.float64)
 
 
+def _k_quant(name: str) -> Callable[[Values], Values]:
+    return lambda values: k_quants.quantised(values, name).astype(np.float64)
+
+
+def fits(codec: str, columns: int) -> bool:
+    """Whether rows can be held so: of what is no multiple of their blocks, llama.cpp makes no K-quants."""
+    return codec not in k_quants.NAMES or columns % k_quants.BLOCK == 0
+
+
 def _cast(name: str) -> Callable[[Values], Values]:
     return lambda values: _float(name, values).astype(np.float64)
 
@@ -176,6 +185,7 @@ CODECS: Mapping[str, Callable[[Values], Values]] = {
     "q4_1": _by_group(32, _affine(15)),
     "q5_0": _by_group(32, _signed_max(16)),
     "q5_1": _by_group(32, _affine(31)),
+    **{name: _k_quant(name) for name in k_quants.NAMES},
     "int8 by row": _by_group(_WHOLE, _absmax(127)),
     "fp8_e4m3": _cast("float8_e4m3"),
     "fp8_e5m2": _cast("float8_e5m2"),

@@ -28,7 +28,8 @@ class Form:
     """How a tensor is packed.
 
     Attributes:
-      name: What the form is called: "gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", "adapter".
+      name: What the form is called: "gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", "torchao",
+        "adapter".
       details: What is to be known of it besides, such as {"type": "int4", "group": 128}.
     """
 

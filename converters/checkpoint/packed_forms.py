@@ -4,7 +4,7 @@ Forms are known by the names and shapes of their tensors, as libraries write the
 says what those do not (which zero points a GPTQ file stores, block sizes). So modules that were left alone are dense
 whatever a list in the configuration calls them, and a lone file is read as well as a folder.
 
-Sources: what GPTQModel, AutoGPTQ, AutoAWQ, bitsandbytes, compressed-tensors and transformers' FP8 write;
+Sources: what GPTQModel, AutoGPTQ, AutoAWQ, bitsandbytes, compressed-tensors, torchao and transformers' FP8 write;
 `converters.formats.packed_codecs` has the layouts and formulas.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint.checkpoint import SOURCE_FILES_KEY, Checkpoint, SideFiles
@@ -32,9 +32,21 @@ QUANTIZATION_KEY = "quantization_config"
 # What older releases of AutoGPTQ and AutoAWQ write beside config.json.
 _OWN_FILES = ("quantize_config.json", "quant_config.json")
 
-METHODS = ("gptq", "awq", "auto-round", "fp8", "fbgemm_fp8", "modelopt", "bitsandbytes", "compressed-tensors")
+METHODS = (
+    "gptq",
+    "awq",
+    "auto-round",
+    "fp8",
+    "fbgemm_fp8",
+    "modelopt",
+    "bitsandbytes",
+    "compressed-tensors",
+    "torchao",
+)
 _GPTQ_FORMATS = ("gptq", "gptq_v2")
 _GPTQ_BITS = (2, 3, 4, 8)
+# What torchao calls the codes of a weight.
+_TORCHAO = "_weight_qdata"
 _FLOAT8 = ("f8_e4m3", "f8_e5m2")
 _FLOATS = ("f16", "bf16", "f32")
 _DEFAULT_BLOCK = 128
@@ -90,7 +102,7 @@ def dense_view(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint.replaced(
         tensors=[*tensors, *found.decoded],
         files=_without_quantisation(checkpoint.files),
-        metadata=_metadata_without(checkpoint.metadata),
+        metadata=_metadata_without(checkpoint.metadata, [tensor.name for tensor in found.decoded]),
         warnings=warnings,
     )
 
@@ -232,9 +244,10 @@ def _dense_object(config: Any) -> Any:
     return {key: value for key, value in config.items() if key not in (QUANTIZATION_KEY, "compression_config")}
 
 
-def _metadata_without(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns an `.apr`'s metadata without what they say of the quantisation."""
-    changed = dict(metadata)
+def _metadata_without(metadata: Mapping[str, Any], decoded: Sequence[str]) -> dict[str, Any]:
+    """Returns the metadata of a container without what they say of the quantisation."""
+    # torchao writes one entry for each tensor, and their names, into a safetensors file.
+    changed = {key: value for key, value in metadata.items() if key not in (*decoded, "tensor_names")}
     if "hf_config" in changed:
         changed["hf_config"] = _dense_object(changed["hf_config"])
     files = changed.get(SOURCE_FILES_KEY)
@@ -291,10 +304,12 @@ class _Search:
                 yield self._int8(stem, tensor)
             elif last.startswith("bitsandbytes__") and stem.endswith(".quant_state"):
                 yield self._four_bits(stem[: -len(".quant_state")], tensor)
+            elif last == _TORCHAO:
+                yield self._torchao(stem, tensor)
             elif tensor.dtype.name in (*_FLOAT8, "i8") and len(tensor.shape) == 2:
                 scale = self._tensors.get(f"{name}_scale_inv") or self._tensors.get(f"{name}_scale")
                 if scale is not None:
-                    yield self._scaled(name, tensor, scale)
+                    yield self._scaled(name, tensor, scale, self._tensors.get(f"{name}_zero_point"))
 
     def _part(self, name: str, *, shape: tuple[int, ...] | None = None, types: tuple[str, ...] = ()) -> Tensor:
         tensor = self._tensors.get(name)
@@ -458,12 +473,19 @@ class _Search:
 
     # FP8, compressed-tensors
 
-    def _scaled(self, name: str, weight: Tensor, scale: Tensor) -> DecodedTensor:
+    def _torchao(self, stem: str, weight: Tensor) -> DecodedTensor:
+        """Float8Tensor, Int8Tensor and IntxUnpackedToInt8Tensor, taken apart as torchao's safetensors have them."""
+        if weight.dtype.name not in (*_FLOAT8, "i8") or len(weight.shape) != 2:
+            what = f"{weight.name} is packed by torchao as {weight.dtype.name} {list(weight.shape)}"
+            raise _refused(what, self._settings.path, _CARRIED, expected="float8 or int8 [out, in]")
+        scale = self._part(f"{stem}._weight_scale")
+        return self._scaled(f"{stem}.weight", weight, scale, self._tensors.get(f"{stem}._weight_zero_point"))
+
+    def _scaled(self, name: str, weight: Tensor, scale: Tensor, zero: Tensor | None) -> DecodedTensor:
         """Floats or integers of 8 bits beside their scale: per tensor, row, group or block."""
         rows, columns = weight.shape
         shape, by_rows, group = self._scale_shape(scale, rows, columns)
         parts = [weight, scale]
-        zero = self._tensors.get(f"{name}_zero_point")
         if zero is not None:
             parts.append(self._part(zero.name, shape=scale.shape))
         order = self._tensors.get(f"{name}_g_idx")
@@ -474,7 +496,8 @@ class _Search:
         method = self._settings.method
         words = _scale_words(shape, by_rows, group, columns)
         form = Form(
-            method if method == "compressed-tensors" else "fp8" if is_float else "int8", (("type", kind), *words)
+            method if method in ("compressed-tensors", "torchao") else "fp8" if is_float else "int8",
+            (("type", kind), *words),
         )
 
         def make() -> Decoder:

@@ -58,11 +58,11 @@ names:
 FROM is what a name begins with. Of several that fit a name the longest FROM counts, once; --rename lm_head.=lm_head.
 leaves a name as it is. verify says which renaming gives the names that HuggingFace has for the model.
 
-Quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, GGML blocks) are carried over bit for bit, with their
-configuration. --dequantise decodes them (GPTQ's qweight, scales and zero points become one float32 matrix) and removes
-quantization_config from config.json; --cast bf16 beside it rounds once, from the exact values. --adapter DIR adds a
-PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of the weight that it
-changes; a quantised base is decoded.
+Quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao, GGML blocks) are carried over bit for bit,
+with their configuration. --dequantise decodes them (GPTQ's qweight, scales and zero points become one float32 matrix)
+and removes quantization_config from config.json; --cast bf16 beside it rounds once, from the exact values. --adapter
+DIR adds a PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of the weight
+that it changes; a quantised base is decoded.
 
 An older .apr, whose dtype ids are not today's (2 was bf16, 8 and 9 were q4 and q8; other programs used others), is
 refused, with what its ids may mean. --legacy takes what the size of every tensor decides; --legacy 8=q4_k says what

@@ -37,8 +37,9 @@ tokenizer, chat template or generation setting, a broken file of these, names th
 front of all). Each is named, and the verdict is "different" (with --json, "weights" holds that of the weights alone).
 Bookkeeping (transformers_version, torch_dtype, spelling) and files that one side lacks do not count.
 
-Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors) are compared by what they decode to, and
-named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is both together.
+Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao) are compared by what they decode
+to, and named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is both
+together.
 
 With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, names, side files,
 vocabulary, and whether the values look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.

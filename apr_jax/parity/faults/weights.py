@@ -59,9 +59,8 @@ def _quantisations(question: Question, node: Key) -> Iterator[Mapping[str, Any]]
     for tensor in _suspects(question, node):
         right = question.replay.weight(node.layer, tensor)
         small = codecs.stays_float(tensor, right.size)
-        tried = (
-            ("fp16", "bf16") if small else ("fp16", "bf16", *(codec for codec in narrow.CODECS if "f16" not in codec))
-        )
+        blocks = (codec for codec in narrow.CODECS if "f16" not in codec and narrow.fits(codec, right.shape[-1]))
+        tried = ("fp16", "bf16") if small else ("fp16", "bf16", *blocks)
         if not small and not own:
             tried = ("fp16", *_BEHIND_GAPS) if _too_many(question) else tried
         elif not small:

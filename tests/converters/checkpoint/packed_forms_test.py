@@ -6,7 +6,7 @@ import json
 import pathlib
 import shutil
 
-import ml_dtypes  # noqa: F401, gives numpy the name bfloat16
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
@@ -26,7 +26,7 @@ Q = "model.layers.0.self_attn.q_proj"
 class LibrariesTest(parameterized.TestCase):
     @parameterized.parameters(sorted(path.stem for path in LIBRARIES.glob("*.safetensors")))
     def test_field_what_a_library_wrote(self, name):
-        """FIELD Forms: a matrix packed by bitsandbytes, AutoGPTQ, AutoAWQ, compressed-tensors -> their own values"""
+        """FIELD Forms: packed by bitsandbytes, AutoGPTQ, AutoAWQ, compressed-tensors, torchao -> their own values"""
         folder = pathlib.Path(self.create_tempdir().full_path)
         (folder / "model.safetensors").write_bytes((LIBRARIES / f"{name}.safetensors").read_bytes())
         with open_checkpoint(folder) as raw:
@@ -34,14 +34,20 @@ class LibrariesTest(parameterized.TestCase):
         (folder / "config.json").write_text(json.dumps(config))
         wanted = np.load(LIBRARIES / "dense.npz")[name]
         with open_checkpoint(folder) as raw:
-            (tensor,) = dense_view(raw).tensors.values()
+            view = dense_view(raw)
+            (tensor,) = view.tensors.values()
             self.assertEqual(tensor.name, "layer.weight")
+            # torchao's own words for what is packed no longer.
+            self.assertEmpty(view.metadata.keys() & {"layer.weight", "tensor_names"})
             found = tensor.read().astype(np.float32)
+        if name.startswith("torchao") and name.endswith("bf16"):
+            # It computes in the type that the weight had.
+            found = found.astype(ml_dtypes.bfloat16).astype(np.float32)
         # Exact but for LLM.int8, whose two products we join.
         np.testing.assert_allclose(found, wanted, rtol=2e-7 if name == "bnb_int8" else 0, atol=0)
 
     def test_there_are_enough_of_them(self):
-        self.assertGreaterEqual(len(list(LIBRARIES.glob("*.safetensors"))), 22)
+        self.assertGreaterEqual(len(list(LIBRARIES.glob("*.safetensors"))), 27)
 
 
 class FormulasTest(parameterized.TestCase):
@@ -127,6 +133,17 @@ class RefusalsTest(parameterized.TestCase):
         folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
         packers.pack_checkpoint(BASE, folder, packers.gptq(), config)
         with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, name) as caught:
+            dense_view(raw)
+        self.assertEqual(caught.exception.code, "quantisation-unsupported")
+
+    def test_field_what_torchao_packed_for_one_kernel_is_refused_by_name(self):
+        """FIELD Forms: torchao's int4 for a kernel of its own -> refused by name; convert carries it as it is"""
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, *packers.MEMBERS["torchao_int4_32"])
+        tensors = packers.read(folder / "model.safetensors")
+        tensors[f"{Q}._weight_qdata"] = np.zeros((8, 4, 32, 4), np.int32)
+        packers.write(folder / "model.safetensors", tensors)
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "torchao as i32") as caught:
             dense_view(raw)
         self.assertEqual(caught.exception.code, "quantisation-unsupported")
 

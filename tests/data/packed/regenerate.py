@@ -2,9 +2,9 @@
 
     python tests/data/packed/regenerate.py SITE AUTOGPTQ AUTOAWQ
 
-SITE: a folder with bitsandbytes 0.50.2, compressed-tensors 0.20.1, loguru and frozendict (pip install --target ...
---no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9. All compute on
-the CPU. Of the last two only the modules that pack are imported, since the rest wants CUDA.
+SITE: a folder with bitsandbytes 0.50.2, compressed-tensors 0.20.1, torchao 0.18.0, loguru and frozendict (pip install
+--target ... --no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9. All
+compute on the CPU. Of the last two only the modules that pack are imported, since the rest wants CUDA.
 
 NAME.safetensors holds the parts under the names that the library gives them, and in its metadata the
 `quantization_config`; dense.npz holds for each NAME what the library itself decodes, in float32 if it can.
@@ -128,6 +128,38 @@ def extremes(values: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
     return groups.amin(2), groups.amax(2)
 
 
+# --- torchao
+
+
+def torchao_forms() -> None:
+    from torchao import quantization
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    for name, dtype, settings in (
+        ("torchao_fp8_row", torch.float32, quantization.Float8WeightOnlyConfig()),
+        ("torchao_int8_row_bf16", torch.bfloat16, quantization.Int8WeightOnlyConfig(version=2)),
+        ("torchao_int4_group32", torch.float32, intx(quantization, torch.int4, 32)),
+        ("torchao_int3_group64_bf16", torch.bfloat16, intx(quantization, torch.int3, 64)),
+        (
+            "torchao_int4_asymmetric",
+            torch.float32,
+            intx(quantization, torch.int4, 32, mapping_type=quantization.quant_primitives.MappingType.ASYMMETRIC),
+        ),
+    ):
+        module = torch.nn.ModuleDict({"layer": torch.nn.Linear(IN, OUT, bias=False, dtype=dtype)})
+        module["layer"].weight.data = weight(dtype)
+        quantization.quantize_(module, settings)
+        parts, metadata = flatten_tensor_state_dict(module.state_dict())
+        DENSE[name] = module["layer"].weight.dequantize().detach().float().numpy()
+        # transformers writes more of the settings; nothing depends on them.
+        metadata |= {"format": "pt", "quantization_config": json.dumps({"quant_method": "torchao"})}
+        save_file(parts, HERE / f"{name}.safetensors", metadata)
+
+
+def intx(quantization: types.ModuleType, dtype: torch.dtype, group: int, **settings: object) -> object:
+    return quantization.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=quantization.PerGroup(group), **settings)
+
+
 # --- GPTQ
 
 
@@ -206,4 +238,5 @@ if __name__ == "__main__":
     gptq_forms(autogptq)
     awq_forms(autoawq)
     compressed_tensors_forms()
+    torchao_forms()
     np.savez_compressed(HERE / "dense.npz", **DENSE)
