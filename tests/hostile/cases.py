@@ -325,6 +325,7 @@ WIDE_FILE = '"tokenizer.json":"😀'.encode() + b"a" * 6_000_000 + b'"'
 accepted("61 no tensors, a file with a wide letter", st(b'{"__metadata__":{' + WIDE_FILE + b"}}"))
 accepted("62 a scalar", one(shape=[]))
 accepted("63 a shape with a zero", one(b"", shape=[3, 0], offsets=[0, 0]))
+case("63 a zero beside what cannot be addressed", one(b"", shape=[0, 2**62], offsets=[0, 0]), "shape-overflow")
 accepted("64 padded with blanks", st(json.dumps({"a": entry()}).encode() + b" " * 1000, bytes(4)))
 accepted("65 any order of keys", st({"b": entry(offsets=[4, 8]), "a": entry()}, bytes(8)))
 accepted("66 data at an odd place", st({"a": entry("U8", [1], [0, 1]), "b": entry(offsets=[1, 5])}, bytes(5)))

@@ -225,7 +225,7 @@ case("npy: a header beyond the file", array(header(), length=60_000), "npy")
 case("npy: a header of 4 GB", array(header(), version=b"\x02\0", length=2**32 - 1), "npy")
 case(
     "npy: a header of 70,000 bytes",
-    raw(b"\x93NUMPY\x02\0" + struct.pack("<I", 70_000) + header().ljust(70_000) + BODY, "a.npy"),
+    raw(b"\x93NUMPY\x02\0" + struct.pack("<I", 70_000) + header()[:-1].ljust(69_999) + b"\n" + BODY, "a.npy"),
     "npy",
     opens=bounded.npy,
 )
@@ -251,6 +251,9 @@ for shape in (5, [COUNT], (-1,), (1.5,), (True,), (2**63,), (1,) * 33 + (COUNT,)
     case(f"npy: shape {str(shape)[:30]}", array(header(shape=shape), BODY), "npy")
 for shape in ((2**32, 2**32), (COUNT + 1,), (0,), ()):
     case(f"npy: another shape {shape}", array(header(shape=shape), BODY), "npy")
+for version in (b"\0\0", b"\x02\x01", b"\x04\0"):
+    case(f"npy: of version {version[0]}.{version[1]}", array(header(), BODY, version=version), "npy")
+case("npy: an order that is a number", array(header(order=0), BODY), "npy")
 case("npy: a key more", array(header(more=1), BODY), "npy")
 case("npy: larger than the stage", array(header(shape=(COUNT * 64,)), BODY * 64), "dump-size")
 case("npy: fewer than the stage", array(header(shape=(1,)), bytes(4)), "dump-size")
