@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test test-slow lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery clean
+.PHONY: demo test test-slow lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery bench-loss clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -129,6 +129,10 @@ bench-verify: $(VENV)/installed
 bench-parity: $(VENV)/installed
 	$(BIN)/python tests/bench/parity_bench.py
 
+# Peak memory of the loss at a vocabulary of 151,936; its rate beside prompts' on a GPU: --device cuda and no --memory.
+bench-loss: $(VENV)/installed
+	$(BIN)/python tests/bench/loss_bench.py --memory
+
 # parity on 20,000 positions of the 0.5B shape with a mistake from position 11,000 on: named, the position exact, time and
 # peak memory. DEVICE=cuda for a GPU; MISTAKES=none,restart,window,chunk,stale; 20 minutes and 12 GB on a CPU.
 parity-long: $(VENV)/installed
@@ -152,6 +156,10 @@ coarse-battery: $(VENV)/installed
 # Mistakes that no record of the fault table names: described, at the right place; a minute.
 unknown-battery: $(VENV)/installed
 	$(BIN)/python tests/battery/unknown_battery.py $(ARGS)
+
+# Every mistake of AdamW that is known, planted by a NumPy engine and named from parameters alone; a quarter of an hour.
+optimizer-battery: $(VENV)/installed
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/optimizer_battery.py
 
 # The real four-fold case on 100 checkpoints, as a full dump and as decoding steps: four names and nothing else, on each.
 four-fold: $(VENV)/installed
