@@ -211,17 +211,22 @@ def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same:
         diagnosis = _with_upload(args, same.dtype, diagnosis, notes)
     answer = report(diagnosis, dump, exact, notes)
     if args.backward:
-        answer = _with_gradients(args, answer, diagnosis, dump, exact)
+        answer = _with_gradients(args, answer, diagnosis, dump, exact, same)
     if answer["logits"] is not None:
         answer["logits"] |= _texts(args, answer["logits"])
     return answer
 
 
 def _with_gradients(
-    args: argparse.Namespace, answer: dict[str, Any], diagnosis: Diagnosis, dump: Dump, exact: LanguageModel
+    args: argparse.Namespace,
+    answer: dict[str, Any],
+    diagnosis: Diagnosis,
+    dump: Dump,
+    exact: LanguageModel,
+    same: LanguageModel,
 ) -> dict[str, Any]:
     """Judges the dump's gradients, too: of the backward pass that follows the forward pass as it was found to be."""
-    from apr_jax.parity.backward.diagnose import diagnose_backward
+    from apr_jax.parity.backward.diagnose import diagnose_backward, undumped_values
     from apr_jax.parity.report import with_gradients
 
     if diagnosis.replay is None or dump.columns is not None:
@@ -234,7 +239,13 @@ def _with_gradients(
         )
     counted = None if dump.labels is None else dump.labels >= 0
     back = diagnose_backward(
-        diagnosis.replay, diagnosis.explained, dump.gradients, counted, diagnosis.localisation.dtype, _told()
+        diagnosis.replay,
+        diagnosis.explained,
+        dump.gradients,
+        counted,
+        same.dtype,
+        undumped_values(same, diagnosis.replay),
+        _told(),
     )
     return with_gradients(answer, back, exact)
 

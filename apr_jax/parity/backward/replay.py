@@ -468,6 +468,30 @@ def terms(back: Backward, layer: int | None, name: str) -> tuple[Value, Value]:
     return back.some(gradient), back.some(back.value(layer, "attn_norm"))
 
 
+def factors(back: Backward, key: Key) -> list[tuple[Value, Value | None, np.ndarray | None]]:
+    """Returns what a parameter's gradient is a sum of products of.
+
+    Returns:
+      Gradients [B, T, C]; what was read [B, T, D], or None; the row that each product is added to, [B, T], or None
+      where all are added up.
+    """
+    (layer, name), kind = nodes.tensor_of(key), nodes.kind_of(key, back.config)
+    if kind == nodes.NORM_WEIGHT:
+        stage = next(stage for stage, weight in NORMS.items() if weight == name)
+        x, r = norm_factor(back, layer, stage)
+        return [(back.get(layer, stage) * x * r, None, None)]
+    if kind == nodes.BIAS:
+        return [(terms(back, layer, name)[0], None, None)]
+    if kind == nodes.WEIGHT:
+        return [(*terms(back, layer, name), None)]
+    found: list[tuple[Value, Value | None, np.ndarray | None]] = []
+    if kind in (nodes.HEAD_WEIGHT, nodes.TIED_WEIGHT):
+        found.append((back.get(None, LOGITS), back.value(None, "final_norm"), None))
+    if kind in (nodes.EMBEDDING_WEIGHT, nodes.TIED_WEIGHT):
+        found.append((back.get(None, "embedding"), None, back.forward.inputs.input_ids))
+    return found
+
+
 def _flat(x: Value) -> Value:
     return x.reshape(-1, x.shape[-1])
 
