@@ -14,6 +14,7 @@ from apr_jax.converters.commands import cli
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from apr_jax.converters.checkpoint.adapters import LowRank
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
     from apr_jax.model.language_model import LanguageModel
     from apr_jax.parity.diagnose import Diagnosis
@@ -238,6 +239,7 @@ def _with_gradients(
             expected="values of all positions of a batch, the layers in their order",
         )
     counted = None if dump.labels is None else dump.labels >= 0
+    adapter = _low_rank(args, dump)
     back = diagnose_backward(
         diagnosis.replay,
         diagnosis.explained,
@@ -245,9 +247,39 @@ def _with_gradients(
         counted,
         same.dtype,
         undumped_values(same, diagnosis.replay),
+        adapter,
         _told(),
     )
     return with_gradients(answer, back, exact)
+
+
+def _low_rank(args: argparse.Namespace, dump: Dump) -> dict[str, LowRank]:
+    """What the adapter adds to each weight; refuses a dump of an adapter's gradients that does not fit it."""
+    from apr_jax.converters.checkpoint.adapters import low_rank_parts
+
+    given = {key: value.shape for key, value in dump.gradients.items() if ".lora_" in key}
+    if given and len(args.adapter) != 1:
+        raise UsageError(
+            "the dump holds gradients of an adapter",
+            code="adapter",
+            file=args.right,
+            found=next(iter(given)),
+            hint="Name the one adapter that was trained: --adapter DIR.",
+        )
+    parts = low_rank_parts(args.adapter[0]) if given else {}
+    for key, shape in given.items():
+        name, _, side = key.removeprefix("grad.").partition(".lora_")
+        expected = None if name not in parts else (parts[name].a if side == "A" else parts[name].b).shape
+        if shape != expected:
+            raise UsageError(
+                "a gradient does not fit the adapter",
+                code="adapter",
+                file=args.right,
+                tensor=key,
+                found=list(shape),
+                expected="no such matrix" if expected is None else list(expected),
+            )
+    return parts
 
 
 def _texts(args: argparse.Namespace, logits: dict[str, Any]) -> dict[str, str | None]:

@@ -8,7 +8,6 @@ autocast to bfloat16 and accumulated over four micro-batches.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import pathlib
 import sys
 import time
@@ -25,14 +24,12 @@ from apr_jax.parity.backward.diagnose import diagnose_backward, undumped_values
 from apr_jax.parity.diagnose import diagnose, nothing
 from apr_jax.trace.inputs import Inputs, seeded
 from apr_jax.trace.positions import predicted_pairs
-from apr_jax.trace.stages import GRADIENT, LOGITS
+from apr_jax.trace.stages import GRADIENT
 from tests import oracle, paths
 from tests.battery.backward_engine import backward
 
 ROWS, LENGTH, PADDED, IGNORED = 4, 64, 7, 11
 COMPILED = ("gqa_tied_bf16",)
-
-
 
 
 def batch(vocabulary: int, even: bool, seed: int = 0) -> tuple[Inputs, np.ndarray]:
@@ -45,7 +42,9 @@ def batch(vocabulary: int, even: bool, seed: int = 0) -> tuple[Inputs, np.ndarra
     return Inputs.of(ids, mask), labels
 
 
-def judged(folder: pathlib.Path, dtype: str, inputs: Inputs, labels: np.ndarray, dump: Mapping[str, np.ndarray]) -> list[str]:
+def judged(
+    folder: pathlib.Path, dtype: str, inputs: Inputs, labels: np.ndarray, dump: Mapping[str, np.ndarray]
+) -> list[str]:
     """The findings' sentences: of the forward pass where its values are there, and of the backward pass."""
     exact, same = load_model(folder, "float64", "cpu"), load_model(folder, dtype, "cpu")
     forward = {key: value for key, value in dump.items() if not key.startswith(GRADIENT)}
@@ -59,7 +58,9 @@ def judged(folder: pathlib.Path, dtype: str, inputs: Inputs, labels: np.ndarray,
     worst = max(back.sites, key=lambda site: site.share)
     sentences = [finding.sentence for finding in (*before.findings, *back.findings)]
     left = [f"{key}: {why}" for key, why in back.unexamined.items()]
-    return [*sentences, *left] or [f"ok {len(back.sites)} gradients, worst {worst.share:.2f} of its budget at {worst.key}"]
+    return [*sentences, *left] or [
+        f"ok {len(back.sites)} gradients, worst {worst.share:.2f} of its budget at {worst.key}"
+    ]
 
 
 def own(folder: pathlib.Path, dtype: str, inputs: Inputs, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -97,7 +98,9 @@ def torch_parameters(folder: pathlib.Path, how: str, inputs: Inputs, labels: np.
     if how == "fused":
         model.set_attn_implementation("sdpa")
     run = torch.compile(model) if how == "compiled" else model
-    arrays = [torch.tensor(np.asarray(a, np.int64)) for a in (inputs.input_ids, inputs.attention_mask, inputs.position_ids)]
+    arrays = [
+        torch.tensor(np.asarray(a, np.int64)) for a in (inputs.input_ids, inputs.attention_mask, inputs.position_ids)
+    ]
     targets = torch.tensor(np.asarray(labels, np.int64))
     parts = 4 if how == "accumulated" else 1
     autocast = torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext()

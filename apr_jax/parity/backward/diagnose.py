@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.adapters import LowRank
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.backward import nodes, scaling
 from apr_jax.parity.backward.describe import describe
@@ -27,6 +28,7 @@ from apr_jax.parity.search import silent
 from apr_jax.trace import stages
 from apr_jax.trace.stages import GRADIENT, Key
 
+NO_ADAPTER: Mapping[str, LowRank] = types.MappingProxyType({})
 NOTHING: Mapping[str, np.ndarray] = types.MappingProxyType({})
 
 
@@ -56,6 +58,7 @@ def diagnose_backward(
     counted: np.ndarray | None,
     dtype: str,
     rounded: Mapping[str, np.ndarray] = NOTHING,
+    adapter: Mapping[str, LowRank] = NO_ADAPTER,
     progress: Callable[[str], None] = silent,
 ) -> BackwardDiagnosis:
     """Judges and explains gradients.
@@ -67,11 +70,16 @@ def diagnose_backward(
       counted: Which tokens the loss is over, bool [B, T]; None is all.
       dtype: What the other side computes in.
       rounded: Values of the forward pass as a right engine has them in that dtype, for those that were not dumped.
+      adapter: Name of a weight -> what a low-rank adapter adds to it, which the model's weights hold already.
       progress: Is told what is going on, often.
     """
     before = tuple(before)
     back = Backward(
-        forward.under(_in_layers(before)), Loss.of(forward.inputs, counted), dict(gradients), _by_stage(forward, before)
+        forward.under(_in_layers(before)),
+        Loss.of(forward.inputs, counted),
+        dict(gradients),
+        adapter,
+        _by_stage(forward, before),
     )
     pass_ = _Pass(Bench.of(back, dtype, rounded), dict(gradients), progress)
     pass_.unfollowed = _unfollowed(back, before)

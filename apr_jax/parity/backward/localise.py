@@ -145,7 +145,7 @@ def judge(bench: Bench, key: Key, theirs: np.ndarray) -> Judged:
     with np.errstate(all="ignore"):
         error = row_norms(_rows(theirs - right), mask)
         size, own_error = row_norms(_rows(right), mask), row_norms(_rows(np.nan_to_num(own - right)), mask)
-        if key.of_parameter:
+        if key.of_parameter and nodes.kind_of(key, back.config) != nodes.LOW_RANK:
             own_error = np.maximum(own_error, _typical(bench, key))
     rounding = size * EPSILON[dtype] / np.sqrt(3)
     total = float(np.linalg.norm(own_error))
