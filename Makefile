@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test test-slow lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery bench-loss clean
+.PHONY: demo test test-slow lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -160,6 +160,12 @@ unknown-battery: $(VENV)/installed
 # Every mistake of AdamW that is known, planted by a NumPy engine and named from parameters alone; a quarter of an hour.
 optimizer-battery: $(VENV)/installed
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/optimizer_battery.py
+
+# Every mistake of a backward pass, planted by a NumPy engine: with gradients of stages, of parameters alone, stacked; then
+# right backward passes (ours, NumPy, torch in several ways), in which nothing may be found. Half an hour;
+# ARGS="--groups stages".
+backward-battery: $(VENV)/reference-installed
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/backward_battery.py $(ARGS)
 
 # The real four-fold case on 100 checkpoints, as a full dump and as decoding steps: four names and nothing else, on each.
 four-fold: $(VENV)/installed

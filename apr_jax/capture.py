@@ -4,6 +4,8 @@
 
     with capture.torch(model, "dump/"):      # a PyTorch model: HuggingFace, vLLM or SGLang in eager mode, your own
         model(input_ids)
+    with capture.torch(model, "dump/", gradients=True):    # for `parity --backward`
+        model(input_ids, labels=input_ids).loss.backward()
     with capture.flax(model, "dump/"):       # a Flax NNX model
         model(input_ids)
     capture.onnx("model.onnx", "dump/", {"input_ids": ids})    # an ONNX model, run by ONNX Runtime
@@ -30,6 +32,7 @@ def torch(
     names: Mapping[str, str] | None = None,
     input_ids: Any = None,
     force: bool = False,
+    gradients: bool = False,
 ) -> contextlib.AbstractContextManager[Recorder]:
     """Watches a PyTorch model inside a `with` block and writes its stages at the end.
 
@@ -44,6 +47,8 @@ def torch(
         act, down.
       input_ids: All tokens [B, T], where the block holds decoding steps only and the prompt was run before.
       force: Whether an earlier dump may be replaced.
+      gradients: Whether the block calls `loss.backward()` too: gradients of stages and parameters are then written for
+        `parity --backward`. Labels are taken from the call of the model, where they are given to it.
 
     Returns:
       A context manager whose value takes what modules do not show: `with ... as take: take("stage.0.attention", x)`.
@@ -54,7 +59,7 @@ def torch(
     """
     from apr_jax.engines import torch_modules
 
-    return torch_modules.watch(model, folder, names, input_ids, force)
+    return torch_modules.watch(model, folder, names, input_ids, force, gradients)
 
 
 def flax(

@@ -14,6 +14,7 @@ from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from apr_jax.converters.checkpoint.adapters import LowRank
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
     from apr_jax.model.language_model import LanguageModel
     from apr_jax.parity.diagnose import Diagnosis
@@ -225,17 +226,22 @@ def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same:
         diagnosis = _with_upload(args, same.dtype, diagnosis, notes)
     answer = report(diagnosis, dump, exact, notes)
     if args.backward:
-        answer = _with_gradients(args, answer, diagnosis, dump, exact)
+        answer = _with_gradients(args, answer, diagnosis, dump, exact, same)
     if answer["logits"] is not None:
         answer["logits"] |= _texts(args, answer["logits"])
     return answer
 
 
 def _with_gradients(
-    args: argparse.Namespace, answer: dict[str, Any], diagnosis: Diagnosis, dump: Dump, exact: LanguageModel
+    args: argparse.Namespace,
+    answer: dict[str, Any],
+    diagnosis: Diagnosis,
+    dump: Dump,
+    exact: LanguageModel,
+    same: LanguageModel,
 ) -> dict[str, Any]:
     """Judges the dump's gradients, too: of the backward pass that follows the forward pass as it was found to be."""
-    from apr_jax.parity.backward.diagnose import diagnose_backward
+    from apr_jax.parity.backward.diagnose import diagnose_backward, undumped_values
     from apr_jax.parity.report import with_gradients
 
     if diagnosis.replay is None or dump.columns is not None:
@@ -247,10 +253,47 @@ def _with_gradients(
             expected="values of all positions of a batch, the layers in their order",
         )
     counted = None if dump.labels is None else dump.labels >= 0
+    adapter = _low_rank(args, dump)
     back = diagnose_backward(
-        diagnosis.replay, diagnosis.explained, dump.gradients, counted, diagnosis.localisation.dtype, _told()
+        diagnosis.replay,
+        diagnosis.explained,
+        dump.gradients,
+        counted,
+        same.dtype,
+        undumped_values(same, diagnosis.replay),
+        adapter,
+        _told(),
     )
     return with_gradients(answer, back, exact)
+
+
+def _low_rank(args: argparse.Namespace, dump: Dump) -> dict[str, LowRank]:
+    """What the adapter adds to each weight; refuses a dump of an adapter's gradients that does not fit it."""
+    from apr_jax.converters.checkpoint.adapters import low_rank_parts
+
+    given = {key: value.shape for key, value in dump.gradients.items() if ".lora_" in key}
+    if given and len(args.adapter) != 1:
+        raise UsageError(
+            "the dump holds gradients of an adapter",
+            code="adapter",
+            file=args.right,
+            found=next(iter(given)),
+            hint="Name the one adapter that was trained: --adapter DIR.",
+        )
+    parts = low_rank_parts(args.adapter[0]) if given else {}
+    for key, shape in given.items():
+        name, _, side = key.removeprefix("grad.").partition(".lora_")
+        expected = None if name not in parts else (parts[name].a if side == "A" else parts[name].b).shape
+        if shape != expected:
+            raise UsageError(
+                "a gradient does not fit the adapter",
+                code="adapter",
+                file=args.right,
+                tensor=key,
+                found=list(shape),
+                expected="no such matrix" if expected is None else list(expected),
+            )
+    return parts
 
 
 def _texts(args: argparse.Namespace, logits: dict[str, Any]) -> dict[str, str | None]:

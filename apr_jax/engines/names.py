@@ -99,6 +99,7 @@ def key_of(name: str, num_layers: int, merged: bool = False) -> str | None:
 
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+_LORA = re.compile(r"(.+)\.(?:weight\.)?lora_([AB])(?:\.[\w-]+)?(?:\.weight)?(?:\.grad)?")
 _PARTS = {"grad_part.embedding.": ".as_embedding", "grad_part.head.": ".as_head"}
 
 
@@ -113,6 +114,9 @@ def gradient_of(name: str, config: Qwen2Config) -> str | None:
     bare = name.removeprefix(GRADIENT)
     if name != bare and bare in set(stages.trace_keys(config.num_layers)):
         return name
+    if match := _LORA.fullmatch(bare):
+        weight = gradient_of(f"{match[1]}.weight", config)
+        return None if weight is None else f"{weight}.lora_{match[2]}"
     whole = bare.removesuffix(".grad").removesuffix(".as_embedding").removesuffix(".as_head")
     for wrapper in _WRAPPERS:
         whole, bare = whole.removeprefix(wrapper), bare.removeprefix(wrapper)

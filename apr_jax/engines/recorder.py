@@ -59,11 +59,15 @@ class Recorder:
     Attributes:
       calls: What was seen of each call of the model.
       vocabulary: Rows of the embedding; None if they are not known.
+      gradients: "grad." and a stage's key, or a parameter's name -> gradient.
+      labels: What the loss was given, [B, T]; None if all tokens count.
     """
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
         self.vocabulary: int | None = None
+        self.gradients: dict[str, np.ndarray] = {}
+        self.labels: np.ndarray | None = None
 
     def expect(self, parts: Sequence[Part], roles: Mapping[str, Role]) -> None:
         """Is told what the tree holds; warns of parts that were not found."""
@@ -159,7 +163,7 @@ class Recorder:
 
     def _projected(self, name: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self._default("attn_norm", inputs)
-        self.call.parts[name] = self._rows(outputs[0])
+        self.call.parts[name] = self.rows(outputs[0])
         if all(part in self.call.parts for part in "qkv"):
             self._put("qkv_bias", np.concatenate([self.call.parts[part] for part in "qkv"], -1))
 
@@ -177,7 +181,7 @@ class Recorder:
         projected = call.values.get(Key.of(call.layer, "qkv_bias"))
         if projected is None or call.standing is None:
             return
-        rows = [self._heads(value) for value in outputs[:2] if value.ndim >= 2]
+        rows = [self.heads(value) for value in outputs[:2] if value.ndim >= 2]
         if len(rows) == 1:
             rows = [*([call.parts["rotated"]] if "rotated" in call.parts else []), *rows]
             call.parts["rotated"] = rows[0]
@@ -225,7 +229,7 @@ class Recorder:
 
     def _gate_up(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         self._default("ffn_norm", inputs)
-        for stage, half in zip(("ffn_gate", "ffn_up"), np.split(self._rows(outputs[0]), 2, axis=-1), strict=True):
+        for stage, half in zip(("ffn_gate", "ffn_up"), np.split(self.rows(outputs[0]), 2, axis=-1), strict=True):
             self._put(stage, half)
 
     def _act(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
@@ -261,7 +265,7 @@ class Recorder:
         batch, length = self.call.ids.shape
         return batch, length
 
-    def _rows(self, value: Any) -> np.ndarray:
+    def rows(self, value: Any) -> np.ndarray:
         """Any order of [B, t, ...], flat or not -> [B, t, width]."""
         batch, length = self._shape()
         array = np.array(value)
@@ -276,13 +280,13 @@ class Recorder:
             )
         return array.reshape(batch, length, -1)
 
-    def _heads(self, value: Any) -> np.ndarray:
-        """[B, heads, t, H] or any order that `_rows` takes -> [B, t, heads * H]."""
+    def heads(self, value: Any) -> np.ndarray:
+        """[B, heads, t, H] or any order that `rows` takes -> [B, t, heads * H]."""
         batch, length = self._shape()
         array = np.asarray(value)
         if array.ndim == 4 and array.shape[0] == batch and array.shape[2] == length:
             array = array.swapaxes(1, 2)
-        return self._rows(array) if array.size and array.size % (batch * length) == 0 else np.zeros((1, 1, 0))
+        return self.rows(array) if array.size and array.size % (batch * length) == 0 else np.zeros((1, 1, 0))
 
     def _pairs(self, value: Any) -> np.ndarray | None:
         """[B, N, t, S], [B * N, t, S] or [B, K, G, t, S] -> [B, N, t, S]; None if it is nothing of that kind."""
@@ -294,7 +298,7 @@ class Recorder:
 
     def _put(self, stage: str, value: Any, outer: bool = False, layer: int | None = None) -> None:
         place = None if outer else self.call.layer if layer is None else layer
-        self.call.values[Key.of(place, stage)] = self._rows(value)
+        self.call.values[Key.of(place, stage)] = self.rows(value)
 
     def _put_pairs(self, stage: str, value: np.ndarray) -> None:
         self.call.values[Key.of(self.call.layer, stage)] = value
@@ -342,7 +346,7 @@ def recording(folder: str | os.PathLike[str], input_ids: Any = None, force: bool
     recorder = Recorder()
     yield recorder
     inputs, values, positions = joined(recorder.calls, input_ids)
-    write(folder, inputs, values, positions, force)
+    write(folder, inputs, {**values, **recorder.gradients}, positions, force, recorder.labels)
 
 
 def joined(calls: Sequence[_Call], input_ids: Any) -> tuple[Inputs, dict[str, np.ndarray], list[list[int]] | None]:
@@ -424,6 +428,7 @@ def write(
     values: Mapping[str, np.ndarray],
     positions: list[list[int]] | None = None,
     force: bool = False,
+    labels: np.ndarray | None = None,
 ) -> None:
     """Writes a dump with its map, atomically: .npy where NumPy knows the dtype, raw bytes for bfloat16.
 
@@ -445,6 +450,8 @@ def write(
         files[name] = value.tobytes() if dtype == "bfloat16" else _npy(value)
     content = {name: getattr(inputs, name).tolist() for name in ("input_ids", "attention_mask", "position_ids")}
     content |= {"dtype": _dtype(values), "stages": entries}
+    if labels is not None:
+        content["labels"] = labels.tolist()
     if positions is not None:
         content["positions"] = positions
     files[MAP] = json.dumps(content).encode()

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from apr_jax.converters.errors import UsageError
+from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.engines.functions import rotations, watched
 from apr_jax.engines.recorder import Recorder, as_numpy, recording
 from apr_jax.engines.roles import Part, Role, assign
+from apr_jax.engines.torch_gradients import Gradients
 
 _MASKS, _POSITIONS = ("attention_mask",), ("position_ids", "positions")
 
@@ -28,6 +29,7 @@ def watch(
     names: Mapping[str, str] | None,
     input_ids: Any,
     force: bool,
+    gradients: bool = False,
 ) -> Iterator[Recorder]:
     """See `apr_jax.capture.torch`."""
     import torch
@@ -44,14 +46,17 @@ def watch(
     roles = assign(parts, names)
     with recording(folder, input_ids, force) as recorder:
         recorder.expect(parts, roles)
-        hooks = [*_root_hooks(model, recorder)]
+        wanted = Gradients(model, roles, recorder) if gradients else None
+        hooks = [*_root_hooks(model, recorder, wanted)]
         for name, role in roles.items():
-            hooks += _hooks(modules[name], role, recorder)
+            hooks += _hooks(modules[name], role, recorder, wanted)
         attention = [modules[name] for name, role in roles.items() if role.part in ("attention", "layer")]
         try:
-            rotating = watched(rotations(attention), lambda _, result: recorder.rotated(_arrays(result)))
-            with rotating, _functions(torch, recorder):
+            rotating = watched(rotations(attention), lambda _, result: _rotated(recorder, wanted, result))
+            with rotating, _functions(torch, recorder, wanted):
                 yield recorder
+            if wanted is not None:
+                recorder.gradients = _some(wanted.collected())
         finally:
             for hook in hooks:
                 hook.remove()
@@ -70,10 +75,29 @@ def _part(name: str, module: Any) -> Part:
     return Part(name, "embedding" if "embedding" in kind else "linear", tuple(weight.shape))
 
 
-def _hooks(module: Any, role: Role, recorder: Recorder) -> Iterator[Any]:
+def _some(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if not gradients:
+        raise RefusedError(
+            "no gradient was captured",
+            code="nothing-captured",
+            hint="Call loss.backward() inside the context, and not under torch.no_grad() or inference_mode().",
+        )
+    return gradients
+
+
+def _rotated(recorder: Recorder, wanted: Gradients | None, result: Any) -> None:
+    if wanted is None or wanted.watching:
+        recorder.rotated(_arrays(result))
+    if wanted is not None:
+        wanted.rotated(_tensors(result))
+
+
+def _hooks(module: Any, role: Role, recorder: Recorder, wanted: Gradients | None) -> Iterator[Any]:
     taken: list[list[np.ndarray]] = []
 
     def before(_module: Any, args: Any, kwargs: Any) -> None:
+        if wanted is not None and not wanted.watching:
+            return
         if role.part == "layer":
             recorder.enter(role.layer)
             if recorder.call.positions is None:
@@ -82,7 +106,11 @@ def _hooks(module: Any, role: Role, recorder: Recorder) -> Iterator[Any]:
         else:
             taken.append(_copies((args, kwargs)) if role.part in _LOOKED_AT else [])
 
-    def after(_module: Any, _args: Any, _kwargs: Any, output: Any) -> None:
+    def after(_module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if wanted is not None:
+            if not wanted.watching:
+                return
+            wanted.observe(role, _tensors((args, kwargs)), _tensors(output))
         if role.part == "layer":
             recorder.leave(_arrays(output))
         else:
@@ -110,13 +138,20 @@ _LOOKED_AT = (
 )
 
 
-def _root_hooks(model: Any, recorder: Recorder) -> Iterator[Any]:
+def _root_hooks(model: Any, recorder: Recorder, wanted: Gradients | None) -> Iterator[Any]:
     def before(_module: Any, args: Any, kwargs: Any) -> None:
+        if wanted is not None:
+            wanted.watching = True
         given = _named(model, args, kwargs)
         mask, positions = (_first(given, names) for names in (_MASKS, _POSITIONS))
         recorder.begin(mask if mask is not None and mask.ndim == 2 else None, positions)
+        labels = _first(given, ("labels",))
+        recorder.labels = labels if labels is not None and labels.ndim == 2 else recorder.labels
 
     def after(_module: Any, _args: Any, output: Any) -> None:
+        if wanted is not None:
+            # What is called from here on recomputes layers for the backward pass.
+            wanted.watching = False
         logits = getattr(output, "logits", output)
         if recorder.calls and recorder.call.ids is not None and hasattr(logits, "detach"):
             recorder.returned(as_numpy(logits))
@@ -145,13 +180,22 @@ def _arrays(value: Any) -> list[np.ndarray]:
     return [array for each in value for array in _arrays(each)] if isinstance(value, tuple | list) else []
 
 
+def _tensors(value: Any) -> list[Any]:
+    """All tensors of a value, in order."""
+    if hasattr(value, "detach"):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [tensor for each in value for tensor in _tensors(each)] if isinstance(value, tuple | list) else []
+
+
 def _copies(value: Any) -> list[np.ndarray]:
     """The same, kept as they are now: kernels add in place."""
     return [np.array(array) for array in _arrays(value)]
 
 
 @contextlib.contextmanager
-def _functions(torch: Any, recorder: Recorder) -> Iterator[None]:
+def _functions(torch: Any, recorder: Recorder, wanted: Gradients | None) -> Iterator[None]:
     """Sees softmax and activations that are called as functions, under whatever name they were imported."""
     functional = torch.nn.functional
     softmaxes = {functional.softmax, torch.softmax, torch.Tensor.softmax}
@@ -161,8 +205,12 @@ def _functions(torch: Any, recorder: Recorder) -> Iterator[None]:
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             del types
             result = function(*args, **(kwargs or {}))
+            if wanted is not None and not wanted.watching:
+                return result
             if function in softmaxes and recorder.calls and recorder.call.standing is not None:
                 recorder.softmax(as_numpy(args[0]), as_numpy(result))
+                if wanted is not None:
+                    wanted.softmax(result)
             elif function in activations and recorder.calls and recorder.call.standing is not None:
                 recorder.activated(as_numpy(args[0]), as_numpy(result))
             return result

@@ -329,9 +329,12 @@ def _gradient(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np
     """Reads a gradient: of a stage at all positions, or in the shape of its parameter."""
     if not Key(key).of_parameter:
         return _load(key, stage, config, inputs, None)
-    name = key.removeprefix(stages.GRADIENT).removesuffix(".as_embedding").removesuffix(".as_head")
-    shape = config.tensor_shapes()[name]
+    name, _, side = key.removeprefix(stages.GRADIENT).partition(".lora_")
+    shape = config.tensor_shapes()[name.removesuffix(".as_embedding").removesuffix(".as_head")]
     array = stage.load(math.prod(shape))
+    if side and array.ndim == 2:
+        # Whether the rank is the adapter's is seen where both are known.
+        shape = (array.shape[0], shape[1]) if side == "A" else (shape[0], array.shape[1])
     if array.shape != shape or array.dtype.kind in "iub":
         raise DumpError(
             "a gradient has another shape than its parameter",

@@ -66,6 +66,7 @@ BACKWARD: Mapping[str, str] = {
     "grad.qkv_matmul": "dx = g",
     "grad.attn_norm": "dx = dq Wq + dk Wk + dv Wv",
     nodes.WEIGHT: "dW = Σ_t g[t] x[t]ᵀ",
+    nodes.LOW_RANK: "dA = s Bᵀ dW, dB = s dW Aᵀ, s = alpha / r",
     nodes.BIAS: "db = Σ_t g[t]",
     nodes.NORM_WEIGHT: "dw = Σ_t g[t] · x[t] / rms(x[t])",
     nodes.HEAD_WEIGHT: "dW = Σ_t dz[t] x[t]ᵀ",

@@ -93,6 +93,46 @@ def with_adapter(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> Chec
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a weight [out, in]: scale times b a.
+
+    Attributes:
+      a: float32 [r, in].
+      b: float32 [out, r].
+      scale: alpha / r, or alpha / sqrt(r).
+    """
+
+    a: Any
+    b: Any
+    scale: float
+
+
+def low_rank_parts(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
+    """Returns name of a weight -> what a plain LoRA adapter adds to it; modules with more than A and B are left out.
+
+    Raises:
+      AprJaxError: As `with_adapter`.
+    """
+    adapter = _Adapter.open(located(folder))
+    try:
+        sides: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in adapter.opened.tensors.items():
+            match = _LORA.fullmatch(name.removeprefix(_PREFIX))
+            if match is not None:
+                sides.setdefault(match[1], {})[match[2] + (match[3] or "")] = tensor
+        plain = {
+            module: held for module, held in sides.items() if {kind.partition(".")[0] for kind in held} == {"A", "B"}
+        }
+        found = {}
+        for module, held in plain.items():
+            a, b = (_f32(next(t for kind, t in held.items() if kind.startswith(side))) for side in "AB")
+            found[f"{module}.weight"] = LowRank(a, b, adapter.scale(module))
+        return found
+    finally:
+        adapter.opened.close()
+
+
 # --- the adapter's own files
 
 

@@ -138,8 +138,8 @@ def backward(
       adapter: Name of a weight -> A [r, in], B [out, r] and the scale of a low-rank adapter.
 
     Returns:
-      The forward pass's keys, and "grad." and a stage's key or a parameter's name -> gradient; "grad.lora_A.NAME" and
-      "grad.lora_B.NAME" of an adapter.
+      The forward pass's keys, and "grad." and a stage's key or a parameter's name -> gradient; "grad.NAME.lora_A" and
+      "grad.NAME.lora_B" of an adapter.
     """
     with np.errstate(all="ignore"):
         return _Backward(weights, config, input_ids, attention_mask, labels, faults, dtype, forward, adapter).run()
@@ -503,8 +503,8 @@ class _Backward:
             a, b, scale = self.adapter[name]
             scale = 1.0 if self._of("lora-scale-missing", layer) is not None else scale
             missing = (self._of("lora-gradient-missing", layer) or {"matrix": ""})["matrix"]
-            self.g[f"grad.lora_A.{name}"] = np.asarray(scale * (b.T @ value), self.wide) * (missing != "A")
-            self.g[f"grad.lora_B.{name}"] = np.asarray(scale * (value @ a.T), self.wide) * (missing != "B")
+            self.g[f"grad.{name}.lora_A"] = np.asarray(scale * (b.T @ value), self.wide) * (missing != "A")
+            self.g[f"grad.{name}.lora_B"] = np.asarray(scale * (value @ a.T), self.wide) * (missing != "B")
 
     def _of_all(self) -> None:
         """What happens to all parameters' gradients at the end."""

@@ -14,28 +14,31 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.model.qwen2 import OPS, at_least_float32
 from apr_jax.parity import round_numbers
+from apr_jax.parity.backward import replay as backward_replay
 from apr_jax.parity.faults import table
 from apr_jax.parity.faults.outside import LAYOUT
 from apr_jax.parity.faults.record import Fault, Grid
-from apr_jax.parity.faults.table import FAULTS
+from apr_jax.parity.faults.table import BACKWARD, FAULTS
 from apr_jax.parity.replay import FORMULAS, NORMS
-from tests.battery import faulty_forward
+from tests.battery import backward_engine, faulty_forward
 from tests.battery.parity_battery import Bench
 from tests.paths import ROOT
 
+BACKWARD_FORMULAS = {**backward_replay.FORMULAS, **backward_replay.PARAMETERS}
 INVISIBLE = {"norm-weight-before-cast"}
 """What the engine of the battery can do and no dump in float32 shows: in bfloat16 it is below every budget."""
 
 
 class TableTest(parameterized.TestCase):
     def test_it_holds_what_the_engine_of_the_battery_can_plant(self):
-        made = {name for name, fault in FAULTS.items() if not fault.unexplained} - {
+        made = {name for name, fault in FAULTS.items() if not fault.unexplained and name not in BACKWARD} - {
             "upload",
             "rank-order",
             "all-reduce-missing",
             "ranks-apart",
         }
         self.assertEqual(made, set(faulty_forward.FAULTS) - INVISIBLE)
+        self.assertEqual(set(BACKWARD), set(backward_engine.FAULTS))
 
     def test_the_docs_list_it(self):
         self.assertEqual((ROOT / "docs" / "faults.md").read_text(), table.listing() + "\n", "run `make fault-list`")
@@ -44,17 +47,20 @@ class TableTest(parameterized.TestCase):
         names = [name for name in FAULTS if "-" in name]
         found = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names))
         for path in sorted((ROOT / "apr_jax").rglob("*.py")):
-            if "faults" not in path.parts:
+            # The loss room judges losses, and calls the same mistakes by the same names.
+            if not {"faults", "loss"} & set(path.parts):
                 self.assertIsNone(found.search(path.read_text()), path)
 
     @parameterized.parameters(list(FAULTS))
     def test_every_change_is_to_a_step_of_a_stage_that_it_names(self, name):
-        source = (ROOT / "apr_jax" / "parity" / "replay.py").read_text()
+        backward = name in BACKWARD
+        path, stages = ("backward/replay.py", BACKWARD_FORMULAS) if backward else ("replay.py", FORMULAS)
+        source = (ROOT / "apr_jax" / "parity" / path).read_text()
         fault = FAULTS[name]
         for step in fault.changes:
             self.assertIn(f'.step("{step}"', source)
         if not callable(fault.stages):
-            self.assertLessEqual(set(fault.stages), set(FORMULAS))
+            self.assertLessEqual(set(fault.stages), set(stages))
         self.assertEqual(bool(fault.changes), bool(fault.stages), "what is made somewhere changes something")
 
     def test_a_wording_says_every_number_that_is_found(self):

@@ -15,6 +15,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.commands import parity
 from apr_jax.converters.errors import UsageError
 from apr_jax.parity import formulas, web_page
+from apr_jax.parity.backward import replay as backward
 from apr_jax.parity.faults.record import Instead, fields
 from apr_jax.parity.faults.table import FAULTS
 from apr_jax.parity.findings import Finding
@@ -234,6 +235,7 @@ class PageTest(parity_test.ParityTestCase):
 class FormulasTest(parameterized.TestCase):
     def test_every_stage_has_its_formula_once(self):
         self.assertEqual(formulas.RIGHT.keys(), FORMULAS.keys())
+        self.assertEqual(formulas.BACKWARD.keys(), backward.FORMULAS.keys() | backward.PARAMETERS.keys())
 
     @parameterized.parameters([name for name, f in FAULTS.items() if not f.unexplained and f.mistake])
     def test_a_mistake_has_another_formula_than_the_right_one(self, name):

@@ -7,10 +7,13 @@ believed for those that are computed from it and were not dumped, so that stacke
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from apr_jax.converters.checkpoint.adapters import LowRank
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.parity.backward import nodes, scaling
 from apr_jax.parity.backward.describe import describe
 from apr_jax.parity.backward.localise import Bench, GradientSite, Judged, judge
@@ -22,7 +25,11 @@ from apr_jax.parity.faults.seen import NON_FINITE, UNKNOWN
 from apr_jax.parity.findings import Explanation, Finding, gather
 from apr_jax.parity.replay import Replay
 from apr_jax.parity.search import silent
+from apr_jax.trace import stages
 from apr_jax.trace.stages import GRADIENT, Key
+
+NO_ADAPTER: Mapping[str, LowRank] = types.MappingProxyType({})
+NOTHING: Mapping[str, np.ndarray] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,8 @@ def diagnose_backward(
     gradients: Mapping[str, np.ndarray],
     counted: np.ndarray | None,
     dtype: str,
+    rounded: Mapping[str, np.ndarray] = NOTHING,
+    adapter: Mapping[str, LowRank] = NO_ADAPTER,
     progress: Callable[[str], None] = silent,
 ) -> BackwardDiagnosis:
     """Judges and explains gradients.
@@ -60,18 +69,42 @@ def diagnose_backward(
       gradients: Key (`stages.Key`) -> gradient.
       counted: Which tokens the loss is over, bool [B, T]; None is all.
       dtype: What the other side computes in.
+      rounded: Values of the forward pass as a right engine has them in that dtype, for those that were not dumped.
+      adapter: Name of a weight -> what a low-rank adapter adds to it, which the model's weights hold already.
       progress: Is told what is going on, often.
     """
     before = tuple(before)
     back = Backward(
-        forward.under(_in_layers(before)), Loss.of(forward.inputs, counted), dict(gradients), _by_stage(forward, before)
+        forward.under(_in_layers(before)),
+        Loss.of(forward.inputs, counted),
+        dict(gradients),
+        adapter,
+        _by_stage(forward, before),
     )
-    pass_ = _Pass(Bench.of(back, dtype), dict(gradients), progress)
+    pass_ = _Pass(Bench.of(back, dtype, rounded), dict(gradients), progress)
     pass_.unfollowed = _unfollowed(back, before)
     pass_.run()
     findings = [*pass_.of_all, *gather(pass_.explained, forward.config.num_layers)]
     findings, notes = scaling.without_loss_scale(findings)
     return BackwardDiagnosis(tuple(findings), tuple(pass_.sites), pass_.unexamined, forward.inputs.tokens, notes)
+
+
+def undumped_values(same: LanguageModel, forward: Replay) -> dict[str, np.ndarray]:
+    """Returns the values of the forward pass that were not dumped, as a right engine in the model's dtype has them.
+
+    Args:
+      same: The model in the other side's dtype.
+      forward: The replay over the values that were dumped.
+    """
+    keys = [key for key in stages.trace_keys(same.config.num_layers) if key not in forward.theirs]
+    if not keys:
+        return {}
+    finite = {
+        key: np.nan_to_num(value, posinf=0.0, neginf=0.0)
+        for key, value in forward.theirs.items()
+        if key != stages.LOGITS
+    }
+    return same.trace(forward.inputs, keys, finite)
 
 
 def _in_layers(before: Iterable[Explanation]) -> Mistakes:
@@ -157,10 +190,7 @@ class _Pass:
         if common is not None:
             self.of_all.append(common.finding)
             self.gradients |= {key: self.gradients[key] / common.factor for key in order if key.of_parameter}
-            self.bench = Bench.of(
-                dataclasses.replace(self.bench.exact, theirs=dict(self.gradients), kept={}, composed={}),
-                self.bench.dtype,
-            )
+            self.bench = self.bench.over(self.gradients)
         for index, key in enumerate(order):
             self.progress(f"gradient {index + 1} of {len(order)}: {key}")
             self._one(key, order[index + 1 :])
@@ -184,11 +214,12 @@ class _Pass:
         if self.doubtful & set(gap):
             self.unexamined[str(key)] = "behind a gradient that nothing explains"
             return
-        if self.blurred & set(gap):
+        blurred = bool(self.blurred & set(gap))
+        explanation = self._explain(judged, later, blurred)
+        if blurred and explanation.after is None:
             self.unexamined[str(key)] = "behind one that is known nearly"
             return
         self.sites.append(site)
-        explanation = self._explain(judged, later)
         self.explained.append(explanation)
         inner = tuple(m for m in explanation.mistakes if self._is_inside(m, gap[:-1]))
         if inner:
@@ -201,7 +232,7 @@ class _Pass:
     def _is_inside(self, mistake: Mistake, gap: Sequence[Key]) -> bool:
         return any(self.bench.exact.makes(mistake, node) for node in gap)
 
-    def _explain(self, judged: Judged, later: Sequence[Key]) -> Explanation:
+    def _explain(self, judged: Judged, later: Sequence[Key], blurred: bool) -> Explanation:
         site = judged.site
         if not site.finite:
             bad = int((~np.isfinite(judged.theirs)).sum())
@@ -211,11 +242,14 @@ class _Pass:
             )
         question = Question(self.bench, judged, frozenset(self.sound))
         rounding = scaling.rounding_of(question, [mistake for one in self.explained for mistake in one.mistakes])
-        found, closest = search(question, later) if rounding is None else (accumulated(question), None)
+        found, closest = (
+            search(question, later, stacked=not blurred) if rounding is None else (accumulated(question), None)
+        )
         if found is None and rounding is not None:
             return Explanation(site, (rounding,), None)
         if found is None:
-            self._doubt(site.key, later)
+            if not blurred:
+                self._doubt(site.key, later)
             seen = describe(question, closest)
             return Explanation(site, (UNKNOWN.made(**seen.parameters),), None, note=seen.note)
         layers = {m.name: tuple(layer for layer in m.layers or () if layer is not None) for m in found.mistakes}

@@ -8,11 +8,12 @@ that error and one rounding of its own.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from apr_jax.parity.backward import nodes
-from apr_jax.parity.backward.replay import Backward
+from apr_jax.parity.backward.replay import Backward, add_rows, factors
 from apr_jax.parity.faults.record import Mistakes
 from apr_jax.parity.localise import EPSILON, ROW_FACTOR, Site, row_norms, worst_share
 from apr_jax.trace.positions import token_mask
@@ -98,14 +99,31 @@ class Bench:
     narrow: Backward
 
     @classmethod
-    def of(cls, exact: Backward, dtype: str) -> Bench:
-        """Returns the two for a dtype."""
-        return cls(exact, dataclasses.replace(exact, dtype=dtype, kept={}, composed={}))
+    def of(cls, exact: Backward, dtype: str, rounded: Mapping[str, np.ndarray]) -> Bench:
+        """Returns the two for a dtype.
+
+        Args:
+          exact: The replay in float64.
+          dtype: What the other side computes in.
+          rounded: Values of the forward pass as a right engine has them in that dtype, for those that were not dumped.
+        """
+        forward = exact.forward
+        values = {**rounded, **forward.theirs}
+        forward = dataclasses.replace(forward, theirs=values, memo={}, composed={})
+        return cls(exact, dataclasses.replace(exact, forward=forward, dtype=dtype, kept={}, composed={}))
 
     @property
     def dtype(self) -> str:
         """What the other side computes in."""
         return self.narrow.dtype
+
+    def over(self, gradients: Mapping[str, np.ndarray]) -> Bench:
+        """Returns the two for other gradients of theirs."""
+        exact, narrow = (
+            dataclasses.replace(back, theirs=dict(gradients), kept={}, composed={})
+            for back in (self.exact, self.narrow)
+        )
+        return Bench(exact, narrow)
 
     def believing(self, mistakes: Mistakes) -> Bench:
         """Returns the two in which these mistakes are made too."""
@@ -127,6 +145,8 @@ def judge(bench: Bench, key: Key, theirs: np.ndarray) -> Judged:
     with np.errstate(all="ignore"):
         error = row_norms(_rows(theirs - right), mask)
         size, own_error = row_norms(_rows(right), mask), row_norms(_rows(np.nan_to_num(own - right)), mask)
+        if key.of_parameter and nodes.kind_of(key, back.config) != nodes.LOW_RANK:
+            own_error = np.maximum(own_error, _typical(bench, key))
     rounding = size * EPSILON[dtype] / np.sqrt(3)
     total = float(np.linalg.norm(own_error))
     typical = total / max(1, int(np.count_nonzero(size))) ** 0.5
@@ -148,6 +168,28 @@ def judge(bench: Bench, key: Key, theirs: np.ndarray) -> Judged:
         label=nodes.label_of(key, back.config),
     )
     return Judged(site, theirs, right, counted, dtype)
+
+
+def _typical(bench: Bench, key: Key) -> np.ndarray:
+    """What each row of a parameter's gradient is typically off, if every product that it sums is off by itself.
+
+    Our own error is one of many: where it happens to be small it is no measure.
+    """
+    total: np.ndarray | float = 0.0
+    epsilon = EPSILON[bench.dtype] / np.sqrt(3)
+    for exact, narrow in zip(factors(bench.exact, key), factors(bench.narrow, key), strict=True):
+        (gradient, x, rows), (gradient_off, x_off, _) = exact, narrow
+        square = np.square(gradient_off - gradient) + np.square(epsilon * gradient)
+        if x is None or x_off is None:
+            square = np.nan_to_num(square)
+            vocabulary = bench.exact.config.vocab_size
+            part = square.sum(axis=(0, 1)) if rows is None else add_rows(square, rows, vocabulary).sum(axis=-1)
+        else:
+            # Over what a row of the weight is multiplied with: |x|^2 of each position.
+            read, read_off = (np.square(each).sum(axis=-1) for each in (x, x_off - x))
+            part = np.einsum("BTo,BT->o", square, read) + np.einsum("BTo,BT->o", np.square(gradient), read_off)
+        total = total + part
+    return np.asarray(np.sqrt(total))
 
 
 def _rows(values: np.ndarray) -> np.ndarray:

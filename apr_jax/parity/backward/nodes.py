@@ -20,7 +20,10 @@ from apr_jax.trace.stages import GRADIENT, Key
 INPUT, OUTPUT = GRADIENT + "input", GRADIENT + "output"
 WEIGHT, BIAS, NORM_WEIGHT = GRADIENT + "weight", GRADIENT + "bias", GRADIENT + "norm_weight"
 HEAD_WEIGHT, EMBEDDING_WEIGHT, TIED_WEIGHT = GRADIENT + "head", GRADIENT + "embedding", GRADIENT + "tied"
-PARAMETERS = (WEIGHT, BIAS, NORM_WEIGHT, HEAD_WEIGHT, EMBEDDING_WEIGHT, TIED_WEIGHT)
+LOW_RANK = GRADIENT + "low_rank"
+LORA_A, LORA_B = ".lora_A", ".lora_B"
+"""Behind the name of a weight: the matrices of a low-rank adapter."""
+PARAMETERS = (LOW_RANK, WEIGHT, BIAS, NORM_WEIGHT, HEAD_WEIGHT, EMBEDDING_WEIGHT, TIED_WEIGHT)
 """The kinds of parameters' gradients."""
 
 
@@ -69,6 +72,8 @@ def kind_of(key: Key, config: Qwen2Config) -> str:
             return OUTPUT if layer_of(key, config) is None else INPUT
         return GRADIENT + key.stage
     name = tensor_of(key)[1]
+    if name.endswith((LORA_A, LORA_B)):
+        return LOW_RANK
     if name == EMBEDDING and config.tie_word_embeddings:
         return TIED_WEIGHT
     if name.startswith(EMBEDDING):
@@ -97,21 +102,28 @@ def _order(config: Qwen2Config) -> Iterator[Key]:
     yield of_tensor(None, FINAL_NORM)
     yield of_input(config, None)
     for layer in reversed(range(config.num_layers)):
-        for name in ("ffn_out", "mlp.down_proj.weight", "ffn_swigl", "ffn_silu", "ffn_up", "ffn_gate"):
-            yield of_tensor(layer, name) if "." in name else of_stage(layer, name)
-        yield from (of_tensor(layer, f"mlp.{name}_proj.weight") for name in ("gate", "up"))
+        yield of_stage(layer, "ffn_out")
+        yield from _weights(layer, "mlp.down_proj.weight")
+        yield from (of_stage(layer, name) for name in ("ffn_swigl", "ffn_silu", "ffn_up", "ffn_gate"))
+        yield from _weights(layer, *(f"mlp.{name}_proj.weight" for name in ("gate", "up")))
         yield from (of_stage(layer, "ffn_norm"), of_tensor(layer, NORMS["ffn_norm"]))
         yield from (of_stage(layer, name) for name in ("post_attn_residual", "attn_out"))
-        yield of_tensor(layer, PRODUCTS["attn_out"][1])
+        yield from _weights(layer, PRODUCTS["attn_out"][1])
         for name in ("attention", "attn_softmax", "attn_scores", "q_post_rope", "k_post_rope", "qkv_bias"):
             yield of_stage(layer, name)
         yield from (of_tensor(layer, f"self_attn.{name}.bias") for name in QKV)
         yield of_stage(layer, "qkv_matmul")
-        yield from (of_tensor(layer, f"self_attn.{name}.weight") for name in QKV)
+        yield from _weights(layer, *(f"self_attn.{name}.weight" for name in QKV))
         yield from (of_stage(layer, "attn_norm"), of_tensor(layer, NORMS["attn_norm"]), of_input(config, layer))
     if tied:
         yield of_tensor(None, EMBEDDING + AS_EMBEDDING)
     yield of_tensor(None, EMBEDDING)
+
+
+def _weights(layer: int, *names: str) -> Iterator[Key]:
+    """Weights, and what an adapter adds to them."""
+    for name in names:
+        yield from (of_tensor(layer, name + suffix) for suffix in ("", LORA_A, LORA_B))
 
 
 _BEHIND = {
@@ -162,6 +174,11 @@ def sources_for(key: Key, reader: Key, config: Qwen2Config) -> tuple[Key, ...]:
     return tuple(source for source in found if source.stage in _OF_PART[part])
 
 
+def weight_of(key: Key) -> Key:
+    """Returns the gradient of the weight that a low-rank adapter's matrix belongs to."""
+    return Key(key.removesuffix(LORA_A).removesuffix(LORA_B))
+
+
 def part_of(key: Key) -> str | None:
     """Returns which of QKV a parameter belongs to; None if to none."""
     parts = tensor_of(key)[1].split(".") if key.of_parameter else []
@@ -178,6 +195,8 @@ def shown_by(key: Key, gap: Sequence[Key]) -> list[Key]:
 def _sources_of_parameter(key: Key, config: Qwen2Config) -> Iterator[Key]:
     layer, name = tensor_of(key)
     kind = kind_of(key, config)
+    if kind == LOW_RANK:
+        yield from _sources_of_parameter(weight_of(key), config)
     if kind in (HEAD_WEIGHT, TIED_WEIGHT):
         yield of_stage(None, stages.LOGITS)
     if kind in (EMBEDDING_WEIGHT, TIED_WEIGHT):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from apr_jax.converters.checkpoint.adapters import LowRank
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, Qwen2Config
 from apr_jax.parity.backward import nodes
 from apr_jax.parity.backward.loss import Loss
@@ -36,7 +37,7 @@ from apr_jax.parity.replay import (
     unjoin,
 )
 from apr_jax.parity.rope_fit import Rotation
-from apr_jax.trace.stages import LOGITS, Key
+from apr_jax.trace.stages import GRADIENT, LOGITS, Key
 
 Formula = Callable[["Backward", int | None], Value]
 """Computes a kind of gradient of a layer; asks for the gradients that it is made from."""
@@ -48,6 +49,7 @@ class Backward:
 
     Attributes:
       forward: The other side's forward values, and its formulas.
+      adapter: Name of a weight -> what a low-rank adapter adds to it.
       made_before: Stage -> the mistakes of the forward pass that are made at it.
       loss: What is differentiated.
       theirs: The other side's gradients.
@@ -63,6 +65,7 @@ class Backward:
     forward: Replay
     loss: Loss
     theirs: Mapping[str, np.ndarray]
+    adapter: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
     made_before: Mapping[Key, Mistakes] = dataclasses.field(default_factory=dict)
     made: Mistakes = ()
     supposed: Mistakes = ()
@@ -230,7 +233,8 @@ def _final_norm(back: Backward, layer: int | None) -> Value:
 
 def _through(back: Backward, gradient: Value, weight: Value, layer: int | None, name: str) -> Value:
     """The gradient of what is multiplied with a weight [out, in]."""
-    return back.cast(product(gradient, back.cast(back.step("multiplied_back", weight, layer, name)).T))
+    held = back.step("merged_back", weight, layer, name)
+    return back.cast(product(gradient, back.cast(back.step("multiplied_back", held, layer, name)).T))
 
 
 def norm_factor(back: Backward, layer: int | None, stage: str) -> tuple[Value, Value]:
@@ -468,6 +472,32 @@ def terms(back: Backward, layer: int | None, name: str) -> tuple[Value, Value]:
     return back.some(gradient), back.some(back.value(layer, "attn_norm"))
 
 
+def factors(back: Backward, key: Key) -> list[tuple[Value, Value | None, np.ndarray | None]]:
+    """Returns what a parameter's gradient is a sum of products of.
+
+    Returns:
+      Gradients [B, T, C]; what was read [B, T, D], or None; the row that each product is added to, [B, T], or None
+      where all are added up.
+    """
+    (layer, name), kind = nodes.tensor_of(key), nodes.kind_of(key, back.config)
+    if kind == nodes.NORM_WEIGHT:
+        stage = next(stage for stage, weight in NORMS.items() if weight == name)
+        x, r = norm_factor(back, layer, stage)
+        return [(back.get(layer, stage) * x * r, None, None)]
+    if kind == nodes.BIAS:
+        return [(terms(back, layer, name)[0], None, None)]
+    if kind == nodes.WEIGHT:
+        return [(*terms(back, layer, name), None)]
+    if kind == nodes.LOW_RANK:
+        return []
+    found: list[tuple[Value, Value | None, np.ndarray | None]] = []
+    if kind in (nodes.HEAD_WEIGHT, nodes.TIED_WEIGHT):
+        found.append((back.get(None, LOGITS), back.value(None, "final_norm"), None))
+    if kind in (nodes.EMBEDDING_WEIGHT, nodes.TIED_WEIGHT):
+        found.append((back.get(None, "embedding"), None, back.forward.inputs.input_ids))
+    return found
+
+
 def _flat(x: Value) -> Value:
     return x.reshape(-1, x.shape[-1])
 
@@ -522,8 +552,18 @@ def _tied(back: Backward, layer: int | None, name: str) -> Value:
     return np.asarray(first + second)
 
 
+def _low_rank(back: Backward, layer: int | None, name: str) -> Value:
+    """scale B^T dW for A, scale dW A^T for B."""
+    weight = nodes.weight_of(nodes.of_tensor(layer, name))
+    part = back.adapter[weight.removeprefix(GRADIENT)]
+    whole = _weight(back, *nodes.tensor_of(weight))
+    made = part.b.T @ whole if name.endswith(nodes.LORA_A) else whole @ part.a.T
+    return np.asarray(back.step("lora_scale", part.scale, layer, name) * made)
+
+
 PARAMETERS: Mapping[str, Callable[[Backward, int | None, str], Value]] = {
     nodes.WEIGHT: _weight,
+    nodes.LOW_RANK: _low_rank,
     nodes.BIAS: _bias,
     nodes.NORM_WEIGHT: _norm_weight,
     nodes.HEAD_WEIGHT: _head,

@@ -71,20 +71,24 @@ def common_factor(bench: Bench, order: Sequence[Key], gradients: Mapping[str, np
     same = [abs(factor / middle - 1) < _SAME for factor in factors] if middle else []
     if not middle or abs(middle - 1) < _SAME or np.mean(same) < _SHARE:
         return None
+    if _is_adapters_scale(bench, judged, middle):
+        return None
     exact = _precisely([each for each in judged if _multiple(each) is not None], middle)
     return Common(exact, _finding_of(bench, order, gradients, judged, round_factor(exact)))
+
+
+def _is_adapters_scale(bench: Bench, judged: Sequence[Judged], factor: float) -> bool:
+    """Whether all gradients are those of adapters' matrices, and lack their scale."""
+    scales = {part.scale for part in bench.exact.adapter.values()}
+    alone = all(each.site.kind == nodes.LOW_RANK for each in judged)
+    return alone and len(scales) == 1 and abs(factor * scales.pop() - 1) < _SAME
 
 
 def _precisely(judged: Sequence[Judged], about: float) -> float:
     """The factor by all parameters that have it."""
     with_it = [each for each in judged if abs((factor_of(each) or about) / about - 1) < _SAME]
     power = sum(float(np.vdot(each.right, each.right)) for each in with_it)
-    exact = sum(float(np.vdot(each.right, each.theirs)) for each in with_it) / power
-    return (
-        float(2.0 ** round(np.log2(exact)))
-        if exact > 0 and abs(np.log2(exact) % 1 - round(np.log2(exact) % 1)) < 1e-6
-        else exact
-    )
+    return sum(float(np.vdot(each.right, each.theirs)) for each in with_it) / power
 
 
 def _multiple(judged: Judged) -> float | None:

@@ -155,12 +155,15 @@ def candidates(question: Question) -> Iterator[Mistake]:
                     yield fault.made(**parameters).in_layers(layer)
 
 
-def search(question: Question, later: Sequence[Key]) -> tuple[Found | None, tuple[str, float] | None]:
+def search(
+    question: Question, later: Sequence[Key], stacked: bool = True
+) -> tuple[Found | None, tuple[str, float] | None]:
     """Looks for the fewest mistakes that reproduce a gradient.
 
     Args:
       question: The gradient.
       later: Gradients that are judged after it, in order: those that share inputs with it tell which mistake it is.
+      stacked: Whether sets of several mistakes are tried too.
 
     Returns:
       What explains it, if anything; else what came nearest, and what share it leaves.
@@ -169,7 +172,7 @@ def search(question: Question, later: Sequence[Key]) -> tuple[Found | None, tupl
     singles = [_best_way(question, mistake) for mistake in found]
     if good := [tried for tried in singles if tried.fits]:
         return _chosen(question, good, later), None
-    tried = list(_stacks(question, singles))
+    tried = list(_stacks(question, singles)) if stacked else []
     if good := [each for each in tried if each.fits]:
         fewest = min(len(each.mistakes) for each in good)
         return _chosen(question, [each for each in good if len(each.mistakes) == fewest], later), None

@@ -13,7 +13,7 @@ from apr_jax.parity import round_numbers
 from apr_jax.parity.backward import nodes
 from apr_jax.parity.backward.replay import Backward, Place, sigmoid
 from apr_jax.parity.faults.record import UNION, Fault
-from apr_jax.parity.replay import QKV, Replay, Value, unjoin
+from apr_jax.parity.replay import NORMS, QKV, Replay, Value, unjoin
 from apr_jax.trace.stages import Key
 
 _NORM_INPUTS = (nodes.OUTPUT, nodes.INPUT, "grad.post_attn_residual")
@@ -92,29 +92,64 @@ def _grouped(name: str, wording: str, gather: Callable[..., Value], formula: str
         if config.num_heads > config.num_kv_heads:
             yield {"of": "k" if question.kind_of(node) == "grad.k_post_rope" else "v"}
 
-    kinds = ("grad.k_post_rope", "grad.qkv_bias")
-    return Fault(name, wording, kinds, {"group": change}, variants=variants, merge={"of": UNION}, formula=formula)
+    kinds = {"k": ("grad.k_post_rope",), "v": ("grad.qkv_bias",)}
+    return Fault(
+        name,
+        wording,
+        (*kinds["k"], *kinds["v"]),
+        {"group": change},
+        variants=variants,
+        merge={"of": UNION},
+        among=lambda of: kinds[of],
+        formula=formula,
+    )
 
 
 # --- Norms -----------------------------------------------------------------------------------------------------------
 
 
+_NORM_OF = {nodes.OUTPUT: "final_norm", nodes.INPUT: "attn_norm", "grad.post_attn_residual": "ffn_norm"}
+"""The norm that a gradient goes back through."""
+
+
+def _norm_of(question: Any, node: Key) -> str:
+    kind = question.kind_of(node)
+    if kind != nodes.NORM_WEIGHT:
+        return _NORM_OF[kind]
+    return next(stage for stage, weight in NORMS.items() if weight == nodes.tensor_of(node)[1])
+
+
+def _norms(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
+    yield {"norms": (_norm_of(question, node),)}
+
+
+def _inputs_of(norms: Sequence[str]) -> tuple[str, ...]:
+    return tuple(kind for kind, norm in _NORM_OF.items() if norm in norms)
+
+
+def _in_norm(change: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda right, at, norms, **rest: change(right, **rest) if at.what in norms else right
+
+
 def _epsilons(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
     """The values that engines have, and what this gradient asks for."""
-    right = question.back.config.rms_norm_eps
+    right, norms = question.back.config.rms_norm_eps, (_norm_of(question, node),)
     known = [eps for eps in (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3) if eps != right]
     if question.node == node:
-        solved = question.solved(lambda eps: EPS.made(eps=eps), tuple(10.0**power for power in range(-12, -1)))
+        grid = tuple(10.0**power for power in range(-12, -1))
+        solved = question.solved(lambda eps: EPS.made(eps=eps, norms=norms), grid)
         known += round_numbers.epsilons(solved, 1e-3 * solved)[:1] if solved is not None else []
-    yield from ({"eps": eps} for eps in dict.fromkeys(known))
+    yield from ({"eps": eps, "norms": norms} for eps in dict.fromkeys(known))
 
 
 EPS = Fault(
     "backward-norm-eps",
-    "the norms' eps is {eps:.6g} in the backward pass",
+    "RMSNorm's eps is {eps:.6g} in the backward pass of {norms}",
     (*_NORM_INPUTS, nodes.NORM_WEIGHT),
-    {"norm_eps": lambda right, at, eps: eps},
+    {"norm_eps": _in_norm(lambda right, eps: eps)},
     variants=_epsilons,
+    merge={"norms": UNION},
+    among=lambda eps, norms: (*_inputs_of(norms), nodes.NORM_WEIGHT),
     formula={
         **dict.fromkeys(_NORM_INPUTS, "r = 1 / √(mean(x²) + {eps:.6g})"),
         nodes.NORM_WEIGHT: "dw = Σ g · x / √(mean(x²) + {eps:.6g})",
@@ -298,6 +333,7 @@ FAULTS: Sequence[Fault] = (
         },
         variants=_scales,
         merge={"of": UNION},
+        among=lambda how, of: (f"grad.{of}_post_rope",),
         formula={"grad.q_post_rope": "dq = ds k", "grad.k_post_rope": "dk = Σ dsᵀ q, without 1/√{head_dim}"},
     ),
     Fault(
@@ -307,6 +343,7 @@ FAULTS: Sequence[Fault] = (
         {"weights": _unmasked},
         variants=_masks,
         merge={"of": UNION},
+        among=lambda mask, of: ("grad.attn_scores",) if of == "scores" else ("grad.qkv_bias",),
         chaotic=True,
         near=0.05,
         formula={
@@ -334,16 +371,22 @@ FAULTS: Sequence[Fault] = (
     ),
     Fault(
         "backward-norm-projection-missing",
-        "RMSNorm's gradient lacks the term along x",
+        "RMSNorm's gradient lacks the term along x, in {norms}",
         _NORM_INPUTS,
-        {"norm_projection": lambda right, at: np.zeros_like(right)},
+        {"norm_projection": _in_norm(np.zeros_like)},
+        variants=_norms,
+        merge={"norms": UNION},
+        among=_inputs_of,
         formula="dx = r w g (+ residual)",
     ),
     Fault(
         "backward-norm-weight-missing",
-        "RMSNorm's gradient is not multiplied by its weight",
+        "RMSNorm's gradient is not multiplied by its weight, in {norms}",
         _NORM_INPUTS,
-        {"norm_weighted": lambda right, at: np.ones_like(right)},
+        {"norm_weighted": _in_norm(np.ones_like)},
+        variants=_norms,
+        merge={"norms": UNION},
+        among=_inputs_of,
         formula="{right}, w = 1",
     ),
     EPS,

@@ -8,10 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from apr_jax.converters.checkpoint.adapters import LowRank
 from apr_jax.parity.backward import nodes
-from apr_jax.parity.backward.replay import Place
+from apr_jax.parity.backward.replay import Backward, Place
 from apr_jax.parity.faults.record import UNION, Fault, Instead
-from apr_jax.parity.replay import Value
+from apr_jax.parity.replay import QKV, Value
 from apr_jax.trace.stages import Key
 
 _MATRICES = (nodes.WEIGHT, nodes.HEAD_WEIGHT)
@@ -198,7 +199,59 @@ ANOTHER_STEP = Fault(
     formula=Instead("dW of another batch", "dW of this batch"),
 )
 
+_READS = {
+    "grad.ffn_swigl": ("mlp.down_proj",),
+    "grad.ffn_norm": ("mlp.gate_proj", "mlp.up_proj"),
+    "grad.attention": ("self_attn.o_proj",),
+    "grad.attn_norm": tuple(f"self_attn.{name}" for name in QKV),
+}
+"""The linear layers that a gradient goes back through."""
+
+
+def _adapted(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
+    """All modules of the adapter that a gradient goes back through, or one of them; with the adapter twice, or not."""
+    layer = nodes.layer_of(node, question.back.config)
+    here = [name for name in _READS[question.kind_of(node)] if _part(question.back, layer, f"{name}.weight")]
+    for modules in dict.fromkeys((tuple(here), *((name,) for name in here))):
+        if modules:
+            yield from ({"modules": modules, "times": times} for times in ("twice", "not at all"))
+
+
+def _part(back: Backward, layer: int | None, name: str) -> LowRank | None:
+    return back.adapter.get(nodes.of_tensor(layer, name).removeprefix("grad."))
+
+
+def _merged(weight: Value, at: Place, modules: Sequence[str], times: str) -> Value:
+    part = _part(at.replay, at.layer, at.what)
+    if part is None or at.what.removesuffix(".weight") not in modules:
+        return weight
+    return weight + (part.scale if times == "twice" else -part.scale) * (part.b @ part.a)
+
+
+LORA: Sequence[Fault] = (
+    _of_parameter(
+        "lora-gradient-missing", "{tensor} has no gradient", (nodes.LOW_RANK,), lambda v, at: np.zeros_like(v), "dA = 0"
+    ),
+    _of_parameter(
+        "lora-scale-missing",
+        "the gradient of {tensor} lacks the adapter's scale",
+        (nodes.LOW_RANK,),
+        lambda scale, at: 1.0,
+        "dA = Bᵀ dW, without alpha / r",
+        "lora_scale",
+    ),
+    Fault(
+        "lora-merged-twice",
+        "the adapter is in the weights {times} where gradients go back through {modules}",
+        tuple(_READS),
+        {"merged_back": _merged},
+        variants=_adapted,
+        merge={"modules": UNION},
+        formula="dx = g (W + 2 s B A)",
+    ),
+)
 FAULTS: Sequence[Fault] = (
+    *LORA,
     _of_parameter(
         "weight-gradient-transposed",
         "the gradient of {tensor} is transposed",

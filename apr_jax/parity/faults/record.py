@@ -179,6 +179,7 @@ class Fault:
       chaotic: Whether it moves values by whole steps, so that a last bit here or there is a step elsewhere: it is told
         by most values, not by all.
       near: How near, relative to themselves, these values have to be met.
+      among: Given its parameters, those of several stages that it is made at; None is all of them.
       formula: The mistaken formula for people to read, of the stage; forms as of the wording, or stage -> formula.
         "{right}" is the stage's own (`formulas.RIGHT`), other braces are parameters and the configuration's numbers.
     """
@@ -203,6 +204,7 @@ class Fault:
     alone: bool = False
     chaotic: bool = False
     near: float = 1e-6
+    among: Callable[..., tuple[str, ...]] | None = None
     formula: str | tuple[str, ...] | Mapping[str, str] | Instead = ""
 
     def __repr__(self) -> str:
@@ -296,6 +298,8 @@ class Mistake:
         """Returns the stages that it is made at."""
         if self.stage:
             return (self.stage,)
+        if self.fault.among is not None:
+            return self.fault.among(**self.parameters)
         stages = self.fault.stages
         return stages(replay, **self.parameters) if callable(stages) else stages
 

@@ -42,7 +42,9 @@ _FAMILIES = {
 
 _HEAD = """\
 Made by `make fault-list` from the table that `tools/parity.py` works from. What stands in braces is found, not given.
-A mistake is named at the stage that makes it or, where that was not dumped, at the first dumped stage behind it.\
+A mistake is named at the stage that makes it or, where that was not dumped, at the first dumped stage behind it. Those
+of a backward pass are named with `--backward`, from gradients: "grad." and a stage, "grad.input" for a layer's input,
+"grad.output" for the last layer's output, and those of parameters by kind.\
 """
 
 FAULTS: Mapping[str, Fault] = {fault.name: fault for family in _FAMILIES.values() for fault in family.FAULTS}
