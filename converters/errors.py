@@ -28,7 +28,17 @@ _OPTION = re.compile(r"--([a-z][a-z-]*)(?=( [A-Z0-9]|=)?)")
 _IN_PYTHON_ONLY = re.compile(r" \(in Python:.*\)")
 # Options whose argument in Python has another name, or None where only a command has such a thing.
 _IN_PYTHON = {"max-shard-size": "max_shard_bytes", "adapter": "adapters"} | dict.fromkeys(
-    ("greedy", "ignore-generation-config", "input-ids", "positions", "prompt", "right-dtype", "tensors", "trace")
+    (
+        "backward",
+        "greedy",
+        "ignore-generation-config",
+        "input-ids",
+        "positions",
+        "prompt",
+        "right-dtype",
+        "tensors",
+        "trace",
+    )
 )
 
 

@@ -251,6 +251,7 @@ def _with_gradients(
             file=args.right,
             found="layers in another order, a long sequence judged by excerpts, or values of some positions only",
             expected="values of all positions of a batch, the layers in their order",
+            hint="Without --backward the forward pass alone is examined",
         )
     counted = None if dump.labels is None else dump.labels >= 0
     adapter = _low_rank(args, dump)

@@ -190,7 +190,7 @@ TRUNCATED = Fault(
 )
 CLIPPED = Fault(
     "gradient-clipped",
-    "gradients are clipped to a norm of {norm:.6g}: without that it is {right:.6g}",
+    "gradients are clipped to a norm of {norm:.6g}: without that it is {expected:.6g}",
     formula=Instead("dW · {norm:.6g} / ‖all dW‖", "dW"),
 )
 ANOTHER_STEP = Fault(
