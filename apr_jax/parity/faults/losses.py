@@ -120,7 +120,7 @@ LOSS_COUNT = Fault(
     "loss-count",
     "the loss is divided by {count}, not by the {expected} tokens that count",
     _LOGITS,
-    {"loss": lambda loss, at, count, right: _times(loss, loss.count / count)},
+    {"loss": lambda loss, at, count, expected: _times(loss, loss.count / count)},
     variants=_counts,
     formula="dz = (softmax(z) − 1[label]) / {count}",
 )
