@@ -157,7 +157,10 @@ def _explanations(question: Question) -> tuple[_Trial, ...]:
         tried.sort(key=lambda trial: trial.fit.left)
         nearest = min(nearest, tried[0].fit.error)
         bases = _first_of_each(tried)[:_STACKED]
-    says = f"nothing that is known gives these parameters: what comes nearest is off by {nearest:.1e} of the step"
+    says = (
+        f"nothing that is known gives these parameters: what comes nearest is off by {nearest:.1e} of the step. Fewer "
+        "steps tell more, and gradients that are wrong show here too (golden.py --gradients)"
+    )
     return (_Trial((Named("unknown", says),), question.right, question.fit(question.right)),)
 
 

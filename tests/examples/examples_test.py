@@ -13,7 +13,7 @@ from absl.testing import absltest
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.verify.comparison import compare
-from tests import paths
+from tests import paths, tool
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +61,9 @@ class ExamplesTest(absltest.TestCase):
             self.assertEqual(list(after.tensors), list(before.tensors))
             self.assertLen(comparison.unequal, len(before.tensors))
             self.assertEqual(after.files["tokenizer.json"], before.files["tokenizer.json"])
+        told = tool.run("verify", TINY, pathlib.Path(self.folder, "tuned.apr"))
+        self.assertEqual(told.returncode, 1, told.stderr)
+        self.assertIn("fine-tuned, or otherwise trained on", told.stdout)
 
     def test_own_kernel(self):
         arguments = (TINY, paths.golden(TINY.name))

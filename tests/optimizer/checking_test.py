@@ -52,7 +52,7 @@ class CheckingTest(parameterized.TestCase):
                 self.assertEqual((verdict.parameters, verdict.elements), (27, 59320))
                 self.assertLess(verdict.right.worst, 1.5)
 
-    @parameterized.parameters(NAMED)
+    @parameterized.parameters(*NAMED)
     def test_a_mistake_is_named_with_its_number(self, mistake):
         place = bench(SAMPLE, FOUR)
         verdict = place.judge(place.planted(mistake))

@@ -80,7 +80,7 @@ class OptimizerTest(parameterized.TestCase):
         print(f"{name}, {how}: {verdict.right.worst:.2f} times what rounding may do")
         self.assertTrue(verdict.within, verdict)
 
-    @parameterized.parameters(PLANTED)
+    @parameterized.parameters(*PLANTED)
     def test_a_mistake_beside_torchs_gradients_is_named(self, mistake):
         place = bench("mha_untied_f32_sharded", FOUR)
         theirs = Torch("mha_untied_f32_sharded", place.inputs)
