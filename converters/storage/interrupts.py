@@ -106,10 +106,9 @@ def bounded() -> Iterator[None]:
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
-        with open(reader, "rb", buffering=0) as signals:
-            while (number := signals.read(1)) and number[0] not in _ENDING:
-                # Others have handlers too, such as a window that changes its size.
-                pass
+        while (number := os.read(reader, 1)) and number[0] not in _ENDING:
+            # Others have handlers too, such as a window that changes its size.
+            pass
         if ended.wait(GRACE_SECONDS):
             return
         _acting.acquire()
@@ -127,8 +126,10 @@ def bounded() -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
         signal.set_wakeup_fd(before)
+        ended.set()
         os.close(writer)
         # An interpreter that ends while a daemon thread wakes up may be aborted. This one wakes up now, and ends.
         watcher.join()
+        # Not before: Python complains where a second signal finds the pipe broken.
+        os.close(reader)
