@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 
 import gguf
 import numpy as np
@@ -27,8 +28,19 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[stem]}.{end}"
 
 
-def write(base: pathlib.Path, path: pathlib.Path, kind: str = "Q8_0", **changed: object) -> dict[str, np.ndarray]:
+def write(
+    base: pathlib.Path,
+    path: pathlib.Path,
+    kind: str = "Q8_0",
+    add: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    **changed: object,
+) -> dict[str, np.ndarray]:
     """Writes the checkpoint `base` with matrices of one GGML type.
+
+    Args:
+      base, path, kind: From where, to where, and the GGML type's name.
+      add: Adds more metadata.
+      changed: Other values for "architecture", "pre" (of the tokenizer) and "types" (of its tokens, whether to write).
 
     Returns:
       HuggingFace's names -> the values that gguf decodes.
@@ -48,7 +60,8 @@ def write(base: pathlib.Path, path: pathlib.Path, kind: str = "Q8_0", **changed:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    _add_tokenizer(writer, base, config)
+    _add_tokenizer(writer, base, config, changed)
+    add(writer)
     wanted = gguf.GGMLQuantizationType[kind]
     values = {}
     for name, tensor in packers.read(base / "model.safetensors").items():
@@ -63,7 +76,7 @@ def write(base: pathlib.Path, path: pathlib.Path, kind: str = "Q8_0", **changed:
     return values
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, base: pathlib.Path, config: dict) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, base: pathlib.Path, config: dict, changed: dict[str, object]) -> None:
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokens = {number: (token, 1) for token, number in tokenizer["model"]["vocab"].items()}
     for token in tokenizer["added_tokens"]:
@@ -71,9 +84,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, base: pathlib.Path, config: dict) ->
     listed = [tokens.get(number, (f"[PAD{number}]", 5)) for number in range(config["vocab_size"])]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(str(changed.get("pre", "qwen2")))
     writer.add_token_list([token for token, _ in listed])
-    writer.add_token_types([kind for _, kind in listed])
+    if changed.get("types", True):
+        writer.add_token_types([kind for _, kind in listed])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])

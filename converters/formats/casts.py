@@ -162,7 +162,8 @@ def _from_float(values: np.ndarray, target: str) -> np.ndarray:
 def _bf16_to_f32(bits: np.ndarray) -> np.ndarray:
     import numpy as np
 
-    return (bits.astype("<u4") << np.uint32(16)).view("<f4")
+    # What NumPy computes is in the machine's order, whatever it is computed from.
+    return (bits.astype("<u4") << np.uint32(16)).astype("<u4", copy=False).view("<f4")
 
 
 def _f32_to_bf16(bits: np.ndarray) -> np.ndarray:

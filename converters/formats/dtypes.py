@@ -157,7 +157,14 @@ class DType:
         if module:
             import ml_dtypes
 
-            return np.dtype(getattr(ml_dtypes, attribute))
+            found = np.dtype(getattr(ml_dtypes, attribute))
+            if found.itemsize > 1 and not _is_little_endian():
+                raise RefusedError(
+                    f"{self.name} has no array type on a big-endian machine",
+                    code="dtype-not-decoded",
+                    hint="Cast it to f32; its bytes can be read as they are (raw, stream)",
+                )
+            return found
         return np.dtype(self.numpy_name).newbyteorder("<")
 
     @property
@@ -243,6 +250,12 @@ def element_count(shape: Sequence[int]) -> int:
     if math.prod(filter(None, shape)) > _MAX_COUNT:
         raise _overflow(shape)
     return math.prod(shape)
+
+
+def _is_little_endian() -> bool:
+    import numpy as np
+
+    return np.dtype("<u2").isnative
 
 
 def _overflow(shape: Sequence[int]) -> BrokenContainerError:

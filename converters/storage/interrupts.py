@@ -106,7 +106,6 @@ def bounded() -> Iterator[None]:
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def watch() -> None:
-        # It stays open until the end: Python complains of a second signal that nobody can read.
         while (number := os.read(reader, 1)) and number[0] not in _ENDING:
             # Others have handlers too, such as a window that changes its size.
             pass
@@ -127,9 +126,10 @@ def bounded() -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
         signal.set_wakeup_fd(before)
+        ended.set()
         os.close(writer)
         # An interpreter that ends while a daemon thread wakes up may be aborted. This one wakes up now, and ends.
         watcher.join()
+        # Not before: Python complains where a second signal finds the pipe broken.
         os.close(reader)

@@ -150,7 +150,7 @@ class ConvertTest(parameterized.TestCase):
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM)
     def test_an_interrupt_that_is_swallowed_still_ends_it_with_130_and_nothing(self, number):
         code = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from apr_jax.converters.formats import casts
 from apr_jax.converters.commands import cli, convert
@@ -161,6 +161,7 @@ def swallowing():
             os.kill(os.getpid(), int(sys.argv[2]))
         except KeyboardInterrupt:
             pass
+        time.sleep(0.1)
     prepare()
 casts.prepare = swallowing
 cli.start("apr_jax.converters.commands.convert", ["convert", *sys.argv[3:]])

@@ -184,6 +184,10 @@ class CompareTest(VerifyTestCase):
 
 
 class AloneTest(VerifyTestCase):
+    def test_an_adapter_belongs_to_a_comparison(self):
+        done = self.verify(checkpoint("gqa_tied_bf16"), "--adapter", DATA / "adapters" / "lora", code=2)
+        self.assertIn("--adapter belongs to a comparison", done.stderr)
+
     def test_a_sound_file_passes_and_says_what_was_checked(self):
         path = self.convert(checkpoint("gqa_tied_bf16"))
         lines = self.verify(path, code=0).stdout.splitlines()

@@ -107,6 +107,32 @@ class RefusalsTest(parameterized.TestCase):
         self.assertEqual(error.code, "adapter-tensors")
         self.assertIn(text, str(error))
 
+    def test_a_bias_that_does_not_fit(self):
+        error = self._refused(tensor=f"{Q}.lora_B.bias", change=lambda _: np.ones(7, np.float32))
+        self.assertIn("a bias that does not fit", str(error))
+
+    def test_magnitudes_that_do_not_fit(self):
+        name = f"{Q}.lora_magnitude_vector"
+        error = self._refused({"use_dora": True}, tensor=name, change=lambda _: np.ones(7, np.float32))
+        self.assertIn("the magnitudes are [7]", str(error))
+
+    def test_no_tensors(self):
+        folder = pathlib.Path(shutil.copytree(ADAPTERS / "lora", self.create_tempdir().full_path, dirs_exist_ok=True))
+        packers.write(folder / "adapter_model.safetensors", {})
+        with open_checkpoint(BASE) as base, self.assertRaisesRegex(RefusedError, "no tensors"):
+            with_adapter(base, folder)
+
+    def test_an_adapter_that_began_as_a_part_of_its_base_says_so(self):
+        folder = pathlib.Path(shutil.copytree(ADAPTERS / "lora", self.create_tempdir().full_path, dirs_exist_ok=True))
+        settings = json.loads((folder / "adapter_config.json").read_text()) | {"init_lora_weights": "pissa_niter_4"}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        with open_checkpoint(BASE) as base:
+            self.assertIn("began as pissa_niter_4", " ".join(with_adapter(base, folder).warnings))
+
+    def test_patterns_that_are_no_expressions_match_nothing(self):
+        for pattern in ("(", "a{99999999999}", "(" * 5000):
+            self.assertFalse(adapters.matched(pattern, "a"), pattern[:20])
+
     def test_an_empty_folder_and_a_pickle(self):
         folder = pathlib.Path(self.create_tempdir().full_path)
         with self.assertRaises(MissingFileError):

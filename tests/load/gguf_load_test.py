@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import gguf
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -95,9 +96,47 @@ class GgufTest(parameterized.TestCase):
             with self.assertRaisesRegex(RefusedError, "llama"):
                 checkpoint.model_config()
 
-    def test_a_part_of_a_split_file_is_missed(self):
-        import gguf
+    def test_scaling_and_a_tokenizer_that_is_not_qwen2s_are_said(self):
+        def add(writer):
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(4.0)
+            writer.add_rope_scaling_orig_ctx_len(64)
 
+        gguf_files.write(BASE, self.path, add=add, pre="llama-bpe")
+        with open_checkpoint(self.path) as checkpoint:
+            config = json.loads(checkpoint.files["config.json"])
+            self.assertEqual(
+                config["rope_scaling"], {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+            )
+            self.assertIn("the rules 'llama-bpe'", " ".join(checkpoint.warnings))
+            self.assertNotIn("tokenizer.json", checkpoint.files)
+
+    def test_special_tokens_are_told_by_their_spelling_where_no_kinds_are_written(self):
+        found = []
+        for types in (True, False):
+            gguf_files.write(BASE, self.path, types=types)
+            with open_checkpoint(self.path) as checkpoint:
+                found.append(json.loads(checkpoint.files["tokenizer_config.json"])["added_tokens_decoder"])
+        self.assertEqual(*found)
+        self.assertIn("<|im_start|>", [token["content"] for token in found[0].values()])
+
+    def test_chat_templates_with_names(self):
+        named = {"tool_use": "{{ 'tools' }}", "rag": "{{ 'texts' }}"}
+
+        def add(writer):
+            writer.add_array("tokenizer.chat_templates", list(named))
+            for name, template in named.items():
+                writer.add_string(f"tokenizer.chat_template.{name}", template)
+            if "tokenizer.chat_template" not in writer.kv_data[0]:
+                writer.add_chat_template("{{ 'default' }}")
+
+        gguf_files.write(BASE, self.path, add=add)
+        with open_checkpoint(self.path) as checkpoint:
+            templates = json.loads(checkpoint.files["tokenizer_config.json"])["chat_template"]
+        self.assertEqual([template["name"] for template in templates], ["default", *named])
+        self.assertEqual([template["template"] for template in templates[1:]], list(named.values()))
+
+    def test_a_part_of_a_split_file_is_missed(self):
         values = packers.read(BASE / "model.safetensors")
         paths = [self.root / f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
         for number, path in enumerate(paths):

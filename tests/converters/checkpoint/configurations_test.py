@@ -129,6 +129,18 @@ class KnownKeysTest(parameterized.TestCase):
         self.assertIn(f"ignore_config=['{key}']", str(caught.exception))
         self.assertEqual(Qwen2Config.from_hf(BASE | keys, ignored=[key]), PLAIN)
 
+    @parameterized.parameters(
+        ({"rope_type": "dynamic", "factor": 2.0}, {"head_dim": 2}, "a head_dim above 2"),
+        (
+            {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 32, "long_factor": [1.0] * 32,
+             "original_max_position_embeddings": 1},
+            {"head_dim": 64}, "more than 1 with longrope",
+        ),
+    )  # fmt: skip
+    def test_rules_that_cannot_be_computed(self, rule, keys, words):
+        with self.assertRaisesRegex(RefusedError, words):
+            Qwen2Config.from_hf(BASE | keys | {"rope_scaling": rule})
+
     def test_one_setting_of_an_object_can_be_left_out(self):
         config = BASE | {"rope_scaling": YARN | {"unheard_of": 1}}
         with self.assertRaisesRegex(RefusedError, "--ignore-config rope_scaling.unheard_of"):

@@ -146,7 +146,7 @@ class DownloadTest(parameterized.TestCase):
         done = subprocess.run(
             [sys.executable, "-c", RUNNER, listed],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **variables, **environment},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **variables, **environment},
             capture_output=True,
             text=True,
         )

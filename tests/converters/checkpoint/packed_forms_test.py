@@ -202,12 +202,23 @@ class RefusalsTest(parameterized.TestCase):
         ("ct_int4_32", "weight_shape", lambda t: np.array([64, 1 << 40], np.int64)),
         ("ct_int4_32", "weight_scale", lambda t: t[:, :0]),
         ("ct_nvfp4", "weight_scale", lambda t: t[:-1]),
+        ("gptq_int4_32", "qweight", lambda t: t.astype(np.float32)),
+        ("gptq_int4_32", "scales", lambda t: t[:0]),
+        ("bnb_nf4_64", "weight.quant_state.bitsandbytes__nf4", lambda t: np.zeros((1 << 16) + 1, np.uint8)),
+        ("bnb_nf4_128_nested_bf16", "weight.quant_state.bitsandbytes__nf4", lambda t: _without(t, "nested_offset")),
+        ("bnb_int8", "weight", lambda t: t.reshape(-1)),
+        ("bnb_int8", "weight_format", lambda t: np.ones((), np.uint8)),
+        ("ct_int8_row", "weight_scale", lambda t: t.astype(np.int32)),
+        ("ct_int4_32", "weight_packed", lambda t: t.reshape(-1)),
+        ("ct_int4_32", "weight_packed", lambda t: t.astype(np.int64)),
+        ("ct_int4_32", "weight_shape", lambda t: t[:1]),
+        ("ct_nvfp4", "weight_global_scale", lambda t: np.ones(2, np.float32)),
     )
     def test_parts_that_do_not_fit(self, member, part, change):
         folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
         packers.pack_checkpoint(BASE, folder, *packers.MEMBERS[member])
         tensors = packers.read(folder / "model.safetensors")
-        held = tensors.pop(f"{Q}.{part}")
+        held = tensors.pop(f"{Q}.{part}", None)
         if change is not None:
             tensors[f"{Q}.{part}"] = np.ascontiguousarray(change(held))
         packers.write(folder / "model.safetensors", tensors)
@@ -224,6 +235,12 @@ class RefusalsTest(parameterized.TestCase):
         packers.write(folder / "model.safetensors", tensors)
         with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "leads out"):
             dense_view(raw).tensors[f"{Q}.weight"].read()
+
+
+def _without(state, key):
+    values = json.loads(bytes(state))
+    del values[key]
+    return np.frombuffer(json.dumps(values).encode(), np.uint8)
 
 
 if __name__ == "__main__":

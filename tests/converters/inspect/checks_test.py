@@ -82,6 +82,25 @@ class InspectionTest(parameterized.TestCase):
             self.assertIn(word, failed[name].sentence)
         return failed[name]
 
+    # --- what is said of it
+
+    def test_a_head_without_an_embedding_is_held_against_nothing(self):
+        metadata, tensors = self.sample("gqa_untied_bf16")
+        del tensors[EMBEDDING]
+        said = {check.name: check.sentence for check in self.inspect(self.write(metadata, tensors))}
+        self.assertIn("no embedding to hold it against", said["head"])
+
+    def test_a_sliding_window_is_described(self):
+        for windowed, words in ((0, "layers 0 to 1"), (1, "layers 1 to 1")):
+            metadata, tensors = self.sample()
+            files = metadata["source_files"]
+            config = json.loads(files["config.json"])
+            config |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": windowed}
+            config.pop("layer_types", None)
+            files["config.json"] = json.dumps(config)
+            said = {check.name: check.sentence for check in self.inspect(self.write(metadata, tensors))}
+            self.assertIn(f"a sliding window of 8 in {words}", said["configuration"])
+
     # --- clean
 
     @parameterized.parameters(*NAMES)

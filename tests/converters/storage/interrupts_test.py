@@ -87,6 +87,19 @@ class BoundedTest(parameterized.TestCase):
             os.kill(os.getpid(), signal.SIGINT)
         self.assertEqual(said, ["last words"])
 
+    def test_in_a_helper_thread_nothing_is_done(self):
+        done = []
+
+        def work():
+            with interrupts.termination_as_interrupt() as check, interrupts.bounded():
+                check()
+                done.append(True)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join(30)
+        self.assertEqual(done, [True])
+
     def test_another_signal_than_those_that_end_a_process_ends_none(self):
         seen = []
         self.addCleanup(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, lambda *_: seen.append(1)))

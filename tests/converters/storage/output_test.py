@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import pathlib
+import re
 import stat
 import subprocess
 import sys
@@ -240,6 +241,39 @@ class LeftoversTest(OutputTestCase):
             fcntl.flock(file, fcntl.LOCK_EX)
             write(self.folder / "a", b"new")
         self.assertEqual(self.names(), [temporary.name, "a"])
+
+    def test_where_the_file_system_has_no_locks_the_process_id_tells(self):
+        dead, live, odd = (self.folder / f".a.apr-jax-tmp.{owner}.00000000" for owner in (999999, os.getpid(), "x"))
+        for left in (dead, live, odd):
+            left.write_bytes(b"half")
+        said: list[str] = []
+        with mock.patch.object(fcntl, "flock", side_effect=OSError(errno.ENOLCK, "no locks")):
+            write(self.folder / "a", b"new", notice=said.append)
+        self.assertEqual(self.names(), sorted([live.name, odd.name, "a"]))
+        self.assertLen(said, 1)
+
+    def test_what_cannot_be_removed_is_named(self):
+        left = self.folder / ".a.apr-jax-tmp.999999.00000000"
+        left.write_bytes(b"half")
+        said: list[str] = []
+        with mock.patch.object(os, "unlink", side_effect=PermissionError(errno.EPERM, os.strerror(errno.EPERM))):
+            write(self.folder / "a", b"new", notice=said.append)
+        self.assertRegex(said[0], f"^could not remove '{re.escape(left.name)}'")
+        self.assertEqual((self.folder / "a").read_bytes(), b"new")
+
+    def test_a_temporary_that_another_run_took_for_a_leftover_is_made_again(self):
+        real, taken = fcntl.flock, []
+
+        def flock(fd, how):
+            if not taken:
+                taken.append(os.readlink(f"/proc/self/fd/{fd}"))
+                os.unlink(taken[0])
+            real(fd, how)
+
+        with mock.patch.object(fcntl, "flock", flock):
+            write(self.folder / "a", b"new")
+        self.assertEqual(self.names(), ["a"])
+        self.assertIn(".apr-jax-tmp.", taken[0])
 
     def test_two_writers_of_one_output_do_not_disturb_each_other(self):
         with output.atomic_file(os.fspath(self.folder / "a"), 3) as file:

@@ -174,6 +174,24 @@ class DiagnosisTest(parameterized.TestCase):
             (first, *_) = self.diagnose(stored(before), stored(after))
             self.assertEqual((first.cause, first.parameters, first.explained), (cause, parameters, 1.0))
 
+    @parameterized.parameters("U8", "I8", "BOOL", "I32", "U64", "F8_E4M3", "F8_E5M2", "F64")
+    def test_tensors_of_any_type_and_shape_are_looked_at(self, code):
+        width = {"I32": 4, "U64": 8, "F64": 8}.get(code, 1)
+        random = np.random.default_rng(0)
+        for shape in ((), (1,), (7,), (64, 48), (6, 4, 2)):
+            count = int(np.prod(shape, dtype=int))
+            before = random.integers(0, 2 if code == "BOOL" else 100, count * width, np.uint8)
+            after = before.copy()
+            after[: max(1, count // 2)] ^= 1
+            pair = [Stored(code, shape, data.tobytes()) for data in (before, after)]
+            self.assertNotEmpty(self.diagnose(*pair), shape)
+            for other in ("F32", "BF16", "U8"):
+                size = {"F32": 4, "BF16": 2, "U8": 1}[other]
+                values = Stored(other, shape, random.integers(0, 100, count * size, np.uint8).tobytes())
+                if other != code:
+                    self.assertNotEmpty(self.diagnose(pair[0], values), (shape, other))
+                    self.assertNotEmpty(self.diagnose(values, pair[0]), (shape, other))
+
     def test_scalars_and_empty_tensors_are_no_trouble(self):
         (first,) = self.diagnose(stored(np.float32(2.5)), stored(np.float32(-1.25)))
         self.assertEqual(first.cause, "different-weights")

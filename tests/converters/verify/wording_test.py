@@ -57,6 +57,16 @@ SAID = (
         "cut out of a fused q, k, v (k,q,v) at the wrong place: q holds rows 0 to 63",
     ),
     (
+        "qkv-order",
+        {"order": "q,k,v", "cut_as": "k,q,v"},
+        "q, k and v were put together as q,k,v and cut up as k,q,v",
+    ),
+    (
+        "shifted",
+        {"by": 1, "unit": "rows", "from": 64, "fill": "zero"},
+        "everything stands 1 row later than in the original, from",
+    ),
+    (
         "swapped-tensors",
         {"exchanged": ["mlp.gate_proj.weight", "mlp.up_proj.weight"]},
         "mlp.gate_proj.weight and mlp.up_proj.weight are exchanged",
