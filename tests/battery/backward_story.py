@@ -16,10 +16,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from safetensors.numpy import save_file
-from tests.battery.backward_engine import Planted, backward
 
 from apr_jax.trace.stages import GRADIENT, Key
 from tests import oracle, paths
+from tests.battery.backward_engine import Planted, backward
 
 SAMPLE = "gqa_tied_bf16"
 ROWS, LENGTH, PADDED, PROMPT = 2, 48, 9, 15
