@@ -100,7 +100,7 @@ def hypotheses(
         yield from _together(question)
     if len(gap) >= _LONG and not accepted:
         beside = [stack for stack in plain if not stack[0].fault.alone]
-        yield from joint.hypotheses(question, beside, lambda at: _solved(at, gap, _MOST_SOLVED), came, accepted)
+        yield from joint.hypotheses(question, beside, lambda at: _solved(at, gap, _MOST_SOLVED))
     yield from sorted(longer, key=len)
     singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
     yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], came, sure)
@@ -293,11 +293,13 @@ def _is_like(mistake: Mistake, layer: int, sure: Sequence[Mistakes]) -> bool:
 
 def _together(question: Question) -> Iterator[Mistakes]:
     """Every variant of one kind in the gap and at the stage itself: all of its weights by one codec."""
+    response = question.response
     for fault in (fault for fault in FAULTS.values() if fault.together):
         found: dict[str, list[Mistake]] = {}
         for parameters in itertools.chain.from_iterable(fault.variants(question, node) for node in question.nodes):
             found.setdefault(parameters[fault.together], []).append(fault.made(**parameters))
-        yield from (tuple(mistakes) for mistakes in found.values() if len(mistakes) > 1)
+        together = [tuple(mistakes) for mistakes in found.values() if len(mistakes) > 1]
+        yield from (stack for stack in together if response is None or response.likeness(*stack) > _PROMISING)
 
 
 def _stacked(
