@@ -81,14 +81,15 @@ def hypotheses(
         yield from _promising(question, numerical)
     if not sure:
         yield from _solved(question, gap)
+    staged = list(_at_one_stage(question, plain))
     if not accepted:
-        yield from _at_one_stage(question, plain)
+        yield from staged
     if not accepted:
-        yield from _likeliest_of_one_layer(question, gap, before)
+        yield from _likeliest_of_one_layer(question, gap, [*before, *staged])
     if not sure or _has_number(sure):
         yield from behind.hypotheses(question, explained=bool(accepted))
     if not accepted:
-        yield from _in_one_layer(question, gap, before, came, sure)
+        yield from _in_one_layer(question, gap, [*before, *staged], came, sure)
     longer = [stack for stack in own if len(stack) > 1]
     if question.parts():
         yield from longer
@@ -234,7 +235,7 @@ def _at_one_stage(question: Question, plain: Sequence[Mistakes]) -> Iterator[Mis
     inside = {node.stage for node in question.nodes}
     for (mistake,) in plain:
         stages = [stage for stage in mistake.stages(question.replay) if stage in inside]
-        if len(stages) > 1 and len({CLASS_OF[stage] for stage in stages}) == 1:
+        if len(stages) > 1 and len({CLASS_OF[stage] for stage in stages}) == 1 and not mistake.fault.alone:
             yield from ((mistake.at(stage),) for stage in stages)
 
 
