@@ -44,6 +44,8 @@ Context = Callable[[int], tuple[Any, Any]]
 """Layer -> the keys and values [B, S, K, H] of a sequence of which only some positions are run."""
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 """Rounding happens where the program says it does: bf16 intermediates are not silently kept in f32."""
+_TRACE_OPTIONS = {**COMPILER_OPTIONS, "xla_gpu_autotune_level": 0}
+"""A traced run calls each of its programs a few times: trying out on a GPU which kernels are fastest takes longer."""
 
 
 class LanguageModel:
@@ -342,7 +344,7 @@ def _outer_programs(config: Qwen2Config, dtype: str, fused: bool, ops: Ops) -> d
         "norm": lambda parameters, x: nnx.merge(graph, parameters).norm(x, ops),
         "project": lambda parameters, x: nnx.merge(graph, parameters).project(x, ops),
     }
-    return {name: jax.jit(function, compiler_options=COMPILER_OPTIONS) for name, function in programs.items()}
+    return {name: jax.jit(function, compiler_options=_TRACE_OPTIONS) for name, function in programs.items()}
 
 
 @functools.cache
@@ -377,4 +379,4 @@ def _layer_program(
             recorded["attn_scores"] = jnp.where(seen, recorded["attn_scores"], jnp.zeros((), x.dtype))
         return x, {stage: value for stage, value in recorded.items() if stage in record}
 
-    return jax.jit(layer, compiler_options=COMPILER_OPTIONS)
+    return jax.jit(layer, compiler_options=_TRACE_OPTIONS)

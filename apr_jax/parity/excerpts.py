@@ -34,8 +34,9 @@ _FEWEST, _MOST = 16, 1024
 """Positions of an excerpt."""
 _SPREAD, _AROUND = 64, 4
 """Positions that a cause is looked for at: so many of all, and as many on either side of each first wrong one."""
-_STEPS = 4
-"""Excerpts are given the keys of the first quarter, half, ... of the sequence: programs are compiled for each."""
+_STEPS, _ACCELERATED_STEPS = {"cpu": 4}, 1
+"""Excerpts are given the keys of the first quarter, half, ... of the sequence: programs are compiled for each. On a GPU
+compiling one costs more than the keys that are not seen."""
 _MOST_KEPT = 4
 """As many stages of the whole sequence are kept that were computed for keys and values."""
 _READS_KEYS = ("attn_scores", "attention")
@@ -121,7 +122,7 @@ class LongDump:
     def context(self, model: LanguageModel, inputs: Inputs) -> Context:
         """Returns what gives the keys and values of a layer up to the last position of an excerpt, or a little more."""
         length = self.inputs.input_ids.shape[1]
-        step = -(-length // _STEPS)
+        step = -(-length // _STEPS.get(self._exact.device.platform, _ACCELERATED_STEPS))
         pairs = any(Key(key).per_pair for key in self._theirs)
         end = length if pairs else min(length, step * (1 + int(inputs.places().max()) // step))
 

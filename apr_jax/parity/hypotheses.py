@@ -83,14 +83,15 @@ def hypotheses(
         yield from _promising(question, numerical)
     if not sure:
         yield from _solved(question, gap)
+    staged = list(_at_one_stage(question, plain))
     if not accepted:
-        yield from _at_one_stage(question, plain)
+        yield from staged
     if not accepted:
-        yield from _likeliest_of_one_layer(question, gap, before)
+        yield from _likeliest_of_one_layer(question, gap, [*before, *staged])
     if not sure or _has_number(sure):
         yield from behind.hypotheses(question, explained=bool(accepted))
     if not accepted:
-        yield from _in_one_layer(question, gap, before, came, sure)
+        yield from _in_one_layer(question, gap, [*before, *staged], came, sure)
     longer = [stack for stack in own if len(stack) > 1]
     if question.parts():
         yield from longer
@@ -103,7 +104,7 @@ def hypotheses(
         yield from _together(question)
     if len(gap) >= _LONG and not accepted:
         beside = [stack for stack in plain if not stack[0].fault.alone]
-        yield from joint.hypotheses(question, beside, lambda at: _solved(at, gap, _MOST_SOLVED), came, accepted)
+        yield from joint.hypotheses(question, beside, lambda at: _solved(at, gap, _MOST_SOLVED))
     yield from sorted(longer, key=len)
     singles = dict.fromkeys(stack for stack in (*own, *before) if len(stack) == 1)
     yield from _stacked(question, gap, list(singles), [stack for stack in before if stack in singles], came, sure)
@@ -237,7 +238,7 @@ def _at_one_stage(question: Question, plain: Sequence[Mistakes]) -> Iterator[Mis
     inside = {node.stage for node in question.nodes}
     for (mistake,) in plain:
         stages = [stage for stage in mistake.stages(question.replay) if stage in inside]
-        if len(stages) > 1 and len({CLASS_OF[stage] for stage in stages}) == 1:
+        if len(stages) > 1 and len({CLASS_OF[stage] for stage in stages}) == 1 and not mistake.fault.alone:
             yield from ((mistake.at(stage),) for stage in stages)
 
 
@@ -296,11 +297,13 @@ def _is_like(mistake: Mistake, layer: int, sure: Sequence[Mistakes]) -> bool:
 
 def _together(question: Question) -> Iterator[Mistakes]:
     """Every variant of one kind in the gap and at the stage itself: all of its weights by one codec."""
+    response = question.response
     for fault in (fault for fault in FAULTS.values() if fault.together):
         found: dict[str, list[Mistake]] = {}
         for parameters in itertools.chain.from_iterable(fault.variants(question, node) for node in question.nodes):
             found.setdefault(parameters[fault.together], []).append(fault.made(**parameters))
-        yield from (tuple(mistakes) for mistakes in found.values() if len(mistakes) > 1)
+        together = [tuple(mistakes) for mistakes in found.values() if len(mistakes) > 1]
+        yield from (stack for stack in together if response is None or response.likeness(*stack) > _PROMISING)
 
 
 def _stacked(

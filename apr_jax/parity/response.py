@@ -179,9 +179,9 @@ class Response:
             self._of[mistake] = found
         return self._of[mistake]
 
-    def likeness(self, mistake: Mistake) -> float:
-        """Returns the cosine between what a mistake is expected to change and the difference."""
-        contributed = list(self.of(mistake).values())
+    def likeness(self, *mistakes: Mistake) -> float:
+        """Returns the cosine between what mistakes are expected to change together and the difference."""
+        contributed = [moved for mistake in mistakes for moved in self.of(mistake).values()]
         return float(self.predicted(np.sum(contributed, axis=0)).cosine) if contributed else 0.0
 
 

@@ -60,7 +60,7 @@ _DOUBTFUL = 0.1
 _BETTER = 0.7
 """What a hypothesis leaves at most of the difference that it is to explain."""
 
-_MOST_STACKS, _SECONDS = 2000, 120.0
+_MOST_STACKS, _SECONDS = 2000, 30.0
 """How many sets of mistakes, and mistakes of single layers behind a gap of several, are tried at a stage, and for how
 long at all of them: behind layer outputs or logits alone there is no end to them. Seconds are of this thread's
 processor time, since an answer shall not hang on what else the machine does."""

@@ -11,6 +11,8 @@ from apr_jax.parity.question import Question
 _WORTH = 0.7
 """A number is solved for to the end only if some value nearby leaves less than this share of the difference."""
 _TOLERANCE = 1e-9
+_NEARLY = 0.05
+"""How far off the logarithm of a number that is nearly known may be."""
 _FEW = 5
 """As many numbers of a grid tell whether a fault is like what there is to explain."""
 
@@ -26,18 +28,36 @@ def solve(question: Question, base: Mistake) -> list[Mistake]:
     if grid is None:
         raise ValueError(f"{base.fault} has no number to solve for")
 
-    def misfit(logarithm: float) -> float:
-        value = question.misfit((_with_number(base, float(np.exp(logarithm))),))
-        return value if np.isfinite(value) else np.finfo(np.float64).max
-
     points = np.log(grid.values)
-    errors = [misfit(point) for point in points]
+    errors = [_misfit(question, base, point) for point in points]
     best = int(np.argmin(errors))
     if errors[best] > _WORTH * question.misfit(()):
         return []
-    bounds = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
-    found = minimize_scalar(misfit, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE, "maxiter": 60})
-    return [_with_number(base, value) for value in grid.near(float(np.exp(found.x)))]
+    return _between(question, base, points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)])
+
+
+def solve_near(question: Question, mistake: Mistake) -> list[Mistake]:
+    """Returns a fault whose number is nearly known with the one that leaves least, round ones near it first."""
+    grid = mistake.fault.grid
+    assert grid is not None
+    others = {name: value for name, value in mistake.pairs if name != grid.parameter}
+    at = float(np.log(mistake.parameters[grid.parameter]))
+    return _between(question, mistake.having(**others), at - _NEARLY, at + _NEARLY)
+
+
+def _between(question: Question, base: Mistake, low: float, high: float) -> list[Mistake]:
+    """The fault with the number whose logarithm is between these that leaves least, round ones near it first."""
+    assert base.fault.grid is not None
+    options = {"xatol": _TOLERANCE, "maxiter": 60}
+    found = minimize_scalar(
+        lambda at: _misfit(question, base, at), bounds=(low, high), method="bounded", options=options
+    )
+    return [_with_number(base, value) for value in base.fault.grid.near(float(np.exp(found.x)))]
+
+
+def _misfit(question: Question, base: Mistake, logarithm: float) -> float:
+    value = question.misfit((_with_number(base, float(np.exp(logarithm))),))
+    return value if np.isfinite(value) else np.finfo(np.float64).max
 
 
 def unlike(question: Question, base: Mistake) -> float:

@@ -40,7 +40,7 @@ class ExcerptsTest(parameterized.TestCase):
         # So that what is short is taken for long: scores of 300 positions, excerpts of 100.
         self.enter_context(mock.patch.object(excerpts, "_MOST_BYTES", 1 << 20))
         self.enter_context(mock.patch.dict(excerpts._EXCERPT_BYTES, cpu=100 * 8 * 4 * LENGTH))
-        self.enter_context(mock.patch.object(excerpts, "_STEPS", 1))
+        self.enter_context(mock.patch.dict(excerpts._STEPS, cpu=1))
         self.inputs = seeded(283, 1, LENGTH)
         self.exact, self.same = (load(MODEL, dtype, "cpu") for dtype in ("float64", "float32"))
 
