@@ -49,7 +49,7 @@ def _symmetric(groups: Values, half: int) -> Values:
     largest = _signed_largest(groups)
     weights = groups * groups
 
-    def fitted(nmax: Values) -> tuple[Values, Values]:
+    def fitted(nmax: np.float32) -> tuple[Values, Values]:
         levels = np.clip(np.rint((-nmax / largest)[:, None] * groups), -half, half - 1).astype(np.float32)
         return _sum(weights * groups * levels), _sum(weights * levels * levels)
 
@@ -105,7 +105,7 @@ def _affine(groups: Values, weights: Values, most: int, search: _Search) -> tupl
     low, high = np.minimum(groups.min(-1), _F(0)), groups.max(-1)
     of_weights, of_values = _sum(weights), _sum(weights * groups)
 
-    def levels_by(factor: Values, minimum: Values) -> Values:
+    def levels_by(factor: np.float32, minimum: Values) -> Values:
         inverse = factor / (high - minimum)
         return np.clip(np.rint(inverse[:, None] * (groups - minimum[:, None])), 0, most).astype(np.float32)
 
