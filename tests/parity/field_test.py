@@ -158,10 +158,10 @@ class FieldTest(parameterized.TestCase):
         findings = self.found(everywhere("weights-interleaved", tensor=tensor, block=block, order=order))
         self.assert_named(findings, "weights-interleaved", said, tensor=tensor, block=block)
 
-    @parameterized.parameters("file", "transposed")
-    def test_field_embedding_with_the_other_stride(self, buffer):
+    @parameterized.product(buffer=("file", "transposed"), dtype=("float32", "bfloat16"))
+    def test_field_embedding_with_the_other_stride(self, buffer, dtype):
         """FIELD parity: embedding read with the other stride -> embedding-transposed"""
-        (finding,) = self.found(everywhere("embedding-transposed", buffer=buffer))
+        (finding,) = self.found(everywhere("embedding-transposed", buffer=buffer), dtype=dtype)
         self.assertEqual((finding.fault, finding.layers, finding.stage), ("embedding-transposed", (), "embedding"))
 
     @parameterized.parameters(
