@@ -291,6 +291,8 @@ def judge(
     own_difference = np.nan_to_num(own.astype(np.float64) - reference, nan=0.0, posinf=0.0, neginf=0.0)
     own_error = row_norms(own_difference, mask)
     budget, row_budget = budgets(key, dtype, own_error, size, positions)
+    if CLASS_OF[Key(key).stage] == "softmax":
+        row_budget = row_budget + size * lost_in_sums(reference, dtype)
     own_channels = channel_medians(key, own_difference, size, mask)
     channels = channel_budgets(key, dtype, own_channels, channel_medians(key, reference, size, mask))
     worst = worst_share(error, row_budget)
@@ -412,6 +414,16 @@ def turn_budgets(replay: Replay, key: str, dtype: str) -> np.ndarray | None:
         return None
     terms, moved = turn_sizes(replay, key, _SMALLEST_NORMAL[dtype])
     return TURN_FACTOR * (3 * EPSILON[dtype] * terms + (2.0**-23 if dtype != "float64" else 0.0) * moved)
+
+
+def lost_in_sums(shares: np.ndarray, dtype: str) -> np.ndarray:
+    """What a sum of shares, one after the other, may leave out, relatively: those too small to be added to the largest.
+
+    Where one key has nearly all of the attention, hundreds of others are; sums in pairs, as ours, keep them.
+    """
+    # Half precisions are summed in float32.
+    smallest = 2.0 ** (-53 if dtype == "float64" else -24) * shares.max(-1, keepdims=True, initial=0.0)
+    return np.asarray(np.where(shares < smallest, shares, 0.0).sum(-1))
 
 
 def row_norms(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

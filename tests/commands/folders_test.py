@@ -174,7 +174,9 @@ class IndexTest(FieldTestCase):
         self.edit(source, "config.json", **config)
         return source
 
-    @parameterized.parameters("lm_head.weight", "language_model.lm_head.weight", "_orig_mod.lm_head.weight")
+    @parameterized.parameters(
+        "lm_head.weight", "language_model.lm_head.weight", "_orig_mod.lm_head.weight", "module.lm_head.weight"
+    )
     def test_field_an_index_that_lists_a_tied_head(self, name):
         """FIELD Configurations: index.json that lists a tied lm_head.weight that no shard holds -> a warning"""
         source = self.sharded()
@@ -252,13 +254,15 @@ class SideFilesTest(FieldTestCase):
         (source / name).write_bytes(content)
         self.assertRegex(self.verify(source, code=1), f"failure +side-files: {name}")
 
-    @parameterized.parameters("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
-    def test_field_a_vocabulary_larger_than_the_embedding(self, name):
+    @parameterized.parameters("added_tokens.json", "tokenizer.json", "tokenizer.json, vocab", "tokenizer_config.json")
+    def test_field_a_vocabulary_larger_than_the_embedding(self, place):
         """FIELD Text: vocabulary of the tokenizer larger than the embedding -> verify says it"""
-        source = self.copy()
+        source, name = self.copy(), place.partition(",")[0]
         content = json.loads((source / name).read_text()) if (source / name).exists() else {}
         if name == "added_tokens.json":
             content["<|far|>"] = 288
+        elif place.endswith("vocab"):
+            content["model"]["vocab"]["<|far|>"] = 288
         elif name == "tokenizer.json":
             content["added_tokens"].append({"id": 288, "content": "<|far|>", "special": True})
         else:

@@ -158,10 +158,10 @@ class FieldTest(parameterized.TestCase):
         findings = self.found(everywhere("weights-interleaved", tensor=tensor, block=block, order=order))
         self.assert_named(findings, "weights-interleaved", said, tensor=tensor, block=block)
 
-    @parameterized.parameters("file", "transposed")
-    def test_field_embedding_with_the_other_stride(self, buffer):
+    @parameterized.product(buffer=("file", "transposed"), dtype=("float32", "bfloat16"))
+    def test_field_embedding_with_the_other_stride(self, buffer, dtype):
         """FIELD parity: embedding read with the other stride -> embedding-transposed"""
-        (finding,) = self.found(everywhere("embedding-transposed", buffer=buffer))
+        (finding,) = self.found(everywhere("embedding-transposed", buffer=buffer), dtype=dtype)
         self.assertEqual((finding.fault, finding.layers, finding.stage), ("embedding-transposed", (), "embedding"))
 
     @parameterized.parameters(
@@ -238,18 +238,34 @@ class FieldTest(parameterized.TestCase):
         findings = self.found(planted, shown=lambda key: stages.Key(key).stage != "attn_scores")
         self.assert_named(findings, planted.name)
 
-    def test_field_layers_that_cannot_show_an_eps(self):
-        """FIELD parity: eps where later activations are large -> no number from noise, and which layers cannot tell"""
+    def with_weights(self, changed):
+        """The bench with some tensors in place of its own."""
         bench = self.bench()
-        weights = dict(bench.weights)
-        for suffix in ("mlp.down_proj.weight", "self_attn.o_proj.weight"):
-            weights[f"model.layers.0.{suffix}"] = 1000 * weights[f"model.layers.0.{suffix}"]
+        weights = bench.weights | changed
         with tempfile.TemporaryDirectory() as scratch:
             folder = pathlib.Path(scratch)
             safetensors.numpy.save_file(weights, folder / "model.safetensors")
             (folder / "config.json").write_text(json.dumps(bench.config))
             exact, same = (load_model(folder, dtype, "cpu") for dtype in ("float64", "float32"))
-        loud = Bench("loud", weights, bench.config, bench.inputs, exact, same)
+        return Bench("loud", weights, bench.config, bench.inputs, exact, same)
+
+    def test_field_activations_quantised_beside_a_large_one(self):
+        """FIELD parity: int8 rows into down_proj, one activation far larger than the rest -> activations-quantised"""
+        changed = {}
+        for name, values in self.bench().weights.items():
+            if name.endswith("mlp.up_proj.weight"):
+                changed[name] = np.where(np.arange(len(values))[:, None] == 5, 60 * values, values).astype("f4")
+            if name.endswith("mlp.down_proj.weight"):
+                changed[name] = np.where(np.arange(values.shape[1]) == 5, values / 60, values).astype("f4")
+        loud = self.with_weights(changed)
+        planted = everywhere("activations-quantised", module="mlp.down_proj", codec="int8 by row")
+        self.assert_named(loud.diagnose(loud.dump([planted])).findings, planted.name, codec="int8 by row or q8_k")
+
+    def test_field_layers_that_cannot_show_an_eps(self):
+        """FIELD parity: eps where later activations are large -> no number from noise, and which layers cannot tell"""
+        suffixes = ("mlp.down_proj.weight", "self_attn.o_proj.weight")
+        names = [f"model.layers.0.{suffix}" for suffix in suffixes]
+        loud = self.with_weights({name: 1000 * self.bench().weights[name] for name in names})
         (finding,) = loud.diagnose(loud.dump([everywhere("rms-norm-eps", eps=1e-5)])).findings
         self.assertEqual((finding.fault, finding.layers, finding.parameters["eps"]), ("rms-norm-eps", (0,), 1e-5))
         self.assertIn("layer 1 and final_norm cannot show it", finding.sentence)

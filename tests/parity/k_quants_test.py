@@ -71,7 +71,7 @@ class NamedTest(parameterized.TestCase):
 
     @parameterized.parameters(*k_quants.NAMES)
     def test_field_a_weight_in_k_quants(self, name):
-        """FIELD parity: llama.cpp's K-quants (q2_k to q6_k) in the weights -> weights-quantised by that codec"""
+        """FIELD parity: llama.cpp's K-quants (q2_k to q6_k) in an engine's weights -> weights-quantised by which"""
         folder = pathlib.Path(self.create_tempdir().full_path)
         safetensors.numpy.save_file(self.weights, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(CONFIG))

@@ -224,18 +224,19 @@ class ShapeTest(FieldTestCase):
         self.assertEqual(findings["rows-added"].parameters, {"first": [160, 64], "rows": 32, "holds": "zeros"})
         self.assertEqual(findings["columns-added"].parameters, {"first": [64, 160], "columns": 32, "holds": "zeros"})
 
-    @parameterized.parameters((True, "each beside itself"), (False, "one set after the other"))
-    def test_field_heads_repeated(self, beside, order):
-        """FIELD verify: every KV head twice (tensor-parallel export), beside itself or set after set -> said so"""
+    @parameterized.product(beside=(True, False), times=(2, 4))
+    def test_field_heads_repeated(self, beside, times):
+        """FIELD verify: every KV head 2 or 4 times (tensor-parallel export), side by side or in sets -> said so"""
         changed = {}
         for name, tensor in self.before.items():
             if "k_proj" in name or "v_proj" in name:
                 heads = tensor.bits.reshape(-1, HEAD_DIM, *tensor.shape[1:])
-                bits = np.repeat(heads, 2, 0) if beside else np.concatenate([heads, heads])
+                bits = np.repeat(heads, times, 0) if beside else np.concatenate([heads] * times)
                 changed[name] = from_bits(bits.reshape(-1, *tensor.shape[1:]), "BF16")
         finding = self.only(self.before, changed)
         self.assertEqual(finding.cause, "heads-repeated")
-        self.assertEqual(finding.parameters, {"times": 2, "head_dim": HEAD_DIM, "order": order})
+        order = "each beside itself" if beside else "one set after the other"
+        self.assertEqual(finding.parameters, {"times": times, "head_dim": HEAD_DIM, "order": order})
 
     def test_field_grown_and_trained(self):
         """FIELD verify: rows added to an embedding that was trained on -> rows added, the common part near"""
@@ -447,10 +448,11 @@ class PrecisionTest(FieldTestCase):
         finding = self.only(before, changed)
         self.assertEqual(finding.parameters, {"bits": 4, "rounding": "nearest-even"})
 
-    def test_field_bias_times_zero(self):
-        """FIELD verify: biases times 0, with zeros of both signs -> zeroed"""
-        before = base("BF16")
-        changed = {name: stored(before[name].f32 * 0, "BF16") for name in before if "bias" in name}
+    @parameterized.parameters(("bias", "BF16"), ("bias", "F32"), ("mlp.down_proj", "BF16"), ("o_proj", "F32"))
+    def test_field_times_zero(self, part, code):
+        """FIELD verify: biases (projections) times 0, with zeros of both signs -> zeroed"""
+        before = base(code)
+        changed = {name: stored(before[name].f32 * 0, code) for name in before if part in name}
         self.assertTrue(any(tensor.bits.any() for tensor in changed.values()))
         finding = self.only(before, changed)
         self.assertEqual((finding.cause, finding.parameters), ("zeroed", {"elements": "all"}))

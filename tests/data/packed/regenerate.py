@@ -1,10 +1,12 @@
 """Writes the packed forms of one small matrix with the libraries that publish them, and what they decode it to.
 
-    python tests/data/packed/regenerate.py SITE AUTOGPTQ AUTOAWQ
+    python tests/data/packed/regenerate.py SITE AUTOGPTQ AUTOAWQ GPTQMODEL
 
 SITE: a folder with bitsandbytes 0.50.2, compressed-tensors 0.20.1, torchao 0.18.0, loguru and frozendict (pip install
---target ... --no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9. All
-compute on the CPU. Of the last two only the modules that pack are imported, since the rest wants CUDA.
+--target ... --no-deps); AUTOGPTQ: the unpacked wheel auto-gptq 0.7.1; AUTOAWQ: the unpacked archive autoawq 0.2.9;
+GPTQMODEL: the unpacked archive gptqmodel 7.7.0, which wants accelerate, datasets, defuser, device-smi, dill, logbar,
+pillow, pypcre, threadpoolctl, tokenicer and what they need in SITE. All compute on the CPU. Of AutoGPTQ and AutoAWQ
+only the modules that pack are imported, since the rest wants CUDA.
 
 NAME.safetensors holds the parts under the names that the library gives them, and in its metadata the
 `quantization_config`; dense.npz holds for each NAME what the library itself decodes, in float32 if it can.
@@ -201,6 +203,38 @@ def gptq_forms(root: pathlib.Path) -> None:
         write(name, parts, config | {"checkpoint_format": version}, dense)
 
 
+def gptqmodel_forms(root: pathlib.Path) -> None:
+    sys.path.insert(0, str(root))
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.quantization.config import FORMAT
+
+    for name, bits, group, symmetric, act_order in (
+        ("gptqmodel_int4_act_order", 4, 32, True, True),
+        ("gptqmodel_int4_asymmetric_act_order", 4, 64, False, True),
+        ("gptqmodel_int8_asymmetric", 8, 32, False, False),
+    ):
+        values, top = weight(torch.float16).float(), 2**bits - 1
+        order = torch.arange(IN) // group
+        if act_order:
+            order = order[torch.randperm(IN, generator=torch.Generator().manual_seed(5))]
+        groups = [values[:, order == g] for g in range(IN // group)]
+        low, high = (torch.stack(part, 1) for part in zip(*((g.amin(1), g.amax(1)) for g in groups), strict=True))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        scales = ((high - low) / top).half().float()
+        zeros = torch.full_like(scales, (top + 1) // 2) if symmetric else torch.round(-low / scales).clamp(0, top)
+        linear = torch.nn.Linear(IN, OUT, bias=False, dtype=torch.float16)
+        linear.weight.data = values.half()
+        layer = TorchLinear(bits, group, symmetric, act_order, IN, OUT, bias=False, format=FORMAT.GPTQ_V2)
+        layer.pack_original(linear, scales, zeros, order.to(torch.int32))
+        layer.post_init()
+        parts = {key: getattr(layer, key).clone() for key in ("qweight", "qzeros", "scales", "g_idx")}
+        config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": symmetric}
+        write(name, parts, config | {"checkpoint_format": "gptq_v2"}, layer.dequantize_weight().T)
+
+
 # --- AWQ
 
 
@@ -232,11 +266,12 @@ def awq_forms(root: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    site, autogptq, autoawq = map(pathlib.Path, sys.argv[1:])
+    site, autogptq, autoawq, gptqmodel = map(pathlib.Path, sys.argv[1:])
     sys.path[:0] = [str(site)]
     bitsandbytes_forms()
     gptq_forms(autogptq)
     awq_forms(autoawq)
     compressed_tensors_forms()
     torchao_forms()
+    gptqmodel_forms(gptqmodel)
     np.savez_compressed(HERE / "dense.npz", **DENSE)
