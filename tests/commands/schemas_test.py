@@ -42,6 +42,10 @@ NEVER = {
         "/started": "whole processes",
     },
 }
+# Keys that may be absent and are there in every output of these tests.
+PRESENT = frozenset(("relative_l2_to_huggingface", "ceilings"))
+# What may have any value: an attribute of a configuration.
+ANYTHING = {f"/comparison/metadata_differences/{side}" for side in "ab"}
 
 
 # --- The schemas themselves
@@ -76,6 +80,8 @@ class SchemaTest(parameterized.TestCase):
         for place, inner in _inner(schema):
             for key, described in inner.get("properties", {}).items():
                 self.assertRegex(described.get("description", ""), r"^\S.{3,}\.$", f"{place}/{key}")
+                if not {"type", "enum", "const", "anyOf", "oneOf", "$ref"} & set(described):
+                    self.assertIn(f"{place}/{key}", ANYTHING)
             if "properties" in inner:
                 objects += 1
                 self.assertIs(inner["additionalProperties"], False, place)
@@ -215,6 +221,7 @@ class Bites:
         self.validator = json_outputs.validator(self.name)
         self.root = self.validator.schema
         self.seen: set[int] = set()
+        self.always: dict[str, set[str]] = {}  # what an object is -> keys that may be absent and never were
 
     def places(self, schema: dict, value: typing.Any, path: tuple = ()) -> Iterator[tuple[tuple, dict, typing.Any]]:
         """Every described value of an output with its path and its schema; of alternatives the one that it is."""
@@ -226,6 +233,10 @@ class Bites:
                     yield from self.places(branch, value, path)
                     return
         yield path, schema, value
+        if isinstance(value, dict) and "properties" in schema:
+            optional = set(schema["properties"]) - set(schema["required"])
+            where = schema["description"]
+            self.always[where] = self.always.get(where, optional) & set(value)
         rest = schema.get("additionalProperties")
         if isinstance(value, dict):
             for key, item in value.items():
@@ -238,8 +249,10 @@ class Bites:
 
     def let_through(self, output: typing.Any) -> tuple[list[str], int]:
         """Changes an output in every way; returns the changes that were not refused, and how many were tried."""
-        output = _shortened(output)
         wrong, tried, done = [], 0, set(self.seen)
+        for _ in self.places(self.root, output):
+            pass
+        output = _shortened(output)
         for path, schema, value in list(self.places(self.root, output)):
             if id(schema) in done:
                 continue
@@ -307,6 +320,9 @@ class OutputsTest(parameterized.TestCase):
             self.assertEqual(wrong, [])
             tried += changes
         self.assertGreater(tried, 10)
+        if name != schemas.ERROR:
+            bites.always.pop(schemas.load(schemas.ERROR)["properties"]["error"]["description"], None)
+        self.assertEqual({where: keys for where, keys in bites.always.items() if keys - PRESENT}, {})
         apart = [*_error_free(name), *NEVER.get(name, ()), *elsewhere]
         self.assertEqual([place for place in bites.unseen() if not any(part in place for part in apart)], [])
 
@@ -397,7 +413,8 @@ class OutputsTest(parameterized.TestCase):
             self.output("verify", SAMPLE, "q.apr", code=1),
             *(differs, renamed, far),
             self.output("verify", SAMPLE),
-            self.output("verify", self.folder / "b.safetensors", code=1),
+            self.output("verify", "w.safetensors", self.lone("c", w=w.reshape(4, 16)), code=1),
+            self.output("verify", "b.safetensors", code=1),
         )
 
     def test_make_sample(self):
