@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -24,8 +25,12 @@ def validator(name: str) -> jsonschema.Draft202012Validator:
 
 def wrong(name: str, value: object) -> str | None:
     """Says what is wrong with an output, and where in it; None if it is as described."""
-    worst = jsonschema.exceptions.best_match(validator(name).iter_errors(value))
-    return None if worst is None else f"{worst.json_path}: {worst.message[:500]}"
+    error = next(validator(name).iter_errors(value), None)
+    while error is not None and error.context:
+        # Of several alternatives the one was meant that fits but for the fewest errors.
+        alternatives = itertools.groupby(error.context, key=lambda inner: inner.schema_path[0])
+        error = min((list(errors) for _, errors in alternatives), key=len)[0]
+    return None if error is None else f"{error.json_path}: {error.message[:500]}"
 
 
 def check(name: str, arguments: Sequence[str], code: int, stdout: str) -> None:

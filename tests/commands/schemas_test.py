@@ -509,7 +509,10 @@ class OutputsTest(parameterized.TestCase):
         self.assertEqual([finding["fault"] for finding in named["findings"]], ["rope-theta"])
         unjudged = self.output("parity", SAMPLE, "--right", "broken", code=1)
         self.assertIn("not judged", {stage["standing"] for stage in unjudged["stages"]})
-        self.described("parity", self.output("parity", SAMPLE, "--right", "right"), named, unjudged, few)
+        tool.ran(self, "golden", SAMPLE, "-o", "back.safetensors", "--gradients", cwd=self.folder)
+        back = self.output("parity", SAMPLE, "--right", "back.safetensors", "--backward")
+        self.assertTrue(any(stage["key"].startswith("grad.") for stage in back["stages"]))
+        self.described("parity", self.output("parity", SAMPLE, "--right", "right"), named, unjudged, few, back)
 
 
 class CheckTest(parameterized.TestCase):
@@ -535,6 +538,7 @@ class CheckTest(parameterized.TestCase):
         (5, ANSWER % CHECK, "'error' is a required property"),
         (70, "", "no JSON"),
         (0, ANSWER % "", r"\[\] should be non-empty"),
+        (1, ANSWER[:-1] % CHECK + ', "x": 1}', r"\$: .*'x' was unexpected"),
         (1, ANSWER % CHECK.replace("crc", 'crc", "x": "'), r"checks\[0\].*'x' was unexpected"),
     )
     def test_anything_else_fails_and_says_where(self, code, printed, said):
