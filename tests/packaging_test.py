@@ -58,7 +58,7 @@ class PackagingTest(absltest.TestCase):
 
     def test_the_wheel_is_apr_jax_with_every_module_once(self):
         expected = {"apr_jax/py.typed"}
-        for kind in ("*.py", "*.cu", "web/*"):
+        for kind in ("*.py", "*.cu", "web/*", "schema_files/*"):
             expected |= {path.relative_to(self.source).as_posix() for path in (self.source / "apr_jax").rglob(kind)}
             inside = {path.relative_to(self.source) for path in (self.source / "converters").rglob(kind)}
             expected |= {f"apr_jax/{path.as_posix()}" for path in inside}

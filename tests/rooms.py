@@ -49,7 +49,7 @@ _CONVERTERS = _floors(
 )
 _APR_JAX = _floors(
     MODEL,
-    "trace",
+    ("trace", "schemas"),
     ("model", "engines"),
     ("load", "cuda", "parity", "capture"),
     "kernels",

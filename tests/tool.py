@@ -13,6 +13,7 @@ import subprocess
 import unittest
 
 from apr_jax.converters.commands import cli
+from tests import json_outputs
 
 _OF_CONVERTERS = ("convert", "show", "verify")
 
@@ -27,6 +28,9 @@ def run(name: str, *args: object, cwd: pathlib.Path | str = ".") -> subprocess.C
 
     Returns:
       Exit code, and what was printed on stdout and stderr.
+
+    Raises:
+      AssertionError: With --json among `args` it printed what its schema does not describe.
     """
     room = "apr_jax.converters.commands" if name in _OF_CONVERTERS else "apr_jax.commands"
     argv = [f"{name}.py", *map(str, args)]
@@ -41,6 +45,7 @@ def run(name: str, *args: object, cwd: pathlib.Path | str = ".") -> subprocess.C
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    json_outputs.check(name.replace("_", "-"), argv[1:], code or 0, out.getvalue())
     return subprocess.CompletedProcess(argv, code or 0, out.getvalue(), err.getvalue())
 
 

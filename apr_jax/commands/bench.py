@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -84,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
 
     def keep(results: dict[str, Any]) -> None:
         if args.output:
-            write(args.output, json.dumps(results, indent=1) + "\n")
+            write(args.output, cli.json_text(results) + "\n")
 
     def say(line: str) -> None:
         (cli.say if args.json else cli.show)(line)

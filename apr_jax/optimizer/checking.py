@@ -76,7 +76,7 @@ class Verdict:
             "within": self.within,
             "parameters": self.parameters,
             "elements": self.elements,
-            "error": self.right.error,
+            "step_error": self.right.error,
             "worst": {"parameter": self.right.where, "times_allowance": self.right.worst},
             "mistakes": [vars(mistake) for mistake in self.mistakes],
             "alternatives": [[vars(mistake) for mistake in others] for others in self.alternatives],

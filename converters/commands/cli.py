@@ -79,8 +79,13 @@ def warnings_said() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """Prints `value` as one JSON object on stdout; NaN and infinities are spelt as strings, since JSON has none."""
-    print(json.dumps(_spelt(value), indent=2, ensure_ascii=True, allow_nan=False))
+    """Prints `value` on stdout as `json_text` has it."""
+    print(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Returns `value` as JSON; NaN and infinities are spelt as strings, since JSON has none."""
+    return json.dumps(_spelt(value), indent=2, ensure_ascii=True, allow_nan=False)
 
 
 def _spelt(value: Any) -> Any:
