@@ -182,8 +182,12 @@ def _typical(bench: Bench, key: Key) -> np.ndarray:
         square = np.square(gradient_off - gradient) + np.square(epsilon * gradient)
         if x is None or x_off is None:
             square = np.nan_to_num(square)
-            vocabulary = bench.exact.config.vocab_size
-            part = square.sum(axis=(0, 1)) if rows is None else add_rows(square, rows, vocabulary).sum(axis=-1)
+            if rows is None:
+                # A running sum in the dtype, as some engines take it over positions.
+                partial = np.cumsum(gradient.reshape(-1, gradient.shape[-1]), axis=0)
+                part = square.sum(axis=(0, 1)) + np.square(epsilon * partial).sum(axis=0)
+            else:
+                part = add_rows(square, rows, bench.exact.config.vocab_size).sum(axis=-1)
         else:
             # Over what a row of the weight is multiplied with: |x|^2 of each position.
             read, read_off = (np.square(each).sum(axis=-1) for each in (x, x_off - x))
