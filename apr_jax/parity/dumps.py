@@ -332,9 +332,12 @@ def _gradient(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np
     name, _, side = key.removeprefix(stages.GRADIENT).partition(".lora_")
     shape = config.tensor_shapes()[name.removesuffix(".as_embedding").removesuffix(".as_head")]
     array = stage.load(math.prod(shape))
-    if side and array.ndim == 2:
+    if side:
         # Whether the rank is the adapter's is seen where both are known.
-        shape = (array.shape[0], shape[1]) if side == "A" else (shape[0], array.shape[1])
+        rank = max(1, array.size // (shape[1] if side == "A" else shape[0]))
+        shape = (rank, shape[1]) if side == "A" else (shape[0], rank)
+    if array.ndim == 1 and array.size == math.prod(shape):
+        array = array.reshape(shape)  # of a raw file
     if array.shape != shape or array.dtype.kind in "iub":
         raise DumpError(
             "a gradient has another shape than its parameter",

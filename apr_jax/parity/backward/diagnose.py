@@ -140,6 +140,10 @@ _FOLLOWED = frozenset(
 """Steps of the forward pass that the backward pass goes through in the same way; of roundings it knows nothing."""
 
 
+_HELD = frozenset(("matrix", "weight", "tensor", "bias", "early_bias", "norm_weight", "table", "row"))
+"""Steps that make something of a parameter before it is used."""
+
+
 def _unfollowed(back: Backward, before: Iterable[Explanation]) -> dict[Key, str]:
     """Gradients through a stage whose forward formula is not known: of a mistake that is followed by none here."""
     found: dict[Key, str] = {}
@@ -211,6 +215,9 @@ class _Pass:
             self.doubtful -= set(nodes.shown_by(key, gap))
             self.sites.append(site)
             return
+        if why := self._held_wrongly(key):
+            self.unexamined[str(key)] = why
+            return
         if self.doubtful & set(gap):
             self.unexamined[str(key)] = "behind a gradient that nothing explains"
             return
@@ -228,6 +235,15 @@ class _Pass:
             self.blurred |= {node for node in gap for mistake in rough if self.bench.exact.makes(mistake, node)}
         if explanation.after is not None:
             self.sound.update(nodes.shown_by(key, gap))
+
+    def _held_wrongly(self, key: Key) -> str | None:
+        """Says why a parameter's gradient means nothing: the forward pass has something else in its place."""
+        back = self.bench.exact
+        for stage in reads(key, back) if key.of_parameter else ():
+            for mistake in back.made_before.get(stage, ()):
+                if _HELD & mistake.fault.changes.keys():
+                    return f"{mistake.name} in the forward pass"
+        return None
 
     def _is_inside(self, mistake: Mistake, gap: Sequence[Key]) -> bool:
         return any(self.bench.exact.makes(mistake, node) for node in gap)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from apr_jax.parity.backward import nodes
-from apr_jax.parity.backward.replay import Backward, add_rows, factors
+from apr_jax.parity.backward.replay import Backward, add_rows, factors, sizes
 from apr_jax.parity.faults.record import Mistakes
 from apr_jax.parity.localise import EPSILON, ROW_FACTOR, Site, row_norms, worst_share
 from apr_jax.trace.positions import token_mask
@@ -147,6 +147,8 @@ def judge(bench: Bench, key: Key, theirs: np.ndarray) -> Judged:
         size, own_error = row_norms(_rows(right), mask), row_norms(_rows(np.nan_to_num(own - right)), mask)
         if key.of_parameter and nodes.kind_of(key, back.config) != nodes.LOW_RANK:
             own_error = np.maximum(own_error, _typical(bench, key))
+        elif not key.of_parameter and (added := sizes(back, key)) is not None:
+            own_error = np.maximum(own_error, row_norms(added, mask) * EPSILON[dtype] / np.sqrt(3))
     rounding = size * EPSILON[dtype] / np.sqrt(3)
     total = float(np.linalg.norm(own_error))
     typical = total / max(1, int(np.count_nonzero(size))) ** 0.5
@@ -182,8 +184,12 @@ def _typical(bench: Bench, key: Key) -> np.ndarray:
         square = np.square(gradient_off - gradient) + np.square(epsilon * gradient)
         if x is None or x_off is None:
             square = np.nan_to_num(square)
-            vocabulary = bench.exact.config.vocab_size
-            part = square.sum(axis=(0, 1)) if rows is None else add_rows(square, rows, vocabulary).sum(axis=-1)
+            if rows is None:
+                # A running sum in the dtype, as some engines take it over positions.
+                partial = np.cumsum(gradient.reshape(-1, gradient.shape[-1]), axis=0)
+                part = square.sum(axis=(0, 1)) + np.square(epsilon * partial).sum(axis=0)
+            else:
+                part = add_rows(square, rows, bench.exact.config.vocab_size).sum(axis=-1)
         else:
             # Over what a row of the weight is multiplied with: |x|^2 of each position.
             read, read_off = (np.square(each).sum(axis=-1) for each in (x, x_off - x))

@@ -202,7 +202,10 @@ class Backward:
 
     def visible(self, layer: int | None) -> np.ndarray:
         """Which keys each query of a layer sees, bool [B, 1, T, S]."""
-        return self.at(layer, "attn_scores").visible(layer)[:, None]
+        stages = (Key.of(layer, stage) for stage in ("attn_scores", "attn_softmax"))
+        made = dict.fromkeys(mistake for key in stages for mistake in self.made_before.get(key, ()))
+        forward = dataclasses.replace(self.forward, made=tuple(made), layer=layer, composed={})
+        return forward.visible(layer)[:, None]
 
 
 class Place(NamedTuple):
@@ -351,7 +354,7 @@ def _projections(back: Backward, layer: int | None, stage: str) -> list[Value]:
 
 def _weights(back: Backward, layer: int | None, what: str) -> Value:
     """The attention weights that the backward pass has, for the gradient of `what`: scores or v."""
-    return back.step("weights", np.where(back.visible(layer), back.value(layer, "attn_softmax"), 0.0), layer, what)
+    return back.step("weights", back.value(layer, "attn_softmax"), layer, what)
 
 
 def _softmax(back: Backward, layer: int | None) -> Value:
@@ -367,8 +370,8 @@ def _scores(back: Backward, layer: int | None) -> Value:
     unseen = ~np.broadcast_to(back.visible(layer), shares.shape)
     # What is not seen has no gradient: an engine may show anything there.
     gradient = np.where(unseen, _softmax(back, layer) if shares[unseen].any() else 0.0, gradient)
-    seen = back.at(layer, "attn_softmax").step("summed", back.visible(layer))
-    total = (back.value(layer, "attn_softmax") * gradient * back.visible(layer)).sum(-1, keepdims=True)
+    seen = np.asarray(back.at(layer, "attn_softmax").step("summed", back.visible(layer)))
+    total = (back.value(layer, "attn_softmax") * gradient).sum(-1, keepdims=True)
     # What is not seen has shares by mistake only, and is then treated as what is.
     return shares * (gradient - back.step("row_sum", (seen | unseen) * total, layer))
 
@@ -457,6 +460,23 @@ FORMULAS: Mapping[str, Formula] = {
     "grad.attn_norm": _attn_norm,
 }
 """Kind of a stage's gradient -> its formula."""
+
+
+def sizes(back: Backward, key: Key) -> Value | None:
+    """Returns the sizes of what a stage's gradient adds up, where that may cancel; None where it does not."""
+    layer, kind = nodes.layer_of(key, back.config), nodes.kind_of(key, back.config)
+    if kind == "grad.attn_scores":
+        shares, gradient = back.value(layer, "attn_softmax"), np.abs(back.get(layer, "attn_softmax"))
+        return shares * (gradient + (shares * gradient).sum(-1, keepdims=True))
+    around = {nodes.INPUT: ("post_attn_residual", "attn_norm"), nodes.OUTPUT: (None, "final_norm")}
+    around["grad.post_attn_residual"] = ("post_ffn_residual", "ffn_norm")
+    if kind not in around:
+        return None
+    along, norm = around[kind]
+    x, r = norm_factor(back, layer, norm)
+    g = np.abs(back.at(layer, norm).held(layer, NORMS[norm]) * back.get(layer, norm))
+    through = r * (g + np.abs(x) * r * r * _along_mean(g * np.abs(x)))
+    return through if along is None else through + np.abs(back.get(layer, along))
 
 
 # --- Gradients of parameters -----------------------------------------------------------------------------------------

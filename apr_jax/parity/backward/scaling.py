@@ -73,7 +73,7 @@ def common_factor(bench: Bench, order: Sequence[Key], gradients: Mapping[str, np
         return None
     if _is_adapters_scale(bench, judged, middle):
         return None
-    exact = _precisely([each for each in judged if _multiple(each) is not None], middle)
+    exact = _precisely([each for each in judged if abs((_multiple(each) or 0.0) / middle - 1) < _SAME])
     return Common(exact, _finding_of(bench, order, gradients, judged, round_factor(exact)))
 
 
@@ -84,11 +84,10 @@ def _is_adapters_scale(bench: Bench, judged: Sequence[Judged], factor: float) ->
     return alone and len(scales) == 1 and abs(factor * scales.pop() - 1) < _SAME
 
 
-def _precisely(judged: Sequence[Judged], about: float) -> float:
-    """The factor by all parameters that have it."""
-    with_it = [each for each in judged if abs((factor_of(each) or about) / about - 1) < _SAME]
-    power = sum(float(np.vdot(each.right, each.right)) for each in with_it)
-    return sum(float(np.vdot(each.right, each.theirs)) for each in with_it) / power
+def _precisely(judged: Sequence[Judged]) -> float:
+    """The factor of some gradients by all of their values."""
+    power = sum(float(np.vdot(each.right, each.right)) for each in judged)
+    return sum(float(np.vdot(each.right, each.theirs)) for each in judged) / power
 
 
 def _multiple(judged: Judged) -> float | None:

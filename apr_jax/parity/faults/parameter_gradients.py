@@ -126,13 +126,12 @@ def _zero_row(value: Value, at: Place, token: int) -> Value:
 
 
 def _zeroed_rows(question: Any) -> list[Mapping[str, Any]]:
-    """Tokens of the batch whose rows have no gradient on the other side."""
+    """Tokens whose rows have no gradient on the other side, and should have one."""
     theirs = question.judged.theirs
     if theirs.ndim != 2 or len(theirs) != question.back.config.vocab_size:
         return []
-    ids = np.unique(question.back.forward.inputs.input_ids)
-    empty = [int(token) for token in ids if not theirs[token].any() and question.judged.right[token].any()]
-    return [{"token": token} for token in empty[:4]]
+    empty = np.flatnonzero(~theirs.any(axis=-1) & question.judged.right.any(axis=-1))
+    return [{"token": int(token)} for token in empty[:4]]
 
 
 _EMBEDDINGS = (nodes.EMBEDDING_WEIGHT, nodes.TIED_WEIGHT)
@@ -325,7 +324,7 @@ FAULTS: Sequence[Fault] = (
     ),
     _of_parameter(
         "embedding-row-frozen",
-        "the row of token {token} has no gradient, though it stands in the texts, in {tensor}",
+        "the row of token {token} has no gradient, in {tensor}",
         _EMBEDDINGS,
         _zero_row,
         "dE[{token}] = 0",
