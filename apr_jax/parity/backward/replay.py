@@ -204,7 +204,8 @@ class Backward:
         """Which keys each query of a layer sees, bool [B, 1, T, S]."""
         stages = (Key.of(layer, stage) for stage in ("attn_scores", "attn_softmax"))
         made = dict.fromkeys(mistake for key in stages for mistake in self.made_before.get(key, ()))
-        forward = dataclasses.replace(self.forward, made=tuple(made), layer=layer, composed={})
+        at = Key.of(layer, "attn_scores")
+        forward = dataclasses.replace(self.forward, made=tuple(made), making=None, at=at, composed={})
         return forward.visible(layer)[:, None]
 
 
