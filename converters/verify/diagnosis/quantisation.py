@@ -32,7 +32,7 @@ _CHANCE, _TRIED_CHANCE = -20.0, -8.0
 _SURE = -9.0
 # Superblocks whose scales must lie on a grid of their own.
 _HELD = 0.8
-_USUAL_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+_USUAL_GROUPS = (16, 32, 64, 128, 256)
 # The part of a group's columns that must have been found, where they are in any order, and that is looked at; and with
 # how many strangers.
 _MOST_OF, _FEW_MORE = 0.85, 1.05
