@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from apr_jax.parity import round_numbers
+from apr_jax.parity.faults.attention import SCALE
 from apr_jax.parity.faults.norms import PART_OF_WIDTH
 from apr_jax.parity.faults.parts import EXCHANGED, SCALED, STAGE_SCALED, ZEROED
 from apr_jax.parity.faults.record import Mistake, Mistakes, Region
@@ -133,9 +134,9 @@ class _Parts:
         if stage in PER_PAIR:
             yield from self._scaled(stage, self._sum("channels", keys), "heads")
         else:
-            yield from self._scaled(stage, self._sum("channels", keys), "channels")
             if stage in _HEADED:
                 yield from self._scaled(stage, self._by_head(self._sum("channels", keys)), "heads")
+            yield from self._scaled(stage, self._sum("channels", keys), "channels")
         yield from self._exchanged(stage, keys)
         yield from self._cut_short(stage, keys)
         yield from self._not_rotated(stage, keys)
@@ -179,9 +180,11 @@ class _Parts:
 
     def _scaled(self, stage: str, contributed: Value, kind: str) -> Iterator[Suspect]:
         """The run of heads or channels whose gains explain most."""
-        count = contributed.shape[1]
+        count, width = contributed.shape[1], self._config.head_dim
         for likeness, first, last, factor in _best_runs(self._response, contributed):
             region = Region(kind, tuple(range(first, last + 1)), count)
+            if kind == "channels" and stage in _HEADED and first % width == 0 == (last + 1) % width:
+                region = Region("heads", tuple(range(first // width, (last + 1) // width)), count // width)
             yield Suspect(likeness, SCALED.made(factor=1 + factor).confined(region, stage))
 
     def _exchanged(self, stage: str, keys: list[Key]) -> Iterator[Suspect]:
@@ -342,6 +345,10 @@ def _solved(question: Question, mistake: Mistake) -> Iterator[Mistake]:
     if mistake.fault is SCALED:
         zeroed = dataclasses.replace(mistake, fault=ZEROED, pairs=())
         yield from (zeroed, *_of_the_product(question, zeroed))
+    if mistake.fault is STAGE_SCALED and mistake.stage in ("q_post_rope", "k_post_rope") and factor > 0:
+        # What scales all scores alike is named by that.
+        for scale in round_numbers.scales(factor * question.replay.config.head_dim**-0.5):
+            yield dataclasses.replace(SCALE.made(scale=scale), layers=mistake.layers)
     for value in round_numbers.near(abs(factor)) if factor else []:
         yield mistake.having(factor=float(np.copysign(value, factor)))
 
