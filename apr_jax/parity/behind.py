@@ -180,11 +180,9 @@ class _Parts:
 
     def _scaled(self, stage: str, contributed: Value, kind: str) -> Iterator[Suspect]:
         """The run of heads or channels whose gains explain most."""
-        count, width = contributed.shape[1], self._config.head_dim
+        count = contributed.shape[1]
         for likeness, first, last, factor in _best_runs(self._response, contributed):
             region = Region(kind, tuple(range(first, last + 1)), count)
-            if kind == "channels" and stage in _HEADED and first % width == 0 == (last + 1) % width:
-                region = Region("heads", tuple(range(first // width, (last + 1) // width)), count // width)
             yield Suspect(likeness, SCALED.made(factor=1 + factor).confined(region, stage))
 
     def _exchanged(self, stage: str, keys: list[Key]) -> Iterator[Suspect]:
@@ -340,7 +338,7 @@ def _solved(question: Question, mistake: Mistake) -> Iterator[Mistake]:
         yield mistake
         yield from _of_what_is_read(question, mistake)
         return
-    mistake = _with_factor(question, mistake)
+    mistake = _by_heads(_with_factor(question, mistake), question.replay.config.head_dim)
     factor = float(mistake.parameters["factor"])
     if mistake.fault is SCALED:
         zeroed = dataclasses.replace(mistake, fault=ZEROED, pairs=())
@@ -379,6 +377,18 @@ def _of_what_is_read(question: Question, cut: Mistake) -> Iterator[Mistake]:
         indices = tuple(range(cut.parameters["first"], cut.parameters["last"] + 1))
         zeroed = ZEROED.made().confined(Region("channels", indices, count), read)
         yield dataclasses.replace(zeroed, layers=cut.layers)
+
+
+def _by_heads(mistake: Mistake, width: int) -> Mistake:
+    """The mistake with channels that are whole heads as these."""
+    region = mistake.within
+    if region is None or region.kind != "channels" or mistake.stage not in _HEADED:
+        return mistake
+    first, end = region.indices[0], region.indices[-1] + 1
+    if first % width or end % width:
+        return mistake
+    heads = Region("heads", tuple(range(first // width, end // width)), region.of // width)
+    return mistake.confined(heads, mistake.stage)
 
 
 def _with_factor(question: Question, mistake: Mistake) -> Mistake:
