@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from apr_jax.parity import round_numbers
+from apr_jax.parity.faults.attention import SCALE
 from apr_jax.parity.faults.norms import PART_OF_WIDTH
 from apr_jax.parity.faults.parts import EXCHANGED, SCALED, STAGE_SCALED, ZEROED
 from apr_jax.parity.faults.record import Mistake, Mistakes, Region
@@ -133,9 +134,9 @@ class _Parts:
         if stage in PER_PAIR:
             yield from self._scaled(stage, self._sum("channels", keys), "heads")
         else:
-            yield from self._scaled(stage, self._sum("channels", keys), "channels")
             if stage in _HEADED:
                 yield from self._scaled(stage, self._by_head(self._sum("channels", keys)), "heads")
+            yield from self._scaled(stage, self._sum("channels", keys), "channels")
         yield from self._exchanged(stage, keys)
         yield from self._cut_short(stage, keys)
         yield from self._not_rotated(stage, keys)
@@ -337,11 +338,15 @@ def _solved(question: Question, mistake: Mistake) -> Iterator[Mistake]:
         yield mistake
         yield from _of_what_is_read(question, mistake)
         return
-    mistake = _with_factor(question, mistake)
+    mistake = _by_heads(_with_factor(question, mistake), question.replay.config.head_dim)
     factor = float(mistake.parameters["factor"])
     if mistake.fault is SCALED:
         zeroed = dataclasses.replace(mistake, fault=ZEROED, pairs=())
         yield from (zeroed, *_of_the_product(question, zeroed))
+    if mistake.fault is STAGE_SCALED and mistake.stage in ("q_post_rope", "k_post_rope") and factor > 0:
+        # What scales all scores alike is named by that.
+        for scale in round_numbers.scales(factor * question.replay.config.head_dim**-0.5):
+            yield dataclasses.replace(SCALE.made(scale=scale), layers=mistake.layers)
     for value in round_numbers.near(abs(factor)) if factor else []:
         yield mistake.having(factor=float(np.copysign(value, factor)))
 
@@ -372,6 +377,18 @@ def _of_what_is_read(question: Question, cut: Mistake) -> Iterator[Mistake]:
         indices = tuple(range(cut.parameters["first"], cut.parameters["last"] + 1))
         zeroed = ZEROED.made().confined(Region("channels", indices, count), read)
         yield dataclasses.replace(zeroed, layers=cut.layers)
+
+
+def _by_heads(mistake: Mistake, width: int) -> Mistake:
+    """The mistake with channels that are whole heads as these."""
+    region = mistake.within
+    if region is None or region.kind != "channels" or mistake.stage not in _HEADED:
+        return mistake
+    first, end = region.indices[0], region.indices[-1] + 1
+    if first % width or end % width:
+        return mistake
+    heads = Region("heads", tuple(range(first // width, end // width)), region.of // width)
+    return mistake.confined(heads, mistake.stage)
 
 
 def _with_factor(question: Question, mistake: Mistake) -> Mistake:

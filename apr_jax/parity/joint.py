@@ -119,8 +119,6 @@ def _without_numbers(mistake: Mistake) -> Mistake:
 
 def _solved_again(question: Question, stack: Mistakes) -> Iterator[Mistakes]:
     """A set as it is, and with each number solved for at all positions, beside the others."""
-    if len(stack) < 2:
-        return
     yield stack
     for place, mistake in enumerate(stack):
         grid = mistake.fault.grid
