@@ -26,7 +26,6 @@ NAMED = (
     "adamw-bias-correction",
     "adamw-step-off-by-one",
     "adamw-betas-swapped",
-    "adamw-beta second",
     "adamw-eps-in-root",
     "adamw-eps",
     "adamw-momentum-only",
@@ -34,11 +33,8 @@ NAMED = (
     "adamw-schedule-off-by-one",
     "adamw-decay-in-moment",
     "adamw-decay-on-norms",
-    "adamw-decay-on-norms nothing",
     "adamw-decay-unscaled",
-    "adamw-gradient-clipped",
     "adamw-gradient-accumulated",
-    "adamw-not-moved",
 )
 
 

@@ -95,8 +95,11 @@ class GradientsTest(parameterized.TestCase):
             for key, each in self.torchs(name, "bfloat16", inputs, labelled)[1].items():
                 reference = right[f"grad.{key}"]
                 errors.append([relative_l2(ours[f"grad.{key}"], reference), relative_l2(each, reference)])
-        mine, other = np.sqrt((np.array(errors) ** 2).mean(0))
-        print(f"{name}, bfloat16: relative L2 ours {mine:.2e}, torch {other:.2e}: {mine / other:.2f}")
+        # Of some batches in a hundred the error is three times as large, on either side.
+        mine, other = np.exp(np.log(errors).mean(0))
+        print(
+            f"{name}, bfloat16: geometric mean of relative L2, ours {mine:.2e}, torch {other:.2e}: {mine / other:.2f}"
+        )
         self.assertLessEqual(mine, BFLOAT16_FACTOR * other)
 
     def test_the_two_parts_of_a_tied_embedding_are_those_of_an_untied_twin(self):
