@@ -114,7 +114,7 @@ def _finding_of(
     if from_loss and abs(count - round(count)) < _SAME * count and 1 < round(count) <= loss.targets.size:
         known = {int((loss.inputs.attention_mask == 1).sum()), loss.targets.size, loss.targets[:, 1:].size}
         if round(count) in known or not possible:
-            possible.append(LOSS_COUNT.made(count=round(count), right=loss.count))
+            possible.append(LOSS_COUNT.made(count=round(count), expected=loss.count))
     if not possible or round_factor(factor) in (2.0**power for power in range(-20, 41)):
         scaled = SCALED.made(factor=factor)
         power_of_two = factor in (2.0**power for power in range(3, 41))

@@ -72,7 +72,7 @@ def _counts(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
             known.append(round(count))
     for count in dict.fromkeys(known):
         if count not in (1, loss.count):
-            yield {"count": count, "right": loss.count}
+            yield {"count": count, "expected": loss.count}
 
 
 def _batches(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
@@ -118,9 +118,9 @@ LOSS_SUM = Fault(
 )
 LOSS_COUNT = Fault(
     "loss-count",
-    "the loss is divided by {count}, not by the {right} tokens that count",
+    "the loss is divided by {count}, not by the {expected} tokens that count",
     _LOGITS,
-    {"loss": lambda loss, at, count, right: _times(loss, loss.count / count)},
+    {"loss": lambda loss, at, count, expected: _times(loss, loss.count / count)},
     variants=_counts,
     formula="dz = (softmax(z) − 1[label]) / {count}",
 )
