@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +33,8 @@ _FEWEST = 3
 _SHARE = 0.9
 """Of the parameters that are some multiple of the right gradient as many have the same one."""
 _SAME = 2e-3
+_POWERS_OF_TWO = [2.0**power for power in range(-20, 41)]
+"""What losses are scaled by, and accumulated gradients are not divided by."""
 _ROUND = 64.0
 """As many roundings a norm may be from a number of one digit that gradients are clipped to."""
 _AT_RANDOM = 0.02
@@ -99,32 +101,38 @@ def _multiple(judged: Judged) -> float | None:
 def _finding_of(
     bench: Bench, order: Sequence[Key], gradients: Mapping[str, np.ndarray], judged: Sequence[Judged], factor: float
 ) -> Finding:
+    possible = list(_possible(bench, order, gradients, factor)) or [SCALED.made(factor=factor)]
+    best, others = possible[0], tuple(dict.fromkeys(m.name for m in possible[1:] if m.fault is not possible[0].fault))
+    first = judged[0].site
+    before = max(each.site.error / each.site.norm for each in judged if each.site.norm)
+    text = sentence(best.fault, (), first.stage, best.shown, before, None)
+    certainty = "ambiguous" if others else "certain"
+    return Finding(best.name, (), first.stage, best.shown, before, None, others, certainty, text)
+
+
+def _possible(
+    bench: Bench, order: Sequence[Key], gradients: Mapping[str, np.ndarray], factor: float
+) -> Iterator[Mistake]:
+    """Yields what makes just such a factor, the likeliest first."""
+    loss = bench.exact.loss
+    # Where the gradient of the logits is there and right, the loss is none of it.
+    from_loss = nodes.of_stage(None, LOGITS) not in gradients
+    if from_loss and abs(factor / loss.count - 1) < _SAME:
+        yield LOSS_SUM.made()
     whole = [key for key in order if key.of_parameter and not key.endswith((".as_head", ".as_embedding"))]
     norm = float(np.sqrt(sum(float(np.sum(np.square(np.asarray(gradients[key], np.float64)))) for key in whole)))
-    complete = len(whole) == len(bench.exact.config.tensor_shapes())
-    from_loss = nodes.of_stage(None, LOGITS) not in gradients
-    loss = bench.exact.loss
-    possible: list[Mistake] = []
-    if from_loss and abs(factor / loss.count - 1) < _SAME:
-        possible.append(LOSS_SUM.made())
-    digit = float(f"{norm:.0e}")
-    if complete and factor < 1 and abs(norm / digit - 1) < _ROUND * max(EPSILON[bench.dtype], EPSILON["float32"]):
-        possible.append(CLIPPED.made(norm=digit, expected=norm / factor))
+    digit, bar = float(f"{norm:.0e}"), _ROUND * max(EPSILON[bench.dtype], EPSILON["float32"])
+    if factor < 1 and abs(norm / digit - 1) < bar and len(whole) == len(bench.exact.config.tensor_shapes()):
+        yield CLIPPED.made(norm=digit, expected=norm / factor)
     count = loss.count / factor
-    if from_loss and abs(count - round(count)) < _SAME * count and 1 < round(count) <= loss.targets.size:
-        known = {int((loss.inputs.attention_mask == 1).sum()), loss.targets.size, loss.targets[:, 1:].size}
-        if round(count) in known or not possible:
-            possible.append(LOSS_COUNT.made(count=round(count), expected=loss.count))
-    if not possible or round_factor(factor) in (2.0**power for power in range(-20, 41)):
-        scaled = SCALED.made(factor=factor)
-        power_of_two = factor in (2.0**power for power in range(3, 41))
-        possible.insert(0 if power_of_two and possible and possible[0].fault is LOSS_COUNT else len(possible), scaled)
-    best, others = possible[0], tuple(mistake.name for mistake in possible[1:])
-    first = judged[0].site
-    text = sentence(best.fault, (), first.stage, best.shown, first.error / (first.norm or 1.0), None)
-    certainty = "ambiguous" if others else "certain"
-    before = max(each.site.error / each.site.norm for each in judged if each.site.norm)
-    return Finding(best.name, (), first.stage, best.shown, before, None, others, certainty, text)
+    is_count = from_loss and abs(count - round(count)) < _SAME * count and 1 < round(count) <= loss.targets.size
+    divided = LOSS_COUNT.made(count=round(count), expected=loss.count)
+    if is_count and round(count) in (loss.inputs.tokens, loss.targets.size, loss.targets[:, 1:].size):
+        yield divided
+    if factor in _POWERS_OF_TWO:
+        yield SCALED.made(factor=factor)
+    if is_count:
+        yield divided
 
 
 def without_loss_scale(findings: Sequence[Finding]) -> tuple[list[Finding], tuple[str, ...]]:

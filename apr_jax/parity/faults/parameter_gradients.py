@@ -19,10 +19,6 @@ _MATRICES = (nodes.WEIGHT, nodes.HEAD_WEIGHT)
 _WEIGHTS = (nodes.WEIGHT, nodes.HEAD_WEIGHT, nodes.NORM_WEIGHT, nodes.EMBEDDING_WEIGHT, nodes.TIED_WEIGHT)
 
 
-def _tensor(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
-    yield {"tensor": nodes.tensor_of(node)[1]}
-
-
 def _of_tensor(change: Callable[..., Any]) -> Callable[..., Any]:
     return lambda value, at, tensor, **rest: change(value, at, **rest) if at.what == tensor else value
 
@@ -40,8 +36,7 @@ def _of_parameter(
     """A mistake in one parameter's gradient, that may be made in those of others too."""
 
     def variants(question: Any, node: Key) -> Iterator[Mapping[str, Any]]:
-        for (tensor,) in (each.values() for each in _tensor(question, node)):
-            yield from ({"tensor": tensor, **rest} for rest in parameters(question))
+        yield from ({"tensor": nodes.tensor_of(node)[1], **rest} for rest in parameters(question))
 
     changes = {step: _of_tensor(change)}
     return Fault(
