@@ -39,9 +39,7 @@ def question(shown, *planted):
 
 
 class ResponseTest(parameterized.TestCase):
-    @parameterized.product(
-        shown=(OUTPUTS, LOGITS), stage=("attn_norm", "qkv_bias", "k_post_rope", "attn_scores", "attention", "ffn_gate")
-    )
+    @parameterized.product(shown=(OUTPUTS, LOGITS), stage=("qkv_bias", "attn_scores", "ffn_gate"))
     def test_a_slight_change_is_predicted_to_be_all_of_the_difference(self, shown, stage):
         asked = question(shown, Planted("stage-scaled", (1,), {"stage": stage, "factor": SLIGHTLY}))
         mistake = STAGE_SCALED.made(factor=SLIGHTLY).at(stage)
