@@ -73,7 +73,7 @@ bench: $(VENV)/reference-installed
 	$(BIN)/python tools/bench.py 0.5b --cases decode-1x128,decode-4x128,prefill-1x128,prefill-1x512,decode-1x2048,start-up \
 	  -o tests/bench/results/cpu-0.5b-float32.json --force
 
-# The README's performance tables and pictures, from tests/bench/results/*.json.
+# The tables of docs/speed.md and its pictures, from tests/bench/results/*.json.
 bench-report: $(VENV)/installed
 	$(BIN)/python tests/bench/bench_report.py
 
@@ -138,7 +138,7 @@ bench-loss: $(VENV)/installed
 parity-long: $(VENV)/installed
 	$(BIN)/python tests/bench/parity_long_bench.py $(if $(DEVICE),--device $(DEVICE)) $(if $(MISTAKES),--mistakes $(MISTAKES))
 
-# Every kind of damage that verify knows, planted and looked for: the table of the README.
+# Every kind of damage that verify knows, planted and looked for; last results in tests/battery/RESULTS.md.
 damage-battery: $(VENV)/installed
 	$(BIN)/python tests/battery/damage_battery.py
 
