@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test test-slow lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
+.PHONY: demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/reference-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[test,reference]'
+	@touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,docs]'
 	@touch $@
 
 # The main job: a HuggingFace folder becomes an .apr, comes back byte for byte, and runs in JAX with HuggingFace's logits.
@@ -37,6 +41,14 @@ test: lint
 # What the default suite leaves out for its length: batteries in small, long searches, kills, examples; part of .ci/run.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests --ignore=tests/reference --ignore=tests/cuda
+
+# Every command and program of README and docs/; with APR_JAX_BIN=ENV/bin, those of an installed wheel.
+test-docs: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/docs_test.py
+
+# The documentation as a site in build/site, warnings are errors; `.venv/bin/python -m mkdocs serve` shows it while writing.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
