@@ -7,9 +7,9 @@ A block of code is fenced and has a language. What is done with it:
     python   a program of its own
     text, json   is read by people only
 
-Before a block, `<!-- not run: WHY -->` says why it is not run here. A page's first comment, `<!-- prepared: NAME ... -->`,
-says which of `PREPARED` stand in its folder. With $APR_JAX_BIN, the folder of programs of an environment into which the wheel
-is installed, that is what runs; without it, this checkout.
+Before a block, `<!-- not run: WHY -->` says why it is not run here. A page's comment `<!-- prepared: NAME ... -->` says
+which of `PREPARED` stand in its folder. $APR_JAX_BIN is the folder of programs of an environment into which the wheel is
+installed: that runs then, and this checkout otherwise.
 """
 
 from __future__ import annotations
@@ -285,9 +285,9 @@ class SiteTest(absltest.TestCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             pages = list(pathlib.Path(name).rglob("*.html"))
             self.assertGreaterEqual(len(pages), len(list((paths.ROOT / "docs").glob("*.md"))))
+            foreign = r"<(?:script|img)[^>]* src=\"?https?:|<link[^>]*stylesheet[^>]*https?:"
             for page in pages:
-                foreign = re.findall(r"<(?:script|img)[^>]* src=\"?https?:|<link[^>]*stylesheet[^>]*https?:", page.read_text())
-                self.assertEmpty(foreign, page.name)
+                self.assertNotRegex(page.read_text(), foreign, page.name)
 
 
 if __name__ == "__main__":

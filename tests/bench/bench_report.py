@@ -1,4 +1,4 @@
-"""Writes the performance tables of docs/speed.md, and its pictures, from tests/bench/results/*.json: `make bench-report`."""
+"""Writes tables and pictures of docs/speed.md from tests/bench/results/*.json: `make bench-report`."""
 
 import json
 import pathlib

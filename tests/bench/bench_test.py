@@ -1,4 +1,4 @@
-"""The benchmark: the least work of a case, turns, tables and pictures, and that docs/speed.md shows what was measured."""
+"""The benchmark: the least work of a case, turns, tables and pictures; docs/speed.md shows what was measured."""
 
 import json
 import math
