@@ -7,9 +7,9 @@ A block of code is fenced and has a language. What is done with it:
     python   a program of its own
     text, json   is read by people only
 
-Before a block, `<!-- not run: WHY -->` says why it is not run here. A page's comment `<!-- prepared: NAME ... -->` says
-which of `PREPARED` stand in its folder. $APR_JAX_BIN is the folder of programs of an environment into which the wheel is
-installed: that runs then, and this checkout otherwise.
+Before a block, `<!-- not run: WHY -->` says why it is not run here. A page says in `<!-- prepared: NAME ...
+-->` which of `PREPARED` stand in its folder. $APR_JAX_BIN is the folder of programs of an environment into
+which the wheel is installed: that runs then, and this checkout otherwise.
 """
 
 from __future__ import annotations
