@@ -242,7 +242,9 @@ class PagesTest(parameterized.TestCase):
     def test_the_readme_is_short(self):
         self.assertLessEqual(len((paths.ROOT / "README.md").read_text().splitlines()), 150)
 
-    @pytest.mark.slow
+
+@pytest.mark.slow
+class RunTest(parameterized.TestCase):
     @parameterized.named_parameters((page.stem, page) for page in PAGES if runnable(page))
     def test_commands_and_programs_of(self, page):
         text, ran = page.read_text(), 0
