@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test test-slow lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
+.PHONY: demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/reference-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[test,reference]'
+	@touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,docs]'
 	@touch $@
 
 # The main job: a HuggingFace folder becomes an .apr, comes back byte for byte, and runs in JAX with HuggingFace's logits.
@@ -37,6 +41,14 @@ test: lint
 # What the default suite leaves out for its length: batteries in small, long searches, kills, examples; part of .ci/run.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests --ignore=tests/reference --ignore=tests/cuda
+
+# Every command and program of README and docs/; with APR_JAX_BIN=ENV/bin, those of an installed wheel.
+test-docs: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/docs_test.py
+
+# The documentation as a site in build/site, warnings are errors; `.venv/bin/python -m mkdocs serve` shows it while writing.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -73,7 +85,7 @@ bench: $(VENV)/reference-installed
 	$(BIN)/python tools/bench.py 0.5b --cases decode-1x128,decode-4x128,prefill-1x128,prefill-1x512,decode-1x2048,start-up \
 	  -o tests/bench/results/cpu-0.5b-float32.json --force
 
-# The README's performance tables and pictures, from tests/bench/results/*.json.
+# The tables of docs/speed.md and its pictures, from tests/bench/results/*.json.
 bench-report: $(VENV)/installed
 	$(BIN)/python tests/bench/bench_report.py
 
@@ -138,7 +150,7 @@ bench-loss: $(VENV)/installed
 parity-long: $(VENV)/installed
 	$(BIN)/python tests/bench/parity_long_bench.py $(if $(DEVICE),--device $(DEVICE)) $(if $(MISTAKES),--mistakes $(MISTAKES))
 
-# Every kind of damage that verify knows, planted and looked for: the table of the README.
+# Every kind of damage that verify knows, planted and looked for; last results in tests/battery/RESULTS.md.
 damage-battery: $(VENV)/installed
 	$(BIN)/python tests/battery/damage_battery.py
 

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apr_jax import capture as capture
     from apr_jax.converters.checkpoint.openers import open_checkpoint as open_checkpoint
     from apr_jax.converters.checkpoint.qwen2 import Qwen2Config as Qwen2Config
     from apr_jax.generate.generator import Generator as Generator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 # PEP 562: `import apr_jax` costs nothing, jax is imported when something that needs it is asked for.
 _HOMES = {
+    "capture": "apr_jax",
     "Generator": "apr_jax.generate.generator",
     "load_generator": "apr_jax.generate.generator",
     "Inputs": "apr_jax.trace.inputs",
@@ -55,6 +57,8 @@ def __getattr__(name: str) -> Any:
             return "0+unknown"  # a checkout that nobody installed
     if name not in _HOMES:
         raise AttributeError(f"module 'apr_jax' has no attribute '{name}'")
+    if _HOMES[name] == __name__:
+        return importlib.import_module(f"{__name__}.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

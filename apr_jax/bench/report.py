@@ -1,4 +1,4 @@
-"""Shows results of the benchmark as tables: text for a terminal, Markdown for the README."""
+"""Shows results of the benchmark as tables: text for a terminal, Markdown for docs/speed.md."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def section(every: Iterable[tuple[Results, str | None]]) -> str:
-    """Returns the README's account of results files: each with the path of its picture, if it has one."""
+    """Returns the account of results files for docs/speed.md: each with the path of its picture, if it has one."""
     parts = []
     for results, picture in every:
         parts.append(f"**{heading(results)}**")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.commands.progress import bar_of
-from apr_jax.converters.errors import UsageError
+from apr_jax.converters.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
@@ -245,7 +245,8 @@ def _print(run: Run, loss: Loss, corpus: Corpus, vocab_size: int) -> None:
     tables.print_table(columns, rows, right=range(1, len(columns)))
     unknown = "" if corpus.unknown is None else f", {corpus.unknown:.2%} unknown"
     print(
-        f"{len(run.documents)} documents in {len(run.windows)} windows; {corpus.distinct} different tokens"
+        f"{counted(len(run.documents), 'document')} in {counted(len(run.windows), 'window')}; "
+        f"{counted(corpus.distinct, 'different token')}"
         f" ({corpus.never_seen:.2%} of the vocabulary never seen){unknown}"
     )
 

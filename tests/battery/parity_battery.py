@@ -574,6 +574,12 @@ def group_cases(group: str, stacked: int, seed: int) -> Iterator[Case]:
     return single_cases("float32" if group == "single" else group)
 
 
+def write_real_case(folder: str | pathlib.Path) -> None:
+    """Writes the dump of the real four-fold case on the first checkpoint, as APRT files."""
+    ids = seeded(288, 1, LENGTH).input_ids
+    write_aprt(folder, forward(*oracle.load(paths.checkpoint(CONFIGS[0])), ids, faults=REAL_CASE), ids)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacked", type=int, default=30, help="random combinations, over both checkpoints")
@@ -584,9 +590,7 @@ def main() -> int:
     parser.add_argument("--dump", metavar="DIR", help="write the four-fold broken dump as APRT files, and nothing else")
     args = parser.parse_args()
     if args.dump:
-        folder = paths.checkpoint(CONFIGS[0])
-        ids = seeded(288, 1, LENGTH).input_ids
-        write_aprt(args.dump, forward(*oracle.load(folder), ids, faults=REAL_CASE), ids)
+        write_real_case(args.dump)
         return 0
     tallies = {group: Tally() for group in args.groups if not (args.only and group in ("stacked", "fused"))}
     part, parts = (int(number) for number in args.shard.split("/"))

@@ -1,4 +1,4 @@
-"""Writes the README's performance tables and pictures from tests/bench/results/*.json: `make bench-report`."""
+"""Writes tables and pictures of docs/speed.md from tests/bench/results/*.json: `make bench-report`."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from apr_jax.bench import report, roofline
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "bench" / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- made by `make bench-report` -->", "<!-- end of `make bench-report` -->"
 
 
@@ -20,26 +20,26 @@ def results() -> dict[str, report.Results]:
 
 
 def picture(name: str, found: report.Results) -> str | None:
-    """Returns where the picture of a results file stands: a few cases make none."""
-    return f"docs/roofline-{name}.svg" if len(found["cases"]) > 3 else None
+    """Returns the name of a results file's picture, which stands beside the page: a few cases make none."""
+    return f"roofline-{name}.svg" if len(found["cases"]) > 3 else None
 
 
 def pictures() -> dict[pathlib.Path, str]:
     """Returns the pictures, by path."""
     paths = {name: picture(name, found) for name, found in results().items()}
-    return {ROOT / path: roofline.svg(results()[name]) for name, path in paths.items() if path}
+    return {PAGE.parent / path: roofline.svg(results()[name]) for name, path in paths.items() if path}
 
 
 def section() -> str:
-    """Returns what stands in the README between the two marks."""
+    """Returns what stands on the page between the two marks."""
     return report.section((found, picture(name, found)) for name, found in results().items())
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}", encoding="utf-8")
     for path, drawing in pictures().items():
         path.write_text(drawing, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""The benchmark: the least work of a case, turns, tables and pictures, and that the README shows what was measured."""
+"""The benchmark: the least work of a case, turns, tables and pictures; docs/speed.md shows what was measured."""
 
 import json
 import math
@@ -182,8 +182,8 @@ class ReportTest(absltest.TestCase):
 
 
 class CommittedResultsTest(absltest.TestCase):
-    def test_the_readme_shows_the_committed_results(self):
-        text = bench_report.README.read_text(encoding="utf-8")
+    def test_the_page_shows_the_committed_results(self):
+        text = bench_report.PAGE.read_text(encoding="utf-8")
         shown = text.split(bench_report.BEGIN)[1].split(bench_report.END)[0].strip()
         self.assertEqual(shown, bench_report.section(), "run `make bench-report`")
 
