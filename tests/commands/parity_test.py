@@ -2,11 +2,9 @@
 
 import json
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
-import textwrap
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -22,13 +20,6 @@ from tests.battery.faulty_forward import Planted, at_rows, forward, write_aprt
 from tests.battery.parity_battery import REAL_CASE
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
-
-
-def without_rounding(text):
-    """A printed answer without what differs between machines in its last digits, or hangs on them."""
-    text = re.sub(r"by \de-\d\d from", "by ? from", text)
-    answer, _, logits = text.partition("logits from the tokens on")
-    return re.sub(r"(?<=: )\d+(?= as right)|\d+(?= within)", "?", answer) + re.sub(r"-?\d[\d.e+-]*", "?", logits)
 
 
 class ParityTestCase(parameterized.TestCase):
@@ -69,15 +60,6 @@ class ParityCommandTest(ParityTestCase):
         self.assertRegex(done.stdout, r"(?m)^mistake: 4 found")
         self.assertRegex(done.stdout, r"(?m)^q_post_rope +X  X$")
         self.assertRegex(done.stdout, r"(?m)^attn_softmax +\.  \.$")
-
-    def test_the_worked_example_of_the_documentation_is_what_is_printed(self):
-        late = Planted("mask-off-by-one", (1,), {"last": -1, "empty": "self"})
-        dump, _ = self.dump(64, [Planted("rope-theta", None, {"theta": 1e4}), late])
-        out, _ = self.ran(SAMPLE, "--right", dump, code=1)
-        text = (paths.ROOT / "docs" / "dumps.md").read_text()
-        block = text[text.index("    mistake: 2 found") :].split("\n\nThe first lines")[0]
-        shown, printed = map(without_rounding, (textwrap.dedent(block), out))
-        self.assertEqual(printed.strip(), shown.strip())
 
     def test_the_json_report_has_the_fields_that_are_promised(self):
         dump, _ = self.dump(80, REAL_CASE)

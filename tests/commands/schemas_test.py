@@ -135,12 +135,16 @@ _INTRODUCTION = """\
 Every command takes `--json` and then prints one JSON value on stdout; warnings and progress go to stderr. The package
 holds a JSON Schema (2020-12) for each command:
 
-    import json, subprocess
-    import jsonschema
-    from apr_jax import schemas
+<!-- prepared: model.apr -->
+```python
+import json, subprocess, sys
+import jsonschema
+from apr_jax import schemas
 
-    done = subprocess.run(["apr-jax", "verify", "model.apr", "--json"], capture_output=True, text=True)
-    jsonschema.validate(json.loads(done.stdout), schemas.load("verify"))
+command = [sys.executable, "-m", "apr_jax", "verify", "model.apr", "--json"]
+done = subprocess.run(command, capture_output=True, text=True)
+jsonschema.validate(json.loads(done.stdout), schemas.load("verify"))
+```
 
 A schema has one alternative for each kind of answer, and the error object as the last: what a command prints in place
 of an answer has the one key `error`, and no answer has that key. Keys that are not described do not occur, but for maps

@@ -16,7 +16,7 @@ from tests.battery.faulty_forward import Planted
 from tests.battery.parity_battery import Bench
 
 OTHER_MATRIX = {"o-proj-transposed", "weights-from-another-layer", "weights-relabelled"}
-ROUNDING = {"tf32-dots", "bf16-accumulation", "activations-quantised"}
+ROUNDING = {"tf32-dots", "bf16-accumulation"}
 
 
 class SizeTest(parameterized.TestCase):
