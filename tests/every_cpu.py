@@ -99,7 +99,7 @@ def run(variation: Variation, parts: Sequence[str], workers: int) -> bool:
     for command in (command for part in parts for command in commands(part, workers)):
         done = subprocess.run(command, cwd=ROOT, env=variation.variables(), capture_output=True, text=True, check=False)
         if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines()
+            said = (done.stderr + done.stdout).strip().splitlines()
             failed.append("\n".join([f"    {' '.join(command[1:4])} ... exits {done.returncode}", *said[-20:]]))
     verdict = "failed" if failed else "passed"
     print(f"{variation.name:24} {verdict} {time.perf_counter() - started:6.0f} s", *failed, sep="\n", flush=True)
