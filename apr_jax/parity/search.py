@@ -372,8 +372,11 @@ class Search:
         alike = [pair for pair in fits if pair[1].error <= 2 * least + _ALIKE * self.site.budget]
         if EPSILON[self.located.dtype] > FEW_BITS:
             apart = 1 + max(_TOLD_APART, _FEW / self.site.elements)
-            near = {names(mistakes) for mistakes, fit in alike if fit.error <= apart * least}
-            alike = [pair for pair in alike if names(pair[0]) in near]
+            near = [mistakes for mistakes, fit in alike if fit.error <= apart * least]
+            # A part that takes in nearly everything is as near as the whole, but for the last bits of its budget.
+            parts = all(any(mistake.within for mistake in mistakes) for mistakes in near)
+            alike = [pair for pair in alike if parts or not any(mistake.within for mistake in pair[0])]
+            alike = [pair for pair in alike if names(pair[0]) in set(map(names, near))]
         # How products are made concerns all of them: it goes before what explains this stage alone.
         blamed = [pair for pair in fits if self._as_near(pair[1].error, least) and known.blames_precision(pair[0])]
         first = names((blamed or alike)[0][0])
