@@ -371,12 +371,7 @@ class Search:
         least = min(fit.error for _, fit in fits)
         alike = [pair for pair in fits if pair[1].error <= 2 * least + _ALIKE * self.site.budget]
         if EPSILON[self.located.dtype] > FEW_BITS:
-            apart = 1 + max(_TOLD_APART, _FEW / self.site.elements)
-            near = [mistakes for mistakes, fit in alike if fit.error <= apart * least]
-            # A part that takes in nearly everything is as near as the whole, but for the last bits of its budget.
-            parts = all(any(mistake.within for mistake in mistakes) for mistakes in near)
-            alike = [pair for pair in alike if parts or not any(mistake.within for mistake in pair[0])]
-            alike = [pair for pair in alike if names(pair[0]) in set(map(names, near))]
+            alike = self._told_apart(alike, least)
         # How products are made concerns all of them: it goes before what explains this stage alone.
         blamed = [pair for pair in fits if self._as_near(pair[1].error, least) and known.blames_precision(pair[0])]
         first = names((blamed or alike)[0][0])
@@ -396,6 +391,18 @@ class Search:
                 chosen, error = mistakes, moved.error
                 break
         return Answer(chosen, error, tuple(sorted(others - {names(chosen)})))
+
+    def _told_apart(self, alike: Sequence[tuple[Mistakes, Fit]], least: float) -> list[tuple[Mistakes, Fit]]:
+        """Of what is about as near, what roundings of a few bits cannot tell from the nearest, and all of its kind."""
+        apart = 1 + max(_TOLD_APART, _FEW / self.site.elements)
+        near = [pair for pair in alike if pair[1].error <= apart * least]
+        # What leaves no single value beyond its budget goes before what does.
+        near = [pair for pair in near if pair[1].share <= 1] or near
+        close = {names(mistakes) for mistakes, _ in near}
+        # A part that takes in nearly everything is as near as the whole, but for the last bits of its budget.
+        whole = {names(mistakes) for mistakes, _ in near if not _in_a_part(mistakes)}
+        parts = close - whole
+        return [p for p in alike if names(p[0]) in (parts if _in_a_part(p[0]) else close)]
 
     def _as_near(self, error: float, least: float) -> bool:
         """Whether a hypothesis comes about as near as the nearest does: what is between them may be rounding."""
@@ -450,6 +457,10 @@ class Search:
         count = int(np.clip(_SAMPLE_ELEMENTS // per_position, _FEWEST_POSITIONS, _MOST_POSITIONS))
         chosen = np.unique(np.linspace(0, len(columns) - 1, count).astype(int))
         return _Look(dataclasses.replace(self._replay, rows=columns[chosen]), self.site, self.located)
+
+
+def _in_a_part(mistakes: Mistakes) -> bool:
+    return any(mistake.within is not None for mistake in mistakes)
 
 
 def _nearly(one: Mistakes, other: Mistakes, off: float = _ROUND) -> bool:
