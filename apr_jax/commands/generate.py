@@ -82,8 +82,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     arguments.add_device(parser)
     arguments.add_dtype(parser, ("float32", "bfloat16", "float64"), "type of weights and computation")
     arguments.add(parser, "--json")
-    opening = parser.add_argument_group("opening checkpoints")
-    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    arguments.add_opening(parser)
     return arguments.complete(parser)
 
 

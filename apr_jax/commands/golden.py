@@ -76,8 +76,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     golden_optimizer.add_arguments(parser)
     arguments.add(parser, "--json", "--force")
-    opening = parser.add_argument_group("opening checkpoints")
-    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    arguments.add_opening(parser)
     return arguments.complete(parser)
 
 

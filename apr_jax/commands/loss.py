@@ -61,8 +61,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--per-token", metavar="OUT", help="write the loss of each token as safetensors")
     parser.add_argument("--check", metavar="FILE", help="another engine's losses, as safetensors, to compare with")
     arguments.add(parser, "--json", "--force")
-    opening = parser.add_argument_group("opening checkpoints")
-    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    arguments.add_opening(parser)
     return arguments.complete(parser)
 
 

@@ -104,8 +104,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--html", metavar="FILE", help="also write the answer as one self-contained page")
     arguments.add(parser, "--force", help="replace a page that exists")
     arguments.add(parser, "--json")
-    opening = parser.add_argument_group("opening checkpoints")
-    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    arguments.add_opening(parser)
     return arguments.complete(parser)
 
 

@@ -20,6 +20,21 @@ OUTER = ("embedding", "final_norm", "head")
 """Parts of a model outside of its layers."""
 INNER = ("attn_norm", "q", "k", "v", "qkv", "rotary", "core", "o", "ffn_norm", "gate", "up", "gate_up", "act", "down")
 """Parts of a layer; `qkv` and `gate_up` are fused projections."""
+OUTPUTS: Mapping[str, str] = {
+    "attn_norm": "attn_norm",
+    "o": "attn_out",
+    "ffn_norm": "ffn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "act": "ffn_silu",
+    "down": "ffn_out",
+    "layer": "post_ffn_residual",
+    "qkv": "qkv_bias",
+    "embedding": "embedding",
+    "final_norm": "final_norm",
+    "head": "logits",
+}
+"""Part -> the stage that it computes, where that is one."""
 _SHOWN = 12
 
 

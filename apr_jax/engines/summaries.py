@@ -17,7 +17,7 @@ from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.engines import bounded, names
 from apr_jax.engines.found import Found, Summary
-from apr_jax.engines.roles import Role, assign, named
+from apr_jax.engines.roles import OUTPUTS, Role, assign, named
 from apr_jax.trace.stages import Key
 
 KINDS = ("min", "max", "mean", "l2", "sum")
@@ -26,20 +26,6 @@ _MODULE = re.compile(r"(?:Module|Cell)\.(.+)\.(\w+)\.forward\.0")
 _TENSOR = re.compile(r"([A-Za-z_]+(?:-\d{1,6})?)(?: \([\w ]+\))* = \(\w+\)\s+(\w+)\(.*= \{((?: *\d+ *,)* *\d+ *)\}\s*$")
 _SUM = re.compile(r"\s*sum = (-?\d+\.?\d*(?:e[-+]?\d+)?|-?nan|-?inf)\s*$")
 _MAX_LINE = 4096
-_OUTPUTS = {
-    "attn_norm": "attn_norm",
-    "o": "attn_out",
-    "ffn_norm": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "act": "ffn_silu",
-    "down": "ffn_out",
-    "layer": "post_ffn_residual",
-    "qkv": "qkv_bias",
-    "embedding": "embedding",
-    "final_norm": "final_norm",
-    "head": "logits",
-}
 
 
 def of_entry(entry: Mapping[str, Any], key: str, path: pathlib.Path) -> Summary:
@@ -80,12 +66,12 @@ def msprobe(content: Mapping[str, Any]) -> Found:
             if numbers and all(isinstance(number, int | float) for number in numbers.values()):
                 given[match[1]] = Summary({kind: float(number) for kind, number in numbers.items()})
     roles = assign([named(name) for name in given])
-    found = {_key(role): given[name] for name, role in roles.items() if role.part in _OUTPUTS and name in given}
+    found = {_key(role): given[name] for name, role in roles.items() if role.part in OUTPUTS and name in given}
     return Found({}, summaries=found)
 
 
 def _key(role: Role) -> str:
-    return Key.of(role.layer, _OUTPUTS[role.part])
+    return Key.of(role.layer, OUTPUTS[role.part])
 
 
 def shows_log(path: pathlib.Path) -> bool:

@@ -12,24 +12,11 @@ from typing import Any
 import numpy as np
 
 from apr_jax.engines.recorder import Recorder, as_numpy
-from apr_jax.engines.roles import Role
-from apr_jax.trace.stages import EMBEDDING, FINAL_NORM, GRADIENT, LOGITS, Key
+from apr_jax.engines.roles import OUTER, OUTPUTS, Role
+from apr_jax.trace.stages import GRADIENT, Key
 
-_OUTPUTS = {
-    "attn_norm": "attn_norm",
-    "o": "attn_out",
-    "ffn_norm": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "act": "ffn_silu",
-    "down": "ffn_out",
-    "layer": "post_ffn_residual",
-    "qkv": "qkv_bias",
-}
-"""Part -> the stage that it computes."""
 _INPUTS = {"o": "attention", "ffn_norm": "post_attn_residual", "down": "ffn_swigl"}
 """Part -> the stage that it reads."""
-_OUTER = {"embedding": EMBEDDING, "final_norm": FINAL_NORM, "head": LOGITS}
 _TENSORS = {
     "embedding": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -74,14 +61,14 @@ class Gradients:
         if not self.watching or not outputs:
             return
         rows = self._recorder.rows
-        if role.part in _OUTER:
-            self._take(_OUTER[role.part], outputs[0], rows)
+        if role.part in OUTER:
+            self._take(Key.of(None, OUTPUTS[role.part]), outputs[0], rows)
         elif role.part in ("q", "k", "v"):
             self._parts[role.part] = outputs[0]
             if all(part in self._parts for part in "qkv"):
                 self._join("qkv_bias", [(self._parts.pop(part), rows) for part in "qkv"])
-        elif role.part in _OUTPUTS:
-            self._join(_OUTPUTS[role.part], [(outputs[0], rows)])
+        elif role.part in OUTPUTS:
+            self._join(OUTPUTS[role.part], [(outputs[0], rows)])
         if role.part in _INPUTS and inputs:
             self._join(_INPUTS[role.part], [(inputs[0], rows)])
 

@@ -113,6 +113,11 @@ def add(parser: argparse._ActionsContainer, *options: str, **changes: Any) -> No
         parser.add_argument(option, **{**SHARED[option], **changes})
 
 
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Adds how a model is opened, as a group; `cli.open_dense_from` obeys it."""
+    add(parser.add_argument_group("opening checkpoints"), *OF_CHECKPOINTS, "--adapter")
+
+
 def add_device(parser: argparse._ActionsContainer, default: str | None = "cpu") -> None:
     """Adds --device; a default of None is JAX's own choice."""
     said = "JAX's own choice" if default is None else default

@@ -118,8 +118,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     arguments.add(parser, "--json", "--force")
-    opening = parser.add_argument_group("opening checkpoints")
-    arguments.add(opening, *arguments.OF_CHECKPOINTS, "--adapter")
+    arguments.add_opening(parser)
     return arguments.complete(parser)
 
 

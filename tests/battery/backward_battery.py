@@ -38,6 +38,7 @@ from apr_jax.trace.inputs import Inputs, seeded
 from apr_jax.trace.stages import GRADIENT, Key
 from tests import faults, oracle, paths
 from tests.battery.backward_engine import Planted, backward
+from tests.battery.parity_battery import Tally
 
 CONFIGS = ("gqa_tied_bf16", "mha_untied_f32_sharded")
 ROWS, LENGTH, PADDED, IGNORED = 4, 48, 9, 15
@@ -330,15 +331,6 @@ def effect(bench: Bench, faults: Sequence[Planted]) -> float:
             norm = float(np.linalg.norm(right[key]))
             largest = max(largest, float(np.linalg.norm(wrong[key] - right[key])) / norm if norm else 0.0)
     return largest
-
-
-@dataclasses.dataclass
-class Tally:
-    counted: int = 0
-    detected: int = 0
-    exact: int = 0
-    uncounted: int = 0
-    wrong_names: int = 0
 
 
 def run_case(bench: Bench, faults: Sequence[Planted], tally: Tally) -> None:
