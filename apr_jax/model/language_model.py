@@ -261,7 +261,7 @@ class LanguageModel:
         `length`.
         """
         reach = rotary.relevant_length(self.config, length if reach is None else reach)
-        return _rotary_tables(self.config, _round_up(length), reach, self.device)
+        return _rotary_tables(self.config, _round_up(length), reach, self.layout or self.device)
 
     def step_tables(self, lengths: np.ndarray, capacity: int) -> tuple[Array, Array]:
         """Returns cos and sin for tokens that are made one by one behind rows of these lengths, int [B].
@@ -273,8 +273,11 @@ class LanguageModel:
         if rule is None or not rule.depends_on_length:
             return self.rotary_tables(capacity)
         cos, sin = rotary.step_tables(self.config, _round_up(capacity), lengths.max() - lengths)
-        with jax.default_device(self.device):
-            return jnp.asarray(cos), jnp.asarray(sin)
+        return _placed_tables(cos, sin, self.layout or self.device)
+
+    def put(self, values: Any) -> Any:
+        """Puts small values from the host where its programs take them from: on its device, or on each of the mesh."""
+        return jax.device_put(values, self.device if self.layout is None else self.layout.of_value(()))
 
     def rotary_of(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
         """Returns `rotary_tables` for a batch, for `at_least` that many positions."""
@@ -283,10 +286,16 @@ class LanguageModel:
 
 
 @functools.lru_cache(maxsize=8)
-def _rotary_tables(config: Qwen2Config, length: int, reach: int, device: jax.Device) -> tuple[Array, Array]:
-    cos, sin = rotary.tables(config, length, reach)
+def _rotary_tables(config: Qwen2Config, length: int, reach: int, place: jax.Device | Layout) -> tuple[Array, Array]:
+    return _placed_tables(*rotary.tables(config, length, reach), place)
+
+
+def _placed_tables(cos: np.ndarray, sin: np.ndarray, place: jax.Device | Layout) -> tuple[Array, Array]:
+    if isinstance(place, Layout):
+        tables: tuple[Array, Array] = jax.device_put((cos, sin), place.of_value(()))
+        return tables
     # Not bound to the device, so that they go where the parameters are, be it several.
-    with jax.default_device(device):
+    with jax.default_device(place):
         return jnp.asarray(cos), jnp.asarray(sin)
 
 

@@ -91,7 +91,7 @@ class Layout:
     def __repr__(self) -> str:
         """Says what is cut into how many parts: "data=1, model=8 (kv_heads 4, heads 4, ffn 8, vocabulary 8)"."""
         data, model = self.shape
-        parts = ", ".join(f"{name} {self._count(axes)}" for name, axes in self._cut.items())
+        parts = ", ".join(f"{name} {parts}" for name, parts in self.parts.items())
         return f"{DATA}={data}, {MODEL}={model} ({parts})"
 
     @property
@@ -100,10 +100,9 @@ class Layout:
         return self.mesh.shape[DATA], self._count(_PARTS)
 
     @property
-    def copies(self) -> dict[str, int]:
-        """What of the weights has copies along "model" since it does not divide: name -> how many."""
-        whole = self._count(_PARTS)
-        return {name: whole // self._count(axes) for name, axes in self._cut.items() if self._count(axes) < whole}
+    def parts(self) -> dict[str, int]:
+        """Into how many parts what is to be cut is cut; where they are fewer than "model", each has copies."""
+        return {name: self._count(axes) for name, axes in self._cut.items()}
 
     def spec(self, name: str) -> PartitionSpec:
         """Returns how the tensor of this name, as in HuggingFace's checkpoints, is cut: the table of the module."""
