@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -352,7 +353,8 @@ class Stream:
                 cache, hidden = self._programs.later_prefill(*chunk, cache, hidden)
         assert cache is not None
         # What is beyond the longest prompt is padding, and decoding writes over it.
-        cache = cache._replace(length=self._model.put(np.asarray(length, np.int32)))
+        with self._model.scope():
+            cache = cache._replace(length=jnp.asarray(length, jnp.int32))
         told = self._seen() if self._method.penalised else None
         token, done, seen = self._programs.first_token(parameters, hidden, told, self._choice, self._method)
         return State(cache, token, lengths, np.asarray(1, np.int32), done, seen)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -284,13 +284,28 @@ class Programs:
                 key = (key, *(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)))
             if key not in self._compiled:
                 begun = time.perf_counter()
-                # What a program hands on has to lie as the next one takes it.
-                places = None if self._layout is None else self._layout.of_results(jax.eval_shape(program, *arguments))
-                settings = {} if places is None else {"out_shardings": places}
-                jitted = jax.jit(program, donate_argnums=donated, compiler_options=COMPILER_OPTIONS, **settings)
+                jitted = jax.jit(
+                    program, compiler_options=COMPILER_OPTIONS, **self._places(program, donated, arguments)
+                )
                 self._compiled[key] = jitted.lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - begun
             return self._compiled[key](*arguments)
+
+    def _places(
+        self, program: Callable[..., Any], donated: tuple[int, ...], arguments: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Where arguments and results lie, and which arguments are donated."""
+        if self._spread:
+            # The compiler chooses, and what is donated may lie elsewhere than what comes out.
+            return {}
+        if self._layout is None:
+            return {"donate_argnums": donated}
+        # What a program hands on has to lie as the next one takes it.
+        return {
+            "donate_argnums": donated,
+            "in_shardings": self._layout.of_arguments(arguments),
+            "out_shardings": self._layout.of_results(jax.eval_shape(program, *arguments)),
+        }
 
 
 def programs_of(model: LanguageModel) -> Programs:

@@ -133,6 +133,15 @@ class Layout:
         """Tells the compiler where a value of a program lies; arguments as `of_value`."""
         return lax.with_sharding_constraint(x, self.of_value(x.shape, *axes))
 
+    def of_arguments(self, values: Any) -> Any:
+        """Returns where what a program is given lies: arrays of the mesh where they are, all else whole everywhere."""
+
+        def one(value: Any) -> Any:
+            placed = isinstance(value, Array) and value.sharding.device_set == set(self.mesh.devices.flat)
+            return value.sharding if placed else self.of_value(())
+
+        return jax.tree.map(one, values)
+
     def of_results(self, values: Any) -> Any:
         """Returns where what a program hands on lies: caches cut by rows and heads, all else whole on each device."""
 
