@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.commands import golden_optimizer, meshes
+from apr_jax.commands import golden_optimizer, meshes, processes
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.errors import RefusedError, UsageError
 
@@ -59,7 +59,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference", choices=("jax", "hf"), default="jax", help="which implementation (default: jax)")
     arguments.add_device(parser)
-    arguments.add(parser, "--mesh")
+    processes.add(parser)
     arguments.add_dtype(parser, _DTYPES[1:] + _DTYPES[:1], "type of weights and computation")
     tokens = parser.add_argument_group("tokens (at most one of these)").add_mutually_exclusive_group()
     tokens.add_argument(
@@ -85,6 +85,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     golden_optimizer.check_arguments(parser, args)
     if args.optimizer:
         return args
@@ -92,6 +93,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(
             "--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace, --gradients and --force out"
         )
+    if args.mesh is not None and (args.reference == "hf" or args.export_inputs):
+        parser.error("--mesh is for what JAX computes: leave --reference hf and --export-inputs out")
     if args.export_inputs and (args.hidden_states or args.trace or args.gradients):
         parser.error("--export-inputs computes nothing: leave --hidden-states, --trace and --gradients out")
     return args
@@ -99,6 +102,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.generate import compilation_cache
 
@@ -137,6 +145,8 @@ def _make(args: argparse.Namespace) -> int:
         inputs.check_vocabulary(config.vocab_size)
         made = _compute(args, checkpoint, inputs, _labels(args))
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
+    if not processes.is_first():
+        return 0
     if as_dump:
         written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
         aprt.write(args.output, inputs, written, force=args.force, sources=sources, notice=cli.say)

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.commands import meshes
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import cli
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def make(args: argparse.Namespace, inputs: Inputs, labels: np.ndarray | None) ->
         device = f"{model.device.platform} ({model.device.device_kind})"
         metadata = golden.provenance(checkpoint, model.config, "jax", args.dtype, device, "optax.adamw")
     metadata |= {"format": FORMAT, "settings": json.dumps(settings.to_json()), "losses_nats": json.dumps(losses)}
+    if not processes.is_first():
+        return 0
     golden.write_arrays(args.output, golden.stored(after), metadata, args.force, sources, cli.say)
     if args.json:
         cli.print_json(

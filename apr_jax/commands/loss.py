@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.commands import meshes
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.commands.progress import bar_of
 from apr_jax.converters.errors import UsageError, counted
@@ -58,7 +58,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="windows computed at once (default: 1)")
     arguments.add_device(parser)
-    arguments.add(parser, "--mesh")
+    processes.add(parser)
     arguments.add_dtype(parser, ("float32", "bfloat16", "float16", "float64"), "type of weights and computation")
     parser.add_argument("--per-token", metavar="OUT", help="write the loss of each token as safetensors")
     parser.add_argument("--check", metavar="FILE", help="another engine's losses, as safetensors, to compare with")
@@ -71,6 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     for name in ("window", "stride", "batch"):
         least = 2 if name == "window" else 1
         if (value := getattr(args, name)) is not None and value < least:
@@ -84,6 +85,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _main(args)
+
+
+def _main(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.storage.output import check_target
     from apr_jax.generate import compilation_cache
@@ -111,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
     said = summary.oddities(loss, corpus, vocab_size)
     for warning in said:
         cli.warn(warning)
-    if args.per_token is not None:
+    if args.per_token is not None and processes.is_first():
         _write(args, run, sources)
     verdict = None if args.check is None else checking.check(run, args.check)
     if args.json:

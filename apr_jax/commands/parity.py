@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.commands import meshes
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 
@@ -63,7 +63,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--left", choices=("cpu", "cuda"), default="cpu", help="device that rounding is measured on (default: cpu)"
     )
-    arguments.add(parser, "--mesh")
+    processes.add(parser)
     arguments.add(
         parser,
         "--dtype",
@@ -114,6 +114,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     try:
         args.widened = _widened(args.budget)
     except ValueError as error:
@@ -158,6 +159,11 @@ def _widened(given: Sequence[str]) -> dict[str, float]:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.inspect import page
     from apr_jax.converters.storage.output import check_target
@@ -195,7 +201,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         answer, show = _of_values(args, dump, exact, same), _print
     answer["sides"] = _sides(args, dump, same)
-    if args.html is not None:
+    if args.html is not None and processes.is_first():
         from apr_jax.parity import web_page
 
         page.write(args.html, web_page.render(answer), force=args.force, sources=sources, notice=cli.say)
@@ -425,6 +431,9 @@ def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
     from apr_jax.load.load_model import load_model
 
     with cli.open_dense_from(args, args.model) as checkpoint:
+        if dtype == "float64" and args.coordinator is not None:
+            # What is replayed from it each process does on its own, in an order of its own.
+            return load_model(checkpoint, dtype, device)
         return load_model(checkpoint, dtype, meshes.placement(args, device))
 
 

@@ -68,6 +68,13 @@ def _mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def _coordinator(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text != "auto" and not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"'{text}' is no address: HOST:PORT, or auto in a job of SLURM or Open MPI")
+    return text
+
+
 def dtype(text: str) -> str:
     """Returns the name of a type of computation, which may be spelt short."""
     return DTYPES.get(text, text)
@@ -81,6 +88,14 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "default": None,
         "help": "spread rows of a batch over D devices and weights over M, D times M in all (docs/meshes.md)",
     },
+    "--coordinator": {
+        "metavar": "HOST:PORT",
+        "type": _coordinator,
+        "default": None,
+        "help": "run as one of several processes, the first of which is to be found there; auto asks SLURM or Open MPI",
+    },
+    "--process-id": {"metavar": "I", "type": int, "default": None, "help": "which process this is, from 0 on"},
+    "--num-processes": {"metavar": "N", "type": int, "default": None, "help": "how many processes there are"},
     "--dtype": {"metavar": "DTYPE", "type": dtype, "default": "float32"},
     "--lenient": {"action": "store_true", "help": "turn oddities of .apr files into warnings"},
     "--legacy": {
@@ -119,6 +134,8 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 """What commands share, by option: the arguments of `add_argument`. How it reads is decided here alone."""
 OF_ALL = ("--quiet", "--verbose", "--color", "--version")
 """What each command has, without asking for it."""
+OF_PROCESSES = ("--coordinator", "--process-id", "--num-processes")
+"""How several processes find each other; `apr_jax.commands.processes.joined` obeys them."""
 OF_CHECKPOINTS = ("--lenient", "--legacy", "--follow-links", "--ignore-config")
 """How checkpoints are opened; `cli.open_from` obeys them."""
 
