@@ -16,7 +16,7 @@ from typing import Any
 
 from apr_jax.converters.checkpoint import file_names, folders
 from apr_jax.converters.checkpoint.incomplete import SHARD
-from apr_jax.converters.errors import AprJaxError, MissingFileError, RefusedError, StorageError, UsageError
+from apr_jax.converters.errors import AprJaxError, MissingFileError, RefusedError, StorageError, UsageError, pip_install
 
 SCHEME = "hf://"
 
@@ -91,7 +91,7 @@ def located(path: str | os.PathLike[str]) -> str:
             "there is no such file or folder here, and what would download it from the Hub is not installed",
             code="hub-not-installed",
             file=path,
-            hint="pip install 'apr-jax[hub]' gets it; a path on this machine may begin with ./",
+            hint=f"{pip_install('hub')} installs that; a path on this machine may begin with ./",
         ) from None
     try:
         with _translated(path, name):

@@ -139,7 +139,7 @@ def make_parser(program: str, description: str, epilog: str | None = None) -> ar
       epilog: More about it; "%(prog)s" stands for its name. Paragraphs are filled; a line that is indented by two is
         a row of a table, its columns two spaces or more apart, or a command if it begins with the name.
     """
-    return Parser(prog=_called(program), description=description, epilog=epilog, add_help=False)
+    return Parser(prog=called(program), description=description, epilog=epilog, add_help=False)
 
 
 def complete(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -161,7 +161,8 @@ def _needed(parser: argparse.ArgumentParser) -> Iterator[str]:
             yield f"[{name}]" if action.nargs == "?" else name
 
 
-def _called(program: str) -> str:
+def called(program: str) -> str:
+    """Returns how a command was called: a script by Python."""
     return f"python {program}" if program.endswith(".py") else program
 
 
