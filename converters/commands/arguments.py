@@ -175,7 +175,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, rest = super().parse_known_args(None if args is None else list(_without_guessing(args)), namespace)
         for action in self._actions:
-            if _is_path(action) and getattr(known, action.dest, None) in ("", [""]):
+            if is_path(action) and getattr(known, action.dest, None) in ("", [""]):
                 self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: a name is needed, not ''")
         return known, rest
 
@@ -209,7 +209,7 @@ def nearest(word: str, words: Any) -> str | None:
     return next(iter(begun or difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)), None)
 
 
-def _is_path(action: argparse.Action) -> bool:
+def is_path(action: argparse.Action) -> bool:
     """Whether an argument names a file or a folder, by what its help calls it."""
     return isinstance(action.metavar, str) and not _PATHS.isdisjoint(action.metavar.split("|"))
 
