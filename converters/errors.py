@@ -166,14 +166,14 @@ class MissingFileError(FindingError):
     """A file or folder that was named does not exist."""
 
     exit_code = 3
-    usual_hint = "Is it spelt as it should be? Relative paths begin where the command runs"
+    usual_hint = "Check the spelling; relative paths start in the current directory"
 
 
 class BrokenContainerError(FindingError):
     """The bytes are not a valid container."""
 
     exit_code = 4
-    usual_hint = "Fetch it again, or write it anew: nothing can be said of what damaged bytes meant"
+    usual_hint = "Download it again or recreate it: what the damaged bytes meant cannot be known"
 
 
 class RefusedError(FindingError):
@@ -185,14 +185,14 @@ class RefusedError(FindingError):
 class DumpError(RefusedError):
     """A dump of another program's forward pass that does not say what it should, or not of this model."""
 
-    usual_hint = "`parity --explain-format` and docs/dumps.md say what a dump looks like; is it of this model?"
+    usual_hint = "`parity --explain-format` and docs/dumps.md say what a dump looks like; is it this model's?"
 
 
 class StorageError(AprJaxError):
     """The operating system refused to read or write."""
 
     exit_code = 7
-    usual_hint = "This is the system's answer: when disk, memory or permissions are seen to, run it again"
+    usual_hint = "The operating system refused: check disk space, memory and permissions, then run it again"
 
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {

@@ -37,7 +37,7 @@ def watch(
 
     if not isinstance(model, nnx.Module):
         raise UsageError(
-            "no flax.nnx.Module",
+            "not a flax.nnx.Module",
             code="capture-model",
             found=type(model).__name__,
             hint="Give the nnx.Module itself; capture.torch watches torch's modules, capture.arrays takes arrays",

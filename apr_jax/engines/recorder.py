@@ -459,7 +459,7 @@ def write(
     for key, value in values.items():
         dtype = str(value.dtype)
         if dtype not in _NAMES:
-            raise DumpError("a stage is not of floats", code="dump-dtype", tensor=key, found=dtype)
+            raise DumpError("a stage does not hold floats", code="dump-dtype", tensor=key, found=dtype)
         name = f"{key}.{'raw' if dtype == 'bfloat16' else 'npy'}"
         entries[key] = {"file": name, "dtype": dtype}
         files[name] = value.tobytes() if dtype == "bfloat16" else _npy(value)

@@ -48,7 +48,9 @@ def _version(name: str, metadata: Any) -> str:
 
 def _device(text: str) -> str:
     if not _DEVICE.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no device: cpu or cuda, or one of several by number, as cuda:1")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a device: cpu or cuda, or one of several by number, as cuda:1"
+        )
     return text
 
 
@@ -60,28 +62,28 @@ def dtype(text: str) -> str:
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "--device": {"metavar": "DEVICE", "type": _device, "default": "cpu"},
     "--dtype": {"metavar": "DTYPE", "type": dtype, "default": "float32"},
-    "--lenient": {"action": "store_true", "help": "turn oddities of .apr files into warnings"},
+    "--lenient": {"action": "store_true", "help": "warn about oddities in .apr files instead of refusing them"},
     "--legacy": {
         "metavar": "ID=TYPE",
         "nargs": "?",
         "const": "",
         "action": "append",
         "default": [],
-        "help": "read the dtype ids of older .apr files, told by the tensors' sizes; with ID=TYPE where sizes do not"
-        " decide (repeatable)",
+        "help": "accept the dtype ids of older .apr files, inferred from the tensors' sizes; ID=TYPE settles"
+        " what sizes cannot (repeatable)",
     },
-    "--follow-links": {"action": "store_true", "help": "open links that lead out of a checkpoint's folder"},
+    "--follow-links": {"action": "store_true", "help": "follow symbolic links that lead out of a checkpoint's folder"},
     "--ignore-config": {
         "metavar": "KEY",
         "action": "append",
         "default": [],
-        "help": "treat the configuration as if it had no such key (repeatable)",
+        "help": "ignore this key of the configuration (repeatable)",
     },
     "--adapter": {
         "metavar": "DIR",
         "action": "append",
         "default": [],
-        "help": "add a PEFT adapter (LoRA, DoRA) to the weights (repeatable: one after the other)",
+        "help": "add a PEFT adapter (LoRA, DoRA) to the weights (repeatable, applied in order)",
     },
     "--force": {"action": "store_true", "help": "replace an output that exists"},
     "--json": {"action": "store_true", "help": "print the result as one JSON object"},
@@ -90,7 +92,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--color": {
         "choices": ("auto", "always", "never"),
         "default": "auto",
-        "help": "color the output (default: auto, where it is a terminal and NO_COLOR is not set)",
+        "help": "color the output (default: auto, on a terminal unless NO_COLOR is set)",
     },
     "--version": {"action": _Version, "nargs": 0, "help": "print the version and exit"},
 }
@@ -176,7 +178,7 @@ class Parser(argparse.ArgumentParser):
         known, rest = super().parse_known_args(None if args is None else list(_without_guessing(args)), namespace)
         for action in self._actions:
             if is_path(action) and getattr(known, action.dest, None) in ("", [""]):
-                self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: a name is needed, not ''")
+                self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: the name is empty")
         return known, rest
 
     def error(self, message: str) -> NoReturn:
