@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,22 @@ _SILENT_SECONDS = 20.0  # then a process is taken for dead
 _HEARTBEAT_SECONDS = 60  # JAX's own, if nobody is left here to look
 _LEAVE_SECONDS = 600.0  # for the others, once a process is done: the first one may have much to write
 _KEYS = "apr_jax/"
+# Reads what libraries print on stderr while the command runs. Where the coordinator dies, JAX ends the process from a
+# thread of C++ at once, with a page of text: this says what it means, in the words that are its first argument.
+_TRANSLATOR = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+for line in sys.stdin:
+    if "Polled an error from coordination service" in line or line.startswith("[Gloo] Rank"):
+        continue
+    if line.startswith("F") and "JAX distributed service detected fatal errors" in line:
+        sys.stderr.write(sys.argv[1] + "\\n" if "Failed to send RPC" in line else line)
+        break
+    sys.stderr.write(line)
+    sys.stderr.flush()
+for line in sys.stdin:
+    pass
+"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +125,7 @@ def _initialize(args: argparse.Namespace) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for a notice in advance, and the process would go on.
     jax.config.update("jax_enable_preemption_service", False)
+    _translate(args)
     # JAX aborts the process where it waits in vain.
     late = threading.Timer(_WAIT_SECONDS, _too_late, (sys.stderr, args))
     late.daemon = True
@@ -128,6 +146,20 @@ def _initialize(args: argparse.Namespace) -> None:
         ) from None
     finally:
         late.cancel()
+
+
+def _translate(args: argparse.Namespace) -> None:
+    """Lets what is written to descriptor 2 go through the translator; `sys.stderr` stays where it was."""
+    where = "" if args.coordinator == AUTO else f" ({args.coordinator})"
+    said = f"error: process 0{where}, which coordinates the others, is gone or out of reach; this process ends, too"
+    shown = os.dup(2)
+    command = [sys.executable, "-S", "-c", _TRANSLATOR, said]
+    # In a session of its own: it lives until this process has said all, and no signal to the group ends it before.
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, stderr=2, text=True, start_new_session=True)
+    assert reader.stdin is not None
+    os.dup2(reader.stdin.fileno(), 2)
+    reader.stdin.close()
+    sys.stderr = open(shown, "w", 1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)  # noqa: SIM115
 
 
 def _reach(args: argparse.Namespace) -> None:

@@ -141,7 +141,9 @@ def find_mesh(shape: Mapping[str, int], device: str) -> str | Mesh:
             code="mesh-devices",
             found=f"{counted(len(found), f'{device} device')}",
             expected=f"at least {wanted}" if jax.process_count() == 1 else f"{len(found)}, those of all processes",
-            hint=simulated if first.platform == "cpu" else "data=D times model=M is the number of devices",
+            hint=simulated
+            if first.platform == "cpu" and jax.process_count() == 1
+            else "data=D times model=M is the number of devices",
         )
     if wanted == 1:
         return device
