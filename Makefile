@@ -228,9 +228,10 @@ real-weights: $(VENV)/reference-installed
 	OPENBLAS_NUM_THREADS=2 $(BIN)/python tests/reference/real_weights.py $(or $(WORK),real-weights-output) \
 	  --report tests/reference/RESULTS.md
 
-# docs/faults.md, from the table of faults.
+# docs/faults.md, from the table of faults, and its pictures; 2 minutes.
 fault-list: $(VENV)/installed
 	$(BIN)/python -m apr_jax.parity.faults.table > docs/faults.md
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/fault_pictures.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

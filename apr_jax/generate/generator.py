@@ -248,7 +248,7 @@ class Generator:
         if not isinstance(prompt, str):
             return list(prompt)
         if not (ids := self._needed_tokenizer().encode(prompt)):
-            raise UsageError("the prompt is empty", code="prompt", hint="A model needs a token to go on from.")
+            raise UsageError("the prompt is empty", code="prompt", hint="A model needs at least one token to continue.")
         return ids
 
 

@@ -16,7 +16,7 @@ from apr_jax.converters.checkpoint.dense import as_dense
 from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
-from apr_jax.converters.errors import UsageError, counted
+from apr_jax.converters.errors import UsageError, counted, pip_install
 from apr_jax.load.parameters import load_parameters
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.origin import Origin
@@ -102,7 +102,7 @@ def find_device(device: str | jax.Device | Sharding | Mesh | None) -> jax.Device
         raise UsageError(
             f"no device '{device}'",
             code="device",
-            hint="For CUDA, install the extra: pip install 'apr-jax[cuda]'" if platform == "cuda" else str(error),
+            hint=f"{pip_install('cuda')} installs JAX for CUDA" if platform == "cuda" else str(error),
         ) from None
     if not number:
         return found[0]

@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.commands import entry
 from apr_jax.commands.entry import COMMANDS
 from apr_jax.converters.commands import arguments
 from apr_jax.converters.errors import UsageError
@@ -174,6 +175,15 @@ class HelpTest(parameterized.TestCase):
         for paragraph in (parser.epilog or "").split():
             self.assertIn(paragraph.replace("%(prog)s", parser.prog).replace("%%", "%"), words)
         self.assertNotIn("helpfull", text)
+
+    @parameterized.parameters(60, 80, 200)
+    def test_the_list_of_commands_fits(self, width):
+        with mock.patch.dict(os.environ, COLUMNS=str(width)):
+            text = entry.description()
+        self.assertLessEqual(max(map(len, text.splitlines())), width)
+        words = " ".join(text.split())
+        for command, (_, summary) in COMMANDS.items():
+            self.assertIn(f"{command} {summary}", words)
 
     def test_examples_are_of_the_command_that_was_called(self):
         shown = subprocess.run(
