@@ -847,7 +847,7 @@ class OtherProgramsTest(FieldTestCase):
         (b"\x93NUMPY" + bytes(60), "safetensors.numpy"),
         (HTML, "Download it again"),
         (LFS, "git lfs pull"),
-        (bytes(range(1, 65)), "Fetch it again"),
+        (bytes(range(1, 65)), "Download it again"),
     )
     def test_field_files_of_other_programs(self, content, way):
         """FIELD Configurations: a pickle, HDF5, gzip, .npy, HTML, LFS pointer as model.safetensors -> the way out"""

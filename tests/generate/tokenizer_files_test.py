@@ -116,7 +116,7 @@ class VariantsTest(parameterized.TestCase):
     @parameterized.parameters(
         ({"tokenizer_config.json": b'{"eos_token": 5}'}, "a special token is 5"),
         ({"tokenizer_config.json": b'{"added_tokens_decoder": {"280": {"contents": "a"}}}'}, "cannot be used"),
-        ({"tokenizer_config.json": b"[]"}, "is no object"),
+        ({"tokenizer_config.json": b"[]"}, "is not an object"),
         ({"tokenizer_config.json": b'{"eos'}, "JSON.*--input-ids"),
         ({"added_tokens.json": b'{"a": "b"}', "tokenizer_config.json": b"{}"}, "cannot be used"),
         ({"tokenizer.json": b"version https://git-lfs.github.com/spec/v1"}, "JSON.*--input-ids"),
