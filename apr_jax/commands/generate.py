@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import UsageError, printable
@@ -82,6 +83,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         help="ignore a setting of generation_config.json (repeatable)",
     )
     arguments.add_device(parser)
+    processes.add(parser)
     arguments.add_dtype(parser, ("float32", "bfloat16", "float64"), "type of weights and computation")
     arguments.add(parser, "--json")
     arguments.add_opening(parser)
@@ -92,6 +94,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     if args.system is not None and not args.chat:
         parser.error("--system belongs to --chat")
     chats = {"--chat-template": args.chat_template, "--tools": args.tools, "--template-arg": args.template_arg}
@@ -104,6 +107,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.storage import interrupts
     from apr_jax.generate import compilation_cache
     from apr_jax.generate.config import GenerationConfig
@@ -122,7 +130,8 @@ def main(args: argparse.Namespace) -> int:
             config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)
             config.but(**settings).checked()
             with cli.warnings_said(), telling("loading the model"):
-                generator = load_generator(checkpoint, args.dtype, args.device, text=not args.input_ids)
+                placement = meshes.placement(args, args.device)
+                generator = load_generator(checkpoint, args.dtype, placement, text=not args.input_ids)
             cli.say_warnings(checkpoint)
         generator.generation_config = config
         for warning in generator.tokenizer.warnings if generator.tokenizer else ():

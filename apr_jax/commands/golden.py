@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.commands import golden_optimizer
+from apr_jax.commands import golden_optimizer, meshes, processes
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import RefusedError, UsageError
@@ -67,6 +67,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         "--reference", choices=("jax", "hf"), default="jax", help="implementation to compute with (default: jax)"
     )
     arguments.add_device(parser)
+    processes.add(parser)
     arguments.add_dtype(parser, _DTYPES[1:] + _DTYPES[:1], "type of weights and computation")
     tokens = parser.add_argument_group("tokens (at most one of these)").add_mutually_exclusive_group()
     tokens.add_argument(
@@ -90,6 +91,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     golden_optimizer.check_arguments(parser, args)
     if args.to and (args.output is None or args.optimizer):
         parser.error("--to says what -o writes of a model's values: leave it out")
@@ -99,6 +101,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(
             "--check takes everything from GOLDEN: leave out --prompt, --hidden-states, --trace, --gradients, --force"
         )
+    if args.mesh is not None and (args.reference == "hf" or args.export_inputs):
+        parser.error("--mesh is for what JAX computes: leave --reference hf and --export-inputs out")
     if args.export_inputs and (args.hidden_states or args.trace or args.gradients):
         parser.error("--export-inputs computes nothing: leave --hidden-states, --trace and --gradients out")
     return args
@@ -106,6 +110,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.generate import compilation_cache
 
@@ -150,6 +159,8 @@ def _make(args: argparse.Namespace) -> int:
         with telling("computing"):
             made = _compute(args, checkpoint, inputs, _labels(args))
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
+    if not processes.is_first():
+        return 0
     if as_dump:
         written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
         aprt.write(args.output, inputs, written, force=args.force, sources=sources, notice=cli.say)
@@ -213,7 +224,7 @@ def _run_jax(
     from apr_jax.load.load_model import load_model
     from apr_jax.trace import golden, stages
 
-    model = load_model(checkpoint, args.dtype, args.device)
+    model = load_model(checkpoint, args.dtype, meshes.placement(args, args.device))
     layers = model.config.num_layers
     keys: set[str] = set(stages.trace_keys(layers)) if args.trace else {stages.LOGITS}
     if args.hidden_states:

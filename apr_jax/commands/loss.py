@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.commands.progress import bar_of, telling
 from apr_jax.converters.errors import UsageError, counted
@@ -58,6 +59,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="windows computed at once (default: 1)")
     arguments.add_device(parser)
+    processes.add(parser)
     arguments.add_dtype(parser, ("float32", "bfloat16", "float16", "float64"), "type of weights and computation")
     parser.add_argument("--per-token", metavar="OUT", help="write the loss of each token as safetensors")
     parser.add_argument("--check", metavar="FILE", help="another engine's losses, as safetensors, to compare with")
@@ -70,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     for name in ("window", "stride", "batch"):
         least = 2 if name == "window" else 1
         if (value := getattr(args, name)) is not None and value < least:
@@ -83,6 +86,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _main(args)
+
+
+def _main(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.storage.output import check_target
     from apr_jax.generate import compilation_cache
@@ -110,7 +118,7 @@ def main(args: argparse.Namespace) -> int:
     said = summary.oddities(loss, corpus, vocab_size)
     for warning in said:
         cli.warn(warning)
-    if args.per_token is not None:
+    if args.per_token is not None and processes.is_first():
         _write(args, run, sources)
     verdict = None if args.check is None else checking.check(run, args.check)
     if args.json:
@@ -146,11 +154,9 @@ def _documents(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Do
 
 
 def _run(args: argparse.Namespace, checkpoint: Checkpoint, documents: Sequence[Document]) -> Run:
-    from apr_jax.kernels.fastest_ops import ops_for
-    from apr_jax.load.load_model import find_device, load_model
+    from apr_jax.kernels.fastest_ops import load_fastest
     from apr_jax.loss import checking, scoring
     from apr_jax.loss.documents import windows
-    from apr_jax.model.parameters import dtype_name
 
     config = checkpoint.model_config()
     length = args.window or min(config.max_position_embeddings, _LONGEST_WINDOW)
@@ -164,11 +170,8 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, documents: Sequence[D
                 found=worst,
                 expected=f"below {config.vocab_size}",
             )
-    device = find_device(args.device)
-    fused = device.platform == "gpu" and dtype_name(args.dtype) == "bfloat16"
     with telling("loading the model"):
-        model = load_model(checkpoint, args.dtype, device, fused=fused)
-    model = model.with_ops(ops_for(config, model.dtype, device, fused))
+        model = load_fastest(checkpoint, args.dtype, meshes.placement(args, args.device))
     cut = list(windows(documents, length, stride))
     with bar_of(sum(window.end - window.start for window in cut), in_bytes=False) as progress:
         scores = scoring.score(model, documents, cut, args.batch, progress=progress)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
@@ -68,6 +69,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--left", choices=("cpu", "cuda"), default="cpu", help="device on which rounding is measured (default: cpu)"
     )
+    processes.add(parser)
     arguments.add(
         parser,
         "--dtype",
@@ -119,6 +121,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     try:
         args.widened = _widened(args.budget)
     except ValueError as error:
@@ -163,6 +166,11 @@ def _widened(given: Sequence[str]) -> dict[str, float]:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.inspect import page
     from apr_jax.converters.storage.output import check_target
@@ -202,7 +210,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             answer, show = _of_values(args, dump, exact, same, tell), _print
     answer["sides"] = _sides(args, dump, same)
-    if args.html is not None:
+    if args.html is not None and processes.is_first():
         from apr_jax.parity import web_page
 
         page.write(args.html, web_page.render(answer), force=args.force, sources=sources, notice=cli.say)
@@ -435,7 +443,10 @@ def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
     from apr_jax.load.load_model import load_model
 
     with cli.open_dense_from(args, args.model) as checkpoint:
-        return load_model(checkpoint, dtype, device)
+        if dtype == "float64" and args.coordinator is not None:
+            # What is replayed from it each process does on its own, in an order of its own.
+            return load_model(checkpoint, dtype, device)
+        return load_model(checkpoint, dtype, meshes.placement(args, device))
 
 
 _LISTED = 4
@@ -546,13 +557,15 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import jax
     import numpy as np
 
+    from apr_jax.model.sharding import to_host
     from apr_jax.parity.faults.seen import UPLOAD
     from apr_jax.parity.findings import Finding
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
     there = jax.tree.leaves(_load(args, dtype, device).parameters)
-    here = jax.tree.leaves(_load(args, dtype, "cpu").parameters)
-    same = sum(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
+    alone = argparse.Namespace(**vars(args) | {"mesh": None})
+    here = jax.tree.leaves(_load(alone, dtype, "cpu").parameters)
+    same = sum(to_host(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
     text = f"upload to {device}: {same} of {len(here)} parameters read back bit for bit"
     notes.append(text)
     if same == len(here):

@@ -15,6 +15,7 @@ from apr_jax.converters.errors import UsageError
 MODEL = "HuggingFace folder, .safetensors file, index of shards, .apr, or OWNER/NAME[@REVISION] on the Hub"
 DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 """How types of computation may be spelt besides their names."""
+_AXES = ("data", "model")
 _DEVICE = re.compile(r"(cpu|cuda)(:[0-9]+)?")
 _PATHS = frozenset(("FILE", "DIR", "OUT", "PATH", "DUMP", "GOLDEN", "SRC", "DST", "MODEL", "A", "B"))
 _ALL = "`{} --help` describes all of them"
@@ -54,6 +55,28 @@ def _device(text: str) -> str:
     return text
 
 
+def _mesh(text: str) -> dict[str, int]:
+    """Reads "data=2,model=4"; an axis that is missing has one device."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, size = part.partition("=")
+        if not equals or not re.fullmatch("[1-9][0-9]{0,5}", size) or axis in sizes:
+            raise argparse.ArgumentTypeError(f"'{text}' is no mesh: data=2,model=4, say, each axis at most once")
+        if axis not in _AXES:
+            meant = nearest(axis, _AXES)
+            said = f"did you mean {meant}?" if meant else "they are data (rows of a batch) and model (weights)"
+            raise argparse.ArgumentTypeError(f"a mesh has no axis '{axis}'; {said}")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _coordinator(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text != "auto" and not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"'{text}' is no address: HOST:PORT, or auto in a job of SLURM or Open MPI")
+    return text
+
+
 def dtype(text: str) -> str:
     """Returns the name of a type of computation, which may be spelt short."""
     return DTYPES.get(text, text)
@@ -61,6 +84,20 @@ def dtype(text: str) -> str:
 
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "--device": {"metavar": "DEVICE", "type": _device, "default": "cpu"},
+    "--mesh": {
+        "metavar": "data=D,model=M",
+        "type": _mesh,
+        "default": None,
+        "help": "spread rows of a batch over D devices and weights over M, D times M in all (docs/meshes.md)",
+    },
+    "--coordinator": {
+        "metavar": "HOST:PORT",
+        "type": _coordinator,
+        "default": None,
+        "help": "run as one of several processes, the first of which is to be found there; auto asks SLURM or Open MPI",
+    },
+    "--process-id": {"metavar": "I", "type": int, "default": None, "help": "which process this is, from 0 on"},
+    "--num-processes": {"metavar": "N", "type": int, "default": None, "help": "how many processes there are"},
     "--dtype": {"metavar": "DTYPE", "type": dtype, "default": "float32"},
     "--lenient": {"action": "store_true", "help": "warn about oddities in .apr files instead of refusing them"},
     "--legacy": {
@@ -99,6 +136,8 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 """What commands share, by option: the arguments of `add_argument`. How it reads is decided here alone."""
 OF_ALL = ("--quiet", "--verbose", "--color", "--version")
 """What each command has, without asking for it."""
+OF_PROCESSES = ("--coordinator", "--process-id", "--num-processes")
+"""How several processes find each other; `apr_jax.commands.processes.joined` obeys them."""
 OF_CHECKPOINTS = ("--lenient", "--legacy", "--follow-links", "--ignore-config")
 """How checkpoints are opened; `cli.open_from` obeys them."""
 

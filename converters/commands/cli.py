@@ -130,8 +130,13 @@ def report(error: AprJaxError, as_json: bool) -> int:
             print_json({"error": error.to_json()})
     if terminal.manner.verbose:
         say("".join(traceback.format_exception(error)))
-    _say_under("error:", terminal.RED, error.text())
+    say_error(error.text())
     return error.exit_code
+
+
+def say_error(text: str) -> None:
+    """Prints on stderr what ends the command."""
+    _say_under("error:", terminal.RED, text)
 
 
 def _report_internal(error: BaseException, as_json: bool) -> int:

@@ -27,6 +27,7 @@ TABLE = ROOT / "docs" / "options.md"
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 _NO_MODEL = "opens no checkpoint"
 _BYTES = "reads and writes bytes: nothing is computed on a device"
+_DEVICES = ("--mesh", *arguments.OF_PROCESSES)
 REASONS = {
     ("convert", "--device"): _BYTES,
     ("convert", "--dtype"): "--cast says what types are written",
@@ -38,6 +39,11 @@ REASONS = {
     ("verify", "--force"): "writes nothing",
     ("parity", "--device"): "has two sides: --left and --right",
     ("generate", "--force"): "writes nothing",
+    **{(command, option): _BYTES for command in ("convert", "show", "verify") for option in _DEVICES},
+    **{("checkpoint save", option): "nothing is computed on a device" for option in _DEVICES},
+    **{("checkpoint restore", option): "checks one device" for option in _DEVICES},
+    **{("make-sample", option): _NO_MODEL for option in _DEVICES},
+    **{("bench", option): "measures one process" for option in _DEVICES[1:]},
     ("checkpoint save", "--device"): "nothing is computed on a device",
     **{("checkpoint restore", option): "reads what save wrote" for option in ("--dtype", "--lenient", "--legacy",
        "--follow-links", "--adapter")},
