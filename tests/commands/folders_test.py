@@ -156,7 +156,7 @@ class NamesTest(FieldTestCase):
         self.assertIn("identical", self.verify(TIED, self.folder / "out.apr"))
 
     @parameterized.parameters(
-        ("x.=", "begins with"), ("model.layers.*.=model.", "several tensors"), ("a", "no renaming")
+        ("x.=", "begins with"), ("model.layers.*.=model.", "several tensors"), ("a", "not a renaming")
     )
     def test_renamings_that_cannot_be_are_refused(self, rule, words):
         self.assertIn(words, self.convert(TIED, "--rename", rule, code=2))
@@ -818,7 +818,7 @@ class OtherProgramsTest(FieldTestCase):
         "only_the_state_of_a_run": (
             ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"),
             "",
-            "spelt",
+            "spelling",
         ),
     }
 

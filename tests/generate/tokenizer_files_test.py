@@ -123,7 +123,7 @@ class VariantsTest(parameterized.TestCase):
         ({"tokenizer.json": b'{"model": {"type": "Unigram", "vocab": []}}'}, "not byte-level BPE.*--input-ids"),
         (
             {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a"]}}'},
-            "no merge.*number 0: 'a'.*--input-ids",
+            "not a merge.*number 0: 'a'.*--input-ids",
         ),
         ({"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}'}, "cannot be used.*--input-ids"),
     )
