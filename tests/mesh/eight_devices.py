@@ -322,6 +322,21 @@ class GenerateTest(_Suite):
         self.assertIs(again.programs, made[1].programs)
         self.assertEqual(again.programs.compiled, compiled[-1])
 
+    def test_a_step_tells_other_devices_only_what_it_has_to(self):
+        """Two sums a layer and one for the embedding; no weight, no cache and no logits go from device to device."""
+        from tests.bench.mesh_bench import collectives
+
+        for mesh, rows in (("model=2", 1), ("model=2", 4)):
+            programs._programs.cache_clear()
+            made = load_generator(paths.checkpoint(TINY), device=find_mesh(MESHES[mesh], "cpu"))
+            made.generate([[1, 2, 3]] * rows, max_new_tokens=4, do_sample=False)
+            ((_, program),) = ((key, p) for key, p in made.programs._compiled.items() if key[0] == "decode")
+            told = collectives(program.as_text())
+            config = made.model.config
+            self.assertEqual(told.pop(("all-reduce", 4 * rows * config.hidden_size)), 2 * config.num_layers + 1)
+            # Of logits the best of each part.
+            self.assertTrue(all(nbytes <= 64 for _, nbytes in told), told)
+
     def test_caches_are_cut_by_heads_and_rows(self):
         for mesh, rows, share in (("data=2,model=4", 4, 4), ("data=2,model=4", 3, 2), ("model=8", 4, 2)):
             model = on_mesh(TINY, mesh)
