@@ -373,6 +373,7 @@ MEMBERS: dict[str, tuple[Packer, dict]] = {
         {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     ),
     "bnb_fp4_256_f16": (bnb4("fp4", 256, dtype="float16"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "bnb_nf4_4096": (bnb4("nf4", 4096), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "bnb_int8_by_rows": (without(bnb8(), "weight_format"), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "bnb_int8": (bnb8(), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "ct_int4_32": (ct(), _ct_weights(num_bits=4, strategy="group", group_size=32)),

@@ -13,7 +13,8 @@ from apr_jax.converters.checkpoint.naming import recognise
 class RecogniseTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("one_beginning", {"a.x.weight": "m.x.weight", "a.y.bias": "m.y.bias"}, {"a.": "m."}),
-        ("an_exception_is_longer", {"a.x.w": "m.x.w", "a.y.w": "m.y.w", "a.z.w": "n.z.w"}, {"a.": "m.", "a.z.": "n.z."}),
+        ("an_exception_is_longer", {"a.x.w": "m.x.w", "a.y.w": "m.y.w", "a.z.w": "n.z.w"},
+         {"a.": "m.", "a.z.": "n.z."}),
         ("eight_beginnings", {f"old{i}.x{i}.w": f"new{i}.x{i}.w" for i in range(8)},
          {f"old{i}.": f"new{i}." for i in range(8)}),
     )  # fmt: skip
