@@ -6,6 +6,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Mapping
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
@@ -16,9 +17,10 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.formats import apr_format, dtypes
 from apr_jax.converters.verify.comparison import Comparison, compare
-from apr_jax.converters.verify.diagnosis import elementwise, story
+from apr_jax.converters.verify.diagnosis import column_groups, elementwise, replays, story
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import Context
+from apr_jax.converters.verify.diagnosis.groupings import groupings
 from apr_jax.converters.verify.diagnosis.missing import diagnose_missing
 from apr_jax.converters.verify.diagnosis.pair import Pair
 from apr_jax.converters.verify.diagnosis.search import diagnose
@@ -209,8 +211,40 @@ class RelocationTest(EdgesTestCase):
         found = self.diagnose(stored(before), stored(filled.reshape(-1)[: 64 * 200].reshape(64, 200)))
         self.assert_cause(found, "shifted", rows_filled_up_to_multiples_of=256, padding="read as values")
 
+    def test_a_beginning_that_went_to_the_end_explains_too_little(self):
+        before = random(64, 64)
+        after = np.concatenate([np.full(2400, 7, "<f4"), before.reshape(-1)[:-2400]]).reshape(64, 64)
+        self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].cause, "shifted")
+
+    def test_the_same_bytes_with_another_count_of_elements_are_relabelled(self):
+        held = random(8, 16).tobytes()
+        found = self.diagnose(Stored("F32", (8, 16), held), Stored("BF16", (8, 32), held))
+        self.assert_cause(found, "relabelled-dtype", **{"from": "f32", "to": "bf16"})
+        found = self.diagnose(Stored("F4", (8, 64), held[:256]), Stored("U8", (8, 32), held[:256]))
+        self.assert_cause(found, "relabelled-dtype", **{"from": "f4", "to": "u8"})
+
+    def test_of_many_tensors_a_few_are_kept_in_memory(self):
+        names = [f"{index:02}" for index in range(26)]
+        write(self.folder / "a", {name: stored(random(4, seed=seed)) for seed, name in enumerate(names)})
+        with open_checkpoint(self.folder / "a") as a:
+            context = Context(a, a)
+            loaded = [context.load(a.tensors[name]) for name in names]
+            self.assertIs(context.load(a.tensors[names[-1]]), loaded[-1])
+            again = context.load(a.tensors[names[0]])
+        self.assertIsNot(again, loaded[0])
+        np.testing.assert_array_equal(again.bits, loaded[0].bits)
+
 
 class FittedTest(EdgesTestCase):
+    def test_a_factor_of_what_is_looked_at_twice_is_not_one_of_the_whole(self):
+        before = random(512, 512)
+        after = before * np.float32(3)
+        places = np.arange(before.size // 2, before.size)
+        # Neither in the sample nor among every other element.
+        places = places[places % 2 == 1]
+        after.reshape(-1)[places] = random(len(places), seed=2)
+        self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].cause, "scaled")
+
     def test_a_factor_that_most_elements_do_not_feel_is_known_by_more_than_the_sample(self):
         before = stored(random(256, 512), "F16")
         after = stored(before.f32 * np.float32(1.0003), "F16")
@@ -279,10 +313,12 @@ class StoryTest(EdgesTestCase):
     def test_whether_factors_cancel_is_seen_in_the_bias_too(self):
         factor = np.exp(random(32, seed=5) * 20)
         bias, zeros = random(32, seed=2), np.zeros(32, "<f4")
-        packed = Stored("F4", (32,), bytes(range(16)))
         self.assertEqual(self.moved(None, None), "unchanged")
         self.assertEqual(self.moved(stored(bias), stored(bias * factor)), "unchanged")
         self.assertEqual(self.moved(stored(zeros), stored(zeros)), "unchanged")
+
+    def test_factors_do_not_cancel_where_the_bias_did_not_follow(self):
+        bias, packed = random(32, seed=2), Stored("F4", (32,), bytes(range(16)))
         for one, other in (
             (stored(bias), stored(bias)),
             (stored(bias), None),
@@ -350,6 +386,13 @@ class MissingTest(EdgesTestCase):
         with open_checkpoint(self.folder / "a") as a, open_checkpoint(self.folder / "b") as b:
             self.assertEqual(diagnose_missing(names, [name], Context(a, b)), [])
 
+    def test_scalars_called_fused(self):
+        names = [f"model.layers.0.self_attn.{role}_proj.scale" for role in "qkv"]
+        write(self.folder / "a", {name: Stored("F32", (), bytes(4)) for name in names})
+        write(self.folder / "b", {"model.layers.0.self_attn.qkv_proj.scale": Stored("F32", (), b"abcd")})
+        with open_checkpoint(self.folder / "a") as a, open_checkpoint(self.folder / "b") as b:
+            self.assertEqual(diagnose_missing(names, list(b.tensors), Context(a, b)), [])
+
     def test_a_fused_name_without_its_parts_is_missing(self):
         write(self.folder / "a", {"a.q_proj.weight": stored(random(4, 8))})
         write(self.folder / "b", {"a.qkv_proj.weight": stored(random(12, 8, seed=1))})
@@ -396,6 +439,67 @@ class BlocksTest(EdgesTestCase):
         self.assert_cause(
             self.diagnose_quantised(self.plain(values), self.quantised(name, values)), "quantised", type=name
         )
+
+    def test_a_quantised_original_that_was_trained_on_is_not_quantised_again(self):
+        before = self.quantised("apr_q4", random(16, 256))
+        values = np.empty(16 * 256, np.float32)
+        dtypes.by_name("apr_q4").codec.decode(before[2], values)
+        after = values.reshape(16, 256) + random(16, 256, seed=1) / 20
+        self.assert_cause(self.diagnose_quantised(before, self.plain(after)), "different-weights")
+
+    def through_q8_0(self, values: np.ndarray) -> np.ndarray:
+        blocks = values.reshape(-1, 32)
+        scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+        codes = np.rint(blocks * (np.float32(1) / scale))
+        return (codes * scale.astype(np.float16).astype(np.float32)).reshape(values.shape)
+
+    def test_a_replay_leaves_over_what_no_grid_explains_better(self):
+        before = random(64, 256)
+        after = self.through_q8_0(before)
+        after.reshape(-1)[5::50] += np.float32(1e-4)
+        self.assert_cause(self.diagnose(stored(before), stored(after)), "quantised", type="q8_0")
+
+    def test_a_replay_that_was_cut_off_in_a_narrower_type_says_so(self):
+        before = random(64, 256)
+        cut = (self.through_q8_0(before).view("<u4") >> 16).astype("<u2")
+        found = self.diagnose(stored(before), from_bits(cut, "BF16"))
+        self.assert_cause(found, "quantised", type="q8_0", rounding="truncated")
+
+    def test_of_a_large_tensor_a_part_is_replayed(self):
+        before = random(64, 256)
+        with mock.patch.multiple(replays, _REPLAYED=4096, _UNITS_ELEMENTS=256):
+            first = self.assert_cause(self.diagnose(stored(before), stored(self.through_q8_0(before))), "quantised")
+        self.assertRegex(first.evidence, r"tried on \d+% of the elements")
+
+    def test_a_replay_that_holds_in_the_probed_groups_alone_is_none(self):
+        before = random(64, 256)
+        after = self.through_q8_0(before)
+        after[1:] = before[1:] + random(63, 256, seed=1) / 20
+        with mock.patch.object(replays, "_PROBED_GROUPS", 1):
+            self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].parameters.get("type"), "q8_0")
+
+    def test_halves_for_scales_are_told_from_singles(self):
+        before = random(24, 256)
+        blocks = before.reshape(-1, 32)
+        scales = np.abs(blocks).max(1, keepdims=True) / 7
+        for kind, parameters in ((np.float16, {"type": "q4_0"}), (np.float32, {"type": "int4"})):
+            rounded = scales.astype(kind).astype(np.float32)
+            # Rounded as ggml does not, so that nothing is found by quantising again.
+            codes = np.clip(np.rint(blocks / rounded + 0.1), -8, 7)
+            after = (codes * rounded).astype(np.float32).reshape(before.shape)
+            self.assert_cause(self.diagnose(stored(before), stored(after)), "quantised", **parameters)
+
+    def test_the_groupings_of_what_is_no_matrix(self):
+        labels = {shape: {grouping.label for grouping in groupings(shape)} for shape in ((1, 64), (64, 1), (64, 64))}
+        self.assertEmpty({"tensor", "column", "128x128"} & labels[1, 64])
+        self.assertEmpty({"column", "128x128"} & labels[64, 1])
+        self.assertContainsSubset({"tensor", "column", "128x128", "row"}, labels[64, 64])
+
+    def test_of_groups_of_columns_some_anchors_tell_nothing(self):
+        told = [(0, np.arange(1, 13)), *((column, np.arange(0)) for column in range(13, 30))]
+        with mock.patch.object(column_groups, "_members", side_effect=told) as members:
+            (found,) = column_groups.column_groups((64, 256), mock.Mock())
+        self.assertEqual((len(found), members.call_count), (12, 6))
 
     @parameterized.named_parameters(
         ("down", np.floor, "quantised", {"type": "q8_0"}),
