@@ -593,7 +593,7 @@ def _check_data(entries: Iterable[AprEntry], header: AprHeader, file_size: int, 
         where: dict[str, Any] = {"tensor": entry.name, "offset": header.data_offset + entry.offset}
         if header.data_offset + entry.offset + entry.size > file_size:
             raise judge.broken(
-                "the data end beyond the end of the file",
+                "the file is cut short, or its index is wrong: the data ends past the end of the file",
                 "file-truncated",
                 **where,
                 found=f"{file_size} bytes",

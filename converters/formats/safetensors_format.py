@@ -265,7 +265,7 @@ def _check_cover(entries: Iterable[SafetensorsEntry], data_bytes: int, data_star
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.end > data_bytes:
             raise BrokenContainerError(
-                "the tensor's data ends beyond the end of the file",
+                "the file is cut short, or its header is wrong: the tensor's data ends past the end of the file",
                 code="file-truncated",
                 file=file,
                 offset=data_start + entry.begin,

@@ -58,6 +58,12 @@ class VerifyTest(parameterized.TestCase):
         convert(self.root / "packed", self.root / "dense", to="safetensors", dequantise=True)
         self.assertEqual(self._compare(self.root / "packed", self.root / "dense").exit_code, 0)
 
+    def test_what_nothing_decodes_is_compared_as_it_is_stored(self):
+        packers.pack_checkpoint(BASE, self.root / "packed", packers.gptq(), {"quant_method": "hqq"})
+        found = self._compare(BASE, self.root / "packed")
+        self.assertRegex(" ".join(found.notes), "B is compared as it is stored: .*hqq")
+        self.assertLen(found.only_in_a, 14)
+
     def test_two_of_one_form_are_compared_byte_for_byte(self):
         for name in ("one", "two"):
             packers.pack_checkpoint(BASE, self.root / name, *packers.MEMBERS["gptq_int4_32"])
