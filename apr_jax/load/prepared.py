@@ -30,7 +30,8 @@ from apr_jax.converters.convert import apr_metadata, apr_tokenizer
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
-from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, OutputFolder, atomic_folder
+from apr_jax.converters.storage.temporaries import Notice
 from apr_jax.converters.storage.workers import Workers
 from apr_jax.load.load_model import find_device, load_model
 from apr_jax.load.parameters import load_parameters
