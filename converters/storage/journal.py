@@ -106,17 +106,15 @@ class Pieces:
 
 
 def differing(identity: Identity, other: Identity) -> Iterator[str]:
-    """Yields in what two outputs differ: the names of values, and of values in them ("source: PATH")."""
+    """Yields in what two outputs differ: the names of values, or of values in them that both have ("source: PATH")."""
     for name, value in identity.items():
         found = other.get(name)
         if found == value:
             continue
-        if not isinstance(value, dict) or not isinstance(found, dict):
+        if not isinstance(value, dict) or not isinstance(found, dict) or value.keys() != found.keys():
             yield name
             continue
-        for key in sorted({*value, *found}):
-            if value.get(key) != found.get(key):
-                yield f"{name}: {key}"
+        yield from (f"{name}: {key}" for key in value if value[key] != found[key])
 
 
 def _parsed(line: bytes) -> Any:
