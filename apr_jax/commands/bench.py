@@ -41,6 +41,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="0.5b, 1.5b, 7b, or a checkpoint: path or OWNER/NAME")
     parser.add_argument("--cases", metavar="LIST", help="comma-separated; default: a set for the device")
     arguments.add_device(parser)
+    arguments.add(parser, "--mesh")
     arguments.add_dtype(parser, ("float32", "bfloat16"), "type of weights and computation")
     parser.add_argument("--no-peers", action="store_true", help="measure apr_jax and the machine's limits alone")
     parser.add_argument(
@@ -60,7 +61,11 @@ def parser_of(program: str) -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
-    return parser_of(argv[0]).parse_args(argv[1:])
+    parser = parser_of(argv[0])
+    args = parser.parse_args(argv[1:])
+    if args.mesh is not None and "start-up" in (args.cases or "").split(","):
+        parser.error("start-up measures processes of one device: leave it or --mesh out")
+    return args
 
 
 def main(args: argparse.Namespace) -> int:
@@ -134,4 +139,5 @@ def _settings(args: argparse.Namespace) -> Any:
         quick=args.quick,
         scratch=args.scratch,
         ignore_config=tuple(args.ignore_config),
+        mesh=args.mesh,
     )

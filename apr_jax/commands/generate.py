@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes
 from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import UsageError, printable
 
@@ -80,6 +81,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         help="ignore a setting of generation_config.json (repeatable)",
     )
     arguments.add_device(parser)
+    arguments.add(parser, "--mesh")
     arguments.add_dtype(parser, ("float32", "bfloat16", "float64"), "type of weights and computation")
     arguments.add(parser, "--json")
     arguments.add_opening(parser)
@@ -120,7 +122,8 @@ def main(args: argparse.Namespace) -> int:
             config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)
             config.but(**settings).checked()
             with cli.warnings_said():
-                generator = load_generator(checkpoint, args.dtype, args.device, text=not args.input_ids)
+                placement = meshes.placement(args, args.device)
+                generator = load_generator(checkpoint, args.dtype, placement, text=not args.input_ids)
             cli.say_warnings(checkpoint)
         generator.generation_config = config
         for warning in generator.tokenizer.warnings if generator.tokenizer else ():

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.commands import golden_optimizer
+from apr_jax.commands import golden_optimizer, meshes
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.errors import RefusedError, UsageError
 
@@ -59,6 +59,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference", choices=("jax", "hf"), default="jax", help="which implementation (default: jax)")
     arguments.add_device(parser)
+    arguments.add(parser, "--mesh")
     arguments.add_dtype(parser, _DTYPES[1:] + _DTYPES[:1], "type of weights and computation")
     tokens = parser.add_argument_group("tokens (at most one of these)").add_mutually_exclusive_group()
     tokens.add_argument(
@@ -199,7 +200,7 @@ def _run_jax(
     from apr_jax.load.load_model import load_model
     from apr_jax.trace import golden, stages
 
-    model = load_model(checkpoint, args.dtype, args.device)
+    model = load_model(checkpoint, args.dtype, meshes.placement(args, args.device))
     layers = model.config.num_layers
     keys: set[str] = set(stages.trace_keys(layers)) if args.trace else {stages.LOGITS}
     if args.hidden_states:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes
 from apr_jax.converters.commands import cli
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def make(args: argparse.Namespace, inputs: Inputs, labels: np.ndarray | None) ->
         sources = [*checkpoint.paths, *paths_of(args.input_ids)]
         check_target(args.output, force=args.force, sources=sources)
         cli.say_warnings(checkpoint)
-        model = load_model(checkpoint, args.dtype, args.device)
+        model = load_model(checkpoint, args.dtype, meshes.placement(args, args.device))
         after, losses = by_optax(model, inputs, settings, _counted(labels))
         device = f"{model.device.platform} ({model.device.device_kind})"
         metadata = golden.provenance(checkpoint, model.config, "jax", args.dtype, device, "optax.adamw")
@@ -126,7 +127,8 @@ def check(args: argparse.Namespace, inputs: Inputs, labels: np.ndarray | None) -
     settings = settings_of(args)
     with cli.open_dense_from(args, args.model) as checkpoint, cli.open_from(args, args.check) as theirs:
         cli.say_warnings(checkpoint)
-        exact, engine = (load_model(checkpoint, dtype, args.device) for dtype in ("float64", args.dtype))
+        placement = meshes.placement(args, args.device)
+        exact, engine = (load_model(checkpoint, dtype, placement) for dtype in ("float64", args.dtype))
         verdict = checking.check(exact, engine, inputs, settings, theirs, _counted(labels))
     if args.json:
         cli.print_json(verdict.to_json() | {"settings": settings.to_json()})

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes
 from apr_jax.converters.commands import arguments, cli, tables
 from apr_jax.converters.commands.progress import bar_of
 from apr_jax.converters.errors import UsageError, counted
@@ -57,6 +58,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="windows computed at once (default: 1)")
     arguments.add_device(parser)
+    arguments.add(parser, "--mesh")
     arguments.add_dtype(parser, ("float32", "bfloat16", "float16", "float64"), "type of weights and computation")
     parser.add_argument("--per-token", metavar="OUT", help="write the loss of each token as safetensors")
     parser.add_argument("--check", metavar="FILE", help="another engine's losses, as safetensors, to compare with")
@@ -145,11 +147,9 @@ def _documents(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Do
 
 
 def _run(args: argparse.Namespace, checkpoint: Checkpoint, documents: Sequence[Document]) -> Run:
-    from apr_jax.kernels.fastest_ops import ops_for
-    from apr_jax.load.load_model import find_device, load_model
+    from apr_jax.kernels.fastest_ops import load_fastest
     from apr_jax.loss import checking, scoring
     from apr_jax.loss.documents import windows
-    from apr_jax.model.parameters import dtype_name
 
     config = checkpoint.model_config()
     length = args.window or min(config.max_position_embeddings, _LONGEST_WINDOW)
@@ -163,10 +163,7 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, documents: Sequence[D
                 found=worst,
                 expected=f"below {config.vocab_size}",
             )
-    device = find_device(args.device)
-    fused = device.platform == "gpu" and dtype_name(args.dtype) == "bfloat16"
-    model = load_model(checkpoint, args.dtype, device, fused=fused)
-    model = model.with_ops(ops_for(config, model.dtype, device, fused))
+    model = load_fastest(checkpoint, args.dtype, meshes.placement(args, args.device))
     cut = list(windows(documents, length, stride))
     with bar_of(sum(window.end - window.start for window in cut), in_bytes=False) as progress:
         scores = scoring.score(model, documents, cut, args.batch, progress=progress)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes
 from apr_jax.converters.commands import arguments, cli
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 
@@ -62,6 +63,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--left", choices=("cpu", "cuda"), default="cpu", help="device that rounding is measured on (default: cpu)"
     )
+    arguments.add(parser, "--mesh")
     arguments.add(
         parser,
         "--dtype",
@@ -423,7 +425,7 @@ def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
     from apr_jax.load.load_model import load_model
 
     with cli.open_dense_from(args, args.model) as checkpoint:
-        return load_model(checkpoint, dtype, device)
+        return load_model(checkpoint, dtype, meshes.placement(args, device))
 
 
 _LISTED = 4
@@ -549,13 +551,15 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import jax
     import numpy as np
 
+    from apr_jax.model.sharding import to_host
     from apr_jax.parity.faults.seen import UPLOAD
     from apr_jax.parity.findings import Finding
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
     there = jax.tree.leaves(_load(args, dtype, device).parameters)
-    here = jax.tree.leaves(_load(args, dtype, "cpu").parameters)
-    same = sum(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
+    alone = argparse.Namespace(**vars(args) | {"mesh": None})
+    here = jax.tree.leaves(_load(alone, dtype, "cpu").parameters)
+    same = sum(to_host(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
     text = f"upload to {device}: {same} of {len(here)} parameters read back bit for bit"
     notes.append(text)
     if same == len(here):

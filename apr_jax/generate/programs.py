@@ -38,6 +38,7 @@ from apr_jax.generate.sampling import Method, Numbers, pick, row_keys
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.model.parameters import Parameters
 from apr_jax.model.qwen2 import NO_POSITION, Cache, Ops, Qwen2ForCausalLM
+from apr_jax.model.sharding import Layout
 
 BLOCK = 64
 """Most tokens that one call of the decode loop makes for each row."""
@@ -101,8 +102,12 @@ class Programs:
         ops: Ops,
         layer_ops: LayerOps,
         device: jax.Device,
+        layout: Layout | None = None,
+        shardings: Any = None,
     ):
+        """Takes what a `LanguageModel` has, and how it lies: on a mesh, or as the caller spread its parameters."""
         self._device, self._dtype, self._config = device, dtype, config
+        self._layout, self._spread = layout, shardings is not None
         with self.scope():
             self._merge = functools.partial(nnx.merge, model_graph(config, dtype, fused))
         self._ops, self._layer_ops = ops, dict(layer_ops)
@@ -274,18 +279,27 @@ class Programs:
     def _call(self, key: Any, program: Callable[..., Any], donated: tuple[int, ...], *arguments: Any) -> Any:
         """Calls the program of this key; compiled ahead of time, so that it is known when and how long."""
         with self.scope():
+            if self._spread:
+                # A compiled program takes its arguments as they lay when it was compiled.
+                key = (key, *(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)))
             if key not in self._compiled:
                 begun = time.perf_counter()
-                jitted = jax.jit(program, donate_argnums=donated, compiler_options=COMPILER_OPTIONS)
+                # What a program hands on has to lie as the next one takes it.
+                places = None if self._layout is None else self._layout.of_results(jax.eval_shape(program, *arguments))
+                settings = {} if places is None else {"out_shardings": places}
+                jitted = jax.jit(program, donate_argnums=donated, compiler_options=COMPILER_OPTIONS, **settings)
                 self._compiled[key] = jitted.lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - begun
             return self._compiled[key](*arguments)
 
 
 def programs_of(model: LanguageModel) -> Programs:
-    """Returns the programs of a model, shared by all models of its configuration, dtype, tables and device."""
+    """Returns the programs of a model, shared by all models of its configuration, dtype, tables and devices."""
     layer_ops = tuple(model.layer_ops.items())
-    return _programs(model.config, model.dtype, model.fused, model.ops, layer_ops, model.device)
+    places = None
+    if model.layout is None and len(model.module.model.norm.weight.get_raw_value().devices()) > 1:
+        places = tuple(array.sharding for array in jax.tree.leaves(model.parameters))
+    return _programs(model.config, model.dtype, model.fused, model.ops, layer_ops, model.device, model.layout, places)
 
 
 _programs = functools.cache(Programs)

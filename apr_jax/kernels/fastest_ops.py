@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.cuda import decode_layers, kernels, nvrtc
 from apr_jax.cuda.custom_call import SPLIT_HALVES, head_supported
 from apr_jax.kernels.cpu_ops import CPU_OPS
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.parameters import dtype_name
 from apr_jax.model.qwen2 import (
     MLP,
     OPS,
@@ -37,6 +44,8 @@ from apr_jax.model.qwen2 import (
     pass_on,
 )
 
+Placement: TypeAlias = str | jax.Device | Mesh | None
+"""Where a model goes, as `load_model` takes it: a device or a mesh."""
 COMPUTE_CAPABILITY = 9.0
 """Of the devices that the kernels are written for: bulk copies, 227 KiB of shared memory a block."""
 
@@ -45,6 +54,27 @@ _PROMPT_ROWS = 256  # below, XLA's own fusions of residual, norm and activation 
 _LEAST_CUDNN_HEAD = 16  # the smallest head size that cuDNN was seen working with here
 _LONG_ROWS = 8192  # of a matrix that is multiplied with one vector
 _MOST_ROWS = 4 * 65_535  # of the SwiGLU kernel: four a block, and the blocks of a grid's second dimension
+
+
+def load_fastest(
+    source: str | os.PathLike[str] | Checkpoint,
+    dtype: Any = "float32",
+    device: Placement = None,
+    ignore_config: Iterable[str] = (),
+) -> LanguageModel:
+    """Loads a model with the leaves and the operations that run it fastest; arguments and errors as `load_model`."""
+    model = load_model(source, dtype, device, fused=fuses(dtype, device), ignore_config=ignore_config)
+    return model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
+
+
+def fuses(dtype: Any, device: Placement) -> bool:
+    """Whether a model is to be loaded with fused leaves: the kernels for CUDA read those, and are made for bfloat16.
+
+    On a mesh of several devices they give way to XLA's own operations, which it can spread.
+    """
+    if isinstance(device, Mesh) and device.size > 1:
+        return False
+    return find_device(device).platform == "gpu" and dtype_name(dtype) == "bfloat16"
 
 
 def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool) -> Ops:

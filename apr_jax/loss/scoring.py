@@ -21,6 +21,7 @@ from apr_jax.loss.documents import Document, Window
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.model.parameters import Parameters
 from apr_jax.model.qwen2 import NO_POSITION, Cache, Ops, Qwen2ForCausalLM, at_least_float32
+from apr_jax.model.sharding import to_host
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 
@@ -138,7 +139,7 @@ def _scored(
         program = _program(model.config, model.dtype, model.fused, model.ops, tuple(model.layer_ops.items()), variant)
         tables = model.rotary_tables(length, longest)
         found = program(model.parameters, ids[:, :length], positions, *tables, labels)
-        return Scores(*map(np.asarray, found))
+        return Scores(*map(to_host, found))
 
 
 def _rounded_up(length: int) -> int:
@@ -199,5 +200,5 @@ def logits_before(model: LanguageModel, document: Document, window: Window, toke
     )
     states = model.trace(inputs, {stages.FINAL_NORM})[stages.FINAL_NORM][:, np.asarray(tokens) - 1 - window.start]
     with model.scope():
-        rows = np.asarray(model.module.project(jnp.asarray(states), model.ops)[0])
+        rows = to_host(model.module.project(jnp.asarray(states), model.ops)[0])
     return rows.astype(np.promote_types(rows.dtype, np.float32))

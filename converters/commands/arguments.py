@@ -15,6 +15,7 @@ from apr_jax.converters.errors import UsageError
 MODEL = "HuggingFace folder, .safetensors file, index of shards, .apr, or OWNER/NAME[@REVISION] on the Hub"
 DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 """How types of computation may be spelt besides their names."""
+_AXES = ("data", "model")
 _DEVICE = re.compile(r"(cpu|cuda)(:[0-9]+)?")
 _PATHS = frozenset(("FILE", "DIR", "OUT", "PATH", "DUMP", "GOLDEN", "SRC", "DST", "MODEL", "A", "B"))
 _ALL = "`{} --help` describes all of them"
@@ -52,6 +53,21 @@ def _device(text: str) -> str:
     return text
 
 
+def _mesh(text: str) -> dict[str, int]:
+    """Reads "data=2,model=4"; an axis that is missing has one device."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, size = part.partition("=")
+        if not equals or not re.fullmatch("[1-9][0-9]{0,5}", size) or axis in sizes:
+            raise argparse.ArgumentTypeError(f"'{text}' is no mesh: data=2,model=4, say, each axis at most once")
+        if axis not in _AXES:
+            meant = nearest(axis, _AXES)
+            said = f"did you mean {meant}?" if meant else "they are data (rows of a batch) and model (weights)"
+            raise argparse.ArgumentTypeError(f"a mesh has no axis '{axis}'; {said}")
+        sizes[axis] = int(size)
+    return sizes
+
+
 def dtype(text: str) -> str:
     """Returns the name of a type of computation, which may be spelt short."""
     return DTYPES.get(text, text)
@@ -59,6 +75,12 @@ def dtype(text: str) -> str:
 
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "--device": {"metavar": "DEVICE", "type": _device, "default": "cpu"},
+    "--mesh": {
+        "metavar": "data=D,model=M",
+        "type": _mesh,
+        "default": None,
+        "help": "spread rows of a batch over D devices and weights over M, D times M in all (docs/meshes.md)",
+    },
     "--dtype": {"metavar": "DTYPE", "type": dtype, "default": "float32"},
     "--lenient": {"action": "store_true", "help": "turn oddities of .apr files into warnings"},
     "--legacy": {
