@@ -62,7 +62,7 @@ def save(
 ) -> Description:
     """Writes a prepared checkpoint: whole, or not at all. The parameters are in memory meanwhile.
 
-    Orbax writes in threads of its own while hashes are computed.
+    The source is hashed while it is loaded, the parameters while Orbax writes them.
 
     Args:
       checkpoint: The model.
@@ -90,7 +90,11 @@ def save(
     layout = None if mesh is None else layout_on(config, mesh, fused)
     elements = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     size = elements * jax.numpy.dtype(dtype).itemsize + sum(map(len, files.values()))
-    with atomic_folder(folder, size, kind=PREPARED, force=force, sources=checkpoint.paths, notice=notice) as output:
+    with (
+        atomic_folder(folder, size, kind=PREPARED, force=force, sources=checkpoint.paths, notice=notice) as output,
+        Workers(1) as beside,
+    ):
+        source = beside.start(_source, checkpoint)
         parameters = load_parameters(checkpoint, config, dtype, layout or find_device(device), fused)
         with (
             output.written_by_others() as place,
@@ -100,10 +104,10 @@ def save(
                 dtype,
                 fused,
                 devices=1 if mesh is None else mesh.size,
-                source=_source(checkpoint),
+                parameters=tuple(_described(checkpoint, sources, named(parameters))),
+                source=source.result(),
                 versions=_versions(),
                 metadata=_strings(checkpoint),
-                parameters=tuple(_described(checkpoint, sources, named(parameters))),
                 types={name: checkpoint.tensors[name].written_as.name for names in sources.values() for name in names},
             )
         for name, content in {**files, PREPARED_NAME: _spelt(description)}.items():

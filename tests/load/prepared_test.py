@@ -225,7 +225,7 @@ class AtomicTest(Case):
     @parameterized.parameters((KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "No space left"), StorageError))
     def test_nothing_stays_of_a_save_that_was_interrupted(self, error, expected):
         # While Orbax writes.
-        with absltest.mock.patch.object(prepared, "_source", side_effect=error), self.assertRaises(expected):
+        with absltest.mock.patch.object(prepared, "_described", side_effect=error), self.assertRaises(expected):
             self.save()
         self.assertEqual(self.listed(), [])
 
