@@ -32,6 +32,7 @@ def restore(folder):
 
 def main():
     """Restores, and compares each parameter with the SHA-256 that was saved beside it."""
+    jax.config.update("jax_enable_x64", True)  # else float64 would become float32
     folder = pathlib.Path(sys.argv[1]).resolve()
     known = json.loads((folder / "prepared.json").read_text())["parameters"]
     for path, array in jax.tree_util.tree_flatten_with_path(restore(folder))[0]:
