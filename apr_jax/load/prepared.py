@@ -17,7 +17,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,15 +28,18 @@ from apr_jax.converters.checkpoint import file_names
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.naming import for_model
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.convert import apr_metadata, apr_tokenizer
 from apr_jax.converters.errors import RefusedError
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
-from apr_jax.converters.storage.output import FolderKind, OutputFolder, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, atomic_folder, check_target
 from apr_jax.converters.storage.temporaries import Notice
-from apr_jax.converters.storage.workers import Workers
+from apr_jax.converters.storage.workers import Task, Workers
 from apr_jax.load.load_model import find_device, layout_on, load_model
 from apr_jax.load.parameters import load_parameters
+from apr_jax.load.save import as_checkpoint
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.parameters import Parameters, dtype_name, named, parameter_sources
 from apr_jax.trace import golden
 
@@ -82,12 +85,85 @@ def save(
       StorageError: The disk.
     """
     dtype = dtype_name(dtype)
-    files = _side_files(checkpoint)
     config = checkpoint.model_config()
-    checkpoint = for_model(checkpoint, config)
-    sources = parameter_sources(config, fused)
-    mesh = device if isinstance(device, Mesh) else None
-    layout = None if mesh is None else layout_on(config, mesh, fused)
+    mesh = device if isinstance(device, Mesh) and device.size > 1 else None
+    place = find_device(device) if mesh is None else layout_on(config, mesh, fused)
+    renamed = for_model(checkpoint, config)
+
+    def load() -> Parameters:
+        return load_parameters(renamed, config, dtype, place, fused)
+
+    return _write(renamed, config, load, folder, dtype=dtype, fused=fused, force=force, notice=notice)
+
+
+class Saving:
+    """A model that is being saved, by threads beside the caller's.
+
+    Attributes:
+      folder: Where to.
+    """
+
+    def __init__(self, folder: str, task: Task[Description]):
+        """Takes what is going on; `begin` makes it."""
+        self.folder = folder
+        self._task = task
+
+    def is_done(self) -> bool:
+        """Whether it is saved; one that has failed never is, `wait` says why."""
+        return self._task.is_done()
+
+    def wait(self) -> Description:
+        """Waits until it is saved and returns what was written.
+
+        Raises:
+          RefusedError, StorageError, UsageError: As `save`; there is then what was there before.
+        """
+        return self._task.result()
+
+
+def begin(model: LanguageModel, folder: str, *, force: bool = False, notice: Notice | None = None) -> Saving:
+    """Begins to save the parameters that a model has now, and goes on in threads: training need not wait for the disk.
+
+    Returns when the parameters are copied to the memory of the host, so that they may be changed or donated. On a mesh
+    they are written as they are spread. A process that ends before `wait` has returned leaves what was there before.
+
+    Args:
+      model: Of one process; its parameters are copied, which takes the host's memory once, and for a moment twice where
+        they lie on several devices.
+      folder, force, notice: As `save`.
+
+    Raises:
+      UsageError: The folder exists.
+    """
+    check_target(folder, folder=PREPARED, force=force)
+    with model.scope():
+        host = jax.tree.map(_on_host, model.parameters)
+        frozen = LanguageModel(model.config, jax.block_until_ready(host), model.device, origin=model.origin)
+
+    def write() -> Description:
+        with frozen.scope():
+            options: Any = {"dtype": frozen.dtype, "fused": frozen.fused, "force": force, "notice": notice}
+            return _write(as_checkpoint(frozen), model.config, lambda: host, folder, **options)
+
+    return Saving(folder, Workers(1).start(write))
+
+
+def _on_host(array: jax.Array) -> jax.Array:
+    return jax.device_put(array, array.sharding.with_memory_kind("pinned_host"), may_alias=False)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    config: Qwen2Config,
+    load: Callable[[], Parameters],
+    folder: str,
+    *,
+    dtype: str,
+    fused: bool,
+    force: bool,
+    notice: Notice | None,
+) -> Description:
+    files, sources = _side_files(checkpoint), parameter_sources(config, fused)
     elements = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     size = elements * jax.numpy.dtype(dtype).itemsize + sum(map(len, files.values()))
     with (
@@ -95,7 +171,7 @@ def save(
         Workers(1) as beside,
     ):
         source = beside.start(_source, checkpoint)
-        parameters = load_parameters(checkpoint, config, dtype, layout or find_device(device), fused)
+        parameters = load()
         with (
             output.written_by_others() as place,
             _being_written(parameters, os.path.join(place, PREPARED_FOLDER)),
@@ -103,7 +179,7 @@ def save(
             description = Description(
                 dtype,
                 fused,
-                devices=1 if mesh is None else mesh.size,
+                devices=max(len(array.devices()) for array in jax.tree.leaves(parameters)),
                 parameters=tuple(_described(checkpoint, sources, named(parameters))),
                 source=source.result(),
                 versions=_versions(),
@@ -111,7 +187,8 @@ def save(
                 types={name: checkpoint.tensors[name].written_as.name for names in sources.values() for name in names},
             )
         for name, content in {**files, PREPARED_NAME: _spelt(description)}.items():
-            _write(output, name, content)
+            with output.create(name, len(content)) as file:
+                file.write_at(content, 0)
     return description
 
 
@@ -142,10 +219,21 @@ def hashes(parameters: Mapping[str, jax.Array]) -> dict[str, str]:
     """Returns the SHA-256 of each parameter's bytes in C order."""
 
     def digest(array: jax.Array) -> str:
-        return hashlib.sha256(np.asarray(array).reshape(-1).view("u1").data).hexdigest()
+        return hashlib.sha256(_values(array).reshape(-1).view("u1").data).hexdigest()
 
     with Workers(min(8, os.cpu_count() or 1)) as workers:
         return dict(zip(parameters, workers.map(digest, parameters.values()), strict=True))
+
+
+def _values(array: jax.Array) -> np.ndarray:
+    """Returns an array's values; those of parts on several devices are put together and not kept, as JAX would."""
+    if len(array.devices()) == 1:
+        return np.asarray(array)
+    values = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if not shard.replica_id:
+            values[shard.index] = np.asarray(shard.data)
+    return values
 
 
 def _described(
@@ -202,11 +290,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _write(output: OutputFolder, name: str, content: bytes) -> None:
-    with output.create(name, len(content)) as file:
-        file.write_at(content, 0)
-
-
 def _spelt(description: Description) -> bytes:
     return (json.dumps(description.to_json(), indent=1, ensure_ascii=True) + "\n").encode()
 
@@ -228,7 +311,10 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": os.path.abspath(path),
         "kind": checkpoint.kind,
-        "files": {os.path.relpath(source.path, folder or os.curdir): source.size for source in checkpoint.sources},
+        # What a model in memory came from is not what it is now.
+        "files": {os.path.relpath(source.path, folder or os.curdir): source.size for source in checkpoint.sources}
+        if checkpoint.paths
+        else {},
         "weights_sha256": golden.weights_sha256(checkpoint),
     }
 

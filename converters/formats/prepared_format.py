@@ -31,7 +31,12 @@ FORMAT = "apr_jax.prepared/1"
 PREPARED_NAME = "prepared.json"
 PREPARED_FOLDER = "parameters"
 
-_TYPES = {"float32": ("f32", "<f4"), "float64": ("f64", "<f8"), "bfloat16": ("bf16", "bfloat16")}
+_TYPES = {
+    "float32": ("f32", "<f4"),
+    "bfloat16": ("bf16", "bfloat16"),
+    "float16": ("f16", "<f2"),
+    "float64": ("f64", "<f8"),
+}
 """JAX's name of the dtype -> its name in the registry, and in `.zarray`."""
 _MAX_DESCRIPTION_BYTES = 64 << 20
 # More devices than any mesh has that shares one parameter.
@@ -61,7 +66,7 @@ class Description:
     """The content of prepared.json.
 
     Attributes:
-      dtype: "float32", "bfloat16" or "float64": of all parameters.
+      dtype: "float32", "bfloat16", "float16" or "float64": of all parameters.
       fused: Whether q, k and v of a layer are one parameter, and gate and up another.
       devices: How many devices the parameters were saved from.
       types: Tensor -> name of its element type in the source; what an older version wrote has none.

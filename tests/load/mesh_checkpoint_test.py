@@ -42,14 +42,23 @@ from apr_jax.load import prepared
 from apr_jax.load.load_model import find_mesh, load_model
 from apr_jax.model.parameters import named
 folder, (names, saved_on, meshes) = pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
-same, differing = 0, []
+same, differing, threads = 0, [], 0
 for name, dtype in names:
     source = pathlib.Path(sys.argv[1], "tests/data/checkpoints", name)
     expected = {path: np.asarray(array) for path, array in named(load_model(source, dtype, "cpu").parameters).items()}
     for number, shape in enumerate(saved_on):
         place = str(folder / f"{name}-{number}")
-        with open_checkpoint(source) as checkpoint:
-            prepared.save(checkpoint, place, dtype=dtype, device=find_mesh(_mesh(shape), "cpu"))
+        mesh = find_mesh(_mesh(shape), "cpu")
+        if number % 2:
+            # As training does: what is saved is donated meanwhile.
+            model = load_model(source, dtype, mesh)
+            saving = prepared.begin(model, place)
+            jax.tree.map(lambda array: array.delete(), model.parameters)
+            threads += not saving.is_done()
+            saving.wait()
+        else:
+            with open_checkpoint(source) as checkpoint:
+                prepared.save(checkpoint, place, dtype=dtype, device=mesh)
         for mesh in [None, *meshes]:
             device = "cpu" if mesh is None else find_mesh(_mesh(mesh), "cpu")
             prepared.check(place, device)
@@ -61,7 +70,7 @@ for name, dtype in names:
                     same += 1
                 else:
                     differing.append([name, shape, mesh, path])
-print(json.dumps({"same": same, "differing": differing}))
+print(json.dumps({"same": same, "differing": differing, "threads": threads}))
 """
 
 
@@ -98,16 +107,18 @@ class MeshTest(parameterized.TestCase):
         cls.scratch = pathlib.Path(absltest.TEST_TMPDIR.value, "mesh_checkpoint")
         shutil.rmtree(cls.scratch, ignore_errors=True)
         cls.scratch.mkdir(parents=True)
-        cls.found = restored(cls.scratch, [("gqa_tied_bf16", "bfloat16")], ["model=4"], ["data=2,model=2"])
+        cls.found = restored(cls.scratch, [("gqa_tied_bf16", "bfloat16")], ["model=4"] * 2, ["data=2,model=2"])
         cls.saved = cls.scratch / "gqa_tied_bf16-0"
 
     def copy(self) -> pathlib.Path:
         return pathlib.Path(shutil.copytree(self.saved, pathlib.Path(self.create_tempdir().full_path, "prepared")))
 
     def test_saved_on_four_it_is_bit_equal_on_two_by_two_and_on_one_device(self):
-        self.assertEqual(self.found, {"same": 2 * 26, "differing": []})
-        down = self.saved / "parameters" / "model.layers.1.mlp.down_proj.weight"
-        self.assertEqual(sorted(file.name for file in down.iterdir()), [".zarray", "0.0", "0.1", "0.2", "0.3"])
+        # Once from its source, and once beside a training that goes on.
+        self.assertEqual(self.found, {"same": 2 * 2 * 26, "differing": [], "threads": 1})
+        for number in range(2):
+            down = self.saved.parent / f"gqa_tied_bf16-{number}" / "parameters" / "model.layers.1.mlp.down_proj.weight"
+            self.assertEqual(sorted(file.name for file in down.iterdir()), [".zarray", "0.0", "0.1", "0.2", "0.3"])
 
     def test_a_program_that_has_only_orbax_restores_it(self):
         text = ran(paths.ROOT / "examples" / "restore_with_orbax.py", self.saved, devices=2)

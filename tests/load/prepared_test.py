@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -118,6 +119,44 @@ class RestoreTest(Case):
         with open_checkpoint(source) as opened, open_checkpoint(self.folder) as found:
             self.assertEqual(found.model_config(), opened.model_config())
         self.assert_same_bits(load_model(self.folder).parameters, load_model(source).parameters)
+
+
+class BeginTest(Case):
+    @parameterized.parameters("bfloat16", "float64", "float16")
+    def test_what_is_changed_meanwhile_is_saved_as_it_was(self, dtype):
+        model = load_model(SOURCE, dtype, "cpu", fused=dtype == "bfloat16")
+        expected = jax.tree.map(lambda array: np.array(array), model.parameters)
+        may_write, real = threading.Event(), prepared._being_written
+
+        def waiting(*arguments):
+            may_write.wait(60)
+            return real(*arguments)
+
+        with absltest.mock.patch.object(prepared, "_being_written", waiting):
+            saving = prepared.begin(model, str(self.folder))
+            jax.tree.map(lambda array: array.delete(), model.parameters)
+            self.assertFalse(saving.is_done())
+            self.assertFalse(self.folder.exists())
+            may_write.set()
+            description = saving.wait()
+        self.assertTrue(saving.is_done())
+        self.assertEqual((description.dtype, description.fused), (dtype, dtype == "bfloat16"))
+        self.assert_same_bits(load_model(self.folder, dtype, "cpu", fused=description.fused).parameters, expected)
+        self.assertEqual(prepared.check(str(self.folder), "cpu").types["model.norm.weight"], description.stored.name)
+        with open_checkpoint(SOURCE) as source, open_checkpoint(self.folder) as found:
+            self.assertEqual(found.files["tokenizer.json"], source.files["tokenizer.json"])
+            self.assertEqual(found.model_config(), source.model_config())
+
+    def test_an_error_is_told_by_wait_and_a_folder_that_exists_at_once(self):
+        model = load_model(SOURCE, "float32", "cpu")
+        error = OSError(28, "No space left on device")
+        with absltest.mock.patch.object(prepared, "_described", side_effect=error):
+            saving = prepared.begin(model, str(self.folder))
+            self.refused(StorageError, "no-space", saving.wait)
+        self.assertEqual((saving.is_done(), os.listdir(self.scratch)), (False, []))
+        prepared.begin(model, str(self.folder)).wait()
+        self.refused(UsageError, "output-exists", lambda: prepared.begin(model, str(self.folder)))
+        prepared.begin(model, str(self.folder), force=True).wait()
 
 
 class BrokenTest(Case):
