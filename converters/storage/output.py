@@ -47,7 +47,10 @@ from apr_jax.converters.storage.temporaries import (
     token_of,
     unheard,
 )
+from apr_jax.converters.storage.workers import Workers
 
+# A disk flushes what several files wait for in one go.
+_FLUSHED_AT_ONCE = 8
 # Flags of renameat2.
 _NOREPLACE, _EXCHANGE = 1, 2
 
@@ -149,9 +152,11 @@ class OutputFolder:
         """
         with as_storage_error(self.path):
             yield self._temporary
-            for place, _, names in os.walk(self._temporary, onerror=_raise):
-                for name in names:
-                    _sync(os.path.join(place, name), os.O_RDONLY)
+            walked = os.walk(self._temporary, onerror=_raise)
+            paths = [os.path.join(place, name) for place, _, names in walked for name in names]
+            with Workers(_FLUSHED_AT_ONCE) as workers:
+                for _ in workers.map(lambda path: _sync(path, os.O_RDONLY), paths):
+                    pass
 
     def check_complete(self) -> None:
         """Raises UsageError, code "resume-foreign", if what an earlier run left holds files that no run has written."""
