@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import arguments, cli
+from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 save writes the parameters of a model, cast to --dtype and with --fused as few large matrices, by Orbax, with
-config.json, the tokenizer's files and prepared.json, which says where they came from: path, hashes, versions. DIR then
-stands for the model wherever one is opened (golden, parity, generate, show, load_model), and is whole or not there.
+config.json, the tokenizer's files and prepared.json, which says where they came from: path, hashes, versions. DIR can
+then be given wherever a model is opened (golden, parity, generate, show, load_model); it is written completely or not
+at all.
 
-restore puts the parameters of DIR on the device and compares the SHA-256 of each one there with what was saved. Of DIR
-convert makes safetensors or an .apr again: `convert --to safetensors DIR -o OUT`.
+restore puts the parameters of DIR on the device and compares the SHA-256 of each one there with what was saved.
+`convert --to safetensors DIR -o OUT` turns DIR back into safetensors.
 
 examples:
   %(prog)s save Qwen2.5-Coder-0.5B prepared --dtype bfloat16 --fused
@@ -65,14 +67,15 @@ def main(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     if args.command == "save":
-        with cli.open_dense_from(args, args.model) as checkpoint:
+        with cli.open_dense_from(args, args.model) as checkpoint, telling("saving"):
             description = prepared.save(
                 checkpoint, args.folder, dtype=args.dtype, fused=args.fused, force=args.force, notice=cli.say
             )
             cli.say_warnings(checkpoint)
         done = "saved"
     else:
-        description = prepared.check(args.folder, args.device, args.ignore_config)
+        with telling("restoring and comparing"):
+            description = prepared.check(args.folder, args.device, args.ignore_config)
         done = "restored, every parameter as it was saved"
     result = _summary(description) | {"folder": args.folder, "seconds": round(time.perf_counter() - started, 3)}
     if args.json:

@@ -120,7 +120,7 @@ def check(folder: str, device: str | jax.Device | None = None, ignore_config: It
         raise MissingFileError("no such folder", code="file-missing", file=folder)
     if not os.path.exists(os.path.join(folder, PREPARED_NAME)):
         raise UsageError(
-            f"this is no prepared checkpoint: it holds no {PREPARED_NAME}",
+            f"this is not a prepared checkpoint: it holds no {PREPARED_NAME}",
             code="not-prepared",
             file=folder,
             hint="`checkpoint save` writes one",
@@ -137,7 +137,7 @@ def check(folder: str, device: str | jax.Device | None = None, ignore_config: It
             code="prepared-hash",
             file=folder,
             tensor=differing[0] if len(differing) == 1 else None,
-            hint="Prepare it anew from its source",
+            hint="Prepare it again from its source",
         )
     return description
 

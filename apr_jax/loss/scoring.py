@@ -22,6 +22,7 @@ from apr_jax.loss.documents import Document, Window
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.model.parameters import Parameters
 from apr_jax.model.qwen2 import NO_POSITION, Cache, Ops, Qwen2ForCausalLM, at_least_float32
+from apr_jax.model.sharding import to_host
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 
@@ -137,9 +138,9 @@ def _in_turn(
         waiting.append((group, _scored(model, documents, group, batch, variant)))
         if len(waiting) > ahead:
             done, found = waiting.popleft()
-            yield done, Scores(*map(np.asarray, found))
+            yield done, Scores(*map(to_host, found))
     for done, found in waiting:
-        yield done, Scores(*map(np.asarray, found))
+        yield done, Scores(*map(to_host, found))
 
 
 def _scored(
@@ -221,5 +222,5 @@ def logits_before(model: LanguageModel, document: Document, window: Window, toke
     )
     states = model.trace(inputs, {stages.FINAL_NORM})[stages.FINAL_NORM][:, np.asarray(tokens) - 1 - window.start]
     with model.scope():
-        rows = np.asarray(model.module.project(jnp.asarray(states), model.ops)[0])
+        rows = to_host(model.module.project(jnp.asarray(states), model.ops)[0])
     return rows.astype(np.promote_types(rows.dtype, np.float32))

@@ -158,7 +158,10 @@ class _Adapter:
         config = strict_json.loads(text, what=ADAPTER_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES, file=folder)
         if not isinstance(config, dict):
             raise BrokenContainerError(
-                f"{ADAPTER_CONFIG_NAME} is no JSON object", code="config-type", file=folder, found=type(config).__name__
+                f"{ADAPTER_CONFIG_NAME} is not a JSON object",
+                code="config-type",
+                file=folder,
+                found=type(config).__name__,
             )
         if not exists(path):
             pickled = exists(os.path.join(folder, "adapter_model.bin"))
@@ -193,7 +196,7 @@ class _Adapter:
                 break
         if type(value) not in (int, float) or (key == "r" and value < 1):
             raise RefusedError(
-                f"{key} is no positive number",
+                f"{key} is not a positive number",
                 code="adapter-unsupported",
                 file=self.path,
                 found=repr(value)[:80],
@@ -249,7 +252,7 @@ def _check_supported(config: Mapping[str, Any], path: str) -> None:
     asked = [key for key in _UNSUPPORTED if config.get(key)]
     if asked:
         raise RefusedError(
-            f"the adapter needs {', '.join(asked)}, which nothing here computes",
+            f"the adapter needs {', '.join(asked)}, which apr_jax does not compute",
             code="adapter-unsupported",
             file=path,
             hint="PEFT's merge_and_unload makes a plain checkpoint of it, if it can be merged",

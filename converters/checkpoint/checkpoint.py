@@ -85,7 +85,7 @@ class Checkpoint:
 
         Raises:
           RefusedError: Code "config-missing"; or that of what is no model of its own.
-          BrokenContainerError: It is no JSON object.
+          BrokenContainerError: It is not a JSON object.
         """
         return self.config_for((tensor.name, tensor.dtype) for tensor in self.tensors.values())
 
@@ -123,7 +123,7 @@ class Checkpoint:
         """The content of generation_config.json, or None.
 
         Raises:
-          BrokenContainerError: It is no JSON object.
+          BrokenContainerError: It is not a JSON object.
         """
         return self._json_file("generation_config.json")
 
@@ -208,7 +208,7 @@ class Checkpoint:
         value = strict_json.loads(self.files[name], what=name, max_bytes=_MAX_CONFIG_BYTES, file=self.path)
         if not isinstance(value, dict):
             raise BrokenContainerError(
-                f"{name} is no JSON object", code="config-type", file=self.path, found=type(value).__name__
+                f"{name} is not a JSON object", code="config-type", file=self.path, found=type(value).__name__
             )
         return value
 

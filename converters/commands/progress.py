@@ -1,12 +1,18 @@
-"""A bar on stderr while something is done; nothing where stderr is no terminal."""
+"""What stderr shows while something takes its time: a bar where the end is known, else what is being done."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 
-from apr_jax.converters.commands.terminal import shows_progress
+from apr_jax.converters.commands.terminal import is_terminal, manner, shows_progress
+from apr_jax.converters.errors import printable
+
+_FIRST, _BETWEEN = 2.0, 10.0
+"""Seconds before the first word, and where stderr is no terminal from one to the next."""
 
 
 @contextlib.contextmanager
@@ -30,3 +36,51 @@ def bar_of(total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], Non
     with bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def telling(doing: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, once it has taken two seconds; nothing with --quiet.
+
+    On a terminal that is a line with the time that it has taken, gone at the end. Elsewhere it is a line now and then,
+    of what is said meanwhile.
+
+    Args:
+      doing: What it is, "loading the model".
+
+    Yields:
+      What takes the next thing that is being done.
+    """
+    if manner.quiet:
+        yield lambda text: None
+    elif not is_terminal(sys.stderr):
+        yield _in_lines()
+    else:
+        from rich import console, progress
+
+        columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False))
+        bar = progress.Progress(
+            *columns, progress.TimeElapsedColumn(), console=console.Console(stderr=True), transient=True
+        )
+        task = bar.add_task(doing, total=None)
+        begin = threading.Timer(_FIRST, bar.start)
+        begin.daemon = True
+        begin.start()
+        try:
+            yield lambda text: bar.update(task, description=printable(text))
+        finally:
+            begin.cancel()
+            begin.join()
+            bar.stop()
+
+
+def _in_lines() -> Callable[[str], None]:
+    due = time.monotonic() + _FIRST
+
+    def say(text: str) -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + _BETWEEN
+            print(f"... {printable(text)}", file=sys.stderr, flush=True)
+
+    return say

@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.commands import entry
 from apr_jax.commands.entry import COMMANDS
 from apr_jax.converters.commands import arguments
 from apr_jax.converters.errors import UsageError
@@ -26,6 +27,7 @@ TABLE = ROOT / "docs" / "options.md"
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 _NO_MODEL = "opens no checkpoint"
 _BYTES = "reads and writes bytes: nothing is computed on a device"
+_DEVICES = ("--mesh", *arguments.OF_PROCESSES)
 REASONS = {
     ("convert", "--device"): _BYTES,
     ("convert", "--dtype"): "--cast says what types are written",
@@ -37,6 +39,11 @@ REASONS = {
     ("verify", "--force"): "writes nothing",
     ("parity", "--device"): "has two sides: --left and --right",
     ("generate", "--force"): "writes nothing",
+    **{(command, option): _BYTES for command in ("convert", "show", "verify") for option in _DEVICES},
+    **{("checkpoint save", option): "nothing is computed on a device" for option in _DEVICES},
+    **{("checkpoint restore", option): "checks one device" for option in _DEVICES},
+    **{("make-sample", option): _NO_MODEL for option in _DEVICES},
+    **{("bench", option): "measures one process" for option in _DEVICES[1:]},
     ("checkpoint save", "--device"): "nothing is computed on a device",
     **{("checkpoint restore", option): "reads what save wrote" for option in ("--dtype", "--lenient", "--legacy",
        "--follow-links", "--adapter")},
@@ -168,6 +175,15 @@ class HelpTest(parameterized.TestCase):
         for paragraph in (parser.epilog or "").split():
             self.assertIn(paragraph.replace("%(prog)s", parser.prog).replace("%%", "%"), words)
         self.assertNotIn("helpfull", text)
+
+    @parameterized.parameters(60, 80, 200)
+    def test_the_list_of_commands_fits(self, width):
+        with mock.patch.dict(os.environ, COLUMNS=str(width)):
+            text = entry.description()
+        self.assertLessEqual(max(map(len, text.splitlines())), width)
+        words = " ".join(text.split())
+        for command, (_, summary) in COMMANDS.items():
+            self.assertIn(f"{command} {summary}", words)
 
     def test_examples_are_of_the_command_that_was_called(self):
         shown = subprocess.run(

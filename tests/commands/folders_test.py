@@ -158,7 +158,7 @@ class NamesTest(FieldTestCase):
         self.assertIn("identical", self.verify(TIED, self.folder / "out.apr"))
 
     @parameterized.parameters(
-        ("x.=", "begins with"), ("model.layers.*.=model.", "several tensors"), ("a", "no renaming")
+        ("x.=", "begins with"), ("model.layers.*.=model.", "several tensors"), ("a", "not a renaming")
     )
     def test_renamings_that_cannot_be_are_refused(self, rule, words):
         self.assertIn(words, self.convert(TIED, "--rename", rule, code=2))
@@ -830,7 +830,7 @@ class OtherProgramsTest(FieldTestCase):
         "only_the_state_of_a_run": (
             ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"),
             "",
-            "spelt",
+            "spelling",
         ),
     }
 
@@ -859,7 +859,7 @@ class OtherProgramsTest(FieldTestCase):
         (b"\x93NUMPY" + bytes(60), "safetensors.numpy"),
         (HTML, "Download it again"),
         (LFS, "git lfs pull"),
-        (bytes(range(1, 65)), "Fetch it again"),
+        (bytes(range(1, 65)), "Download it again"),
     )
     def test_field_files_of_other_programs(self, content, way):
         """FIELD Configurations: a pickle, HDF5, gzip, .npy, HTML, LFS pointer as model.safetensors -> the way out"""

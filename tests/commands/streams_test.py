@@ -94,7 +94,7 @@ class StreamsTest(parameterized.TestCase):
         first = {"checkpoint": ["save", SAMPLE], "make-sample": ["gqa_tied_bf16"]}.get(command, [SAMPLE])
         done = tool.run(command.replace("-", "_"), *first, *options)
         self.assertEqual(done.returncode, 2, done.stderr)
-        self.assertIn("a name is needed", done.stderr)
+        self.assertIn("the name is empty", done.stderr)
 
     def test_a_mistake_of_our_own_is_no_verdict_and_no_traceback(self):
         program = (

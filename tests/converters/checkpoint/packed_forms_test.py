@@ -230,7 +230,7 @@ class RefusalsTest(parameterized.TestCase):
     def test_a_configuration_that_is_no_object(self):
         folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
         packers.pack_checkpoint(BASE, folder, packers.gptq(), [4, 128])
-        with open_checkpoint(folder) as raw, self.assertRaisesRegex(BrokenContainerError, "no object"):
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(BrokenContainerError, "not an object"):
             dense_view(raw)
 
     @parameterized.parameters(
@@ -279,7 +279,7 @@ class RefusalsTest(parameterized.TestCase):
         tensors = packers.read(folder / "model.safetensors")
         tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"] + 1
         packers.write(folder / "model.safetensors", tensors)
-        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "leads out"):
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "out of range"):
             dense_view(raw).tensors[f"{Q}.weight"].read()
 
 

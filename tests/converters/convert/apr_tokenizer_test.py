@@ -148,11 +148,11 @@ class AprTokenizerTest(parameterized.TestCase):
         self.assertIn("tokenizer.json", plan.side_files)
 
     @parameterized.parameters(
-        ({"tokenizer__merges": ["a"]}, "no merge.*number 0: 'a'.*--input-ids"),
-        ({"tokenizer__merges": [["a", "b", "c"]]}, "no merge"),
-        ({"tokenizer__merges": {"a": "b"}}, "no list of merges"),
-        ({"tokenizer__vocabulary": ["a", 1]}, "no list of texts"),
-        ({"tokenizer__vocabulary": "ab"}, "no list of texts"),
+        ({"tokenizer__merges": ["a"]}, "not a merge.*number 0: 'a'.*--input-ids"),
+        ({"tokenizer__merges": [["a", "b", "c"]]}, "not a merge"),
+        ({"tokenizer__merges": {"a": "b"}}, "not a list of merges"),
+        ({"tokenizer__vocabulary": ["a", 1]}, "not a list of strings"),
+        ({"tokenizer__vocabulary": "ab"}, "not a list of strings"),
     )
     def test_what_is_no_tokenizer_is_refused_as_text_and_said_in_a_conversion(self, changes, message):
         path = imported(self.folder, **changes)
