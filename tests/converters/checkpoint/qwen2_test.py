@@ -69,8 +69,11 @@ class MadeConfigTest(parameterized.TestCase):
         config = self.opened(METADATA).config_for((str(i), by_name(name)) for i, name in enumerate(types))
         self.assertEqual(config.get("torch_dtype"), expected)
 
-    @parameterized.parameters(({}, {}), ({"tensor_shapes": {"a": [2], "b": [3]}}, {"tensor_shapes": {"x": [2], "b": [3]}}),
-                              ({"source_order": ["b", "a", 1]}, {"source_order": ["b", "x", 1]}))  # fmt: skip
+    @parameterized.parameters(
+        ({}, {}),
+        ({"tensor_shapes": {"a": [2], "b": [3]}}, {"tensor_shapes": {"x": [2], "b": [3]}}),
+        ({"source_order": ["b", "a", 1]}, {"source_order": ["b", "x", 1]}),
+    )
     def test_where_metadata_list_tensors_they_are_renamed_too(self, metadata, expected):
         renamed = self.opened(METADATA | metadata).renamed({"a": "x"})
         self.assertEqual(renamed.metadata, self.opened(METADATA | expected).metadata)
