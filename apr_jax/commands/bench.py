@@ -31,7 +31,8 @@ examples:
   %(prog)s model.apr --cases start-up --json
 
 exit codes: 0 fine, 1 apr_jax and HuggingFace do not compute the same, 2 usage, 3 file not found, 4 broken container, 5
-refused, 7 I/O failed, 130 interrupted
+refused, 7 I/O failed, 70 internal error,
+130 interrupted
 """
 
 
@@ -50,8 +51,8 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         help="cases that HuggingFace is compiled for (default: all on CUDA, none on a CPU)",
     )
     parser.add_argument("--seconds", metavar="S", type=float, help="start no case after S seconds")
-    parser.add_argument("--quick", action="store_true", help="one short turn each, to see that it works")
-    parser.add_argument("--scratch", metavar="DIR", help="where checkpoints of a shape are written (default: /tmp)")
+    parser.add_argument("--quick", action="store_true", help="one short turn each, as a smoke test")
+    parser.add_argument("--scratch", metavar="DIR", help="folder for checkpoints made for a shape (default: /tmp)")
     arguments.add(parser, "--ignore-config")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the results as JSON, after every case")
     parser.add_argument("--svg", metavar="FILE", help="draw the roofline picture")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import arguments, cli
+from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import counted, printable
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ save writes the parameters of a model, cast to --dtype and with --fused as few l
 config.json, the tokenizer's files and prepared.json, which says where they came from: path, hashes, versions. With
 --mesh the model is spread over several devices, and each writes its own parts. DIR then stands for the model wherever
 one is opened (golden, parity, generate, show, convert, load_model), on any mesh or on one device, and any program
-restores DIR/parameters with Orbax alone (docs/checkpoints.md). It is whole or not there: a save that is killed leaves
-what DIR held before.
+restores DIR/parameters with Orbax alone (docs/checkpoints.md). It is written completely or not at all: a
+save that is killed leaves what DIR held before.
 
 restore puts the parameters of DIR on a device, or over another mesh, and compares the SHA-256 of each one there with
 what was saved. With -o it writes the model that was saved instead, as it was: names, types, bytes, configuration and
@@ -85,7 +86,13 @@ def main(args: argparse.Namespace) -> int:
       AprJaxError: As `apr_jax.load.prepared`'s functions and `converters.convert.restoring.restore`.
     """
     started = time.perf_counter()
-    description, done = {"save": _save, "restore": _restore, "show": _show}[args.command](args)
+    doing, run = {
+        "save": ("saving", _save),
+        "restore": ("restoring and comparing", _restore),
+        "show": ("reading", _show),
+    }[args.command]
+    with telling(doing):
+        description, done = run(args)
     result = _summary(description) | {"folder": args.folder, "seconds": round(time.perf_counter() - started, 3)}
     if args.json:
         cli.print_json(result)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -247,7 +248,7 @@ class Generator:
         if not isinstance(prompt, str):
             return list(prompt)
         if not (ids := self._needed_tokenizer().encode(prompt)):
-            raise UsageError("the prompt is empty", code="prompt", hint="A model needs a token to go on from.")
+            raise UsageError("the prompt is empty", code="prompt", hint="A model needs at least one token to continue.")
         return ids
 
 
@@ -324,7 +325,12 @@ class Stream:
                 block, limit = waiting.pop(0)
                 tokens = to_host(block)[:, :limit]
                 now = time.perf_counter()
-                steps = min(BLOCK, max(1, int(limit * _BLOCK_SECONDS / (now - arrived))))
+                # Several processes have to agree, and their clocks do not.
+                steps = (
+                    BLOCK
+                    if jax.process_count() > 1
+                    else min(BLOCK, max(1, int(limit * _BLOCK_SECONDS / (now - arrived))))
+                )
                 arrived = now
                 yield tokens
         finally:
@@ -352,7 +358,8 @@ class Stream:
                 cache, hidden = self._programs.later_prefill(*chunk, cache, hidden)
         assert cache is not None
         # What is beyond the longest prompt is padding, and decoding writes over it.
-        cache = cache._replace(length=self._model.put(np.asarray(length, np.int32)))
+        with self._model.scope():
+            cache = cache._replace(length=jnp.asarray(length, jnp.int32))
         told = self._seen() if self._method.penalised else None
         token, done, seen = self._programs.first_token(parameters, hidden, told, self._choice, self._method)
         return State(cache, token, lengths, np.asarray(1, np.int32), done, seen)

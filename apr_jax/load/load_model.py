@@ -17,7 +17,7 @@ from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
-from apr_jax.converters.errors import UsageError, counted
+from apr_jax.converters.errors import UsageError, counted, pip_install
 from apr_jax.load.parameters import load_parameters
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.origin import Origin
@@ -112,7 +112,7 @@ def find_device(device: str | jax.Device | Sharding | Mesh | None) -> jax.Device
         raise UsageError(
             f"no device '{device}'",
             code="device",
-            hint="For CUDA, install the extra: pip install 'apr-jax[cuda]'" if platform == "cuda" else str(error),
+            hint=f"{pip_install('cuda')} installs JAX for CUDA" if platform == "cuda" else str(error),
         ) from None
     if not number:
         return found[0]
@@ -145,13 +145,15 @@ def find_mesh(shape: Mapping[str, int], device: str) -> str | Mesh:
             hint="CUDA_VISIBLE_DEVICES=2,3 leaves only some to see",
         )
     if wanted > len(found) or (wanted != len(found) and jax.process_count() > 1):
-        simulated = f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} simulates {wanted}"
+        simulated = f"`XLA_FLAGS=--xla_force_host_platform_device_count={wanted}` simulates {wanted}"
         raise UsageError(
             f"the mesh has {wanted} devices",
             code="mesh-devices",
             found=f"{counted(len(found), f'{device} device')}",
             expected=f"at least {wanted}" if jax.process_count() == 1 else f"{len(found)}, those of all processes",
-            hint=simulated if first.platform == "cpu" else "data=D times model=M is the number of devices",
+            hint=simulated
+            if first.platform == "cpu" and jax.process_count() == 1
+            else "data=D times model=M is the number of devices",
         )
     if wanted == 1:
         return device

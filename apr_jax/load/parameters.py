@@ -179,5 +179,5 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
             code="tied-head-differs",
             file=checkpoint.path,
             tensor=HEAD,
-            hint="Set tie_word_embeddings to false in config.json if this head is meant.",
+            hint="Set tie_word_embeddings to false in config.json if you mean to use this head.",
         )

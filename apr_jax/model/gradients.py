@@ -52,7 +52,7 @@ def gradients(
     """
     wanted = predicted_pairs(inputs, counted)
     if not wanted.any():
-        raise ValueError("no token counts that another one stands before")
+        raise ValueError("no token that counts has another one before it")
     inputs.check_vocabulary(model.config.vocab_size)
     with model.scope():
         program = _program(model.config, model.dtype, model.fused, model.ops, tuple(model.layer_ops.items()))

@@ -104,6 +104,11 @@ class Layout:
         """Into how many parts what is to be cut is cut; where they are fewer than "model", each has copies."""
         return {name: self._count(axes) for name, axes in self._cut.items()}
 
+    @property
+    def heads_meet(self) -> bool:
+        """Whether the query heads of each device are those of its own key/value heads."""
+        return self.mesh.shape[_GROUP] == 1 or self.parts["kv_heads"] == self.config.num_kv_heads
+
     def spec(self, name: str) -> PartitionSpec:
         """Returns how the tensor of this name, as in HuggingFace's checkpoints, is cut: the table of the module."""
         axes = next((axes for end, axes in _WEIGHTS.items() if name.endswith(end)), (None,))
@@ -132,6 +137,15 @@ class Layout:
     def place(self, x: Array, *axes: str | None) -> Array:
         """Tells the compiler where a value of a program lies; arguments as `of_value`."""
         return lax.with_sharding_constraint(x, self.of_value(x.shape, *axes))
+
+    def of_arguments(self, values: Any) -> Any:
+        """Returns where what a program is given lies: arrays of the mesh where they are, all else whole everywhere."""
+
+        def one(value: Any) -> Any:
+            placed = isinstance(value, Array) and value.sharding.device_set == set(self.mesh.devices.flat)
+            return value.sharding if placed else self.of_value(())
+
+        return jax.tree.map(one, values)
 
     def of_results(self, values: Any) -> Any:
         """Returns where what a program hands on lies: caches cut by rows and heads, all else whole on each device."""

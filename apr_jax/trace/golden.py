@@ -187,11 +187,11 @@ def read(path: str | os.PathLike[str]) -> Golden:
         metadata = {key: str(value) for key, value in checkpoint.metadata.items()}
     if "input_ids" not in arrays:
         raise RefusedError(
-            "this is no golden file: it holds no input_ids",
+            "this is not a golden file: it holds no input_ids",
             code="golden-inputs",
             file=path,
             found=sorted(arrays)[:5],
-            hint="`golden.py MODEL -o FILE` writes one; hidden states of other programs are read by parity.",
+            hint="`golden MODEL -o FILE` writes one; hidden states of other programs are for `parity`.",
         )
     with in_file(path):
         inputs = Inputs.of(*(arrays.get(name) for name in _INPUTS))

@@ -299,10 +299,10 @@ def beside(folder: str | os.PathLike[str]) -> Inputs:
             arrays[found[1]] = _raw(path, int(found[2]), int(found[3]), int(found[4]) // 8)
     if "input_ids" not in arrays:
         raise MissingFileError(
-            "the tokens that were run are not there",
+            "there is no record of the tokens that were run",
             code="token-ids-missing",
             file=root,
-            expected=f"{TOKEN_IDS}, or what golden.py --export-inputs writes",
+            expected=f"{TOKEN_IDS}, or what golden --export-inputs writes",
             hint="Or say which tokens were run with --input-ids FILE.",
         )
     with in_file(root):

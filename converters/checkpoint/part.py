@@ -9,8 +9,8 @@ from apr_jax.converters.checkpoint.decoded import DecodedTensor
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.formats import dtypes
 
-# Two pieces of a file are read with what lies between them if that is less: a disk reads whole pages anyway.
-_PAGE = 4096
+# Two pieces of a file are read with what lies between them if that is less: a call for each would cost more.
+_GAP_BYTES = 1 << 10
 _SCRATCH_BYTES = 1 << 20
 
 
@@ -77,7 +77,7 @@ class _Pieces(Tensor):
         begin -= self.prefix
         while view:
             row, within = divmod(begin, self.piece)
-            rows = len(view) // self.piece if self.pitch - self.piece < _PAGE else 1
+            rows = len(view) // self.piece if self.pitch - self.piece < _GAP_BYTES else 1
             if rows > 1 and not within:
                 read = self._read_through(row, rows, view)
             else:

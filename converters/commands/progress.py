@@ -1,6 +1,4 @@
-"""How far something is and when it will be done, on stderr: a bar on a terminal; elsewhere, with --verbose, a line now
-and then.
-"""
+"""What stderr shows while something takes its time: a bar where the end is known, else what is being done."""
 
 from __future__ import annotations
 
@@ -11,9 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from apr_jax.converters.commands import terminal
+from apr_jax.converters.commands.terminal import is_terminal, manner, shows_progress
+from apr_jax.converters.errors import printable
 
-_SECONDS_BETWEEN_LINES = 10.0
+_FIRST, _BETWEEN = 2.0, 10.0
+"""Seconds before the first word, and where stderr is no terminal from one to the next."""
 
 # Told the phase, and how much of it is done and is in it; from any thread.
 Show = Callable[[str, int, int], None]
@@ -21,7 +21,7 @@ Show = Callable[[str, int, int], None]
 
 @contextlib.contextmanager
 def bar_of(total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], None] | None]:
-    """Yields what reports how much more is done, from any thread; None if nobody looks.
+    """Yields what reports how much more is done, from any thread; None with --quiet.
 
     Args:
       total: How much there is to do.
@@ -44,18 +44,18 @@ def bar_of(total: int, *, in_bytes: bool = True) -> Iterator[Callable[[int], Non
 
 @contextlib.contextmanager
 def phases(*, in_bytes: bool | None = None) -> Iterator[Show | None]:
-    """Yields what shows a bar, or writes lines, for each phase; None if nobody looks.
+    """Yields what shows a bar for each phase, or a line now and then where there is no terminal; None with --quiet.
 
     Args:
       in_bytes: As `bar_of`; None where phases differ in that: their share is shown.
     """
-    if terminal.shows_progress(sys.stderr):
+    if shows_progress(sys.stderr):
         with _bars(in_bytes) as show:
             yield show
-    elif terminal.manner.verbose:
-        yield _Lines().show
-    else:
+    elif manner.quiet:
         yield None
+    else:
+        yield _Lines().show
 
 
 @contextlib.contextmanager
@@ -100,9 +100,57 @@ class _Lines:
         with self._lock:
             if phase != self._phase:
                 self._phase, self._begun, self._last = phase, now, now
-            if now - self._last < _SECONDS_BETWEEN_LINES or not done or not total:
+            if now - self._last < _BETWEEN or not done or not total:
                 return
             self._last = now
             left = datetime.timedelta(seconds=round((now - self._begun) * (total - done) / done))
         at = (datetime.datetime.now() + left).strftime("%H:%M:%S")
         print(f"{phase or 'data'}: {100 * done // total} %, done at {at}, in {left}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def telling(doing: str) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, once it has taken two seconds; nothing with --quiet.
+
+    On a terminal that is a line with the time that it has taken, gone at the end. Elsewhere it is a line now and then,
+    of what is said meanwhile.
+
+    Args:
+      doing: What it is, "loading the model".
+
+    Yields:
+      What takes the next thing that is being done.
+    """
+    if manner.quiet:
+        yield lambda text: None
+    elif not is_terminal(sys.stderr):
+        yield _in_lines()
+    else:
+        from rich import console, progress
+
+        columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False))
+        bar = progress.Progress(
+            *columns, progress.TimeElapsedColumn(), console=console.Console(stderr=True), transient=True
+        )
+        task = bar.add_task(doing, total=None)
+        begin = threading.Timer(_FIRST, bar.start)
+        begin.daemon = True
+        begin.start()
+        try:
+            yield lambda text: bar.update(task, description=printable(text))
+        finally:
+            begin.cancel()
+            begin.join()
+            bar.stop()
+
+
+def _in_lines() -> Callable[[str], None]:
+    due = time.monotonic() + _FIRST
+
+    def say(text: str) -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + _BETWEEN
+            print(f"... {printable(text)}", file=sys.stderr, flush=True)
+
+    return say

@@ -21,29 +21,30 @@ _ROWS = 20
 _TIED = "tie_word_embeddings"
 
 _EPILOG = """\
-With two checkpoints, A is the original and B the one in question. Both are streamed. The cause of every difference is
-searched for: another dtype tag, a cast, a transpose, a permutation, swapped tensors, a shift, quantisation, ...
+With two checkpoints, A is the original and B the one in question. Both are streamed, and every difference is traced
+to its cause: a wrong dtype tag, a cast, a transpose, a permutation, swapped tensors, a shift, quantisation, ...
 
 verdicts (and exit codes):
   identical     (0) every byte of every tensor
   equal-values  (0) every value is equal; types differ, and all casts are exact
   close         (1) every tensor is within a relative L2 distance of 1e-3
-  different     (1) anything else, including tensors that one side lacks and nothing in common
+  different     (1) anything else, including missing tensors and checkpoints with nothing in common
 
-A tied head may be absent, without data, or a copy of the embedding: that is no difference.
-Equal weights are not enough where something else changes the answer: a configuration that gives other logits, another
-tokenizer, chat template or generation setting, a broken file of these, names that programs do not find (a prefix in
-front of all). Each is named, and the verdict is "different" (with --json, "weights" holds that of the weights alone).
+A tied head may be absent, without data, or a copy of the embedding: that is no difference. Equal weights are not
+enough where something else changes the answer: a configuration that gives other logits, another tokenizer, chat
+template or generation setting, a broken file among these, names that programs will not find (a prefix on all of
+them). Each is named, and the verdict is "different" (with --json, "weights" holds that of the weights alone).
 Bookkeeping (transformers_version, torch_dtype, spelling) and files that one side lacks do not count.
 
 Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao) are compared by what they decode
-to, and named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is both
-together.
+to, and named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is BASE
+with that adapter.
 
 With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, names, side files,
 vocabulary, and whether the values look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.
 
-other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input failed, 130 interrupted
+other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input failed, 70 internal error,
+130 interrupted
 """
 
 

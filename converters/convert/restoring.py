@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 
-from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint, SideFiles
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.convert.plan import Plan, make_plan
@@ -50,7 +51,9 @@ def restore(
     with open_checkpoint(folder) as checkpoint:
         tensors = [_as_in_source(tensor, description) for tensor in checkpoint.tensors.values()]
         to = "apr" if output.endswith(".apr") else "safetensors"
-        restored = checkpoint.replaced(tensors=tensors)
+        readers = {name: functools.partial(checkpoint.files.__getitem__, name) for name in checkpoint.files}
+        files = SideFiles(readers, left_behind=checkpoint.left_behind)
+        restored = checkpoint.replaced(tensors=tensors, files=files, warnings=checkpoint.warnings)
         plan = make_plan(restored, output, to=to, max_shard_bytes=max_shard_bytes)
         check_output(plan, force=force)
         prepared_format.check_hashes(folder, description, _stored_hashes(checkpoint, description))

@@ -133,7 +133,7 @@ def move(
     output: OutputFile,
     *,
     summed: bool,
-    progress: Progress | None = None,
+    progress: Progress,
     done: Pieces | None = None,
 ) -> list[Block]:
     """Moves all parts into `output`.
@@ -254,10 +254,10 @@ def _in_threads(worker: _Worker, blocks: int) -> None:
 class _Worker:
     """Takes blocks from a queue, in as many threads as call `work`."""
 
-    def __init__(self, blocks: Sequence[Block], output: OutputFile, progress: Progress | None):
+    def __init__(self, blocks: Sequence[Block], output: OutputFile, progress: Progress):
         self._queue = iter(blocks)
         self._output = output
-        self._progress = progress
+        self.progress = progress
         self._lock = threading.Lock()
 
     def work(self, workers: Workers) -> None:
@@ -273,15 +273,11 @@ class _Worker:
         """Does what is to be done with a block, or less where `workers` are stopped."""
         raise NotImplementedError
 
-    def count(self, nbytes: int) -> None:
-        if self._progress is not None:
-            self._progress(nbytes)
-
 
 class _Keeper(_Worker):
     """Finds out which of the blocks that an earlier run has noted stand in the output as they should."""
 
-    def __init__(self, blocks: Sequence[Block], output: OutputFile, done: Pieces, progress: Progress | None):
+    def __init__(self, blocks: Sequence[Block], output: OutputFile, done: Pieces, progress: Progress):
         super().__init__(blocks, output, progress)
         self._done = done
 
@@ -295,7 +291,7 @@ class _Keeper(_Worker):
             at += len(chunk)
         if at == block.written and note is not None and crc == note["crc"]:
             block.keep(note)
-            self.count(block.nbytes)
+            self.progress(block.nbytes)
 
 
 class _Mover(_Worker):
@@ -304,7 +300,7 @@ class _Mover(_Worker):
         blocks: Sequence[Block],
         output: OutputFile,
         summed: bool,
-        progress: Progress | None,
+        progress: Progress,
         done: Pieces | None,
     ):
         super().__init__(blocks, output, progress)
@@ -324,7 +320,7 @@ class _Mover(_Worker):
         if self._summed:
             block.written_crc = crc32(written)
         self._output.write_at(written, block.output_offset)
-        self.count(block.nbytes)
+        self.progress(block.nbytes)
 
     def _move(self, block: Block, buffer: memoryview, workers: Workers) -> bool:
         """Returns whether all of it was moved."""
@@ -346,7 +342,7 @@ class _Mover(_Worker):
             self._output.write_at(written, to)
             done += len(chunk)
             to += len(written)
-            self.count(len(chunk))
+            self.progress(len(chunk))
         if block.part.cast is None:
             block.written_crc = block.read_crc
         return True

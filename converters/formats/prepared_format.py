@@ -125,19 +125,19 @@ def read(folder: str) -> Description:
     content = strict_json.loads(text, what=PREPARED_NAME, max_bytes=_MAX_DESCRIPTION_BYTES, file=path)
     if not isinstance(content, dict) or not isinstance(content.get("format"), str):
         raise BrokenContainerError(
-            "this describes no prepared checkpoint",
+            "this does not describe a prepared checkpoint",
             code="prepared-content",
             file=path,
             expected=f'an object with "format": "{FORMAT}"',
         )
     if content["format"] != FORMAT:
         raise RefusedError(
-            "a prepared checkpoint of another version",
+            "a prepared checkpoint of an unsupported version",
             code="prepared-format",
             file=path,
             found=content["format"][:100],
             expected=FORMAT,
-            hint="Prepare it anew from its source",
+            hint="Prepare it again from its source",
         )
     try:
         with in_file(path):
@@ -164,7 +164,7 @@ def describe(folder: str) -> Description:
         raise MissingFileError("no such folder", code="file-missing", file=folder)
     if not exists(os.path.join(folder, PREPARED_NAME)):
         raise UsageError(
-            f"this is no prepared checkpoint: it holds no {PREPARED_NAME}",
+            f"this is not a prepared checkpoint: it holds no {PREPARED_NAME}",
             code="not-prepared",
             file=folder,
             hint="`checkpoint save` writes one",
@@ -187,7 +187,7 @@ def check_hashes(folder: str, description: Description, found: Mapping[str, str]
             code="prepared-hash",
             file=folder,
             tensor=differing[0] if len(differing) == 1 else None,
-            hint="Prepare it anew from its source",
+            hint="Prepare it again from its source",
         )
 
 
@@ -244,7 +244,7 @@ def _checked_layout(place: str, description: Description, parameter: Parameter) 
             code="prepared-chunks",
             file=place,
             tensor=parameter.name,
-            hint="orbax.checkpoint restores such a checkpoint; here, prepare it anew from its source",
+            hint="orbax.checkpoint restores such a checkpoint; here, prepare it again from its source",
         )
     return chunks
 
@@ -284,7 +284,7 @@ def _layout(path: str) -> Mapping[str, Any]:
     layout = strict_json.loads(text, what=".zarray", max_bytes=1 << 16, file=path)
     if not isinstance(layout, dict):
         raise BrokenContainerError(
-            "this describes no Zarr array", code="prepared-parameter", file=path, found=type(layout).__name__
+            "this does not describe a Zarr array", code="prepared-parameter", file=path, found=type(layout).__name__
         )
     return layout
 

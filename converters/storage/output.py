@@ -189,7 +189,7 @@ class OutputFolder:
         """
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise UsageError(
-                "this is no name of a file in the folder",
+                "this is not the name of a file in the folder",
                 code="file-name",
                 file=self.path,
                 found=name,
@@ -313,7 +313,7 @@ def check_target(
         _check_replaceable(path, final, folder)
         if found.st_uid != os.geteuid() and os.geteuid() != 0:
             raise UsageError(
-                "the output belongs to another user, whose it would be no longer",
+                "the output belongs to another user, who would lose it",
                 code="output-foreign",
                 file=path,
                 hint="Remove it yourself, or name another output",
@@ -333,7 +333,9 @@ def _exists(path: str) -> UsageError:
 
 
 def _not_regular(path: str) -> UsageError:
-    return UsageError("the output is not a regular file", code="output-not-file", file=path, hint="Name another output")
+    return UsageError(
+        "the output is not a regular file", code="output-not-file", file=path, hint="Choose another output"
+    )
 
 
 def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) -> None:
@@ -346,7 +348,7 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
                     code="same-file",
                     file=path,
                     found=source,
-                    hint="Name another output",
+                    hint="Choose another output",
                 )
         parent = os.path.dirname(os.path.realpath(source))
         while True:
@@ -356,7 +358,7 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
                         "the output is a folder that holds the input",
                         code="output-holds-source",
                         file=path,
-                        hint="Name another output",
+                        hint="Choose another output",
                     )
             if parent == os.path.dirname(parent):
                 break
@@ -379,7 +381,7 @@ def _check_replaceable(path: str, place: str, kind: FolderKind | None) -> None:
         return
     if not stat.S_ISDIR(mode):
         raise UsageError(
-            "the output exists and is no folder",
+            "the output exists and is not a folder",
             code="output-not-folder",
             file=path,
             hint="Remove it yourself, or name another output",
@@ -673,7 +675,9 @@ def _swap(temporary: str, final: str, kind: FolderKind | None) -> str | None:
 def _swap_back(temporary: str, final: str, old: str | None) -> None:
     if old == temporary:
         _renameat2(temporary, final, _EXCHANGE)
-    elif old is not None:
+    elif old is None:
+        raise OSError(errno.ENOENT, "what was replaced is gone")
+    else:
         os.rename(final, temporary)
         os.rename(old, final)
 

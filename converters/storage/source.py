@@ -120,7 +120,7 @@ class SourceFile:
                 ) from error
             if count == 0:
                 raise StorageError(
-                    "the file ends before the data does; did it shrink while it was being read?",
+                    "the file ends before the data does; did it shrink while being read?",
                     code="short-read",
                     file=self.path,
                     offset=offset + done,
@@ -159,7 +159,7 @@ class SourceFile:
             ) from error
         if (now.st_size, now.st_mtime_ns) != self.stamp:
             raise StorageError(
-                "the file was changed while it was being read",
+                "the file changed while it was being read",
                 code="source-changed",
                 file=self.path,
                 found=f"{now.st_size} bytes",
@@ -225,5 +225,5 @@ def _refuse_irregular(found: os.stat_result, path: str) -> None:
         code="not-a-regular-file",
         file=path,
         expected="a regular file",
-        hint="Name a file; what a pipe or a device gives can be written into one",
+        hint="Name a file; save what a pipe or a device gives to a file first",
     )

@@ -74,15 +74,14 @@ def create_locked(temporary: str, *, folder: bool) -> int:
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX)
         try:
-            # Another run may have taken it for a leftover in the moment before the lock.
-            if os.path.samestat(os.stat(temporary), os.fstat(fd)):
-                return fd
+            # Another run may have taken it for a leftover, and removed it, in the moment before the lock.
+            os.stat(temporary)
+            return fd
         except FileNotFoundError:
-            pass
+            close_quietly(fd)
         except OSError:
             close_quietly(fd)
             raise
-        close_quietly(fd)
 
 
 def close_quietly(fd: int) -> None:

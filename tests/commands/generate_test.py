@@ -92,7 +92,7 @@ class GenerateCommandTest(parameterized.TestCase):
             ((SAMPLE, "--prompt", "a", "--system", "b"), 2, "belongs to --chat"),
             ((SAMPLE, "--prompt", "a", "--greedy", "--top-k", 3), 2, "draws nothing"),
             ((SAMPLE, "--prompt", "a", "--template-arg", "x=1"), 2, "--template-arg belongs to --chat"),
-            ((SAMPLE, "--chat", "a", "--template-arg", "x"), 2, "no variable of a chat template"),
+            ((SAMPLE, "--chat", "a", "--template-arg", "x"), 2, "not a variable of a chat template"),
             ((SAMPLE, "--chat", "a", "--tools", self.file("{}")), 2, "not a list of tools"),
             ((SAMPLE, "--chat", "a", "--chat-template", "no"), 2, "neither a chat template of the checkpoint nor"),
             ((SAMPLE, "--chat", "a", "--ignore-generation-config", "x"), 2, "no such setting"),
