@@ -32,10 +32,13 @@ _IN_PYTHON_ONLY = re.compile(r" \(in Python:.*\)")
 _IN_PYTHON = {"max-shard-size": "max_shard_bytes", "adapter": "adapters"} | dict.fromkeys(
     (
         "backward",
+        "coordinator",
         "greedy",
         "ignore-generation-config",
         "input-ids",
+        "num-processes",
         "positions",
+        "process-id",
         "prompt",
         "right-dtype",
         "tensors",

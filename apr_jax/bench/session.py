@@ -162,7 +162,7 @@ def _model(settings: Settings, device: jax.Device) -> LanguageModel:
     fused = device.platform == "gpu" and layout is None
     parameters = random_parameters(config, settings.dtype, fused, layout or device)
     model = LanguageModel(config, parameters, device, layout=layout)
-    return model.with_ops(fastest_ops.ops_for(config, model.dtype, device, fused))
+    return model.with_ops(fastest_ops.ops_for(config, model.dtype, device, fused, layout))
 
 
 def _on_mesh(model: LanguageModel, layout: Layout) -> dict[str, Any]:
@@ -172,13 +172,14 @@ def _on_mesh(model: LanguageModel, layout: Layout) -> dict[str, Any]:
         for part in array.addressable_shards:
             held[part.device] += part.data.nbytes
     data, along = layout.shape
+    flash = fastest_ops.ops_for(model.config, model.dtype, model.device, False, layout) is fastest_ops.mesh_ops(layout)
     return {
         "data": data,
         "model": along,
         "parts": layout.parts,
         "parameter_bytes_per_device": max(held.values()),
         "parameter_bytes": sum(array.nbytes for array in jax.tree.leaves(model.parameters)),
-        "operations": "XLA's own; kernels for one device give way",
+        "operations": f"XLA's own{', flash attention for prompts' if flash else ''}; kernels for one device give way",
     }
 
 

@@ -34,10 +34,12 @@ _KEYS = "apr_jax/"
 # Reads what libraries print on stderr while the command runs. Where the coordinator dies, JAX ends the process from a
 # thread of C++ at once, with a page of text: this says what it means, in the words that are its first argument.
 _TRANSLATOR = """
-import signal, sys
+import re, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+# Gloo says who is connected to whom, in pieces that get mixed up.
+chatter = re.compile("Gloo. Rank|peer ranks|Polled an error from coordination service|^[ :0-9]*$")
 for line in sys.stdin:
-    if "Polled an error from coordination service" in line or line.startswith("[Gloo] Rank"):
+    if chatter.search(line):
         continue
     if line.startswith("F") and "JAX distributed service detected fatal errors" in line:
         sys.stderr.write(sys.argv[1] + "\\n" if "Failed to send RPC" in line else line)
@@ -114,8 +116,9 @@ def _initialize(args: argparse.Namespace) -> None:
 
     # What C++ prints on the way ("[Gloo] Rank 1 is connected ...") is no result.
     shown = os.dup(1)
-    os.dup2(2, 1)
     sys.stdout = open(shown, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+    _translate(args)
+    os.dup2(2, 1)
     given: dict[str, Any] = {}
     if args.coordinator != AUTO:
         given["coordinator_address"] = args.coordinator
@@ -125,7 +128,6 @@ def _initialize(args: argparse.Namespace) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM for a notice in advance, and the process would go on.
     jax.config.update("jax_enable_preemption_service", False)
-    _translate(args)
     # JAX aborts the process where it waits in vain.
     late = threading.Timer(_WAIT_SECONDS, _too_late, (sys.stderr, args))
     late.daemon = True

@@ -43,6 +43,7 @@ from apr_jax.model.qwen2 import (
     linear,
     pass_on,
 )
+from apr_jax.model.sharding import Layout
 
 Placement: TypeAlias = str | jax.Device | Mesh | None
 """Where a model goes, as `load_model` takes it: a device or a mesh."""
@@ -64,7 +65,7 @@ def load_fastest(
 ) -> LanguageModel:
     """Loads a model with the leaves and the operations that run it fastest; arguments and errors as `load_model`."""
     model = load_model(source, dtype, device, fused=fuses(dtype, device), ignore_config=ignore_config)
-    return model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
+    return model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused, model.layout))
 
 
 def fuses(dtype: Any, device: Placement) -> bool:
@@ -77,7 +78,7 @@ def fuses(dtype: Any, device: Placement) -> bool:
     return find_device(device).platform == "gpu" and dtype_name(dtype) == "bfloat16"
 
 
-def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool) -> Ops:
+def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool, layout: Layout | None = None) -> Ops:
     """Returns the fastest table of operations for a model.
 
     Args:
@@ -85,20 +86,25 @@ def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool) ->
       dtype: Of its parameters and of the computation.
       device: That it is on.
       fused: Whether it was loaded with fused leaves.
+      layout: How it lies on a mesh, if it does.
 
     Returns:
-      `CPU_OPS` on a CPU. Elsewhere `OPS`, unless the model is bfloat16 and fused, on an NVIDIA device of compute
-      capability 9.0 with NVRTC installed, and of a head size that the kernels and cuDNN take.
+      `CPU_OPS` on a CPU. Elsewhere `OPS`, unless the model is bfloat16, on an NVIDIA device of compute capability 9.0,
+      and of a head size that the kernels and cuDNN take: `mesh_ops` on a mesh, `cuda_ops` on one device, for a model
+      that is fused and with NVRTC installed.
     """
     if device.platform == "cpu":
         return CPU_OPS
-    if device.platform != "gpu" or dtype != "bfloat16" or not fused:
+    if device.platform != "gpu" or dtype != "bfloat16":
         return OPS
-    if float(getattr(device, "compute_capability", 0)) != COMPUTE_CAPABILITY or nvrtc.library() is None:
+    if float(getattr(device, "compute_capability", 0)) != COMPUTE_CAPABILITY:
         return OPS
     if not head_supported(config) or config.head_dim > 128 or config.hidden_size % 8:
         return OPS
-    return cuda_ops(device.core_count)
+    if layout is not None:
+        plain = config.sliding_window is None and config.head_dim >= _LEAST_CUDNN_HEAD
+        return mesh_ops(layout) if plain and layout.heads_meet else OPS
+    return cuda_ops(device.core_count) if fused and nvrtc.library() is not None else OPS
 
 
 @functools.cache
@@ -110,6 +116,12 @@ def cuda_ops(multiprocessors: int, rotation: str = SPLIT_HALVES) -> Ops:
       rotation: RoPE in the kernels that rotate, an expression like `launch.SPLIT_HALVES`.
     """
     return dataclasses.replace(OPS, layers=functools.partial(cuda_layers, multiprocessors, rotation))
+
+
+@functools.cache
+def mesh_ops(layout: Layout) -> Ops:
+    """Returns the table for a mesh of GPUs: XLA's own operations, and flash attention for what fills an empty cache."""
+    return dataclasses.replace(OPS, layers=functools.partial(mesh_layers, layout))
 
 
 def prompts_keep_no_scores(config: Qwen2Config, ops: Ops) -> bool:
@@ -148,6 +160,52 @@ def cuda_layers(
     if one_token or x.shape[0] * x.shape[1] < _PROMPT_ROWS:
         return decoder_layers(table, x, layers, step, caches, layer_ops)
     return _prompt_layers(dataclasses.replace(ops, qkv=qkv, glu=fused_glu), x, layers, step, caches)
+
+
+def mesh_layers(
+    layout: Layout,
+    ops: Ops,
+    x: Array,
+    layers: Sequence[DecoderLayer],
+    step: Step,
+    caches: Sequence[LayerCache | None],
+    layer_ops: Mapping[int, Ops],
+) -> tuple[Array, tuple[LayerCache | None, ...]]:
+    """`qwen2.decoder_layers`, a prompt's first tokens through flash attention: each device its own rows and heads."""
+    if isinstance(step.slot, int) and not layer_ops:
+        ops = dataclasses.replace(ops, attention=functools.partial(spread_attention, layout))
+    return decoder_layers(ops, x, layers, step, caches, layer_ops)
+
+
+def spread_attention(
+    layout: Layout,
+    ops: Ops,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    kv_positions: Array,
+    tap: Tap,
+    window: int | None = None,
+) -> Array:
+    """`causal_attention` on a mesh: no device needs the heads of another one."""
+    if q.shape[1] != k.shape[1] or window is not None:
+        return attention(ops, q, k, v, q_positions, kv_positions, tap, window)
+    places = [layout.of_value(q.shape, "batch", None, "heads").spec]
+    places += [layout.of_value(part.shape, "batch", None, "kv_heads").spec for part in (k, v)]
+    positions = [layout.of_value(each.shape, "batch").spec for each in (q_positions, kv_positions)]
+
+    def own(q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array) -> Array:
+        return causal_attention(ops, q, k, v, q_positions, kv_positions, pass_on)
+
+    spread: Array = jax.shard_map(
+        own,
+        mesh=layout.mesh,
+        in_specs=(*places, *positions),
+        out_specs=places[0],
+        check_vma=False,
+    )(q, k, v, q_positions, kv_positions)
+    return spread
 
 
 def window_bites(window: int | None, step: Step) -> bool:

@@ -135,7 +135,7 @@ def find_mesh(shape: Mapping[str, int], device: str) -> str | Mesh:
             hint="CUDA_VISIBLE_DEVICES=2,3 leaves only some to see",
         )
     if wanted > len(found) or (wanted != len(found) and jax.process_count() > 1):
-        simulated = f"XLA_FLAGS=--xla_force_host_platform_device_count={wanted} simulates {wanted}"
+        simulated = f"`XLA_FLAGS=--xla_force_host_platform_device_count={wanted}` simulates {wanted}"
         raise UsageError(
             f"the mesh has {wanted} devices",
             code="mesh-devices",

@@ -104,6 +104,11 @@ class Layout:
         """Into how many parts what is to be cut is cut; where they are fewer than "model", each has copies."""
         return {name: self._count(axes) for name, axes in self._cut.items()}
 
+    @property
+    def heads_meet(self) -> bool:
+        """Whether the query heads of each device are those of its own key/value heads."""
+        return self.mesh.shape[_GROUP] == 1 or self.parts["kv_heads"] == self.config.num_kv_heads
+
     def spec(self, name: str) -> PartitionSpec:
         """Returns how the tensor of this name, as in HuggingFace's checkpoints, is cut: the table of the module."""
         axes = next((axes for end, axes in _WEIGHTS.items() if name.endswith(end)), (None,))

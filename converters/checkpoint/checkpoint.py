@@ -169,23 +169,21 @@ class Checkpoint:
         self,
         *,
         tensors: Iterable[Tensor],
-        files: SideFiles | None = None,
+        files: SideFiles,
+        warnings: Iterable[str],
         metadata: dict[str, Any] | None = None,
-        warnings: Iterable[str] | None = None,
         beside: Checkpoint | None = None,
     ) -> Checkpoint:
         """Returns a checkpoint of other tensors over the same files and those of `beside`; closing it closes both."""
         other = copy.copy(self)
         other.tensors = _by_name(tensors)
+        other.files, other.left_behind = files, files.left_behind
+        other.warnings = list(warnings)
         if beside is not None:
             other.sources = (*self.sources, *beside.sources)
             other.paths = tuple(dict.fromkeys((*self.paths, *beside.paths)))
-        if files is not None:
-            other.files, other.left_behind = files, files.left_behind
         if metadata is not None:
             other.metadata = metadata
-        if warnings is not None:
-            other.warnings = list(warnings)
         return other
 
     def close(self) -> None:

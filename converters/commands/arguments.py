@@ -238,10 +238,9 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse's own takes a full disk for a success.
-        if message:
-            import sys
+        import sys
 
-            (file or sys.stderr).write(message)
+        (file or sys.stderr).write(message)
 
 
 def nearest(word: str, words: Any) -> str | None:

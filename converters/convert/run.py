@@ -189,7 +189,7 @@ def _holds(plan: Plan, name: str) -> bool:
 
 
 def _write(
-    file: PlannedFile, output: OutputFile, source_summed: bool, progress: streaming.Progress | None
+    file: PlannedFile, output: OutputFile, source_summed: bool, progress: streaming.Progress
 ) -> list[streaming.Block]:
     output.write_at(file.prologue, 0)
     parts = []

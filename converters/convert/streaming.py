@@ -105,7 +105,7 @@ def coalesce(parts: Iterable[Part]) -> list[Part]:
     return joined
 
 
-def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: Progress | None = None) -> list[Block]:
+def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: Progress) -> list[Block]:
     """Moves all parts into `output`.
 
     Args:
@@ -213,7 +213,7 @@ def _cut_values(part: Part, recoding: Recoding) -> Iterable[Block]:
 
 
 class _Mover:
-    def __init__(self, blocks: Sequence[Block], output: OutputFile, summed: bool, progress: Progress | None):
+    def __init__(self, blocks: Sequence[Block], output: OutputFile, summed: bool, progress: Progress):
         self._queue = iter(blocks)
         self._output = output
         self._summed = summed
@@ -234,8 +234,7 @@ class _Mover:
         if self._summed:
             block.written_crc = crc32(written)
         self._output.write_at(written, block.output_offset)
-        if self._progress is not None:
-            self._progress(block.nbytes)
+        self._progress(block.nbytes)
 
     def _move(self, block: Block, buffer: memoryview, workers: Workers) -> None:
         if block.part.recoding is not None and block.values is not None:
@@ -257,7 +256,6 @@ class _Mover:
             self._output.write_at(written, to)
             done += len(chunk)
             to += len(written)
-            if self._progress is not None:
-                self._progress(len(chunk))
+            self._progress(len(chunk))
         if block.part.cast is None:
             block.written_crc = block.read_crc

@@ -298,4 +298,3 @@ def _decimals(number: float) -> Iterator[float]:
         # Rounding up the largest one would overflow.
         if abs(value) < 3.4028235677973366e38:
             yield value
-    yield number

@@ -451,15 +451,14 @@ def _create_locked(temporary: str, *, folder: bool) -> int:
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX)
         try:
-            # Another run may have taken it for a leftover in the moment before the lock.
-            if os.path.samestat(os.stat(temporary), os.fstat(fd)):
-                return fd
+            # Another run may have taken it for a leftover, and removed it, in the moment before the lock.
+            os.stat(temporary)
+            return fd
         except FileNotFoundError:
-            pass
+            _close(fd)
         except OSError:
             _close(fd)
             raise
-        _close(fd)
 
 
 def _close(fd: int) -> None:
@@ -589,7 +588,9 @@ def _swap(temporary: str, final: str, kind: FolderKind | None) -> str | None:
 def _swap_back(temporary: str, final: str, old: str | None) -> None:
     if old == temporary:
         _renameat2(temporary, final, _EXCHANGE)
-    elif old is not None:
+    elif old is None:
+        raise OSError(errno.ENOENT, "what was replaced is gone")
+    else:
         os.rename(final, temporary)
         os.rename(old, final)
 

@@ -1,7 +1,7 @@
 """Every command against the options that commands share, help at any width, and first commands that are wrong."""
 
 import argparse
-import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -253,6 +253,20 @@ class NearestTest(parameterized.TestCase):
     @parameterized.parameters(("--dtpye", "--dtype"), ("--dev", "--device"), ("--zzz", None))
     def test_what_was_meant(self, word, meant):
         self.assertEqual(arguments.nearest(word, arguments.SHARED), meant)
+
+    @parameterized.parameters(
+        (["--legacy", "x.apr"], ["--legacy=", "x.apr"]),
+        (["--legacy", "8=q8", "x.apr"], ["--legacy=8=q8", "x.apr"]),
+        (["--legacy"], ["--legacy="]),
+        (["--legacy", "--", "--legacy", "8=q8"], ["--legacy=", "--", "--legacy", "8=q8"]),
+    )
+    def test_what_follows_an_option_that_needs_nothing(self, given, understood):
+        self.assertEqual(list(arguments._without_guessing(given)), understood)
+
+    def test_a_package_that_is_missing_is_said_with_the_versions(self):
+        missing = mock.patch("importlib.metadata.version", side_effect=importlib.metadata.PackageNotFoundError)
+        with missing:
+            self.assertIn("flax (not installed)", arguments.versions())
 
     def test_options_are_not_guessed_from_their_beginning(self):
         parser = arguments.complete(arguments.make_parser("apr-jax x", "It."))

@@ -12,6 +12,8 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import numpy as np
+import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from tests import tool
@@ -80,6 +82,19 @@ class ConvertTest(parameterized.TestCase):
         self.assertEqual([norm.index("m.apr"), norm.index(" 256 ") + 4], [head.index("file"), head.index("bytes") + 5])
         self.assertIn("nothing written", done.stdout)
         self.assertEqual(os.listdir(self.folder), [])
+
+    def test_what_is_left_out_and_what_is_lost_is_printed(self):
+        values = {"model.embed_tokens.weight": np.array([[1e30, 1.0]], np.float32)}
+        values["lm_head.weight"] = values["model.embed_tokens.weight"]
+        safetensors.numpy.save_file(values, self.folder / "s.safetensors")
+        arguments = ("s.safetensors", "-o", "m.apr", "--to", "apr", "--tied-head", "absent")
+        left_out = "left out: lm_head.weight (its values are the embedding's)"
+        planned = self.run_tool(*arguments, "--dry-run").stdout
+        self.assertIn(left_out, planned)
+        self.assertNotIn("side files:", planned)
+        done = self.run_tool(*arguments, "--cast", "f16", "--allow-overflow").stdout
+        self.assertIn(left_out, done)
+        self.assertIn("model.embed_tokens.weight: 1 value became infinite, 0 became zero", done)
 
     def test_json_of_dry_run_and_run_agree(self):
         arguments = (SOURCE, "-o", "hf", "--to", "safetensors", "--max-shard-size", "100KB", "--json")

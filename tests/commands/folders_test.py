@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -20,10 +21,11 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint import folders
 from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli, convert, show, verify
-from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.errors import AprJaxError, MissingFileError
 from tests.paths import DATA, checkpoint
 
 TIED, UNTIED, SHARDED = checkpoint("gqa_tied_bf16"), checkpoint("gqa_untied_bf16"), checkpoint("mha_untied_f32_sharded")
@@ -582,6 +584,16 @@ class PlacesTest(FieldTestCase):
         self.assertIn(str(repository / "snapshots" / ("c" * 40)), said)
         # Of several repositories none is the one that is meant.
         self.assertIn(str(repository), self.verify(repository.parent, code=3))
+
+    def test_a_cache_without_refs_is_opened_where_it_has_one_snapshot(self):
+        repository = self.cache()
+        shutil.rmtree(repository / "refs")
+        self.assertIn("identical", self.verify(TIED, repository))
+        (repository / "snapshots" / ("d" * 40)).mkdir()
+        self.assertIn("c" * 40, self.verify(TIED, repository, code=3))
+        for revision in ("../snapshots", "x/../main", ""):
+            with self.assertRaises(MissingFileError):
+                folders.snapshot(os.fspath(repository), revision)
 
     @parameterized.parameters("../../x", "/etc", "", "..", "c\0")
     def test_field_a_cache_whose_main_is_no_revision(self, main):

@@ -13,6 +13,8 @@ import pathlib
 import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Trying out kernels that are not ours takes minutes under the sanitizer: in 60 s it did not get to ours.
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax

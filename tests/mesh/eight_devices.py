@@ -29,6 +29,7 @@ from apr_jax.converters.convert.run import convert
 from apr_jax.converters.errors import UsageError
 from apr_jax.generate import programs
 from apr_jax.generate.generator import Generator, load_generator
+from apr_jax.kernels import fastest_ops
 from apr_jax.load import load_model as loading
 from apr_jax.load import parameters
 from apr_jax.load.load_model import find_mesh, load_model
@@ -155,7 +156,10 @@ class QuickTest(_Suite):
         with self.assertRaisesRegex(UsageError, "fused"):
             on_mesh(TINY, "model=2", fused=True)
         self.assertEqual(find_mesh({"data": 1, "model": 1}, "cpu"), "cpu")
-        self.assertIsNone(load_model(paths.checkpoint(TINY), device=jax.make_mesh((1, 1), ("data", "model"))).layout)
+        # A mesh of one device is that device: the same programs.
+        alone = load_generator(paths.checkpoint(TINY), device=jax.make_mesh((1, 1), ("data", "model")))
+        self.assertIsNone(alone.model.layout)
+        self.assertIs(alone.programs, load_generator(paths.checkpoint(TINY), device="cpu").programs)
 
 
 class EveryCheckpointTest(_Suite):
@@ -321,6 +325,41 @@ class GenerateTest(_Suite):
         again.generate(["abc", "de", "f"], max_new_tokens=70, do_sample=False)
         self.assertIs(again.programs, made[1].programs)
         self.assertEqual(again.programs.compiled, compiled[-1])
+
+    def test_a_step_tells_other_devices_only_what_it_has_to(self):
+        """Two sums a layer and one for the embedding; no weight, no cache and no logits go from device to device."""
+        from tests.bench.mesh_bench import collectives
+
+        for mesh, rows in (("model=2", 1), ("model=2", 4)):
+            programs._programs.cache_clear()
+            made = load_generator(paths.checkpoint(TINY), device=find_mesh(MESHES[mesh], "cpu"))
+            made.generate([[1, 2, 3]] * rows, max_new_tokens=4, do_sample=False, repetition_penalty=1.0)
+            ((_, program),) = ((key, p) for key, p in made.programs._compiled.items() if key[0] == "decode")
+            told = collectives(program.as_text())
+            config = made.model.config
+            self.assertEqual(told.pop(("all-reduce", 4 * rows * config.hidden_size)), 2 * config.num_layers + 1)
+            # Of logits the best of each part.
+            self.assertTrue(all(nbytes <= 64 for _, nbytes in told), told)
+
+    def test_flash_attention_of_each_devices_own_heads(self):
+        """As on a mesh of GPUs, with XLA's own in cuDNN's place."""
+        flash, seen = jax.nn.dot_product_attention, []
+
+        def by_xla(q, k, v, **settings):
+            seen.append((q.shape, k.shape))
+            return flash(q, k, v, **settings | {"implementation": "xla"})
+
+        prompts = [list(range(3, 40)), [9, 8, 7], list(range(50, 60)), [1]]
+        expected = Generator(load_model(paths.checkpoint(TINY))).generate(prompts, max_new_tokens=4, do_sample=False)
+        for mesh in MESHES:
+            model = on_mesh(TINY, mesh)
+            self.assertTrue(model.layout.heads_meet)
+            with mock.patch.object(jax.nn, "dot_product_attention", by_xla):
+                found = Generator(model.with_ops(fastest_ops.mesh_ops(model.layout)))
+                self.assertEqual(found.generate(prompts, max_new_tokens=4, do_sample=False), expected)
+        # Rows, tokens, heads: of four and of two, on (2, 4), (1, 2) and (1, 8) devices; the last layer keeps one token.
+        shapes = {((2, 48, 1, 16), (2, 48, 1, 16)), ((4, 48, 2, 16), (4, 48, 1, 16)), ((4, 48, 1, 16), (4, 48, 1, 16))}
+        self.assertEqual(set(seen), shapes)
 
     def test_caches_are_cut_by_heads_and_rows(self):
         for mesh, rows, share in (("data=2,model=4", 4, 4), ("data=2,model=4", 3, 2), ("model=8", 4, 2)):

@@ -39,7 +39,7 @@ class EightDevicesTest(parameterized.TestCase):
 
     @pytest.mark.slow
     def test_generate(self):
-        self.check("GenerateTest", 6)
+        self.check("GenerateTest", 8)
 
     @pytest.mark.slow
     def test_bench(self):

@@ -84,17 +84,23 @@ class _Processes(parameterized.TestCase):
 @pytest.mark.slow
 class SameResultTest(_Processes):
     def test_golden_of_four_processes_is_that_of_one(self):
-        several, alone = self.folder / "several.safetensors", self.folder / "alone.safetensors"
+        several, same, alone = (self.folder / f"{name}.safetensors" for name in ("several", "same", "alone"))
         given = (TINY, "--trace", "--gradients", "--hidden-states")
         self.run_all("golden", *given, "-o", several)
-        self.assertEqual(tool.run("golden", *given, "-o", alone).returncode, 0)
-        found, expected = golden.read(several), golden.read(alone)
+        eight = FLAGS.replace("count=2", "count=8")
+        codes, _ = self.ended([self.start("golden", *given, "-o", same, "--mesh", MESH, XLA_FLAGS=eight)])
+        self.assertEqual((codes, tool.run("golden", *given, "-o", alone).returncode), ([0], 0))
+        found, on_one_mesh, expected = map(golden.read, (several, same, alone))
         self.assertEqual(found.values.keys(), expected.values.keys())
         self.assertGreater(len(expected.values), 100)
-        # A gradient of a k bias is what is left of a sum that cancels.
+        for key, value in on_one_mesh.values.items():
+            error = np.linalg.norm(found.values[key] - value) / np.linalg.norm(value)
+            self.assertLess(error, 1e-5 if key.startswith("grad.") else 1e-6, key)
         for key, value in expected.values.items():
             error = np.linalg.norm(found.values[key] - value) / np.linalg.norm(value)
-            self.assertLess(error, 1e-4 if key.startswith("grad.") and "k_proj.bias" in key else 1e-6, key)
+            # Of gradients, that of a k bias is what is left of a sum that cancels.
+            bar = 1e-6 if key == "logits" else 1e-4 if key.endswith("k_proj.bias") else 1e-5
+            self.assertLess(error, bar, key)
 
     def test_golden_check_against_huggingface(self):
         report = json.loads(self.run_all("golden", TINY, "--check", GOLDEN, "--json"))
@@ -152,8 +158,8 @@ class EndsTest(_Processes):
     @parameterized.parameters(2, 0)
     def test_a_process_that_is_killed_ends_the_others_by_name(self, killed):
         (self.folder / "ids.json").write_text("[[1, 2, 3]]")
-        started = self.start_all("generate", TINY, "--input-ids", self.folder / "ids.json", "--greedy",
-                                 "--max-new-tokens", 4000)  # fmt: skip
+        endless = ("--greedy", "--max-new-tokens", 4000, "--ignore-generation-config", "eos_token_id")
+        started = self.start_all("generate", TINY, "--input-ids", self.folder / "ids.json", *endless)
         begun = time.monotonic()
         while not (self.folder / "out0").stat().st_size and time.monotonic() < begun + 200:
             time.sleep(0.2)
@@ -166,9 +172,8 @@ class EndsTest(_Processes):
         for number, (code, (_, err)) in enumerate(zip(codes, texts, strict=True)):
             if number != killed:
                 self.assertNotEqual(code, 0)
-                self.assertRegex(err, rf"^error: process {killed} ")
-                self.assertNotIn("stack trace", err)
-                self.assertLess(len(err.splitlines()), 3, err)
+                # Nothing else: no stack, and not that a token more was made.
+                self.assertRegex(err, rf"^error: process {killed} [^\n]*\n$")
 
     def test_an_error_of_one_process_ends_all_with_one_message(self):
         def model(number):

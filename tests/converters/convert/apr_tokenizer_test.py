@@ -83,6 +83,13 @@ class AprTokenizerTest(parameterized.TestCase):
         special = [token["content"] for token in config["added_tokens_decoder"].values() if token["special"]]
         self.assertEqual(special, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<｜end｜>", "<|x|>"])
 
+    def test_an_end_that_is_not_said_or_is_a_hole_is_none(self):
+        vocabulary = self.metadata()["tokenizer.vocabulary"]
+        self.assertEqual(vocabulary[287], "<unk>")
+        changes = {"tokenizer__bos_token_id": None, "tokenizer__eos_token_id": 287}
+        self.assertEmpty(self.tokenizer(**changes).special_tokens)
+        self.assertIn("eos_token", self.tokenizer(tokenizer__bos_token_id=None).special_tokens)
+
     def test_of_two_equal_tokens_the_first_is_the_one(self):
         vocabulary = self.metadata()["tokenizer.vocabulary"]
         self.assertEqual(self.tokenizer(tokenizer__vocabulary=[*vocabulary[:286], "a"]).encode("a"), [64])
