@@ -119,16 +119,14 @@ def low_rank_parts(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
         sides: dict[str, dict[str, Tensor]] = {}
         for name, tensor in adapter.opened.tensors.items():
             match = _LORA.fullmatch(name.removeprefix(_PREFIX))
-            if match is not None:
-                sides.setdefault(match[1], {})[match[2] + (match[3] or "")] = tensor
-        plain = {
-            module: held for module, held in sides.items() if {kind.partition(".")[0] for kind in held} == {"A", "B"}
+            # B's bias is added to the module's bias.
+            if match is not None and match[3] != ".bias":
+                sides.setdefault(match[1], {})[match[2]] = tensor
+        return {
+            f"{module}.weight": LowRank(_f32(held["A"]), _f32(held["B"]), adapter.scale(module))
+            for module, held in sides.items()
+            if held.keys() == {"A", "B"}
         }
-        found = {}
-        for module, held in plain.items():
-            a, b = (_f32(next(t for kind, t in held.items() if kind.startswith(side))) for side in "AB")
-            found[f"{module}.weight"] = LowRank(a, b, adapter.scale(module))
-        return found
     finally:
         adapter.opened.close()
 

@@ -156,8 +156,7 @@ class Tensor:
           As `read`.
         """
         self._values_dtype()
-        if values.size:
-            self._read_range(values.reshape(-1), 0)
+        self._read_range(values.reshape(-1), 0)
 
     def _values_dtype(self) -> np.dtype:
         try:

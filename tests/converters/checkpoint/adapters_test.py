@@ -10,7 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.checkpoint.adapters import with_adapter
+from apr_jax.converters.checkpoint.adapters import low_rank_parts, with_adapter
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD
 from tests import packers
@@ -44,6 +44,26 @@ class HeadTest(parameterized.TestCase):
                 before = tensors.get(other, tensors[EMBEDDING])
                 np.testing.assert_array_equal(merged.tensors[other].read().astype(np.float32), before.astype("f4"))
             self.assertEqual("no longer tied" in " ".join(merged.warnings), tied and not stays_tied)
+
+
+class LowRankTest(parameterized.TestCase):
+    @parameterized.parameters("lora", "lora_bias")
+    def test_the_parts_are_what_is_added(self, name):
+        folder = DATA / "adapters" / name
+        parts = low_rank_parts(folder)
+        with open_checkpoint(checkpoint("gqa_tied_bf16")) as base, with_adapter(base, folder) as merged:
+            changed = {name for name, tensor in merged.tensors.items() if tensor is not base.tensors[name]}
+            self.assertEqual(set(parts), {name for name in changed if name.endswith(".weight")})
+            for name, part in parts.items():
+                before = base.tensors[name].read().astype(np.float32)
+                expected = before + part.scale * (part.b @ part.a)
+                np.testing.assert_allclose(merged.tensors[name].read(), expected, rtol=1e-6, atol=1e-7)
+
+    def test_modules_with_more_than_two_matrices_are_left_out(self):
+        folders = [folder for folder in sorted((DATA / "adapters").iterdir()) if folder.is_dir()]
+        found = {folder.name: low_rank_parts(folder) for folder in folders}
+        self.assertTrue(all(part.a.shape[0] == part.b.shape[1] for parts in found.values() for part in parts.values()))
+        self.assertLess(min(map(len, found.values())), max(map(len, found.values())))
 
 
 if __name__ == "__main__":

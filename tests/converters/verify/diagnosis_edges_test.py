@@ -278,6 +278,40 @@ class FittedTest(EdgesTestCase):
             (first, *_) = self.diagnose(stored(before), stored(after))
             self.assertNotEqual(first.cause, "rescaled-channels")
 
+    def test_a_change_of_low_rank_where_it_is_probed_alone_is_none(self):
+        before = random(256, 128)
+        after = before + random(256, 128, seed=1) / 50
+        rank = random(256, 2, seed=2) @ random(2, 128, seed=3)
+        some = [np.unique(np.linspace(0, length - 1, min(most, length)).astype(int))
+                for length, most in ((256, 192), (128, 64))]  # fmt: skip
+        after[np.ix_(*some)] = (before + rank)[np.ix_(*some)]
+        self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].cause, "low-rank")
+
+
+class ResizedTest(EdgesTestCase):
+    @parameterized.parameters(
+        ((4, 4), (8,)), ((2, 3, 4), (2, 3, 5)), ((0, 4), (4, 4)), ((4, 4), (0, 4)), ((1000, 8), (10, 8)),
+    )  # fmt: skip
+    def test_what_has_hardly_a_common_part_has_another_shape(self, one, other):
+        found = self.diagnose(stored(random(*one)), stored(random(*other)))
+        self.assert_cause(found, "different-weights", kind="other shape")
+
+    def test_rows_of_a_neighbour_are_told_by_nearly_all_of_them(self):
+        q, k, v = (f"model.layers.0.self_attn.{role}_proj.weight" for role in "qkv")
+        held = {name: random(64, 32, seed=seed) for seed, name in enumerate((q, k, v))}
+        # Cut out of q and k half a matrix further down.
+        cut = np.concatenate([held[q][32:], held[k][:32]])
+        before = {name: stored(values) for name, values in held.items()}
+        (first, *_) = self.diagnose_all(before, before | {q: stored(cut)})[q]
+        self.assertEqual(first.parameters, {"order": "q,k,v", "rows": {"q": [32, 96]}})
+        # The rows that are looked at first are right, most others are not.
+        kept = np.linspace(0, 63, 4).astype(int)
+        cut[np.setdiff1d(np.arange(64), kept)] += 1
+        self.assertNotEqual(self.diagnose_all(before, before | {q: stored(cut)})[q][0].cause, "qkv-order")
+        # Nor is anything said of matrices of another type.
+        before[k] = stored(held[k], "BF16")
+        self.assertNotEqual(self.diagnose_all(before, before | {q: stored(cut)})[q][0].cause, "qkv-order")
+
 
 class StoryTest(EdgesTestCase):
     """Whole checkpoints, of which no configuration is known."""
