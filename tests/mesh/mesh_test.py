@@ -59,7 +59,7 @@ class EightDevicesTest(parameterized.TestCase):
         self.assertEqual(rows["7B", "data=1,model=2", "1", "2048"][:3], [
             f"{halved / 1e9:.2f}", f"{cache / 1e9:.2f}", f"{57 * 3584 * 2 / 1e3:.0f}",
         ])  # fmt: skip
-        # 72,706,203,648 parameters: an eighth on each of eight, norms apart. Without latency only what is sent takes time.
+        # 72,706,203,648 parameters, an eighth on each of eight. Without latency only what is sent takes time.
         weights, cache, sent, compute, sums, *_ = rows["72B", "data=1,model=8", "1", "2048"]
         self.assertEqual((weights, cache), ("18.18", f"{80 * 2 * 128 * 2048 * 2 / 1e9:.2f}"))
         self.assertAlmostEqual(float(sums), float(sent) * 1e3 / 450e9 * 1e3, delta=0.01)
