@@ -35,6 +35,7 @@ from apr_jax.load import parameters
 from apr_jax.load.load_model import find_mesh, load_model
 from apr_jax.model import qwen2
 from apr_jax.model.gradients import gradients
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.qwen2 import OPS
 from apr_jax.model.sharding import Layout
 from apr_jax.testing import sample
@@ -284,14 +285,15 @@ class ParityTest(_Suite):
         self.assertEqual(*named)
 
     def test_wrongly_spread_weights_turn_golden_and_parity_red(self):
+        def without_a_sum(config, *given, layout, **more):
+            return LanguageModel(config, *given, layout=layout, **more).with_ops(unsummed(layout))
+
         faults = {
-            "k and v on the neighbour": rolled((32, 64)),
-            "o on the neighbour": rolled((64, 64)),
-            "down on the neighbour": rolled((64, 160)),
-            "no sum over devices": mock.patch.object(
-                loading,
-                "LanguageModel",
-                lambda config, *given, layout, **more: loading_with_ops(config, given, layout, more),
+            "all layers, qkv_matmul: ": rolled((32, 64)),  # k and v
+            "all layers, attn_out: ": rolled((64, 64)),  # o, and q
+            "all layers, ffn_out: ": rolled((64, 160)),  # down
+            "all layers, attn_out: self_attn.o_proj.weight: the sum leaves out columns 32 to 63": mock.patch.object(
+                loading, "LanguageModel", without_a_sum
             ),
         }
         for said, fault in faults.items():
@@ -301,13 +303,7 @@ class ParityTest(_Suite):
                     dump = self.trace(TINY, "model=2")
                 done = tool.run("parity", paths.checkpoint(TINY), "--right", dump)
                 self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
-                print(said, done.stdout[:1500])
-
-
-def loading_with_ops(config, given, layout, more):
-    from apr_jax.model.language_model import LanguageModel
-
-    return LanguageModel(config, *given, layout=layout, **more).with_ops(unsummed(layout))
+                self.assertIn(said, done.stdout)
 
 
 class GenerateTest(_Suite):
