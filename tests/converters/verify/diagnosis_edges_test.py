@@ -10,6 +10,7 @@ from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
+import gguf
 import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -17,7 +18,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.formats import apr_format, dtypes
 from apr_jax.converters.verify.comparison import Comparison, compare
-from apr_jax.converters.verify.diagnosis import column_groups, elementwise, replays, story
+from apr_jax.converters.verify.diagnosis import channels, column_groups, elementwise, replays, story
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import Context
 from apr_jax.converters.verify.diagnosis.groupings import groupings
@@ -279,13 +280,59 @@ class FittedTest(EdgesTestCase):
             self.assertNotEqual(first.cause, "rescaled-channels")
 
     def test_a_change_of_low_rank_where_it_is_probed_alone_is_none(self):
-        before = random(256, 128)
-        after = before + random(256, 128, seed=1) / 50
-        rank = random(256, 2, seed=2) @ random(2, 128, seed=3)
-        some = [np.unique(np.linspace(0, length - 1, min(most, length)).astype(int))
-                for length, most in ((256, 192), (128, 64))]  # fmt: skip
+        before = random(512, 256)
+        after = before + random(512, 256, seed=1) / 5
+        rank = random(512, 2, seed=2) @ random(2, 256, seed=3) * 50
+        some = [np.unique(np.linspace(0, length - 1, most).astype(int)) for length, most in ((512, 288), (256, 96))]
         after[np.ix_(*some)] = (before + rank)[np.ix_(*some)]
         self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].cause, "low-rank")
+
+    def test_rows_of_zeros_tell_no_factors(self):
+        before = random(64, 64)
+        rows, columns = (np.exp(random(64, seed=seed) * 20) for seed in (2, 3))
+        after = before * rows[:, None] * columns
+        self.assert_cause(self.diagnose(stored(before), stored(after)), "rescaled-channels", axis="both")
+        before[48:] = after[48:] = 0
+        with mock.patch.multiple(channels, _FITTED=16 * 64, _PART=16):
+            self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].cause, "rescaled-channels")
+
+
+class HeadsTest(EdgesTestCase):
+    Q, FUSED = (f"model.layers.0.self_attn.{name}_proj.weight" for name in ("q", "qkv"))
+
+    def diagnose_all(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> dict[str, list[Cause]]:
+        """As always, of a model whose configuration is not known."""
+        for side, held in (("a", before), ("b", after)):
+            write(self.folder / side, held)
+            (self.folder / side / "config.json").unlink()
+        return self._diagnosed(self.folder / "a", self.folder / "b")
+
+    def test_a_convention_is_seen_without_a_configuration(self):
+        before = random(64, 32)
+        heads = before.reshape(4, 2, 8, 32)
+        after = np.ascontiguousarray(heads.transpose(0, 2, 1, 3)).reshape(64, 32)
+        (first, *_) = self.diagnose(stored(before), stored(after), self.Q)
+        self.assertEqual((first.cause, first.parameters["head_dim"]), ("head-permuted", 16))
+
+    def test_heads_that_do_not_repeat_are_another_shape(self):
+        for name in (self.Q, self.Q.replace("q_proj", "k_proj")):
+            found = self.diagnose(stored(random(32, 16)), stored(random(64, 16, seed=1)), name)
+            self.assert_cause(found, "different-weights", kind="other shape")
+
+    def test_fused_rows_in_an_order_that_nobody_writes_are_permuted_rows(self):
+        for rows in (48, 50):
+            before = random(rows, 32)
+            order = np.random.default_rng(1).permutation(rows)
+            found = self.diagnose(stored(before), stored(before[order]), self.FUSED)
+            self.assert_cause(found, "rows-permuted")
+
+    def test_fused_rows_are_told_by_nearly_all_their_elements(self):
+        before = random(384, 256)
+        after = np.concatenate([before[128:256], before[:128], before[256:]])
+        (first, *_) = self.diagnose(stored(before), stored(after), self.FUSED)
+        self.assertEqual((first.cause, first.parameters), ("qkv-order", {"from": "q,k,v", "to": "k,q,v"}))
+        after[:, 1:120:2] = random(384, 60, seed=3)
+        self.assertNotEqual(self.diagnose(stored(before), stored(after), self.FUSED)[0].cause, "qkv-order")
 
 
 class ResizedTest(EdgesTestCase):
@@ -323,6 +370,7 @@ class StoryTest(EdgesTestCase):
     ) -> Comparison:
         for side, held in (("a", before), ("b", after)):
             write(self.folder / side, held)
+            (self.folder / side / "config.json").unlink()
             if config is not None:
                 (self.folder / side / "config.json").write_text(json.dumps(config))
         with open_checkpoint(self.folder / "a") as a, open_checkpoint(self.folder / "b") as b:
@@ -480,6 +528,17 @@ class BlocksTest(EdgesTestCase):
         dtypes.by_name("apr_q4").codec.decode(before[2], values)
         after = values.reshape(16, 256) + random(16, 256, seed=1) / 20
         self.assert_cause(self.diagnose_quantised(before, self.plain(after)), "different-weights")
+
+    @parameterized.parameters("TQ1_0", "Q2_K")
+    def test_a_type_of_no_known_steps_is_told_by_nobody(self, kind):
+        values = random(8, 256)
+        dtype = dtypes.by_name(kind.lower())
+        data = np.random.default_rng(0).integers(0, 256, 8 * dtype.block_bytes, np.uint8)
+        found = self.diagnose_quantised(self.plain(values), (dtype.name, values.shape, data.tobytes()))
+        self.assertNotEqual(found[0].cause, "quantised")
+        near = gguf.quants.quantize(values, gguf.GGMLQuantizationType.TQ1_0)
+        found = self.diagnose_quantised(self.plain(values), ("tq1_0", values.shape, near.tobytes()))
+        self.assert_cause(found, "different-weights")
 
     def through_q8_0(self, values: np.ndarray) -> np.ndarray:
         blocks = values.reshape(-1, 32)
