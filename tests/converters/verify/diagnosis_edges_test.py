@@ -75,8 +75,8 @@ class EdgesTestCase(parameterized.TestCase):
             return {name: diagnose(a.tensors[name], b.tensors[name], context) for name in a.tensors}
 
     def assert_cause(self, found: list[Cause], cause: str, **parameters: object) -> Cause:
-        self.assertEqual(found[0].cause, cause, found)
-        self.assertEqual({key: found[0].parameters.get(key) for key in parameters}, parameters, found[0])
+        self.assertEqual(found[0].cause, cause, str(found))
+        self.assertEqual({key: found[0].parameters.get(key) for key in parameters}, parameters, str(found[0]))
         return found[0]
 
 
@@ -581,6 +581,42 @@ class BlocksTest(EdgesTestCase):
             codes = np.clip(np.rint(blocks / rounded + 0.1), -8, 7)
             after = (codes * rounded).astype(np.float32).reshape(before.shape)
             self.assert_cause(self.diagnose(stored(before), stored(after)), "quantised", **parameters)
+
+    def four_bits(self, values: np.ndarray, *, alike: bool = False) -> np.ndarray:
+        """Sixteen steps from the smallest value of each 32, rounded down; or from one for all."""
+        blocks = values.reshape(-1, 32)
+        low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
+        if alike:
+            low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
+        step = (high - low) / 15
+        return (low + np.floor((blocks - low) / step + 1e-4) * step).reshape(values.shape).astype(np.float32)
+
+    @parameterized.parameters(((2, 96), False), ((16, 256), True))
+    def test_few_scales_or_equal_ones_are_none_that_are_quantised_themselves(self, shape, alike):
+        before = random(*shape)
+        (first, *_) = self.diagnose(stored(before), stored(self.four_bits(before, alike=alike)))
+        self.assertEqual((first.cause, first.parameters["type"]), ("quantised", "int4"))
+
+    def test_scales_that_hardly_vary_are_none_that_are_quantised_themselves(self):
+        before = random(16, 256)
+        groups = before.reshape(-1, 16)
+        times = np.random.default_rng(0).choice((1, 1, 2), len(groups))[:, None]
+        step = np.float32(np.abs(before).max() / 32) * times.astype(np.float32)
+        low = -step * np.float32(32)
+        codes = np.clip(np.floor((groups - low) / step + 0.6), 0, 63)
+        after = (low + codes * step).astype(np.float32).reshape(before.shape)
+        # All are whole numbers of one step.
+        self.assert_cause(self.diagnose(stored(before), stored(after)), "quantised", type="int8", group="tensor")
+
+    def test_what_others_were_quantised_to_is_searched_for_anew_where_it_leaves_something_over(self):
+        names = [f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1)]
+        before = {name: random(32, 256, seed=seed) for seed, name in enumerate(names)}
+        after = {name: self.four_bits(values) for name, values in before.items()}
+        after[names[1]].reshape(-1, 32)[5:7] += random(2, 32, seed=5) / 50
+        one, other = ({name: stored(values) for name, values in side.items()} for side in (before, after))
+        found = self.diagnose_all(one, other)
+        self.assertEqual([found[name][0].parameters["type"] for name in names], ["int4", "int4"])
+        self.assertLess(found[names[1]][0].explained, 1)
 
     def test_the_groupings_of_what_is_no_matrix(self):
         labels = {shape: {grouping.label for grouping in groupings(shape)} for shape in ((1, 64), (64, 1), (64, 64))}
