@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: test-mesh mesh-plan bench-mesh demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
+.PHONY: test-mesh mesh-plan bench-mesh demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-scale bench-checkpoint bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -149,6 +149,14 @@ bench-load: $(VENV)/installed
 # verify on 1 GB between files on tmpfs beside cmp and a plain read, and the search for causes beside the comparison.
 bench-verify: $(VENV)/installed
 	$(BIN)/python tests/bench/verify_bench.py
+
+# A sharded checkpoint of 7B's shape both ways, killed at ten moments each and resumed, then verified: FOLDER needs 46 GB.
+bench-scale: $(VENV)/installed
+	$(BIN)/python tests/bench/scale_bench.py $(FOLDER)
+
+# `checkpoint save` on four simulated devices beside Orbax used directly on the same arrays: FOLDER needs 3 GB.
+bench-checkpoint: $(VENV)/installed
+	XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/python tests/bench/checkpoint_bench.py $(FOLDER)
 
 # parity on a dump of the 0.5B shape, 64 positions, one mistake in it: time and peak memory.
 bench-parity: $(VENV)/installed

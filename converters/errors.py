@@ -199,7 +199,7 @@ class StorageError(AprJaxError):
 
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "model": ("jax", "jaxlib", "flax", "jinja2", "optax", "orbax", "scipy", "tokenizers"),
+    "model": ("jax", "jaxlib", "flax", "jinja2", "optax", "orbax", "safetensors", "scipy", "tokenizers"),
     "reference": ("torch", "transformers"),
     "completion": ("shtab",),
     "hub": ("huggingface_hub",),

@@ -15,7 +15,10 @@ COMMANDS = {
     "parity": ("apr_jax.commands.parity", "find and name mistakes in another forward pass of the same checkpoint"),
     "generate": ("apr_jax.commands.generate", "generate text with a model"),
     "loss": ("apr_jax.commands.loss", "compute the loss on text, or name what is wrong with another engine's"),
-    "checkpoint": ("apr_jax.commands.checkpoint", "prepare a model for a fast start, or check one that was prepared"),
+    "checkpoint": (
+        "apr_jax.commands.checkpoint",
+        "save a model for a fast start, restore it, or show what was saved",
+    ),
     "bench": ("apr_jax.commands.bench", "measure speed beside peers and beside the machine's limits"),
     "make-sample": ("apr_jax.commands.make_sample", "write a seeded Qwen2 checkpoint"),
 }

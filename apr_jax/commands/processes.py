@@ -165,9 +165,9 @@ def _translate(args: argparse.Namespace) -> None:
 
 
 def _reach(args: argparse.Namespace) -> None:
-    """Waits until the coordinator listens; it is the first process, which has nobody to wait for."""
+    """Waits until the coordinator listens; the first process is it, and so may be one that asks the cluster."""
     host, _, port = args.coordinator.rpartition(":")
-    if args.process_id == 0:
+    if not args.process_id:
         return
     ends, said = time.monotonic() + _WAIT_SECONDS, "no answer"
     while time.monotonic() < ends:

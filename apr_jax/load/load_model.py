@@ -15,6 +15,7 @@ from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KE
 from apr_jax.converters.checkpoint.dense import as_dense
 from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
 from apr_jax.converters.errors import UsageError, counted, pip_install
 from apr_jax.load.parameters import load_parameters
@@ -61,23 +62,32 @@ def load_model(
     """
     name = dtype_name(dtype)
     mesh = device if isinstance(device, Mesh) and device.size > 1 else None
-    if mesh is not None and fused:
-        raise UsageError(
-            "fused parameters cannot be spread over a mesh",
-            code="mesh-fused",
-            hint="Leave fused=True out: each device has its own heads of q, k and v",
-        )
     target = find_device(device)
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
     with opened as given:
         given.ignored |= frozenset(ignore_config)
         with as_dense(given, adapters) as checkpoint:
             config = checkpoint.model_config()
-            layout = None if mesh is None else Layout.of(config, mesh)
+            layout = None if mesh is None else layout_on(config, mesh, fused)
             placement = layout or (device if isinstance(device, Sharding) else target)
             parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused)
             origin = origin_of(checkpoint)
     return LanguageModel(config, parameters, target, ops, origin=origin, layout=layout)
+
+
+def layout_on(config: Qwen2Config, mesh: Mesh, fused: bool) -> Layout:
+    """Returns how a model lies on a mesh.
+
+    Raises:
+      UsageError: It is fused, or the mesh has other axes than a model.
+    """
+    if fused:
+        raise UsageError(
+            "fused parameters cannot be spread over a mesh",
+            code="mesh-fused",
+            hint="Leave --fused out: each device has its own heads of q, k and v",
+        )
+    return Layout.of(config, mesh)
 
 
 def find_device(device: str | jax.Device | Sharding | Mesh | None) -> jax.Device:

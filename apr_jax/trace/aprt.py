@@ -20,8 +20,9 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, DumpError, UsageError
-from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, atomic_folder
 from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.temporaries import Notice
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import TOKEN_IDS, Inputs, beside
 from apr_jax.trace.positions import dumped_shape

@@ -26,7 +26,8 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError, in_file
 from apr_jax.converters.formats import dtypes, safetensors_format
-from apr_jax.converters.storage.output import Notice, atomic_file
+from apr_jax.converters.storage.output import atomic_file
+from apr_jax.converters.storage.temporaries import Notice
 from apr_jax.trace import stages
 from apr_jax.trace.compare import loss_nats
 from apr_jax.trace.inputs import Inputs, beside, from_json

@@ -21,8 +21,9 @@ import numpy as np
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError, in_file
 from apr_jax.converters.formats import strict_json
-from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, atomic_folder
 from apr_jax.converters.storage.source import SourceFile, read_whole
+from apr_jax.converters.storage.temporaries import Notice
 
 # Two million tokens, an id of seven digits each.
 _MAX_BYTES = 16 << 20

@@ -125,7 +125,10 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--force": {"action": "store_true", "help": "replace an output that exists"},
     "--json": {"action": "store_true", "help": "print the result as one JSON object"},
     "--quiet": {"action": "store_true", "help": "print no warnings and no progress"},
-    "--verbose": {"action": "store_true", "help": "print time, memory and versions, and the traceback of an error"},
+    "--verbose": {
+        "action": "store_true",
+        "help": "print time, memory, versions, progress without a terminal, and the traceback of an error",
+    },
     "--color": {
         "choices": ("auto", "always", "never"),
         "default": "auto",

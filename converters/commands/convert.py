@@ -68,6 +68,10 @@ An .apr with outdated dtype ids (2 was bf16, 8 and 9 were q4 and q8; other progr
 list of what its ids may mean. --legacy infers the types from the tensors' sizes; --legacy 8=q4_k settles what sizes
 cannot. Written as .apr again, it has today's ids and the very same payloads.
 
+A conversion that takes long is begun with --resume. After a kill, an interrupt or a full disk the same command goes on
+where it stopped: what is there is checked against checksums that were noted beside it. Another source, other options or
+another version are refused. Without --resume nothing is kept, and what is left of a killed run is removed.
+
 exit codes: 0 done, 2 usage (output exists), 3 file not found, 4 broken container, 5 refused, 7 input or output failed,
 70 internal error,
 130 interrupted. Whatever happens, the output is complete or absent.
@@ -118,6 +122,9 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         help="convert the tensors as they are, even if some are missing or do not match config.json",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an earlier run with --resume was killed; else begin"
+    )
     arguments.add(parser, "--json", "--force")
     arguments.add_opening(parser)
     return arguments.complete(parser)
@@ -181,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
                 _print_plan(plan)
             return 0
         with bar_of(plan.bytes_read) as progress:
-            outcome = run(plan, force=args.force, notice=cli.say, progress=progress)
+            outcome = run(plan, force=args.force, resume=args.resume, notice=cli.say, progress=progress)
     if args.json:
         cli.print_json({"plan": plan.to_json(), "outcome": _outcome_json(plan, outcome)})
     else:
@@ -219,12 +226,14 @@ def _print_plan(plan: Plan) -> None:
 def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     casts = sum(tensor.cast is not None for tensor in plan.tensors)
     files = counted(len(plan.files), "data file")
-    rate = plan.bytes_read / max(outcome.seconds, 1e-9) / 1e9
+    rate = (plan.bytes_read - outcome.kept_bytes) / max(outcome.seconds, 1e-9) / 1e9
     print(
         f"wrote {printable(plan.output)}: {counted(len(plan.tensors), 'tensor')} ({casts} cast), "
         f"{counted(len(plan.carried), 'side file')}, "
         f"{plan.bytes_written} bytes, {files}, {rate:.2f} GB/s"
     )
+    if outcome.kept_bytes:
+        print(f"{outcome.kept_bytes} of {plan.bytes_read} bytes had been converted by an earlier run")
     for name, reason in plan.dropped.items():
         print(f"left out: {printable(name)} ({reason})")
     for name, damage in outcome.damage.items():
@@ -255,6 +264,7 @@ def _outcome_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     return {
         "seconds": outcome.seconds,
         "footer_checked": outcome.footer_checked,
+        "kept_bytes": outcome.kept_bytes,
         "damage": {
             name: {"overflowed": damage.overflowed, "vanished": damage.vanished}
             for name, damage in outcome.damage.items()

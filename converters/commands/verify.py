@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from apr_jax.converters.commands import arguments, cli
-from apr_jax.converters.commands.terminal import has_colours, shows_progress
+from apr_jax.converters.commands.terminal import has_colours
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
     from apr_jax.converters.inspect.checks import Check
     from apr_jax.converters.verify.comparison import Comparison
-    from apr_jax.converters.verify.tensor_pairs import Progress, TensorComparison
+    from apr_jax.converters.verify.tensor_pairs import TensorComparison
 
 _ROWS = 20
 _TIED = "tie_word_embeddings"
@@ -78,12 +77,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from apr_jax.converters.commands.progress import phases
     from apr_jax.converters.verify.comparison import compare
 
     opener = cli.open_dense_from if args.adapter else cli.open_from
     with opener(args, args.a) as a, cli.open_from(args, args.b) as b:
         _warn(a, b)
-        with _progress() as progress:
+        with phases() as progress:
             comparison = compare(a, b, progress)
     if args.json:
         cli.print_json(comparison.to_json())
@@ -124,27 +124,6 @@ def _warn(*checkpoints: Checkpoint) -> None:
     for checkpoint in checkpoints:
         for warning in checkpoint.warnings:
             print(printable(f"warning: {checkpoint.path}: {warning}"), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Yields what shows a bar for each phase on stderr; None where stderr is no terminal."""
-    if not shows_progress(sys.stderr):
-        yield None
-        return
-    from rich import console, progress
-
-    columns = ("[progress.description]{task.description}", progress.BarColumn(), progress.TimeRemainingColumn())
-    bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
-    tasks: dict[str, progress.TaskID] = {}
-
-    def show(phase: str, done: int, total: int) -> None:
-        if phase not in tasks:
-            tasks[phase] = bar.add_task(phase, total=total)
-        bar.update(tasks[phase], completed=done)
-
-    with bar:
-        yield show
 
 
 def _print(comparison: Comparison) -> None:

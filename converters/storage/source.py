@@ -64,6 +64,7 @@ class SourceFile:
       size: Bytes, at the time of opening.
       links: Hard links to it.
       bytes_read: Bytes that were read of it so far.
+      stamp: Size and time of modification, at the time of opening.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -95,7 +96,7 @@ class SourceFile:
             raise
         self.size = found.st_size
         self.links = found.st_nlink
-        self._stamp = (found.st_size, found.st_mtime_ns)
+        self.stamp = (found.st_size, found.st_mtime_ns)
         self.bytes_read = 0
         self._counting = threading.Lock()
 
@@ -156,7 +157,7 @@ class SourceFile:
             raise StorageError(
                 f"reading failed: {error.strerror or error}", code="read-failed", file=self.path
             ) from error
-        if (now.st_size, now.st_mtime_ns) != self._stamp:
+        if (now.st_size, now.st_mtime_ns) != self.stamp:
             raise StorageError(
                 "the file changed while it was being read",
                 code="source-changed",

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -97,7 +98,7 @@ def seconds_of_a_sum(layout: Any, nbytes: int) -> float:
     program = jax.jit(
         jax.shard_map(summed, mesh=layout.mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     )
-    x = layout_put(layout, jnp.ones(max(1, nbytes // 4), jnp.float32))
+    x = jax.device_put(jnp.ones(max(1, nbytes // 4), jnp.float32), layout.of_value(()))
     program(x).block_until_ready()
     best = math.inf
     for _ in range(_ROUNDS):
@@ -105,13 +106,6 @@ def seconds_of_a_sum(layout: Any, nbytes: int) -> float:
         program(x).block_until_ready()
         best = min(best, time.perf_counter() - begun)
     return best / chain
-
-
-def layout_put(layout: Any, value: Any) -> Any:
-    """Puts a value whole on every device."""
-    import jax
-
-    return jax.device_put(value, layout.of_value(()))
 
 
 def split(path: str, case: Any, dtype: str, place: Any) -> dict[str, Any]:
@@ -127,8 +121,6 @@ def split(path: str, case: Any, dtype: str, place: Any) -> dict[str, Any]:
         def __init__(self, *given: Any):
             super().__init__(*given)
             made.append(self)
-
-    from unittest import mock
 
     model = load_fastest(path, dtype, place)
     steps = 8 if case.kind == DECODE else 1

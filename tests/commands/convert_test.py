@@ -141,6 +141,7 @@ class ConvertTest(parameterized.TestCase):
         shown = os.read(controller, 1 << 16)
         os.close(controller)
         self.assertIn(b"\x1b[", shown)
+        self.assertRegex(shown, rb"210\.0/210\.0 kB.*0:00:00", "how much, and when the rest is done")
         self.assertNotIn(b"\x1b", done.stdout)
 
     def test_help_names_the_command_as_it_was_called(self):

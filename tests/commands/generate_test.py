@@ -90,7 +90,7 @@ class GenerateCommandTest(parameterized.TestCase):
             ((SAMPLE,), 2, "required"),
             ((SAMPLE, "--prompt", "a", "--chat", "b"), 2, "not allowed"),
             ((SAMPLE, "--prompt", "a", "--system", "b"), 2, "belongs to --chat"),
-            ((SAMPLE, "--prompt", "a", "--greedy", "--top-k", 3), 2, "draws nothing"),
+            ((SAMPLE, "--prompt", "a", "--greedy", "--top-k", 3), 2, "does not sample"),
             ((SAMPLE, "--prompt", "a", "--template-arg", "x=1"), 2, "--template-arg belongs to --chat"),
             ((SAMPLE, "--chat", "a", "--template-arg", "x"), 2, "not a variable of a chat template"),
             ((SAMPLE, "--chat", "a", "--tools", self.file("{}")), 2, "not a list of tools"),

@@ -1,9 +1,11 @@
-"""What is being done is said once it takes its time, on a terminal in a line that is gone at the end."""
+"""What is being done, and when it will be done, is said if it takes long; a terminal's line is gone at the end."""
 
+import contextlib
 import io
 import os
 import pathlib
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +17,9 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.commands import progress, terminal
-from tests import paths
+from tests import paths, tool
+
+SOURCE = paths.checkpoint("gqa_tied_bf16")
 
 
 class _Terminal(io.StringIO):
@@ -53,6 +57,58 @@ class TellingTest(parameterized.TestCase):
     def test_quiet(self, kind):
         with mock.patch.object(terminal.manner, "quiet", True):
             self.assertEqual(self.shown(kind(), 0.6), "")
+
+
+class RemainingTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.now = 1000.0
+        self.enter_context(mock.patch.object(progress.time, "monotonic", side_effect=lambda: self.now))
+        self.errors = self.enter_context(contextlib.redirect_stderr(io.StringIO()))
+
+    def lines(self) -> list[str]:
+        return [re.sub(r"\d\d:\d\d:\d\d,", "TIME,", line) for line in self.errors.getvalue().splitlines()]
+
+    def test_a_line_every_ten_seconds_says_when_it_will_be_done(self):
+        with progress.phases() as show:
+            for done in range(0, 101, 10):
+                show("bytes", done, 400)
+                self.now += 4
+            # Another phase begins anew.
+            show("values", 5, 10)
+            self.now += 30
+            show("values", 6, 12)
+        # 30 of 400 in 12 s: the other 370 take 148.
+        self.assertEqual(
+            self.lines(),
+            [
+                "bytes: 7 %, done at TIME, in 0:02:28",
+                "bytes: 15 %, done at TIME, in 0:02:16",
+                "bytes: 22 %, done at TIME, in 0:02:04",
+                "values: 50 %, done at TIME, in 0:00:30",
+            ],
+        )
+
+    def test_a_bar_of_bytes_adds_up(self):
+        with progress.bar_of(1000) as advance:
+            advance(0)
+            for _ in range(5):
+                self.now += 7
+                advance(100)
+        self.assertEqual(self.lines(), ["data: 20 %, done at TIME, in 0:00:56", "data: 40 %, done at TIME, in 0:00:42"])
+
+    def test_nobody_looks_with_quiet(self):
+        self.enter_context(mock.patch.object(terminal.manner, "quiet", True))
+        with progress.phases() as show, progress.bar_of(1) as advance:
+            self.assertEqual((show, advance), (None, None))
+
+
+class VerifyTest(absltest.TestCase):
+    def test_a_comparison_says_how_far_it_is(self):
+        with mock.patch.object(progress, "_BETWEEN", 0.0):
+            done = tool.ran(self, "verify", SOURCE, SOURCE)
+            self.assertRegex(done.stderr, r"bytes: 100 %, done at \d\d:\d\d:\d\d, in 0:00:00\n")
+            self.assertNotIn("%", tool.ran(self, "verify", SOURCE, SOURCE, "--quiet").stderr)
 
 
 class CommandsTest(parameterized.TestCase):

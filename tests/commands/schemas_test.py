@@ -426,6 +426,8 @@ class OutputsTest(parameterized.TestCase):
             "checkpoint",
             self.output("checkpoint", "save", SAMPLE, "prepared", "--dtype", "bf16", "--fused"),
             self.output("checkpoint", "restore", "prepared"),
+            self.output("checkpoint", "restore", "prepared", "-o", "restored.apr"),
+            self.output("checkpoint", "show", "prepared"),
             self.output("checkpoint", "restore", "nowhere", code=3),
         )
         # What is not safetensors and not .apr is described, too.

@@ -257,7 +257,8 @@ def check_bytes(test, devices, most, container="sharded", cast=None):
         for device, count in read.items():
             test.assertGreater(count, size / devices / 1.01, device)
             test.assertLessEqual(count, most * size, (device, count / size))
-        test.assertLess(sum(read.values()), 1.01 * size + 1e5)
+        # Nor is anything read beside: the whole file once, its metadata, and the blocks' scales for each part.
+        test.assertLess(sum(source.bytes_read for source in checkpoint.sources), 1.01 * size + 1e5)
 
 
 class ParityTest(_Suite):
@@ -390,7 +391,7 @@ class GenerateTest(_Suite):
         expected = Generator(model).generate([[1, 2, 3]], max_new_tokens=70, do_sample=False)
         mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
         state = nnx.state(model.module)
-        spread = lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "x"))  # noqa: E731
+        spread = lambda x: NamedSharding(mesh, PartitionSpec("x"))  # noqa: E731
         nnx.update(model.module, jax.device_put(state, jax.tree.map(spread, state)))
         found = Generator(model).generate([[1, 2, 3]], max_new_tokens=70, do_sample=False)
         self.assertEqual(found, expected)
