@@ -11,9 +11,9 @@ download` with `APT::Architecture "s390x"`, `dpkg -x`, `qemu-s390x-static -L ROO
 hold something against the safetensors package did not, which was a stand-in there; five checkpoints as .apr and back,
 and four with --cast f32, f16 and bf16, had the bytes that x86-64 writes. Before, casts from bf16 were wrong there.
 Of casts, dtypes, eras and openers 208 tests passed there later the same day, and quantised tensors cast to floats have
-the bytes that they should, which they had not. 20 did not: 10 of openers_test.py and 3 of dtypes_test.py hold our
-little-endian bytes against arrays in the machine's own order or read bf16, which has no array type there, 4 ask the
-safetensors package itself, and 3 start Python, which the emulator does not do.
+the bytes that they should, which they had not. 20 did not: 13 hold our little-endian bytes against arrays in the
+machine's own order or read bf16, which has no array type there, 4 ask the safetensors package itself, and 3 start
+Python, which the emulator does not do.
 """
 
 import json
