@@ -24,8 +24,10 @@ from collections.abc import Iterable, Iterator
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 REPORT = ROOT / "tests" / "COVERAGE.md"
 REASONS = ROOT / "tests" / "coverage_reasons.txt"
-_COMMANDS = ("convert", "folders", "hostile_texts", "ignore_config", "internal_errors", "looked_at", "outputs", "show",
-             "streams", "verify")  # fmt: skip
+_COMMANDS = (
+    "arguments", "convert", "folders", "hostile_texts", "ignore_config", "internal_errors", "looked_at", "outputs",
+    "progress", "show", "streams", "verify",
+)  # fmt: skip
 SUITES = (
     "tests/converters", *(f"tests/commands/{name}_test.py" for name in _COMMANDS),
     *(f"tests/hostile/{name}_test.py" for name in ("cases", "judge", "output_places", "file_faults")),

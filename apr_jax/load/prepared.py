@@ -30,7 +30,7 @@ from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.convert import apr_metadata, apr_tokenizer
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
 from apr_jax.converters.storage.output import FolderKind, atomic_folder, check_target
@@ -80,10 +80,11 @@ def save(
       What was written.
 
     Raises:
-      UsageError: Unknown dtype or device; `fused` on a mesh; or the folder exists.
+      UsageError: Unknown dtype or device; `fused` on a mesh; the folder exists; or there are several processes.
       RefusedError: As `load_parameters`, or there is no configuration.
       StorageError: The disk.
     """
+    _refuse_processes(folder)
     dtype = dtype_name(dtype)
     config = checkpoint.model_config()
     mesh = device if isinstance(device, Mesh) and device.size > 1 else None
@@ -133,8 +134,9 @@ def begin(model: LanguageModel, folder: str, *, force: bool = False, notice: Not
       folder, force, notice: As `save`.
 
     Raises:
-      UsageError: The folder exists.
+      UsageError: The folder exists, or there are several processes.
     """
+    _refuse_processes(folder)
     check_target(folder, folder=PREPARED, force=force)
     with model.scope():
         host = jax.tree.map(_on_host, model.parameters)
@@ -146,6 +148,18 @@ def begin(model: LanguageModel, folder: str, *, force: bool = False, notice: Not
             return _write(as_checkpoint(frozen), model.config, lambda: host, folder, **options)
 
     return Saving(folder, Workers(1).start(write))
+
+
+def _refuse_processes(folder: str) -> None:
+    if jax.process_count() > 1:
+        raise UsageError(
+            "several processes do not save a checkpoint together",
+            code="save-processes",
+            file=folder,
+            found=f"{jax.process_count()} processes",
+            expected="one that sees all devices",
+            hint="Save the model in a run of one process; it is then restored on any mesh",
+        )
 
 
 def _on_host(array: jax.Array) -> jax.Array:

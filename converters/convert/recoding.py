@@ -125,13 +125,15 @@ class Recoding:
         values, damage = self._as_f32(self.tensor.read_flat(first, end))
         if self._encoder is not None:
             return self._quantise(values, first, damage)
+        # Decoded values are in the order of this machine.
+        little = values.astype("<f4", copy=False).view("u1").data
         if self.target.name == "f32":
-            return values.data.cast("B"), damage, None
-        written, narrowed = casts.cast(values.data.cast("B"), "f32", self.target.name)
+            return little, damage, None
+        written, narrowed = casts.cast(little, "f32", self.target.name)
         return written, damage + narrowed, None
 
     def _as_f32(self, values: np.ndarray) -> tuple[np.ndarray, casts.Damage]:
-        if values.dtype == np.float32:
+        if values.dtype.newbyteorder("=") == np.float32:
             return values, casts.Damage()
         written, damage = casts.cast(values.view("u1").data, self.tensor.dtype.name, "f32")
         return np.frombuffer(written, "<f4"), damage

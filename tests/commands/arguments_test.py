@@ -267,6 +267,28 @@ class NearestTest(parameterized.TestCase):
     def test_what_follows_an_option_that_needs_nothing(self, given, understood):
         self.assertEqual(list(arguments._without_guessing(given)), understood)
 
+    @parameterized.parameters(
+        ("data=2", {"data": 2}), ("data=2,model=4", {"data": 2, "model": 4}), ("modl=2", "did you mean model"),
+        ("rows=2", "they are data"), ("data", "is no mesh"), ("data=0", "is no mesh"), ("data=2,data=2", "is no mesh"),
+    )  # fmt: skip
+    def test_meshes(self, text, expected):
+        if isinstance(expected, dict):
+            self.assertEqual(arguments._mesh(text), expected)
+        else:
+            with self.assertRaisesRegex(argparse.ArgumentTypeError, expected):
+                arguments._mesh(text)
+
+    @parameterized.parameters(
+        ("auto", True), ("host:1", True), ("host:65535", True), ("host:65536", False), ("host:0", False),
+        ("host", False), (":80", False), ("host:\u0661", False),
+    )  # fmt: skip
+    def test_addresses(self, text, is_one):
+        if is_one:
+            self.assertEqual(arguments._coordinator(text), text)
+        else:
+            with self.assertRaisesRegex(argparse.ArgumentTypeError, "is no address"):
+                arguments._coordinator(text)
+
     def test_a_package_that_is_missing_is_said_with_the_versions(self):
         missing = mock.patch("importlib.metadata.version", side_effect=importlib.metadata.PackageNotFoundError)
         with missing:

@@ -71,7 +71,7 @@ class StreamsTest(parameterized.TestCase):
         with (
             contextlib.redirect_stderr(io.StringIO()) as stream,
             self.assertRaises(SystemExit) as caught,
-            cli._ending_on_error(False, lambda: None),
+            cli._ending_on_error(["show"], lambda: None),
         ):
             raise error
         self.assertEqual((caught.exception.code, stream.getvalue().count("\n")), (7, 1))

@@ -252,6 +252,13 @@ class AtomicTest(Case):
         self.assertTrue((self.folder / "parameters" / DOWN / "0.0").is_file())
         self.assertEqual(flushes.lacking(flushed, self.folder), [])
 
+    def test_several_processes_are_refused(self):
+        model = load_model(SOURCE, "float32", "cpu")
+        with absltest.mock.patch.object(jax, "process_count", return_value=2):
+            self.refused(UsageError, "save-processes", self.save)
+            self.refused(UsageError, "save-processes", lambda: prepared.begin(model, str(self.folder)))
+        self.assertEqual(self.listed(), [])
+
     def test_force_replaces_nothing_but_a_prepared_checkpoint(self):
         self.folder.mkdir()
         (self.folder / "thesis.txt").write_text("unique")

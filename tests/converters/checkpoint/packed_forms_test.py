@@ -106,13 +106,18 @@ class FormulasTest(parameterized.TestCase):
         entries = apr_format.lay_out(
             (name, by_name(kind), shape, len(data)) for name, (kind, shape, data) in held.items()
         )
-        content = apr_format.serialise_prologue({"hf_config": given}, entries)
+        files = {"config.json": json.dumps(given)} if is_object else {}
+        content = apr_format.serialise_prologue({"hf_config": given, "source_files": files}, entries)
         content += b"".join(held[entry.name][2] + bytes(-entry.size % 64) for entry in entries)
         path.write_bytes(content + apr_format.footer(zlib.crc32(content)))
         with open_checkpoint(path) as raw:
             view = dense_view(raw)
             np.testing.assert_allclose(view.tensors["x.weight"].read(), codes * scales[:, None] / 127, rtol=3e-7)
             self.assertEqual(view.metadata["hf_config"], {"model_type": "qwen2"} if is_object else "qwen2")
+            if is_object:
+                self.assertEqual(json.loads(view.metadata["source_files"]["config.json"]), {"model_type": "qwen2"})
+            for tensor in view.tensors.values():
+                self.assertEqual(tensor.read_flat(2, 2).size, 0)
 
     def test_no_elements_are_nothing_to_decode(self):
         folder = pathlib.Path(self.create_tempdir().full_path) / "packed"

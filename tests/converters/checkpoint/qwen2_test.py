@@ -69,6 +69,11 @@ class MadeConfigTest(parameterized.TestCase):
         config = self.opened(METADATA).config_for((str(i), by_name(name)) for i, name in enumerate(types))
         self.assertEqual(config.get("torch_dtype"), expected)
 
+    @parameterized.parameters((None, None), (16, None), (32, 32))
+    def test_the_size_of_heads_stands_only_where_it_does_not_follow(self, given, said):
+        config = self.opened(METADATA | ({"head_dim": given} if given else {})).config_for([])
+        self.assertEqual(config.get("head_dim"), said)
+
     @parameterized.parameters(
         ({}, {}),
         ({"tensor_shapes": {"a": [2], "b": [3]}}, {"tensor_shapes": {"x": [2], "b": [3]}}),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import tracemalloc
 import zlib
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
@@ -19,6 +20,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.distance import Sums
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.convert import recoding
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
@@ -214,6 +216,19 @@ class RecodingTest(parameterized.TestCase):
         self.assertEqual((parts[0] + parts[1]).sums, Sums(dd=3, aa=10, bb=12, ab=10, max_abs=0.5))
         self.assertEqual(recoding.QuantisationError(Sums(), 0, 0.0).cosine, 1.0)
         self.assertEqual(recoding.QuantisationError(Sums(aa=1.0, dd=1.0, max_abs=1.0), 0, 1.0).cosine, 0.0)
+
+
+class ByteOrderTest(parameterized.TestCase):
+    @parameterized.parameters("f32", "f16")
+    def test_decoded_values_are_written_little_endian_whatever_the_machines_order(self, target):
+        read = Tensor.read_flat
+        with open_checkpoint(DATA / "apr" / "tiny_f32_tied-int4.apr") as opened:
+            tensor = opened.tensors["model.embed_tokens.weight"]
+            self.assertTrue(tensor.dtype.is_block)
+            recoded = recoding.Recoding(tensor, dtypes.by_name(target))
+            expected = bytes(recoded.recode(0, 64)[0])
+            with mock.patch.object(Tensor, "read_flat", lambda *range_: read(*range_).astype(">f4")):
+                self.assertEqual(bytes(recoded.recode(0, 64)[0]), expected)
 
 
 if __name__ == "__main__":

@@ -133,18 +133,18 @@ class CastsTest(parameterized.TestCase):
         self.assertEqual(bytes(out), (0x3C01).to_bytes(2, "little"))
 
     def test_overflow_counts_finite_values_only(self):
-        values = np.array([65519.0, 65520.0, -1e9, np.inf, -np.inf, np.nan], np.float32)
+        values = np.array([65519.0, 65520.0, -1e9, np.inf, -np.inf, np.nan], "<f4")
         out, damage = casts.cast(values.tobytes(), "f32", "f16")
         self.assertEqual(damage.overflowed, 2)
-        self.assertEqual(np.frombuffer(out, np.float16)[:3].tolist(), [65504.0, np.inf, -np.inf])
+        self.assertEqual(np.frombuffer(out, "<f2")[:3].tolist(), [65504.0, np.inf, -np.inf])
 
     def test_vanishing_values_are_counted(self):
-        values = np.array([0.0, -0.0, 1e-30, -1e-30, 1e-7], np.float32)
+        values = np.array([0.0, -0.0, 1e-30, -1e-30, 1e-7], "<f4")
         _, damage = casts.cast(values.tobytes(), "f32", "f16")
         self.assertEqual(damage, casts.Damage(overflowed=0, vanished=2))
 
     def test_unaligned_input_is_taken(self):
-        data = memoryview(b"\0" + np.array([1.5, -2.0], np.float32).tobytes())[1:]
+        data = memoryview(b"\0" + np.array([1.5, -2.0], "<f4").tobytes())[1:]
         out, _ = casts.cast(data, "f32", "bf16")
         self.assertEqual(bytes(out).hex(), "c03f00c0")
 

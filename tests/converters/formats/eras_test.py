@@ -49,7 +49,7 @@ def old_file(tensors, flags=ROW_MAJOR, footer=True):
 
 
 def floats(*shape):
-    return RANDOM.normal(0, 0.1, shape).astype(np.float32)
+    return RANDOM.normal(0, 0.1, shape).astype("<f4")
 
 
 BF16 = floats(6, 4).astype(ml_dtypes.bfloat16)
@@ -65,8 +65,8 @@ OLD_APRENDER = {
 AMBIGUOUS = OLD_APRENDER | {"even": (8, (4, 64), casts.quantise(Q4_EVEN, "apr_q4", (4, 64)))}
 # What realizar's converters wrote, with a table of their own and later with GGML's numbers; no footer.
 Q4_K = casts.quantise(floats(2, 256), "q4_k", (2, 256))
-Q4_0 = np.float16(0.5).tobytes() + bytes(range(16))
-Q8_0 = np.float16(0.25).tobytes() + bytes(range(32))
+Q4_0 = np.array(0.5, "<f2").tobytes() + bytes(range(16))
+Q8_0 = np.array(0.25, "<f2").tobytes() + bytes(range(32))
 OLD_ENGINE = {"a": (0, (3,), floats(3).tobytes()), "k": (8, (2, 256), Q4_K), "n": (2, (6, 4), BF16.tobytes())}
 ENGINE = {"a": (0, (3,), floats(3).tobytes()), "q4": (2, (2, 32), 2 * Q4_0), "q8": (8, (3, 32), 3 * Q8_0)}
 

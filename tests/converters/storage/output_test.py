@@ -276,6 +276,18 @@ class LeftoversTest(OutputTestCase):
         self.assertEqual(self.names(), ["a"])
         self.assertIn(".apr-jax-tmp.", taken[0])
 
+    def test_a_temporary_of_which_nothing_can_be_learnt_is_an_error(self):
+        real = os.stat
+
+        def failing(path, **arguments):
+            if ".apr-jax-tmp." in os.fspath(path) and not isinstance(path, int):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(path, **arguments)
+
+        with self.raises("write-failed", StorageError), mock.patch.object(os, "stat", failing):
+            write(self.folder / "a", b"new")
+        self.assertNotIn("a", self.names())
+
     def test_two_writers_of_one_output_do_not_disturb_each_other(self):
         with output.atomic_file(os.fspath(self.folder / "a"), 3) as file:
             write(self.folder / "a", b"one")
@@ -426,6 +438,16 @@ class PowerCutTest(OutputTestCase):
         self.assertEqual(self.names(), [])
 
 
+class ReplacedTest(OutputTestCase):
+    def test_an_old_folder_that_cannot_be_removed_is_named(self):
+        write_folder(self.folder / "d", {"config.json": b"old"})
+        said: list[str] = []
+        with mock.patch.object(os, "rmdir", side_effect=OSError(errno.EBUSY, "Device or resource busy")):
+            write_folder(self.folder / "d", {"config.json": b"new"}, force=True, notice=said.append)
+        self.assertEqual((self.folder / "d" / "config.json").read_bytes(), b"new")
+        self.assertRegex(said[-1], "which was replaced, could not be removed: device or resource busy")
+
+
 class OldSystemTest(OutputTestCase):
     """Where two paths cannot change places in one step, or what was done cannot be undone."""
 
@@ -491,7 +513,8 @@ class OldSystemTest(OutputTestCase):
 
     def test_a_file_that_took_the_place_of_another_for_good_is_told_with_the_error(self):
         (self.folder / "a").write_bytes(b"old")
-        failing = mock.patch.object(output, "_sync_folder", side_effect=OSError(errno.EIO, "Input/output error"))
+        outcomes = [OSError(errno.EIO, "Input/output error"), None]
+        failing = mock.patch.object(output, "_sync_folder", side_effect=outcomes)
         with self.raises("write-failed", StorageError) as caught, _old_system(), failing:
             write(self.folder / "a", b"new", force=True)
         self.assertEqual((self.names(), (self.folder / "a").read_bytes()), (["a"], b"new"))

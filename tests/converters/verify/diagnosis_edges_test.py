@@ -10,6 +10,7 @@ from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
+import gguf
 import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -17,7 +18,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.formats import apr_format, dtypes
 from apr_jax.converters.verify.comparison import Comparison, compare
-from apr_jax.converters.verify.diagnosis import column_groups, elementwise, replays, story
+from apr_jax.converters.verify.diagnosis import channels, column_groups, elementwise, replays, story
 from apr_jax.converters.verify.diagnosis.causes import Cause
 from apr_jax.converters.verify.diagnosis.context import Context
 from apr_jax.converters.verify.diagnosis.groupings import groupings
@@ -74,8 +75,8 @@ class EdgesTestCase(parameterized.TestCase):
             return {name: diagnose(a.tensors[name], b.tensors[name], context) for name in a.tensors}
 
     def assert_cause(self, found: list[Cause], cause: str, **parameters: object) -> Cause:
-        self.assertEqual(found[0].cause, cause, found)
-        self.assertEqual({key: found[0].parameters.get(key) for key in parameters}, parameters, found[0])
+        self.assertEqual(found[0].cause, cause, str(found))
+        self.assertEqual({key: found[0].parameters.get(key) for key in parameters}, parameters, str(found[0]))
         return found[0]
 
 
@@ -279,13 +280,59 @@ class FittedTest(EdgesTestCase):
             self.assertNotEqual(first.cause, "rescaled-channels")
 
     def test_a_change_of_low_rank_where_it_is_probed_alone_is_none(self):
-        before = random(256, 128)
-        after = before + random(256, 128, seed=1) / 50
-        rank = random(256, 2, seed=2) @ random(2, 128, seed=3)
-        some = [np.unique(np.linspace(0, length - 1, min(most, length)).astype(int))
-                for length, most in ((256, 192), (128, 64))]  # fmt: skip
+        before = random(512, 256)
+        after = before + random(512, 256, seed=1) / 5
+        rank = random(512, 2, seed=2) @ random(2, 256, seed=3) * 50
+        some = [np.unique(np.linspace(0, length - 1, most).astype(int)) for length, most in ((512, 288), (256, 96))]
         after[np.ix_(*some)] = (before + rank)[np.ix_(*some)]
         self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].cause, "low-rank")
+
+    def test_rows_of_zeros_tell_no_factors(self):
+        before = random(64, 64)
+        rows, columns = (np.exp(random(64, seed=seed) * 20) for seed in (2, 3))
+        after = before * rows[:, None] * columns
+        self.assert_cause(self.diagnose(stored(before), stored(after)), "rescaled-channels", axis="both")
+        before[48:] = after[48:] = 0
+        with mock.patch.multiple(channels, _FITTED=16 * 64, _PART=16):
+            self.assertNotEqual(self.diagnose(stored(before), stored(after))[0].cause, "rescaled-channels")
+
+
+class HeadsTest(EdgesTestCase):
+    Q, FUSED = (f"model.layers.0.self_attn.{name}_proj.weight" for name in ("q", "qkv"))
+
+    def diagnose_all(self, before: Mapping[str, Stored], after: Mapping[str, Stored]) -> dict[str, list[Cause]]:
+        """As always, of a model whose configuration is not known."""
+        for side, held in (("a", before), ("b", after)):
+            write(self.folder / side, held)
+            (self.folder / side / "config.json").unlink()
+        return self._diagnosed(self.folder / "a", self.folder / "b")
+
+    def test_a_convention_is_seen_without_a_configuration(self):
+        before = random(64, 32)
+        heads = before.reshape(4, 2, 8, 32)
+        after = np.ascontiguousarray(heads.transpose(0, 2, 1, 3)).reshape(64, 32)
+        (first, *_) = self.diagnose(stored(before), stored(after), self.Q)
+        self.assertEqual((first.cause, first.parameters["head_dim"]), ("head-permuted", 16))
+
+    def test_heads_that_do_not_repeat_are_another_shape(self):
+        for name in (self.Q, self.Q.replace("q_proj", "k_proj")):
+            found = self.diagnose(stored(random(32, 16)), stored(random(64, 16, seed=1)), name)
+            self.assert_cause(found, "different-weights", kind="other shape")
+
+    def test_fused_rows_in_an_order_that_nobody_writes_are_permuted_rows(self):
+        for rows in (48, 50):
+            before = random(rows, 32)
+            order = np.random.default_rng(1).permutation(rows)
+            found = self.diagnose(stored(before), stored(before[order]), self.FUSED)
+            self.assert_cause(found, "rows-permuted")
+
+    def test_fused_rows_are_told_by_nearly_all_their_elements(self):
+        before = random(384, 256)
+        after = np.concatenate([before[128:256], before[:128], before[256:]])
+        (first, *_) = self.diagnose(stored(before), stored(after), self.FUSED)
+        self.assertEqual((first.cause, first.parameters), ("qkv-order", {"from": "q,k,v", "to": "k,q,v"}))
+        after[:, 1:120:2] = random(384, 60, seed=3)
+        self.assertNotEqual(self.diagnose(stored(before), stored(after), self.FUSED)[0].cause, "qkv-order")
 
 
 class ResizedTest(EdgesTestCase):
@@ -323,6 +370,7 @@ class StoryTest(EdgesTestCase):
     ) -> Comparison:
         for side, held in (("a", before), ("b", after)):
             write(self.folder / side, held)
+            (self.folder / side / "config.json").unlink()
             if config is not None:
                 (self.folder / side / "config.json").write_text(json.dumps(config))
         with open_checkpoint(self.folder / "a") as a, open_checkpoint(self.folder / "b") as b:
@@ -481,6 +529,17 @@ class BlocksTest(EdgesTestCase):
         after = values.reshape(16, 256) + random(16, 256, seed=1) / 20
         self.assert_cause(self.diagnose_quantised(before, self.plain(after)), "different-weights")
 
+    @parameterized.parameters("TQ1_0", "Q2_K")
+    def test_a_type_of_no_known_steps_is_told_by_nobody(self, kind):
+        values = random(8, 256)
+        dtype = dtypes.by_name(kind.lower())
+        data = np.random.default_rng(0).integers(0, 256, 8 * dtype.block_bytes, np.uint8)
+        found = self.diagnose_quantised(self.plain(values), (dtype.name, values.shape, data.tobytes()))
+        self.assertNotEqual(found[0].cause, "quantised")
+        near = gguf.quants.quantize(values, gguf.GGMLQuantizationType.TQ1_0)
+        found = self.diagnose_quantised(self.plain(values), ("tq1_0", values.shape, near.tobytes()))
+        self.assert_cause(found, "different-weights")
+
     def through_q8_0(self, values: np.ndarray) -> np.ndarray:
         blocks = values.reshape(-1, 32)
         scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
@@ -522,6 +581,42 @@ class BlocksTest(EdgesTestCase):
             codes = np.clip(np.rint(blocks / rounded + 0.1), -8, 7)
             after = (codes * rounded).astype(np.float32).reshape(before.shape)
             self.assert_cause(self.diagnose(stored(before), stored(after)), "quantised", **parameters)
+
+    def four_bits(self, values: np.ndarray, *, alike: bool = False) -> np.ndarray:
+        """Sixteen steps from the smallest value of each 32, rounded down; or from one for all."""
+        blocks = values.reshape(-1, 32)
+        low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
+        if alike:
+            low, high = np.full_like(low, low.min()), np.full_like(high, high.max())
+        step = (high - low) / 15
+        return (low + np.floor((blocks - low) / step + 1e-4) * step).reshape(values.shape).astype(np.float32)
+
+    @parameterized.parameters(((2, 96), False), ((16, 256), True))
+    def test_few_scales_or_equal_ones_are_none_that_are_quantised_themselves(self, shape, alike):
+        before = random(*shape)
+        (first, *_) = self.diagnose(stored(before), stored(self.four_bits(before, alike=alike)))
+        self.assertEqual((first.cause, first.parameters["type"]), ("quantised", "int4"))
+
+    def test_scales_that_hardly_vary_are_none_that_are_quantised_themselves(self):
+        before = random(16, 256)
+        groups = before.reshape(-1, 16)
+        times = np.random.default_rng(0).choice((1, 1, 2), len(groups))[:, None]
+        step = np.float32(np.abs(before).max() / 32) * times.astype(np.float32)
+        low = -step * np.float32(32)
+        codes = np.clip(np.floor((groups - low) / step + 0.6), 0, 63)
+        after = (low + codes * step).astype(np.float32).reshape(before.shape)
+        # All are whole numbers of one step.
+        self.assert_cause(self.diagnose(stored(before), stored(after)), "quantised", type="int8", group="tensor")
+
+    def test_what_others_were_quantised_to_is_searched_for_anew_where_it_leaves_something_over(self):
+        names = [f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1)]
+        before = {name: random(32, 256, seed=seed) for seed, name in enumerate(names)}
+        after = {name: self.four_bits(values) for name, values in before.items()}
+        after[names[1]].reshape(-1, 32)[5:7] += random(2, 32, seed=5) / 50
+        one, other = ({name: stored(values) for name, values in side.items()} for side in (before, after))
+        found = self.diagnose_all(one, other)
+        self.assertEqual([found[name][0].parameters["type"] for name in names], ["int4", "int4"])
+        self.assertLess(found[names[1]][0].explained, 1)
 
     def test_the_groupings_of_what_is_no_matrix(self):
         labels = {shape: {grouping.label for grouping in groupings(shape)} for shape in ((1, 64), (64, 1), (64, 64))}
