@@ -22,6 +22,7 @@ import numpy as np
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import UsageError
+from apr_jax.cpu import products
 from apr_jax.generate import tokenizer_files
 from apr_jax.generate.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
@@ -143,6 +144,7 @@ def load_generator(
             dtype,
             target,
             fused=target.platform == "gpu" and dtype_name(dtype) == "bfloat16",
+            as_stored=products.available(),
             ignore_config=ignore_config,
         )
     model = model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))

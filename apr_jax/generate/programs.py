@@ -283,12 +283,16 @@ class Programs:
 
 
 def programs_of(model: LanguageModel) -> Programs:
-    """Returns the programs of a model, shared by all models of its configuration, dtype, tables and device."""
+    """Returns the programs of a model, shared by all models of its configuration, dtypes, tables and device."""
     layer_ops = tuple(model.layer_ops.items())
-    return _programs(model.config, model.dtype, model.fused, model.ops, layer_ops, model.device)
+    return _programs(model.storage, model.config, model.dtype, model.fused, model.ops, layer_ops, model.device)
 
 
-_programs = functools.cache(Programs)
+@functools.cache
+def _programs(storage: tuple[str, ...], *arguments: Any) -> Programs:
+    """The programs are compiled for types of single parameters, which `arguments` do not say."""
+    del storage
+    return Programs(*arguments)
 
 
 def _needed_bytes(memory: Any) -> int:

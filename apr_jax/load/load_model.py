@@ -29,6 +29,7 @@ def load_model(
     device: str | jax.Device | Sharding | None = None,
     ops: Ops = OPS,
     fused: bool = False,
+    as_stored: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
     ignore_config: Iterable[str] = (),
 ) -> LanguageModel:
@@ -43,6 +44,10 @@ def load_model(
         parameter, such as one that replicates. Each by its own: `jax.device_put` on the state of `model.module`.
       ops: The table of operations.
       fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
+      as_stored: In float32, keep matrices in 16 bits that the checkpoint has in bfloat16 or float16: half the memory.
+        They are widened where they are multiplied, which is exact. For inference on a CPU, where kernels do it
+        (`apr_jax.cpu`); elsewhere XLA widens them anew at each call, which is slow. A gradient of such a parameter has
+        16 bits as well.
       adapters: Folders of PEFT adapters (LoRA, DoRA) to add to the weights, one after the other.
       ignore_config: Keys of the configuration that change nothing, to go on as if they were not there where it is
         refused for them: ["some_key", "rope_scaling.some_key"].
@@ -62,7 +67,7 @@ def load_model(
         given.ignored |= frozenset(ignore_config)
         with as_dense(given, adapters) as checkpoint:
             config = checkpoint.model_config()
-            parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused)
+            parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused, as_stored)
             origin = origin_of(checkpoint)
     return LanguageModel(config, parameters, target, ops, origin=origin)
 

@@ -31,7 +31,12 @@ _ALIGNMENT = 64
 
 
 def load_parameters(
-    checkpoint: Checkpoint, config: Qwen2Config, dtype: str, device: jax.Device | Sharding, fused: bool = False
+    checkpoint: Checkpoint,
+    config: Qwen2Config,
+    dtype: str,
+    device: jax.Device | Sharding,
+    fused: bool = False,
+    as_stored: bool = False,
 ) -> Parameters:
     """Reads every tensor of a checkpoint, casts it to `dtype` and puts it on `device`.
 
@@ -40,6 +45,7 @@ def load_parameters(
       config: The model's configuration.
       dtype: "float32", "bfloat16", "float16" or "float64".
       device: Where the arrays go: one device, or a sharding that fits all of them.
+      as_stored: Whether, on a CPU, matrices of bfloat16 and float16 stay what they are where `dtype` is float32.
       fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
 
     Returns:
@@ -70,14 +76,24 @@ def load_parameters(
     sources = {
         path: [checkpoint.tensors[name] for name in names] for path, names in parameter_sources(config, fused).items()
     }
+    on_cpu = isinstance(device, Sharding) or device.platform == "cpu"
+    narrow = as_stored and on_cpu and dtype == "float32"
     x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
     with x64:
-        return nested(_load(sources, dtype, device))
+        return nested(_load(sources, dtype, device, narrow))
 
 
-def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device | Sharding) -> dict[str, jax.Array]:
+def _stored(tensors: Sequence[Tensor]) -> str | None:
+    """Returns the 16-bit dtype in which all these matrices are stored; None where there is none."""
+    found = {str(tensor.dtype.numpy) for tensor in tensors if len(tensor.shape) == 2 and not tensor.dtype.is_block}
+    return found.pop() if len(found) == 1 and found <= {"bfloat16", "float16"} else None
+
+
+def _load(
+    sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device | Sharding, narrow: bool
+) -> dict[str, jax.Array]:
     def read(path: str) -> np.ndarray:
-        return read_as(sources[path], dtype)
+        return read_as(sources[path], (_stored(sources[path]) if narrow else None) or dtype)
 
     if isinstance(device, Sharding) or device.platform == "cpu":
         # The system clears the pages of a new array when they are first written to: that is what several threads share.

@@ -1,0 +1,68 @@
+"""Products of float32 vectors with weights of 16 bits, in XLA programs for the CPU.
+
+The weights stay as narrow as they are stored and are widened in registers, which is exact: results are float32's, from
+half the bytes.
+
+numba compiles the kernels on the user's machine, for its processor and without a compiler, and keeps them on disk. It
+is optional; `APR_JAX_CPU_KERNELS=off` leaves it out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+SWITCH = "APR_JAX_CPU_KERNELS"
+
+_FORMS = ("bfloat16", "float16")
+"""As `rows` numbers them."""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether products can be had: numba is there, nobody said otherwise, and XLA calls the kernels as it should.
+
+    The last is tried out on one product; if it fails there is a warning, and the plain operations remain.
+    """
+    if os.environ.get(SWITCH, "on") == "off" or sys.byteorder != "little" or not importlib.util.find_spec("numba"):
+        return False
+    try:
+        with jax.default_device(jax.devices("cpu")[0]), jax.ensure_compile_time_eval():
+            found = np.asarray(product(jnp.ones((5, 3)), jnp.full((2, 3), 0.5, jnp.bfloat16)))
+    except Exception as error:  # whatever another jaxlib or numba makes of it
+        warnings.warn(f"the CPU's kernels are left out, plain operations remain: {error}", stacklevel=2)
+        return False
+    return bool((found == 1.5).all())
+
+
+def engine() -> str:
+    """Says what computes products with narrow weights here."""
+    if not available():
+        return "XLA"
+    from apr_jax.cpu.machine_code import AVX512
+
+    return f"numba {importlib.metadata.version('numba')}, vectors of {512 if AVX512 else 256} bits"
+
+
+def supports(x: Array, weight: Array) -> bool:
+    """Whether `product` takes these."""
+    return x.dtype == jnp.float32 and str(weight.dtype) in _FORMS and weight.size > 0 and available()
+
+
+def product(x: Array, weight: Array) -> Array:
+    """Multiplies vectors with a weight: x float32 [vectors, in], bfloat16 or float16 [out, in] -> [vectors, out]."""
+    from apr_jax.cpu import custom_call
+
+    custom_call.register()
+    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    call = jax.ffi.ffi_call(custom_call.TARGET, result, vmap_method="sequential")
+    return call(weight, x, form=np.int64(_FORMS.index(str(weight.dtype))))

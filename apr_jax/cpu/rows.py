@@ -1,0 +1,179 @@
+"""Rows of a weight, in the form in which they are stored, times vectors of float32; numba compiles this.
+
+Of a few vectors each row is read once and widened in registers, as fast as memory gives it. For many, some rows are
+decoded into the first-level cache, a piece at a time, and multiplied with all vectors from there. Every sum is taken in
+an order that depends on sizes alone, whoever computes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from apr_jax.cpu import machine_code
+from apr_jax.cpu.machine_code import AVX512, LANES, decode_q4_k, dot_q4_k, floats_at, multiply_tile
+
+BFLOAT16, FLOAT16, INT8, Q4_K = range(4)
+"""Forms, as numbers that a program carries."""
+
+COLUMNS = 1024
+"""Decoded at once: four blocks of Q4_K."""
+
+_ROWS, _VECTORS = 4 if AVX512 else 2, 4
+_UNROLLED = 4
+_Q4_K_COLUMNS, _Q4_K_BYTES = 256, 144
+_SCRATCH = 4 * _ROWS * COLUMNS
+_ZERO = np.float32(0)
+
+_tile = multiply_tile(_ROWS, _VECTORS)
+_tile_row = multiply_tile(1, _VECTORS)
+
+
+def _dot_of(number: machine_code.Number) -> Any:
+    """Returns the product of a row of such numbers with a vector."""
+    together, one = multiply_tile(1, 1, _UNROLLED, number), machine_code.widen(number, 1)
+
+    @njit
+    def dot(row: int, x: int, count: int, scratch: int, sum: int) -> None:
+        """Adds it to `sum`; `scratch` has room for one number."""
+        whole = count // (_UNROLLED * LANES) * (_UNROLLED * LANES)
+        together(row, 0, x, 0, whole, sum)
+        value, vector, total = floats_at(scratch), floats_at(x), floats_at(sum)
+        for i in range(whole, count):
+            one(row, i, scratch)
+            total[0] += value[0] * vector[i]
+
+    return dot
+
+
+def _decode_of(number: machine_code.Number) -> Any:
+    """Returns the decoding of numbers that stand for themselves."""
+    together, one = machine_code.widen(number), machine_code.widen(number, 1)
+
+    @njit
+    def decode(row: int, begin: int, end: int, out: int) -> None:
+        whole = begin + (end - begin) // LANES * LANES
+        for i in range(begin, whole, LANES):
+            together(row, i, out + 4 * (i - begin))
+        for i in range(whole, end):
+            one(row, i, out + 4 * (i - begin))
+
+    return decode
+
+
+_dot_float32 = _dot_of(machine_code.FLOAT32)
+_dot_bfloat16, _decode_bfloat16 = _dot_of(machine_code.BFLOAT16), _decode_of(machine_code.BFLOAT16)
+_dot_float16, _decode_float16 = _dot_of(machine_code.FLOAT16), _decode_of(machine_code.FLOAT16)
+_dot_int8, _decode_int8 = _dot_of(machine_code.INT8), _decode_of(machine_code.INT8)
+
+
+@njit
+def _decode(form: int, row: int, begin: int, end: int, out: int) -> None:
+    """Writes float32 values of one row, from a multiple of COLUMNS on; of Q4_K whole blocks."""
+    if form == BFLOAT16:
+        _decode_bfloat16(row, begin, end, out)
+    elif form == FLOAT16:
+        _decode_float16(row, begin, end, out)
+    elif form == INT8:
+        _decode_int8(row, begin, end, out)
+    else:
+        first = row + begin // _Q4_K_COLUMNS * _Q4_K_BYTES
+        for block in range((end - begin + _Q4_K_COLUMNS - 1) // _Q4_K_COLUMNS):
+            decode_q4_k(first + block * _Q4_K_BYTES, out + 4 * _Q4_K_COLUMNS * block)
+
+
+@njit
+def product(
+    form: int,
+    weight: int,
+    row_bytes: int,
+    x: int,
+    y: int,
+    begin: int,
+    end: int,
+    columns: int,
+    outputs: int,
+    vectors: int,
+) -> None:
+    """Multiplies some rows of a weight with all vectors.
+
+    Args:
+      form: In which the weight is stored.
+      weight: Where it lies: [outputs, columns].
+      row_bytes: From one row to the next.
+      x: Where the vectors lie: float32 [vectors, columns].
+      y: Where products go: float32 [vectors, outputs].
+      begin: First row.
+      end: Behind the last one.
+      columns, outputs, vectors: Sizes.
+    """
+    values, sums = np.empty(_ROWS * COLUMNS + 1, np.float32), np.empty(_ROWS * vectors, np.float32)
+    values_at, sums_at, out, row = values.ctypes.data, sums.ctypes.data, floats_at(y), begin
+    while row < end:
+        rows = _ROWS if vectors >= _VECTORS and row + _ROWS <= end else 1
+        sums[:] = _ZERO
+        start = weight + row * row_bytes
+        if vectors < _VECTORS:
+            for vector in range(vectors):
+                _add_dot(form, start, x + 4 * columns * vector, columns, values_at, sums_at + 4 * vector)
+        else:
+            _add_products(form, start, row_bytes, rows, x, columns, vectors, values_at, sums_at)
+        for vector in range(vectors):
+            for i in range(rows):
+                out[vector * outputs + row + i] = sums[vector * rows + i]
+        row += rows
+
+
+@njit
+def _add_dot(form: int, row: int, x: int, count: int, scratch: int, sum: int) -> None:
+    if form == BFLOAT16:
+        _dot_bfloat16(row, x, count, scratch, sum)
+    elif form == FLOAT16:
+        _dot_float16(row, x, count, scratch, sum)
+    elif form == INT8:
+        _dot_int8(row, x, count, scratch, sum)
+    else:
+        whole = count // _Q4_K_COLUMNS
+        dot_q4_k(row, x, whole, sum)
+        if count > whole * _Q4_K_COLUMNS:
+            decode_q4_k(row + whole * _Q4_K_BYTES, scratch)
+            rest = count - whole * _Q4_K_COLUMNS
+            _dot_float32(scratch, x + 4 * whole * _Q4_K_COLUMNS, rest, scratch + 4 * COLUMNS, sum)
+
+
+@njit
+def _add_products(
+    form: int, weight: int, row_bytes: int, rows: int, x: int, columns: int, vectors: int, values: int, sums: int
+) -> None:
+    """Adds the products of some rows with all vectors to sums [vectors, rows], by way of values [rows, COLUMNS]."""
+    stride, x_bytes = 4 * COLUMNS, 4 * columns
+    for begin in range(0, columns, COLUMNS):
+        count = min(COLUMNS, columns - begin)
+        for i in range(rows):
+            _decode(form, weight + i * row_bytes, begin, begin + count, values + i * stride)
+        whole = count // LANES * LANES
+        vector = 0
+        while vector < vectors:
+            at, to = x + 4 * begin + vector * x_bytes, sums + 4 * vector * rows
+            if vector + _VECTORS > vectors:
+                for i in range(rows):
+                    _dot_float32(values + i * stride, at, count, values + _SCRATCH, to + 4 * i)
+                vector += 1
+                continue
+            if rows == _ROWS:
+                _tile(values, stride, at, x_bytes, whole, to)
+            else:
+                _tile_row(values, stride, at, x_bytes, whole, to)
+            for each in range(_VECTORS):
+                for i in range(rows):
+                    _add_rest(values + i * stride, at + each * x_bytes, whole, count, to + 4 * (each * rows + i))
+            vector += _VECTORS
+
+
+@njit
+def _add_rest(values: int, x: int, begin: int, end: int, sum: int) -> None:
+    a, b, total = floats_at(values), floats_at(x), floats_at(sum)
+    for i in range(begin, end):
+        total[0] += a[i] * b[i]
