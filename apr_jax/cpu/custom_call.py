@@ -166,7 +166,9 @@ def register() -> tuple[Any, Any]:
     def handle(frame: int) -> int:
         return _handle(frame) if stamp else 0
 
-    helper, handler = (cfunc(types.int64(types.int64), cache=True)(function) for function in (help, handle))
-    llvmlite.binding.add_symbol(_HELPER, helper.address)
+    compiled = cfunc(types.int64(types.int64), cache=True)
+    helper = compiled(help)
+    llvmlite.binding.add_symbol(_HELPER, helper.address)  # before the handler is linked, which asks for it
+    handler = compiled(handle)
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
     return helper, handler
