@@ -124,15 +124,20 @@ class Ours:
             return tuple(LayerCache(draw(key), draw(value)) for key, value in keys)
 
 
-def random_parameters(config: Qwen2Config, dtype: str, fused: bool, device: jax.Device) -> Parameters:
-    """Draws parameters on the device: norms 1, everything else normal with deviation 0.02."""
+def random_parameters(
+    config: Qwen2Config, dtype: str, fused: bool, device: jax.Device, matrices: str | None = None
+) -> Parameters:
+    """Draws parameters on the device: norms 1, everything else normal with deviation 0.02; matrices in their own dtype.
+
+    The same numbers in each dtype, but for the rounding.
+    """
     with jax.default_device(device), jax.enable_x64(dtype == "float64"):
         shapes = nnx.state(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(shapes))
         draw = jax.jit(_draw, static_argnums=(1, 2))
         keys = jax.random.split(jax.random.key(0), len(leaves))
         values = [
-            jnp.ones(leaf.shape, leaf.dtype) if "norm" in jax.tree_util.keystr(path) else draw(key, leaf.shape, dtype)
+            jnp.ones(leaf.shape, leaf.dtype) if "norm" in jax.tree_util.keystr(path) else draw(key, leaf.shape, matrices if matrices and leaf.ndim == 2 else dtype)
             for key, (path, leaf) in zip(keys, leaves, strict=True)
         ]
         return jax.tree_util.tree_unflatten(tree, values)

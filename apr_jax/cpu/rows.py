@@ -18,13 +18,15 @@ from apr_jax.cpu.machine_code import AVX512, LANES, decode_q4_k, dot_q4_k, float
 BFLOAT16, FLOAT16, INT8, Q4_K = range(4)
 """Forms, as numbers that a program carries."""
 
-COLUMNS = 1024
-"""Decoded at once: four blocks of Q4_K."""
+COLUMNS, _PANEL_ROWS = 512, 16
+"""Decoded at once for many vectors: two blocks of Q4_K, and as many rows as fit the first-level cache with them."""
 
 _ROWS, _VECTORS = 4 if AVX512 else 2, 4
+"""The tile whose sums stay in registers."""
+
 _UNROLLED = 4
 _Q4_K_COLUMNS, _Q4_K_BYTES = 256, 144
-_SCRATCH = 4 * _ROWS * COLUMNS
+_SCRATCH = 4 * _PANEL_ROWS * COLUMNS
 _ZERO = np.float32(0)
 
 _tile = multiply_tile(_ROWS, _VECTORS)
@@ -39,7 +41,7 @@ def _dot_of(number: machine_code.Number) -> Any:
     def dot(row: int, x: int, count: int, scratch: int, sum: int) -> None:
         """Adds it to `sum`; `scratch` has room for one number."""
         whole = count // (_UNROLLED * LANES) * (_UNROLLED * LANES)
-        together(row, 0, x, 0, whole, sum)
+        together(row, 0, x, 0, whole, sum, 0)
         value, vector, total = floats_at(scratch), floats_at(x), floats_at(sum)
         for i in range(whole, count):
             one(row, i, scratch)
@@ -109,21 +111,18 @@ def product(
       end: Behind the last one.
       columns, outputs, vectors: Sizes.
     """
-    values, sums = np.empty(_ROWS * COLUMNS + 1, np.float32), np.empty(_ROWS * vectors, np.float32)
-    values_at, sums_at, out, row = values.ctypes.data, sums.ctypes.data, floats_at(y), begin
-    while row < end:
-        rows = _ROWS if vectors >= _VECTORS and row + _ROWS <= end else 1
-        sums[:] = _ZERO
-        start = weight + row * row_bytes
+    scratch = np.empty(_PANEL_ROWS * COLUMNS + 1, np.float32)
+    out, panel_rows = floats_at(y), _PANEL_ROWS if vectors >= _VECTORS else 1
+    for row in range(begin, end, panel_rows):
+        rows, at, to = min(panel_rows, end - row), weight + row * row_bytes, y + 4 * row
+        for vector in range(vectors):
+            for i in range(row, row + rows):
+                out[vector * outputs + i] = _ZERO
         if vectors < _VECTORS:
             for vector in range(vectors):
-                _add_dot(form, start, x + 4 * columns * vector, columns, values_at, sums_at + 4 * vector)
+                _add_dot(form, at, x + 4 * columns * vector, columns, scratch.ctypes.data, to + 4 * outputs * vector)
         else:
-            _add_products(form, start, row_bytes, rows, x, columns, vectors, values_at, sums_at)
-        for vector in range(vectors):
-            for i in range(rows):
-                out[vector * outputs + row + i] = sums[vector * rows + i]
-        row += rows
+            _add_panel(form, at, row_bytes, rows, x, columns, vectors, scratch.ctypes.data, to, 4 * outputs)
 
 
 @njit
@@ -144,36 +143,43 @@ def _add_dot(form: int, row: int, x: int, count: int, scratch: int, sum: int) ->
 
 
 @njit
-def _add_products(
-    form: int, weight: int, row_bytes: int, rows: int, x: int, columns: int, vectors: int, values: int, sums: int
+def _add_panel(
+    form: int,
+    weight: int,
+    row_bytes: int,
+    rows: int,
+    x: int,
+    columns: int,
+    vectors: int,
+    scratch: int,
+    sums: int,
+    sums_bytes: int,
 ) -> None:
-    """Adds the products of some rows with all vectors to sums [vectors, rows], by way of values [rows, COLUMNS]."""
-    stride, x_bytes = 4 * COLUMNS, 4 * columns
+    """Adds the products of some rows with all vectors, whose sums are `sums_bytes` apart."""
+    stride, x_bytes, tiled = 4 * COLUMNS, 4 * columns, vectors // _VECTORS * _VECTORS
     for begin in range(0, columns, COLUMNS):
         count = min(COLUMNS, columns - begin)
         for i in range(rows):
-            _decode(form, weight + i * row_bytes, begin, begin + count, values + i * stride)
-        whole = count // LANES * LANES
-        vector = 0
-        while vector < vectors:
-            at, to = x + 4 * begin + vector * x_bytes, sums + 4 * vector * rows
-            if vector + _VECTORS > vectors:
-                for i in range(rows):
-                    _dot_float32(values + i * stride, at, count, values + _SCRATCH, to + 4 * i)
-                vector += 1
-                continue
-            if rows == _ROWS:
-                _tile(values, stride, at, x_bytes, whole, to)
-            else:
-                _tile_row(values, stride, at, x_bytes, whole, to)
-            for each in range(_VECTORS):
-                for i in range(rows):
-                    _add_rest(values + i * stride, at + each * x_bytes, whole, count, to + 4 * (each * rows + i))
-            vector += _VECTORS
+            _decode(form, weight + i * row_bytes, begin, begin + count, scratch + i * stride)
+        for vector in range(0, tiled, _VECTORS):
+            at, to = x + 4 * begin + vector * x_bytes, sums + vector * sums_bytes
+            _add_tiles(scratch, rows, at, x_bytes, count, to, sums_bytes)
+        for vector in range(tiled, vectors):
+            at, to = x + 4 * begin + vector * x_bytes, sums + vector * sums_bytes
+            for i in range(rows):
+                _dot_float32(scratch + i * stride, at, count, scratch + _SCRATCH, to + 4 * i)
 
 
 @njit
-def _add_rest(values: int, x: int, begin: int, end: int, sum: int) -> None:
-    a, b, total = floats_at(values), floats_at(x), floats_at(sum)
-    for i in range(begin, end):
-        total[0] += a[i] * b[i]
+def _add_tiles(values: int, rows: int, x: int, x_bytes: int, count: int, sums: int, sums_bytes: int) -> None:
+    stride, whole, tiled = 4 * COLUMNS, count // LANES * LANES, rows // _ROWS * _ROWS
+    for i in range(0, tiled, _ROWS):
+        _tile(values + i * stride, stride, x, x_bytes, whole, sums + 4 * i, sums_bytes)
+    for i in range(tiled, rows):
+        _tile_row(values + i * stride, stride, x, x_bytes, whole, sums + 4 * i, sums_bytes)
+    for vector in range(_VECTORS if whole < count else 0):
+        for i in range(rows):
+            a, b = floats_at(values + i * stride), floats_at(x + vector * x_bytes)
+            total = floats_at(sums + 4 * i + vector * sums_bytes)
+            for column in range(whole, count):
+                total[0] += a[column] * b[column]

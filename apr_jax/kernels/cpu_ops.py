@@ -12,7 +12,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from apr_jax.cpu import products
 from apr_jax.model import qwen2
@@ -21,6 +21,13 @@ from apr_jax.model.qwen2 import Ops, Tap
 _FEW_ROWS = 128
 _MOST_BLOCKS = 4
 _LEAST_BLOCK = 64
+
+
+def embed(ids: Array, table: Array) -> Array:
+    """As `qwen2.embed`; bits are gathered, since XLA:CPU would widen a whole table of 16-bit floats first."""
+    if table.dtype.itemsize != 2:
+        return qwen2.embed(ids, table)
+    return lax.bitcast_convert_type(qwen2.embed(ids, lax.bitcast_convert_type(table, jnp.uint16)), table.dtype)
 
 
 def linear(ops: Ops, x: Array, weight: Array, dtype: Any = None) -> Array:
@@ -62,5 +69,5 @@ def attention(
     return jnp.concatenate(parts, axis=1)
 
 
-CPU_OPS = dataclasses.replace(qwen2.OPS, linear=linear, attention=attention)
+CPU_OPS = dataclasses.replace(qwen2.OPS, embed=embed, linear=linear, attention=attention)
 """For CPUs, in every dtype; needs no other layout of the parameters."""
