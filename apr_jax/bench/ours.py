@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +13,13 @@ from flax import nnx
 
 from apr_jax.bench.cases import PREFILL, Case
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.formats import codecs
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.programs import BLOCK, Choice, Programs, State, bucket
 from apr_jax.generate.sampling import Method, Numbers
+from apr_jax.load import packed_rows
 from apr_jax.model.language_model import LanguageModel
-from apr_jax.model.parameters import Parameters
+from apr_jax.model.parameters import Parameters, named, nested
 from apr_jax.model.qwen2 import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
 
 Calls = Callable[[int], float]
@@ -35,9 +37,8 @@ class Ours:
       model: What is measured, with its table of operations.
     """
 
-    name = "apr_jax"
-
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, name: str = "apr_jax"):
+        self.name = name
         self.model = model
 
     def prepare(self, case: Case, steps: int) -> tuple[Calls, dict[str, Any]]:
@@ -131,16 +132,50 @@ def random_parameters(
 
     The same numbers in each dtype, but for the rounding.
     """
+
+    def dtype_of(leaf: jax.ShapeDtypeStruct) -> str:
+        return matrices if matrices and leaf.ndim == 2 else dtype
+
     with jax.default_device(device), jax.enable_x64(dtype == "float64"):
         shapes = nnx.state(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(shapes))
         draw = jax.jit(_draw, static_argnums=(1, 2))
         keys = jax.random.split(jax.random.key(0), len(leaves))
         values = [
-            jnp.ones(leaf.shape, leaf.dtype) if "norm" in jax.tree_util.keystr(path) else draw(key, leaf.shape, matrices if matrices and leaf.ndim == 2 else dtype)
+            jnp.ones(leaf.shape, leaf.dtype)
+            if "norm" in jax.tree_util.keystr(path)
+            else draw(key, leaf.shape, dtype_of(leaf))
             for key, (path, leaf) in zip(keys, leaves, strict=True)
         ]
         return jax.tree_util.tree_unflatten(tree, values)
+
+
+def widened(model: LanguageModel) -> LanguageModel:
+    """Returns the model with all parameters in the dtype of its computation; those that have it are shared."""
+    shapes = model.config.tensor_shapes()
+
+    def wide(name: str, leaf: jax.Array) -> jax.Array:
+        values = packed_rows.decode(leaf)[:, : shapes[name][1]] if packed_rows.are_packed(leaf) else leaf
+        return values.astype(model.dtype)
+
+    return _with(model, {name: wide(name, leaf) for name, leaf in named(model.parameters).items()})
+
+
+def quantised(model: LanguageModel) -> LanguageModel:
+    """Returns the model with its matrices as `apr` quantises them to Q4_K, computed from their blocks."""
+    codec = codecs.Q4_K()
+
+    def packed(leaf: jax.Array) -> jax.Array:
+        values = np.asarray(leaf.astype(jnp.float32)).reshape(-1)
+        blocks = codec.encode(codecs.pad_rows(values, leaf.shape[1], codec.elements))
+        return jnp.asarray(np.frombuffer(blocks, np.uint8).reshape(len(leaf), -1))
+
+    leaves = named(model.parameters).items()
+    return _with(model, {name: packed(leaf) if leaf.ndim == 2 else leaf for name, leaf in leaves})
+
+
+def _with(model: LanguageModel, leaves: Mapping[str, jax.Array]) -> LanguageModel:
+    return LanguageModel(model.config, nested(leaves), model.device, model.ops)
 
 
 def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:

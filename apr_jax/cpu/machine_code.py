@@ -216,14 +216,16 @@ def _lane(builder: Any, vector: Any, lane: int, lanes: int) -> Any:
 
 
 def multiply_tile(rows: int, vectors: int, unrolled: int = 1, number: Number = FLOAT32) -> Any:
-    """Returns `tile(a, a_bytes, x, x_bytes, count, sums, sums_bytes)`: adds the products of `rows` rows and `vectors` vectors.
+    """Returns `tile(a, a_bytes, x, x_bytes, count, sums, sums_bytes)`: adds products of rows with vectors.
 
     The rows are stored as `number` says, all else is float32; `a_bytes` and `x_bytes` from one row or vector to the
-    next; `count` numbers of each, a multiple of LANES * unrolled; sums [vectors, rows], `sums_bytes` from one vector's to the next. They stay in registers,
-    rows * vectors * unrolled vectors, so that no addition waits for the one before.
+    next; `count` numbers of each, a multiple of LANES * unrolled; sums [vectors, rows], `sums_bytes` from one vector's
+    to the next. They stay in registers, rows * vectors * unrolled vectors, so that no addition waits for the one before.
     """
 
-    def tile(typing_context: Any, a: Any, a_bytes: Any, x: Any, x_bytes: Any, count: Any, sums: Any, sums_bytes: Any) -> Any:
+    def tile(
+        typing_context: Any, a: Any, a_bytes: Any, x: Any, x_bytes: Any, count: Any, sums: Any, sums_bytes: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             a, a_bytes, x, x_bytes, count, sums, sums_bytes = arguments
             rows_at = [_nth(builder, a, a_bytes, row) for row in range(rows)]

@@ -1,4 +1,4 @@
-"""Products of float32 vectors with weights of 16 bits, in XLA programs for the CPU.
+"""Products of float32 vectors with weights of 16 bits, 8 and 4, in XLA programs for the CPU.
 
 The weights stay as narrow as they are stored and are widened in registers, which is exact: results are float32's, from
 half the bytes.
@@ -23,8 +23,8 @@ from jax import Array
 
 SWITCH = "APR_JAX_CPU_KERNELS"
 
-_FORMS = ("bfloat16", "float16")
-"""As `rows` numbers them."""
+_FORMS = {"bfloat16": 0, "float16": 1, "int8": 2, "uint8": 3}
+"""By the dtype that tells them, as `rows` numbers them."""
 
 
 @functools.cache
@@ -61,10 +61,18 @@ def supports(x: Array, weight: Array) -> bool:
 
 
 def product(x: Array, weight: Array) -> Array:
-    """Multiplies vectors with a weight: x float32 [vectors, in], bfloat16 or float16 [out, in] -> [vectors, out]."""
+    """Multiplies vectors with a weight.
+
+    Args:
+      x: float32 [vectors, in].
+      weight: bfloat16 or float16 [out, in]; or rows of AprQ8 or Q4_K as `load.packed_rows` makes them.
+
+    Returns:
+      float32 [vectors, out].
+    """
     from apr_jax.cpu import custom_call
 
     custom_call.register()
     result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     call = jax.ffi.ffi_call(custom_call.TARGET, result, vmap_method="sequential")
-    return call(weight, x, form=np.int64(_FORMS.index(str(weight.dtype))))
+    return call(weight, x, form=np.int64(_FORMS[str(weight.dtype)]))

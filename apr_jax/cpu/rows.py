@@ -15,8 +15,8 @@ from numba import njit
 from apr_jax.cpu import machine_code
 from apr_jax.cpu.machine_code import AVX512, LANES, decode_q4_k, dot_q4_k, floats_at, multiply_tile
 
-BFLOAT16, FLOAT16, INT8, Q4_K = range(4)
-"""Forms, as numbers that a program carries."""
+BFLOAT16, FLOAT16, SCALED_INT8, Q4_K = range(4)
+"""Forms, as numbers that a program carries. A row of SCALED_INT8 is a float32 and then int8, each to be times it."""
 
 COLUMNS, _PANEL_ROWS = 512, 16
 """Decoded at once for many vectors: two blocks of Q4_K, and as many rows as fit the first-level cache with them."""
@@ -25,6 +25,7 @@ _ROWS, _VECTORS = 4 if AVX512 else 2, 4
 """The tile whose sums stay in registers."""
 
 _UNROLLED = 4
+_SCALE_BYTES = 4
 _Q4_K_COLUMNS, _Q4_K_BYTES = 256, 144
 _SCRATCH = 4 * _PANEL_ROWS * COLUMNS
 _ZERO = np.float32(0)
@@ -78,8 +79,11 @@ def _decode(form: int, row: int, begin: int, end: int, out: int) -> None:
         _decode_bfloat16(row, begin, end, out)
     elif form == FLOAT16:
         _decode_float16(row, begin, end, out)
-    elif form == INT8:
-        _decode_int8(row, begin, end, out)
+    elif form == SCALED_INT8:
+        _decode_int8(row + _SCALE_BYTES, begin, end, out)
+        scale, values = floats_at(row)[0], floats_at(out)
+        for i in range(end - begin):
+            values[i] *= scale
     else:
         first = row + begin // _Q4_K_COLUMNS * _Q4_K_BYTES
         for block in range((end - begin + _Q4_K_COLUMNS - 1) // _Q4_K_COLUMNS):
@@ -127,12 +131,14 @@ def product(
 
 @njit
 def _add_dot(form: int, row: int, x: int, count: int, scratch: int, sum: int) -> None:
+    """Adds the product of a whole row with a vector to `sum`, which is 0."""
     if form == BFLOAT16:
         _dot_bfloat16(row, x, count, scratch, sum)
     elif form == FLOAT16:
         _dot_float16(row, x, count, scratch, sum)
-    elif form == INT8:
-        _dot_int8(row, x, count, scratch, sum)
+    elif form == SCALED_INT8:
+        _dot_int8(row + _SCALE_BYTES, x, count, scratch, sum)
+        floats_at(sum)[0] *= floats_at(row)[0]
     else:
         whole = count // _Q4_K_COLUMNS
         dot_q4_k(row, x, whole, sum)

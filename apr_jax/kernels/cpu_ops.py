@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from apr_jax.cpu import products
+from apr_jax.load import packed_rows
 from apr_jax.model import qwen2
 from apr_jax.model.qwen2 import Ops, Tap
 
@@ -24,7 +25,12 @@ _LEAST_BLOCK = 64
 
 
 def embed(ids: Array, table: Array) -> Array:
-    """As `qwen2.embed`; bits are gathered, since XLA:CPU would widen a whole table of 16-bit floats first."""
+    """As `qwen2.embed`; bits are gathered, since XLA:CPU would widen a whole table of 16-bit floats first.
+
+    Quantised rows are decoded after they are looked up.
+    """
+    if packed_rows.are_packed(table):
+        return packed_rows.decode(qwen2.embed(ids, table))
     if table.dtype.itemsize != 2:
         return qwen2.embed(ids, table)
     return lax.bitcast_convert_type(qwen2.embed(ids, lax.bitcast_convert_type(table, jnp.uint16)), table.dtype)

@@ -44,10 +44,11 @@ def load_model(
         parameter, such as one that replicates. Each by its own: `jax.device_put` on the state of `model.module`.
       ops: The table of operations.
       fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
-      as_stored: In float32, keep matrices in 16 bits that the checkpoint has in bfloat16 or float16: half the memory.
-        They are widened where they are multiplied, which is exact. For inference on a CPU, where kernels do it
-        (`apr_jax.cpu`); elsewhere XLA widens them anew at each call, which is slow. A gradient of such a parameter has
-        16 bits as well.
+      as_stored: On a CPU and in float32, matrices that the checkpoint has in bfloat16, float16, AprQ8 or Q4_K stay
+        what they are: half the memory, or less. They are widened where they are multiplied, which is exact, by kernels
+        (`apr_jax.cpu`) in the table of operations that `fastest_ops.ops_for` returns. For inference: with the plain
+        table XLA widens 16 bits anew at each call, and a gradient has 16 bits as well; quantised rows
+        (`packed_rows`) it cannot read.
       adapters: Folders of PEFT adapters (LoRA, DoRA) to add to the weights, one after the other.
       ignore_config: Keys of the configuration that change nothing, to go on as if they were not there where it is
         refused for them: ["some_key", "rope_scaling.some_key"].

@@ -21,7 +21,7 @@ from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import casts
 from apr_jax.converters.storage.workers import Workers
-from apr_jax.load import upload
+from apr_jax.load import packed_rows, upload
 from apr_jax.model.parameters import Parameters, nested, parameter_sources
 
 _CHUNK_BYTES = 8 << 20
@@ -45,7 +45,8 @@ def load_parameters(
       config: The model's configuration.
       dtype: "float32", "bfloat16", "float16" or "float64".
       device: Where the arrays go: one device, or a sharding that fits all of them.
-      as_stored: Whether, on a CPU, matrices of bfloat16 and float16 stay what they are where `dtype` is float32.
+      as_stored: Whether, on a CPU, matrices of bfloat16, float16, AprQ8 and Q4_K (`packed_rows`) stay what they are where
+        `dtype` is float32.
       fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
 
     Returns:
@@ -93,6 +94,8 @@ def _load(
     sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device | Sharding, narrow: bool
 ) -> dict[str, jax.Array]:
     def read(path: str) -> np.ndarray:
+        if narrow and all(map(packed_rows.can_pack, sources[path])):
+            return packed_rows.pack(sources[path], _aligned_empty)
         return read_as(sources[path], (_stored(sources[path]) if narrow else None) or dtype)
 
     if isinstance(device, Sharding) or device.platform == "cpu":

@@ -583,7 +583,9 @@ class Qwen2ForCausalLM(nnx.Module):
 
     def embed(self, input_ids: Array, ops: Ops = OPS) -> Array:
         """Token ids [B, T] -> residual stream [B, T, D], in the norms' dtype: matrices may be stored in fewer bits."""
-        return ops.embed(input_ids, self.model.embed_tokens.weight[...]).astype(self.model.norm.weight[...].dtype)
+        rows = ops.embed(input_ids, self.model.embed_tokens.weight[...])
+        # Those of quantised tables are padded to whole blocks.
+        return rows[..., : self.config.hidden_size].astype(self.model.norm.weight[...].dtype)
 
     def norm(self, x: Array, ops: Ops = OPS) -> Array:
         """The final norm, [B, T, D]."""

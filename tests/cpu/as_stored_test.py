@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
+import tempfile
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -17,6 +19,8 @@ from flax import nnx
 
 pytest.importorskip("numba")
 
+from apr_jax.converters.convert.plan import CastRule
+from apr_jax.converters.convert.run import convert
 from apr_jax.cpu import products
 from apr_jax.generate.generator import Generator, load_generator
 from apr_jax.kernels.cpu_ops import CPU_OPS
@@ -104,6 +108,22 @@ class AsStoredTest(parameterized.TestCase):
         shape = f"f32[{model.config.vocab_size},{model.config.hidden_size}]"
         self.assertFalse([text for text in texts if shape in text])
         self.assertTrue([text for text in texts if shape.replace("f32", "bf16") in text])
+
+
+class QuantisedTest(parameterized.TestCase):
+    """Models that compute from quantised rows, beside the same files decoded when they are loaded."""
+
+    @parameterized.parameters(("q4k", "uint8", SAMPLE), ("q8", "int8", "odd_sizes"))
+    def test_logits_are_those_of_the_decoded_weights(self, cast, dtype, name):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model.apr")
+            convert(paths.checkpoint(name), path, to="apr", cast=[CastRule.parse(cast)])
+            packed, decoded = (load_model(path, "float32", "cpu", CPU_OPS, as_stored=each) for each in (True, False))
+        self.assertIn(dtype, packed.storage)
+        inputs = golden.read(paths.golden(name)).inputs
+        counted = inputs.attention_mask == 1
+        found, expected = (np.asarray(model.logits(inputs))[counted] for model in (packed, decoded))
+        self.assertLessEqual(relative_l2(found, expected), tolerances.FLOAT32)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ pytest.importorskip("numba")
 from apr_jax.converters.formats import codecs
 from apr_jax.cpu import custom_call, products
 from apr_jax.cpu.rows import BFLOAT16 as BFLOAT16_FORM
-from apr_jax.cpu.rows import FLOAT16, INT8, Q4_K
+from apr_jax.cpu.rows import FLOAT16, Q4_K, SCALED_INT8
 from tests import paths
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -38,9 +38,10 @@ def stored(form, outputs, columns, seed):
     if form in (BFLOAT16_FORM, FLOAT16):
         weight = numbers((outputs, columns), seed, BFLOAT16 if form == BFLOAT16_FORM else np.float16)
         return weight, weight.astype(np.float64)
-    if form == INT8:
-        weight = np.random.default_rng(seed).integers(-128, 128, (outputs, columns)).astype(np.int8)
-        return weight, weight.astype(np.float64)
+    if form == SCALED_INT8:
+        levels = np.random.default_rng(seed).integers(-128, 128, (outputs, columns)).astype(np.int8)
+        scales = np.linspace(0.5, 2, outputs, dtype=np.float32)[:, None]
+        return np.hstack((scales.view(np.int8), levels)), scales.astype(np.float64) * levels
     padded = -(-columns // 256) * 256
     codec, values = codecs.Q4_K(), numbers((outputs, padded), seed)
     blocks = codec.encode(values.reshape(-1))
@@ -69,7 +70,7 @@ class ProductTest(parameterized.TestCase):
         np.testing.assert_array_less(np.abs(found - wide @ values.T), bound + 1e-30)
 
     @parameterized.product(
-        form=(BFLOAT16_FORM, FLOAT16, INT8, Q4_K),
+        form=(BFLOAT16_FORM, FLOAT16, SCALED_INT8, Q4_K),
         columns=(1, 7, 15, 16, 17, 63, 65, 255, 257, 511, 513, 896, 1030),
         vectors=(1, 3, 4, 6),
     )
@@ -154,7 +155,7 @@ class AvailableTest(absltest.TestCase):
         self.assertIn("plain operations remain", str(caught[0].message))
 
     def test_a_kernel_that_computes_something_else_is_not_used(self):
-        wrong = mock.patch.object(products, "product", lambda x, weight: jnp.zeros((5, 2)))
+        wrong = mock.patch.object(products, "product", return_value=np.zeros((5, 2)))
         with wrong, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.assertFalse(products.available())
@@ -166,7 +167,8 @@ class OtherProcessorsTest(absltest.TestCase):
     """The same tests where numba compiles for a processor with AVX2 and not AVX-512."""
 
     def test_vectors_of_256_bits(self):
-        environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": HASWELL}
+        processor = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": HASWELL}
+        environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), **processor}
         command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "ProductTest"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         self.assertEqual(done.returncode, 0, done.stdout[-2000:])
