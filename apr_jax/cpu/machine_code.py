@@ -220,7 +220,7 @@ def multiply_tile(rows: int, vectors: int, unrolled: int = 1, number: Number = F
 
     The rows are stored as `number` says, all else is float32; `a_bytes` and `x_bytes` from one row or vector to the
     next; `count` numbers of each, a multiple of LANES * unrolled; sums [vectors, rows], `sums_bytes` from one vector's
-    to the next. They stay in registers, rows * vectors * unrolled vectors, so that no addition waits for the one before.
+    to the next. They stay in registers, rows * vectors * unrolled of them, so that no addition waits for the last.
     """
 
     def tile(

@@ -1,7 +1,7 @@
 """Quantised matrices whose rows stay packed in memory, for products that decode them (`apr_jax.cpu`).
 
-Q4_K: uint8 [rows, bytes of a row], the blocks as they are. AprQ8: int8 [rows, 4 + columns], its scale, a float32, before
-each row. The dtype says which it is.
+Q4_K: uint8 [rows, bytes of a row], the blocks as they are. AprQ8: int8 [rows, 4 + columns], its scale, a float32,
+before each row. The dtype says which it is.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def load_parameters(
       config: The model's configuration.
       dtype: "float32", "bfloat16", "float16" or "float64".
       device: Where the arrays go: one device, or a sharding that fits all of them.
-      as_stored: Whether, on a CPU, matrices of bfloat16, float16, AprQ8 and Q4_K (`packed_rows`) stay what they are where
-        `dtype` is float32.
+      as_stored: Whether, on a CPU, matrices of bfloat16, float16, AprQ8 and Q4_K (`packed_rows`) stay what they are
+        where `dtype` is float32.
       fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
 
     Returns:
