@@ -33,7 +33,9 @@ def available() -> bool:
 
     The last is tried out on one product; if it fails there is a warning, and the plain operations remain.
     """
-    if os.environ.get(SWITCH, "on") == "off" or sys.byteorder != "little" or not importlib.util.find_spec("numba"):
+    if os.environ.get(SWITCH) == "off" or os.name != "posix" or sys.byteorder != "little":
+        return False
+    if not importlib.util.find_spec("numba"):
         return False
     try:
         with jax.default_device(jax.devices("cpu")[0]), jax.ensure_compile_time_eval():
