@@ -42,7 +42,6 @@ _STAYING, _NEXT, _DONE, _PIECES, _PIECE_ROWS, _FORM, _WEIGHT, _ROW_BYTES, _X, _Y
     13
 )
 _STATE_BYTES = 8 * 13
-_LEAST_ROWS = 16
 _MOST_BYTES = 1 << 18  # of a piece: it stays in the second-level cache for all vectors
 _PIECES_A_THREAD = 8
 
@@ -112,7 +111,8 @@ def _fill(state: int, frame: int, threads: int) -> None:
     s[_OUTPUTS], s[_VECTORS], s[_COLUMNS] = weight_shape[0], x_shape[0], x_shape[1]
     s[_ROW_BYTES] = weight_shape[1] * (2 if s[_FORM] == rows.BFLOAT16 or s[_FORM] == rows.FLOAT16 else 1)
     even = s[_OUTPUTS] // (threads * _PIECES_A_THREAD)
-    s[_PIECE_ROWS] = max(_LEAST_ROWS, min(even, _MOST_BYTES // max(1, s[_ROW_BYTES])))
+    rows_of_piece = min(even, _MOST_BYTES // max(1, s[_ROW_BYTES]))
+    s[_PIECE_ROWS] = max(1, rows_of_piece // rows.PANEL_ROWS) * rows.PANEL_ROWS
     s[_PIECES] = (s[_OUTPUTS] + s[_PIECE_ROWS] - 1) // s[_PIECE_ROWS]
     s[_NEXT], s[_DONE] = 0, 0
     s[_STAYING] = max(1, min(threads, s[_PIECES]))

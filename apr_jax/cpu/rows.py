@@ -18,8 +18,8 @@ from apr_jax.cpu.machine_code import AVX512, LANES, decode_q4_k, dot_q4_k, float
 BFLOAT16, FLOAT16, SCALED_INT8, Q4_K = range(4)
 """Forms, as numbers that a program carries. A row of SCALED_INT8 is a float32 and then int8, each to be times it."""
 
-COLUMNS, _PANEL_ROWS = 512, 16
-"""Decoded at once for many vectors: two blocks of Q4_K, and as many rows as fit the first-level cache with them."""
+COLUMNS, PANEL_ROWS = 1024, 16
+"""Decoded at once for many vectors: four blocks of Q4_K, and as many rows as fit the second-level cache with them."""
 
 _ROWS, _VECTORS = 4 if AVX512 else 2, 4
 """The tile whose sums stay in registers."""
@@ -27,7 +27,7 @@ _ROWS, _VECTORS = 4 if AVX512 else 2, 4
 _UNROLLED = 4
 _SCALE_BYTES = 4
 _Q4_K_COLUMNS, _Q4_K_BYTES = 256, 144
-_SCRATCH = 4 * _PANEL_ROWS * COLUMNS
+_SCRATCH = 4 * PANEL_ROWS * COLUMNS
 _ZERO = np.float32(0)
 
 _tile = multiply_tile(_ROWS, _VECTORS)
@@ -51,6 +51,24 @@ def _dot_of(number: machine_code.Number) -> Any:
     return dot
 
 
+def _dots_of(number: machine_code.Number) -> Any:
+    """As `_dot_of`, with `_VECTORS` vectors, `x_bytes` apart, to as many sums, `sums_bytes` apart."""
+    together, one = multiply_tile(1, _VECTORS, 1, number), machine_code.widen(number, 1)
+
+    @njit
+    def dots(row: int, x: int, x_bytes: int, count: int, scratch: int, sums: int, sums_bytes: int) -> None:
+        whole = count // LANES * LANES
+        together(row, 0, x, x_bytes, whole, sums, sums_bytes)
+        value = floats_at(scratch)
+        for i in range(whole, count):
+            one(row, i, scratch)
+            for vector in range(_VECTORS):
+                total = floats_at(sums + vector * sums_bytes)
+                total[0] += value[0] * floats_at(x + vector * x_bytes)[i]
+
+    return dots
+
+
 def _decode_of(number: machine_code.Number) -> Any:
     """Returns the decoding of numbers that stand for themselves."""
     together, one = machine_code.widen(number), machine_code.widen(number, 1)
@@ -68,6 +86,7 @@ def _decode_of(number: machine_code.Number) -> Any:
 
 _dot_float32 = _dot_of(machine_code.FLOAT32)
 _dot_bfloat16, _decode_bfloat16 = _dot_of(machine_code.BFLOAT16), _decode_of(machine_code.BFLOAT16)
+_dots_bfloat16, _dots_float16 = _dots_of(machine_code.BFLOAT16), _dots_of(machine_code.FLOAT16)
 _dot_float16, _decode_float16 = _dot_of(machine_code.FLOAT16), _decode_of(machine_code.FLOAT16)
 _dot_int8, _decode_int8 = _dot_of(machine_code.INT8), _decode_of(machine_code.INT8)
 
@@ -115,15 +134,21 @@ def product(
       end: Behind the last one.
       columns, outputs, vectors: Sizes.
     """
-    scratch = np.empty(_PANEL_ROWS * COLUMNS + 1, np.float32)
-    out, panel_rows = floats_at(y), _PANEL_ROWS if vectors >= _VECTORS else 1
+    scratch = np.empty(PANEL_ROWS * COLUMNS + 1, np.float32)
+    few = vectors < (2 * _VECTORS if form in (BFLOAT16, FLOAT16) else _VECTORS)
+    out, panel_rows = floats_at(y), 1 if few else PANEL_ROWS
     for row in range(begin, end, panel_rows):
         rows, at, to = min(panel_rows, end - row), weight + row * row_bytes, y + 4 * row
         for vector in range(vectors):
             for i in range(row, row + rows):
                 out[vector * outputs + i] = _ZERO
-        if vectors < _VECTORS:
-            for vector in range(vectors):
+        if few:
+            first = vectors // _VECTORS * _VECTORS
+            if first and form == BFLOAT16:
+                _dots_bfloat16(at, x, 4 * columns, columns, scratch.ctypes.data, to, 4 * outputs)
+            elif first:
+                _dots_float16(at, x, 4 * columns, columns, scratch.ctypes.data, to, 4 * outputs)
+            for vector in range(first, vectors):
                 _add_dot(form, at, x + 4 * columns * vector, columns, scratch.ctypes.data, to + 4 * outputs * vector)
         else:
             _add_panel(form, at, row_bytes, rows, x, columns, vectors, scratch.ctypes.data, to, 4 * outputs)
