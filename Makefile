@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
+.PHONY: test-mesh mesh-plan bench-mesh demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-scale bench-checkpoint bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,19 @@ test: lint
 # What the default suite leaves out for its length: batteries in small, long searches, kills, examples; part of .ci/run.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests --ignore=tests/reference --ignore=tests/cuda
+
+# Meshes of eight simulated devices, and four processes on this machine: the slow tests of both; a quarter of an hour.
+test-mesh: $(VENV)/installed
+	$(BIN)/python -m pytest tests/mesh
+
+# What a model takes on a mesh, 72B too: memory of a device, communication and time of a token.
+mesh-plan: $(VENV)/installed
+	$(BIN)/python tests/bench/mesh_plan.py
+
+# Loading, decoding and prompts on a mesh beside one device, and where the time goes; on the CPU a dry run on simulated
+# devices. On two GPUs: ARGS="7b --mesh model=2 --device cuda --dtype bfloat16 --cases decode-1x128,prefill-8x2048".
+bench-mesh: $(VENV)/installed
+	$(BIN)/python tests/bench/mesh_bench.py $(ARGS)
 
 # Every command and program of README and docs/; with APR_JAX_BIN=ENV/bin, those of an installed wheel.
 test-docs: $(VENV)/installed
@@ -137,6 +150,14 @@ bench-load: $(VENV)/installed
 bench-verify: $(VENV)/installed
 	$(BIN)/python tests/bench/verify_bench.py
 
+# A sharded checkpoint of 7B's shape both ways, killed at ten moments each and resumed, then verified: FOLDER needs 46 GB.
+bench-scale: $(VENV)/installed
+	$(BIN)/python tests/bench/scale_bench.py $(FOLDER)
+
+# `checkpoint save` on four simulated devices beside Orbax used directly on the same arrays: FOLDER needs 3 GB.
+bench-checkpoint: $(VENV)/installed
+	XLA_FLAGS=--xla_force_host_platform_device_count=4 $(BIN)/python tests/bench/checkpoint_bench.py $(FOLDER)
+
 # parity on a dump of the 0.5B shape, 64 positions, one mistake in it: time and peak memory.
 bench-parity: $(VENV)/installed
 	$(BIN)/python tests/bench/parity_bench.py
@@ -215,9 +236,10 @@ real-weights: $(VENV)/reference-installed
 	OPENBLAS_NUM_THREADS=2 $(BIN)/python tests/reference/real_weights.py $(or $(WORK),real-weights-output) \
 	  --report tests/reference/RESULTS.md
 
-# docs/faults.md, from the table of faults.
+# docs/faults.md, from the table of faults, and its pictures; 2 minutes.
 fault-list: $(VENV)/installed
 	$(BIN)/python -m apr_jax.parity.faults.table > docs/faults.md
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/battery/fault_pictures.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

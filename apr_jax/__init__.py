@@ -59,7 +59,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'apr_jax' has no attribute '{name}'")
     if _HOMES[name] == __name__:
         return importlib.import_module(f"{__name__}.{name}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        from apr_jax.converters.errors import not_installed
+
+        if (needed := not_installed(f"apr_jax.{name}", error)) is not None:
+            raise needed from None
+        raise
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes what another engine computes as a dump that `tools/parity.py MODEL --right dump/` reads.
+"""Writes what another engine computes as a dump that `apr-jax parity MODEL --right dump/` reads.
 
     from apr_jax import capture
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 
@@ -30,10 +32,13 @@ _IN_PYTHON_ONLY = re.compile(r" \(in Python:.*\)")
 _IN_PYTHON = {"max-shard-size": "max_shard_bytes", "adapter": "adapters"} | dict.fromkeys(
     (
         "backward",
+        "coordinator",
         "greedy",
         "ignore-generation-config",
         "input-ids",
+        "num-processes",
         "positions",
+        "process-id",
         "prompt",
         "right-dtype",
         "tensors",
@@ -156,18 +161,22 @@ class UsageError(FindingError):
     exit_code = 2
 
 
+class NotInstalledError(UsageError, ImportError):
+    """A package of an extra is not installed."""
+
+
 class MissingFileError(FindingError):
     """A file or folder that was named does not exist."""
 
     exit_code = 3
-    usual_hint = "Is it spelt as it should be? Relative paths begin where the command runs"
+    usual_hint = "Check the spelling; relative paths start in the current directory"
 
 
 class BrokenContainerError(FindingError):
     """The bytes are not a valid container."""
 
     exit_code = 4
-    usual_hint = "Fetch it again, or write it anew: nothing can be said of what damaged bytes meant"
+    usual_hint = "Download it again or recreate it: what the damaged bytes meant cannot be known"
 
 
 class RefusedError(FindingError):
@@ -179,11 +188,54 @@ class RefusedError(FindingError):
 class DumpError(RefusedError):
     """A dump of another program's forward pass that does not say what it should, or not of this model."""
 
-    usual_hint = "`parity --explain-format` and docs/dumps.md say what a dump looks like; is it of this model?"
+    usual_hint = "`parity --explain-format` and docs/dumps.md say what a dump looks like; is it this model's?"
 
 
 class StorageError(AprJaxError):
     """The operating system refused to read or write."""
 
     exit_code = 7
-    usual_hint = "This is the system's answer: when disk, memory or permissions are seen to, run it again"
+    usual_hint = "The operating system refused: check disk space, memory and permissions, then run it again"
+
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "model": ("jax", "jaxlib", "flax", "jinja2", "optax", "orbax", "safetensors", "scipy", "tokenizers"),
+    "reference": ("torch", "transformers"),
+    "completion": ("shtab",),
+    "hub": ("huggingface_hub",),
+}
+"""Extra of this package -> what can be imported once it is installed."""
+
+
+def not_installed(what: str, error: ModuleNotFoundError) -> NotInstalledError | None:
+    """Returns what to say of a package that `what` needs; None where no extra brings it."""
+    package = (error.name or "").split(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            said, hint = f"{what} needs {package}, which is not installed", f"{pip_install(extra)} installs it"
+            return NotInstalledError(said, code="not-installed", hint=hint)
+    return None
+
+
+def pip_install(extra: str) -> str:
+    """Returns the command, in backticks, that installs an extra from where this package came from.
+
+    That is a folder, a wheel or a repository, as pip noted it (PEP 610); without a note a checkout, else an index.
+    """
+    import json
+    from importlib import metadata
+    from urllib import parse
+
+    try:
+        origin = json.loads(metadata.distribution("apr-jax").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        origin = {}
+    source, editable = f"apr-jax[{extra}]", ""
+    checkout, url = pathlib.Path(__file__).resolve().parents[1], origin.get("url", "")
+    local = pathlib.Path(parse.unquote(parse.urlsplit(url).path)) if url.startswith("file:") else checkout
+    if "vcs_info" in origin:
+        source += f" @ {origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+    elif local.is_file() or (local / "pyproject.toml").is_file():
+        source = f"{local}[{extra}]"
+        editable = "--editable " if origin.get("dir_info", {}).get("editable") else ""
+    return f"`pip install {editable}{shlex.quote(source)}`"

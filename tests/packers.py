@@ -213,6 +213,46 @@ def nvfp4(group: int = 16) -> Packer:
     return pack
 
 
+def mxfp4(group: int = 32) -> Packer:
+    """Scales that are powers of two, their exponents in bytes, and none for the tensor."""
+
+    def pack(w: np.ndarray) -> Packed:
+        grouped = w.reshape(len(w), -1, group)
+        exponent = np.ceil(np.log2(np.abs(grouped).max(2) / 6)).astype(np.int32)
+        step = np.ldexp(np.float32(1), exponent)[..., None]
+        values = np.concatenate([E2M1, -E2M1])
+        codes = np.abs(grouped[..., None] / step[..., None] - values).argmin(3).reshape(w.shape)
+        dense = (values[codes].reshape(grouped.shape) * step).reshape(w.shape)
+        packed = (codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8)
+        return {"weight_packed": packed, "weight_scale": (exponent + 127).astype(np.uint8)}, dense
+
+    return pack
+
+
+def whole_bytes(group: int = 32) -> Packer:
+    """int8 as it is, the groups of its columns in act-order."""
+
+    def pack(w: np.ndarray) -> Packed:
+        order = _order(w.shape[1], group, True)
+        groups = int(order.max()) + 1
+        scale = (np.stack([np.abs(w[:, order == g]).max(1) for g in range(groups)], 1) / 127).astype(np.float32)
+        codes = np.rint(w / scale[:, order]).astype(np.int8)
+        parts = {"weight": codes, "weight_scale": scale, "weight_g_idx": order.astype(np.int32)}
+        return parts, (codes * scale[:, order]).astype(np.float32)
+
+    return pack
+
+
+def without(packer: Packer, part: str) -> Packer:
+    """Leaves out a part that nothing needs."""
+
+    def pack(w: np.ndarray) -> Packed:
+        parts, dense = packer(w)
+        return {name: values for name, values in parts.items() if name != part}, dense
+
+    return pack
+
+
 # --- checkpoints
 
 
@@ -316,6 +356,7 @@ MEMBERS: dict[str, tuple[Packer, dict]] = {
         scaled(ml_dtypes.float8_e4m3fn, (128, 128), name="weight_scale_inv"),
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     ),
+    "fp8_block_unsaid": (scaled(ml_dtypes.float8_e4m3fn, (128, 128), name="weight_scale_inv"), {"quant_method": "fp8"}),
     "fp8_block_32_16": (
         scaled(ml_dtypes.float8_e4m3fn, (32, 16), name="weight_scale_inv"),
         {"quant_method": "fp8", "weight_block_size": [32, 16]},
@@ -332,6 +373,8 @@ MEMBERS: dict[str, tuple[Packer, dict]] = {
         {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     ),
     "bnb_fp4_256_f16": (bnb4("fp4", 256, dtype="float16"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "bnb_nf4_4096": (bnb4("nf4", 4096), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "bnb_int8_by_rows": (without(bnb8(), "weight_format"), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "bnb_int8": (bnb8(), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "ct_int4_32": (ct(), _ct_weights(num_bits=4, strategy="group", group_size=32)),
     "ct_int4_asymmetric_16": (
@@ -347,5 +390,11 @@ MEMBERS: dict[str, tuple[Packer, dict]] = {
     "ct_fp8_tensor": (scaled(ml_dtypes.float8_e4m3fn), CT | {"format": "float-quantized"}),
     "torchao_int4_32": (torchao(), {"quant_method": "torchao", "quant_type_name": "int4_weight_only"}),
     "torchao_int8_row_bf16": (torchao(8, -1, ml_dtypes.bfloat16), {"quant_method": "torchao"}),
+    "ct_int8_act_order": (whole_bytes(), _ct_weights(num_bits=8, strategy="group", group_size=32, actorder="group")),
+    "ct_fp8_block_as_words": (
+        scaled(ml_dtypes.float8_e4m3fn, (32, 16)),
+        _ct_weights(num_bits=8, type="float", strategy="block", block_structure="32x16"),
+    ),
+    "ct_mxfp4": (mxfp4(), CT | {"format": "mxfp4-pack-quantized"}),
     "ct_nvfp4": (nvfp4(), CT | {"format": "nvfp4-pack-quantized"}),
 }

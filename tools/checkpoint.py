@@ -1,4 +1,4 @@
-"""Prepares a model for a fast start, or checks one that was prepared: `python tools/checkpoint.py --help`."""
+"""Saves a model for a fast start, restores it, or shows what was saved: `python tools/checkpoint.py --help`."""
 
 import pathlib
 import sys

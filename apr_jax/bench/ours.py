@@ -21,6 +21,7 @@ from apr_jax.load import packed_rows
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.parameters import Parameters, named, nested
 from apr_jax.model.qwen2 import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
+from apr_jax.model.sharding import Layout, to_host
 
 Calls = Callable[[int], float]
 """Makes so many calls back to back, waits for the last one, and returns the seconds that they took."""
@@ -53,26 +54,25 @@ class Ours:
         """
         model = self.model
         # Not the shared ones: what they have compiled already would not be compiled here.
-        programs = Programs(model.config, model.dtype, model.fused, model.ops, (), model.device)
+        programs = Programs(model.config, model.dtype, model.fused, model.ops, (), model.device, model.layout)
         calls = self._prefill(programs, case) if case.kind == PREFILL else self._decode(programs, case, steps)
         calls(1)
         return calls, {"compile_seconds": programs.compile_seconds, "memory_bytes": programs.peak_bytes()}
 
     def last_logits(self, ids: np.ndarray) -> np.ndarray:
         """Returns logits of the last position of every row of ids [B, T], for comparison with a peer's."""
-        return np.asarray(self.model(ids)[:, -1].astype(jnp.float32))
+        return to_host(self.model(ids)[:, -1].astype(jnp.float32))
 
     def _prefill(self, programs: Programs, case: Case) -> Calls:
         parameters, tables = self.model.parameters, self.model.rotary_tables(case.length)
         shape = (case.batch, case.length)
-        ids, positions, last, choice = jax.device_put(
+        ids, positions, last, choice = self.model.put(
             (
                 tokens(self.model.config, *shape),
                 np.broadcast_to(np.arange(case.length, dtype=np.int32), shape),
                 np.full(case.batch, case.length - 1, np.int32),
                 _choice(),
-            ),
-            self.model.device,
+            )
         )
 
         def calls(count: int) -> float:
@@ -99,14 +99,14 @@ class Ours:
             np.asarray(1, np.int32),
             going,
         )
-        choice = jax.device_put(_choice(), self.model.device)
+        choice = self.model.put(_choice())
 
         def calls(count: int) -> float:
             nonlocal layers
             begun = time.perf_counter()
             for _ in range(count):
                 # Fresh each time: the program takes them over.
-                filled, length, token, position, index, done = jax.device_put(small, self.model.device)
+                filled, length, token, position, index, done = self.model.put(small)
                 state = State(Cache(layers, filled, length), token, position, index, done, None)
                 state, block = programs.decode(parameters, state, going, steps, choice, tables, _GREEDY)
                 layers = state.cache.layers
@@ -119,34 +119,40 @@ class Ours:
         """Makes caches with something in every slot: zeros would cost a GPU less power than numbers do."""
         config, dtype = self.model.config, jnp.dtype(self.model.dtype)
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-        draw = jax.jit(lambda key: jax.random.normal(key, shape, jnp.float32).astype(dtype))
+
+        def draw(key: jax.Array, value: jax.Array) -> LayerCache:
+            return LayerCache(*(jax.random.normal(each, shape, jnp.float32).astype(dtype) for each in (key, value)))
+
+        layout = self.model.layout
         with self.model.scope():
             keys = jax.random.split(jax.random.key(1), (config.num_layers, 2))
-            return tuple(LayerCache(draw(key), draw(value)) for key, value in keys)
+            places = None if layout is None else layout.of_results(jax.eval_shape(draw, *keys[0]))
+            drawn = jax.jit(draw, **({} if places is None else {"out_shardings": places}))
+            return tuple(drawn(key, value) for key, value in keys)
 
 
 def random_parameters(
-    config: Qwen2Config, dtype: str, fused: bool, device: jax.Device, matrices: str | None = None
+    config: Qwen2Config, dtype: str, fused: bool, place: jax.Device | Layout, matrices: str | None = None
 ) -> Parameters:
-    """Draws parameters on the device: norms 1, everything else normal with deviation 0.02; matrices in their own dtype.
+    """Draws parameters on a device or a mesh: norms 1, everything else normal with deviation 0.02.
 
-    The same numbers in each dtype, but for the rounding.
+    Matrices may have a dtype of their own: the same numbers, but for the rounding.
     """
 
     def dtype_of(leaf: jax.ShapeDtypeStruct) -> str:
         return matrices if matrices and leaf.ndim == 2 else dtype
 
+    device = place if isinstance(place, jax.Device) else None
     with jax.default_device(device), jax.enable_x64(dtype == "float64"):
         shapes = nnx.state(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
         leaves, tree = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(shapes))
-        draw = jax.jit(_draw, static_argnums=(1, 2))
+        draw = jax.jit(_draw, static_argnums=(1, 2, 3, 4))
         keys = jax.random.split(jax.random.key(0), len(leaves))
-        values = [
-            jnp.ones(leaf.shape, leaf.dtype)
-            if "norm" in jax.tree_util.keystr(path)
-            else draw(key, leaf.shape, dtype_of(leaf))
-            for key, (path, leaf) in zip(keys, leaves, strict=True)
-        ]
+        values = []
+        for key, (path, leaf) in zip(keys, leaves, strict=True):
+            name = ".".join(str(part.key) for part in path)
+            sharding = place.sharding(name) if isinstance(place, Layout) else None
+            values.append(draw(key, leaf.shape, dtype_of(leaf), "norm" in name, sharding))
         return jax.tree_util.tree_unflatten(tree, values)
 
 
@@ -178,8 +184,12 @@ def _with(model: LanguageModel, leaves: Mapping[str, jax.Array]) -> LanguageMode
     return LanguageModel(model.config, nested(leaves), model.device, model.ops)
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    return (_STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+def _draw(
+    key: jax.Array, shape: tuple[int, ...], dtype: str, norm: bool, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    values = 1.0 if norm else _STANDARD_DEVIATION * jax.random.normal(key, shape, jnp.float32)
+    drawn = jnp.broadcast_to(values, shape).astype(dtype)
+    return drawn if sharding is None else jax.lax.with_sharding_constraint(drawn, sharding)
 
 
 def tokens(config: Qwen2Config, batch: int, length: int) -> np.ndarray:

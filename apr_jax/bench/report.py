@@ -25,6 +25,17 @@ def heading(results: Results) -> str:
     return what
 
 
+def mesh(results: Results) -> str:
+    """Says how a model lies on a mesh, and what runs it."""
+    found = results["mesh"]
+    cut = ", ".join(f"{name} {parts}" for name, parts in found["parts"].items())
+    share = found["parameter_bytes_per_device"] / found["parameter_bytes"]
+    return (
+        f"mesh data={found['data']}, model={found['model']}; parts: {cut}; parameters of a device "
+        f"{found['parameter_bytes_per_device'] / 1e6:.4g} MB, {share:.1%} of all; operations: {found['operations']}"
+    )
+
+
 def cases(results: Results) -> list[list[str]]:
     """Returns the table of cases, titles first; milliseconds of a prefill or a decode step; empty without cases."""
     if not results["cases"]:

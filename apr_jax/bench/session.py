@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -9,10 +10,11 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from apr_jax.bench import ceilings, genuine, llama, machine, measure, report, start_up
 from apr_jax.bench.cases import DECODE, Case, Ceilings, work
@@ -21,8 +23,9 @@ from apr_jax.bench.ours import Ours, quantised, random_parameters, tokens, widen
 from apr_jax.converters.convert.run import convert
 from apr_jax.cpu import products
 from apr_jax.kernels import fastest_ops
-from apr_jax.load.load_model import find_device, load_model
+from apr_jax.load.load_model import find_device, find_mesh
 from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.sharding import Layout
 from apr_jax.testing.sample import SAMPLES, write_sample
 from apr_jax.trace import hf_reference, tolerances
 
@@ -54,6 +57,7 @@ class Settings:
       quick: One short turn each.
       scratch: Folder for checkpoints of a shape; None means the system's.
       ignore_config: Keys of a checkpoint's configuration that change nothing.
+      mesh: How many devices lie along each axis of a mesh; None is one device. Peers have none and take no part.
     """
 
     model: str
@@ -67,6 +71,7 @@ class Settings:
     quick: bool
     scratch: str | None
     ignore_config: tuple[str, ...] = ()
+    mesh: Mapping[str, int] | None = None
 
 
 Say = Callable[[str], None]
@@ -119,6 +124,9 @@ def run(settings: Settings, say: Say, keep: Keep, turns: Turns = _ALONE) -> dict
 
     if settings.cases:
         ours = Ours(_model(settings, device))
+        if ours.model.layout is not None:
+            results["mesh"] = _on_mesh(ours.model, ours.model.layout)
+            say(report.mesh(results))
         contestants = _contestants(settings, ours, results, say)
         for case in settings.cases:
             if late(case.name):
@@ -149,22 +157,39 @@ def agrees(results: report.Results) -> bool:
 
 def _model(settings: Settings, device: jax.Device) -> LanguageModel:
     """Loads or makes the model, with the parameters and the table of operations that are fastest on the device."""
-    fused = device.platform == "gpu"
-    as_stored = device.platform == "cpu" and settings.dtype == "float32" and products.available()
-    if settings.model in SHAPES:
-        config = SAMPLES[SHAPES[settings.model]].config
-        matrices = "bfloat16" if as_stored else None  # as published
-        model = LanguageModel(config, random_parameters(config, settings.dtype, fused, device, matrices), device)
-    else:
-        ignored = settings.ignore_config
-        model = load_model(
-            settings.model, settings.dtype, device, fused=fused, as_stored=as_stored, ignore_config=ignored
-        )
-    return model.with_ops(fastest_ops.ops_for(model.config, model.dtype, device, fused))
+    mesh = device if settings.mesh is None else find_mesh(settings.mesh, settings.device)
+    if settings.model not in SHAPES:
+        return fastest_ops.load_fastest(settings.model, settings.dtype, mesh, settings.ignore_config)
+    config = SAMPLES[SHAPES[settings.model]].config
+    layout = Layout.of(config, mesh) if isinstance(mesh, Mesh) else None
+    fused = device.platform == "gpu" and layout is None
+    as_stored = device.platform == "cpu" and settings.dtype == "float32" and layout is None and products.available()
+    matrices = "bfloat16" if as_stored else None  # as published
+    parameters = random_parameters(config, settings.dtype, fused, layout or device, matrices)
+    model = LanguageModel(config, parameters, device, layout=layout)
+    return model.with_ops(fastest_ops.ops_for(config, model.dtype, device, fused, layout))
+
+
+def _on_mesh(model: LanguageModel, layout: Layout) -> dict[str, Any]:
+    """Returns what the results say about a mesh: its shape, what is cut into how many parts, bytes of a device."""
+    held: dict[jax.Device, int] = collections.Counter()
+    for array in jax.tree.leaves(model.parameters):
+        for part in array.addressable_shards:
+            held[part.device] += part.data.nbytes
+    data, along = layout.shape
+    flash = fastest_ops.ops_for(model.config, model.dtype, model.device, False, layout) is fastest_ops.mesh_ops(layout)
+    return {
+        "data": data,
+        "model": along,
+        "parts": layout.parts,
+        "parameter_bytes_per_device": max(held.values()),
+        "parameter_bytes": sum(array.nbytes for array in jax.tree.leaves(model.parameters)),
+        "operations": f"XLA's own{', flash attention for prompts' if flash else ''}; kernels for one device give way",
+    }
 
 
 def _contestants(settings: Settings, ours: Ours, results: dict[str, Any], say: Say) -> list[Contestant]:
-    if not settings.peers:
+    if not settings.peers or ours.model.layout is not None:
         return [ours]
     contestants: list[Contestant] = [ours]
     wide = ours
@@ -197,6 +222,9 @@ def _entry(model: LanguageModel, case: Case, found: Ceilings, rows: list[dict[st
     count = sum(math.prod(shape) for shape in model.config.tensor_shapes().values() if len(shape) == 2)
     stored = sum(leaf.nbytes for leaf in matrices) / count
     least = work(model.config, case, jax.numpy.dtype(model.dtype).itemsize, stored)
+    # Devices of a CPU are simulated: they share one memory and its cores.
+    devices = 1 if model.layout is None or model.device.platform == "cpu" else model.layout.mesh.size
+    found = Ceilings(found.flops * devices, found.bytes * devices)
     return {
         "case": case.name,
         "flops": least.flops,

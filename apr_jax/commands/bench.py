@@ -33,7 +33,8 @@ examples:
   %(prog)s model.apr --cases start-up --json
 
 exit codes: 0 fine, 1 apr_jax and HuggingFace do not compute the same, 2 usage, 3 file not found, 4 broken container, 5
-refused, 7 I/O failed, 130 interrupted
+refused, 7 I/O failed, 70 internal error,
+130 interrupted
 """
 
 
@@ -43,6 +44,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="0.5b, 1.5b, 7b, or a checkpoint: path or OWNER/NAME")
     parser.add_argument("--cases", metavar="LIST", help="comma-separated; default: a set for the device")
     arguments.add_device(parser)
+    arguments.add(parser, "--mesh")
     arguments.add_dtype(parser, ("float32", "bfloat16"), "type of weights and computation")
     parser.add_argument("--no-peers", action="store_true", help="measure apr_jax and the machine's limits alone")
     parser.add_argument(
@@ -51,8 +53,8 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         help="cases that HuggingFace is compiled for (default: all on CUDA, none on a CPU)",
     )
     parser.add_argument("--seconds", metavar="S", type=float, help="start no case after S seconds")
-    parser.add_argument("--quick", action="store_true", help="one short turn each, to see that it works")
-    parser.add_argument("--scratch", metavar="DIR", help="where checkpoints of a shape are written (default: /tmp)")
+    parser.add_argument("--quick", action="store_true", help="one short turn each, as a smoke test")
+    parser.add_argument("--scratch", metavar="DIR", help="folder for checkpoints made for a shape (default: /tmp)")
     arguments.add(parser, "--ignore-config")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the results as JSON, after every case")
     parser.add_argument("--svg", metavar="FILE", help="draw the roofline picture")
@@ -62,7 +64,11 @@ def parser_of(program: str) -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
-    return parser_of(argv[0]).parse_args(argv[1:])
+    parser = parser_of(argv[0])
+    args = parser.parse_args(argv[1:])
+    if args.mesh is not None and "start-up" in (args.cases or "").split(","):
+        parser.error("start-up measures processes of one device: leave it or --mesh out")
+    return args
 
 
 def main(args: argparse.Namespace) -> int:
@@ -136,4 +142,5 @@ def _settings(args: argparse.Namespace) -> Any:
         quick=args.quick,
         scratch=args.scratch,
         ignore_config=tuple(args.ignore_config),
+        mesh=args.mesh,
     )

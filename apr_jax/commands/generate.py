@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli
+from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -28,14 +30,15 @@ examples:
 
 Settings come from generation_config.json, with the meaning and the defaults that they have for HuggingFace's
 `generate`: a checkpoint that says do_sample is sampled from. Options override it; --temperature, --top-k and --top-p
-each ask for sampling. The same seed gives the same text. A text ends at an end token, with the token that completes a
-stop string, after --max-new-tokens (256 unless the checkpoint says otherwise), or where max_position_embeddings ends.
+each turn on sampling. The same seed gives the same text. A text ends at an end token, with the token that completes a
+stop string, after --max-new-tokens (256 unless the checkpoint says otherwise), or at max_position_embeddings.
 
---prompts takes a JSON list of texts and conversations ([{"role": "user", "content": "..."}, ...]), --tools a JSON list
-of function schemas. Of several chat templates, "tool_use" is used with tools and "default" otherwise. Text becomes the
-same token ids as in transformers.
+--prompts takes a JSON list of texts and conversations ([{"role": "user", "content": "..."}, ...]), --tools a JSON
+list of function schemas. Of several chat templates, "tool_use" is used with tools and "default" otherwise. Text is
+tokenized exactly as in transformers.
 
-exit codes: 0 fine, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed, 130 interrupted (what was
+exit codes: 0 fine, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed, 70 internal error,
+130 interrupted (what was
 generated is printed)
 """
 
@@ -80,6 +83,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         help="ignore a setting of generation_config.json (repeatable)",
     )
     arguments.add_device(parser)
+    processes.add(parser)
     arguments.add_dtype(parser, ("float32", "bfloat16", "float64"), "type of weights and computation")
     arguments.add(parser, "--json")
     arguments.add_opening(parser)
@@ -90,18 +94,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     if args.system is not None and not args.chat:
         parser.error("--system belongs to --chat")
     chats = {"--chat-template": args.chat_template, "--tools": args.tools, "--template-arg": args.template_arg}
     if given := [option for option, value in chats.items() if value is not None and not (args.chat or args.prompts)]:
         parser.error(f"{given[0]} belongs to --chat or --prompts")
     if args.greedy and any(value is not None for value in (args.temperature, args.top_k, args.top_p)):
-        parser.error("--greedy draws nothing: leave --temperature, --top-k and --top-p out")
+        parser.error("--greedy does not sample: leave --temperature, --top-k and --top-p out")
     return args
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.storage import interrupts
     from apr_jax.generate import compilation_cache
     from apr_jax.generate.config import GenerationConfig
@@ -119,8 +129,9 @@ def main(args: argparse.Namespace) -> int:
         with cli.open_dense_from(args, args.model) as checkpoint:
             config = GenerationConfig.of(checkpoint).without(args.ignore_generation_config)
             config.but(**settings).checked()
-            with cli.warnings_said():
-                generator = load_generator(checkpoint, args.dtype, args.device, text=not args.input_ids)
+            with cli.warnings_said(), telling("loading the model"):
+                placement = meshes.placement(args, args.device)
+                generator = load_generator(checkpoint, args.dtype, placement, text=not args.input_ids)
             cli.say_warnings(checkpoint)
         generator.generation_config = config
         for warning in generator.tokenizer.warnings if generator.tokenizer else ():
@@ -155,7 +166,7 @@ def _chat_settings(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = given.partition("=")
         if not equals or not key.isidentifier() or key in _NO_VARIABLES:
             raise UsageError(
-                "this is no variable of a chat template",
+                "this is not a variable of a chat template",
                 code="template-arg",
                 found=given,
                 expected="KEY=VALUE, such as enable_thinking=false; tools by --tools",

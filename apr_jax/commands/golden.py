@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apr_jax.commands import golden_optimizer
+from apr_jax.commands import golden_optimizer, meshes, processes
 from apr_jax.converters.commands import arguments, cli, tables
+from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -30,16 +31,17 @@ _EPILOG = """\
 examples:
   %(prog)s model.apr -o golden.safetensors --hidden-states     reference values, 2 x 64 seeded tokens
   %(prog)s hf_folder -o golden.safetensors --reference hf      the same from HuggingFace (extra: reference)
-  %(prog)s model.apr -o dump/ --trace --prompt "What is 2+2?"  every stage as APRT files, as `apr trace` writes them
+  %(prog)s model.apr -o dump --to aprt --trace --prompt "What is 2+2?"
+                                                               every stage as APRT files, as `apr trace` writes them
   %(prog)s model.apr --check golden.safetensors                recompute with the file's inputs and compare
   %(prog)s model.apr --check dump/                             the same with a dump of another engine
   %(prog)s model.apr --export-inputs inputs/                   token ids and positions as plain files, for an engine
   %(prog)s model.apr --optimizer adamw --lr 1e-4 --steps 3 -o after.safetensors   parameters after 3 steps
   %(prog)s model.apr --optimizer adamw --lr 1e-4 --steps 3 --check theirs.safetensors
-                                                               name what is wrong with another engine's
+                                                               name what is wrong with another engine's parameters
 
-exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed, 130
-interrupted
+exit codes: 0 fine, 1 outside the bars, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed, 70
+internal error, 130 interrupted
 """
 
 
@@ -48,25 +50,30 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser = arguments.make_parser(program, __doc__ or "", _EPILOG)
     parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
     mode = parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group(required=True)
-    mode.add_argument(
-        "-o", "--output", metavar="OUT", help="golden file to write, or with --trace a folder of APRT files (OUT/)"
-    )
+    mode.add_argument("-o", "--output", metavar="OUT", help="golden file, or folder of APRT files, to write")
     mode.add_argument("--check", metavar="GOLDEN", help="golden file or APRT folder to compare with")
     mode.add_argument(
         "--export-inputs",
         metavar="DIR",
         help="folder to write input_ids, attention_mask and position_ids to, as raw integers and as JSON",
     )
-    parser.add_argument("--reference", choices=("jax", "hf"), default="jax", help="which implementation (default: jax)")
+    parser.add_argument(
+        "--to",
+        choices=("safetensors", "aprt"),
+        help="format to write: a safetensors file, or a folder of APRT files, which needs --trace (default: aprt if OUT"
+        " is a folder or ends with /)",
+    )
+    parser.add_argument(
+        "--reference", choices=("jax", "hf"), default="jax", help="implementation to compute with (default: jax)"
+    )
     arguments.add_device(parser)
+    processes.add(parser)
     arguments.add_dtype(parser, _DTYPES[1:] + _DTYPES[:1], "type of weights and computation")
     tokens = parser.add_argument_group("tokens (at most one of these)").add_mutually_exclusive_group()
     tokens.add_argument(
         "--input-ids", metavar="FILE", help="JSON list of lists of token ids, a golden file, or a folder of inputs"
     )
-    tokens.add_argument(
-        "--prompt", metavar="TEXT", action="append", help="text for the checkpoint's tokenizer (repeatable)"
-    )
+    tokens.add_argument("--prompt", metavar="TEXT", action="append", help="text to tokenize (repeatable)")
     parser.add_argument("--hidden-states", action="store_true", help="also store the input of every layer")
     parser.add_argument("--trace", action="store_true", help="also store every stage")
     parser.add_argument(
@@ -84,13 +91,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     golden_optimizer.check_arguments(parser, args)
+    if args.to and (args.output is None or args.optimizer):
+        parser.error("--to says what -o writes of a model's values: leave it out")
     if args.optimizer:
         return args
     if args.check and (args.hidden_states or args.trace or args.gradients or args.prompt or args.force):
         parser.error(
-            "--check takes all from GOLDEN: leave --prompt, --hidden-states, --trace, --gradients and --force out"
+            "--check takes everything from GOLDEN: leave out --prompt, --hidden-states, --trace, --gradients, --force"
         )
+    if args.mesh is not None and (args.reference == "hf" or args.export_inputs):
+        parser.error("--mesh is for what JAX computes: leave --reference hf and --export-inputs out")
     if args.export_inputs and (args.hidden_states or args.trace or args.gradients):
         parser.error("--export-inputs computes nothing: leave --hidden-states, --trace and --gradients out")
     return args
@@ -98,6 +110,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.generate import compilation_cache
 
@@ -121,7 +138,12 @@ def _make(args: argparse.Namespace) -> int:
     from apr_jax.trace import aprt, golden, stages
     from apr_jax.trace.inputs import paths_of
 
-    as_dump = args.output.endswith(os.sep) or os.path.isdir(args.output)
+    named_folder = args.output.endswith(os.sep) or os.path.isdir(args.output)
+    as_dump = args.to == "aprt" if args.to else named_folder
+    if named_folder and not as_dump:
+        raise UsageError(
+            "a safetensors file cannot be a folder", code="golden-folder", found=args.output, hint="Name a file."
+        )
     if as_dump and args.gradients:
         raise UsageError("a folder of APRT files holds no gradients", code="aprt-gradients", hint="Name a file.")
     if as_dump and not args.trace:
@@ -134,8 +156,11 @@ def _make(args: argparse.Namespace) -> int:
         cli.say_warnings(checkpoint)
         inputs = _inputs(args, checkpoint, batch=1 if as_dump else DEFAULT_BATCH)
         inputs.check_vocabulary(config.vocab_size)
-        made = _compute(args, checkpoint, inputs, _labels(args))
+        with telling("computing"):
+            made = _compute(args, checkpoint, inputs, _labels(args))
     summary = golden.summary(made.values[stages.LOGITS], inputs, config)
+    if not processes.is_first():
+        return 0
     if as_dump:
         written = {key: value for key, value in made.values.items() if not stages.Key(key).is_hidden}
         aprt.write(args.output, inputs, written, force=args.force, sources=sources, notice=cli.say)
@@ -199,7 +224,7 @@ def _run_jax(
     from apr_jax.load.load_model import load_model
     from apr_jax.trace import golden, stages
 
-    model = load_model(checkpoint, args.dtype, args.device)
+    model = load_model(checkpoint, args.dtype, meshes.placement(args, args.device))
     layers = model.config.num_layers
     keys: set[str] = set(stages.trace_keys(layers)) if args.trace else {stages.LOGITS}
     if args.hidden_states:
@@ -332,10 +357,10 @@ def _compare(args: argparse.Namespace) -> _Report:
         inputs = reference.inputs
         inputs.check_vocabulary(config.vocab_size)
         warnings = checkpoint.warnings + _warnings(reference, checkpoint)
-        ours = _recompute(args, args.dtype, reference)
-        bar = _bar(args, reference)
         columns = None if reference.positions is None else find_columns(reference.positions, inputs)
-        comparisons = compare.compare(ours, reference.values, inputs, bar, columns, config)
+        with telling("computing again"):
+            ours = _recompute(args, args.dtype, reference)
+            comparisons = compare.compare(ours, reference.values, inputs, _bar(args, reference), columns, config)
     ours_summary, theirs_summary = (
         golden.summary(values.get(stages.LOGITS), inputs, config) for values in (ours, reference.values)
     )
@@ -353,7 +378,7 @@ def _bar(args: argparse.Namespace, reference: Golden) -> Callable[[str], float]:
             "the golden file was computed in an unknown dtype",
             code="golden-dtype",
             found=theirs,
-            hint="Write it anew: `golden MODEL -o FILE`",
+            hint="Write it again: `golden MODEL -o FILE`",
         )
     coarser = min(args.dtype, theirs, key=_DTYPES.index)
     has_gradients = any(Key(key).is_gradient for key in reference.values)

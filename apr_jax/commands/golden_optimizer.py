@@ -6,7 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import cli
+from apr_jax.converters.commands.progress import telling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,23 +23,33 @@ FORMAT = "apr_jax steps 1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the optimizer; all but --optimizer are None where they are not given."""
-    group = parser.add_argument_group("steps of an optimizer, the same batch at each")
+    group = parser.add_argument_group("optimizer steps, all on the same batch")
     group.add_argument(
         "--optimizer",
         choices=("adamw",),
         help="write the parameters after some steps, or --check those of another engine: a checkpoint of any form",
     )
     group.add_argument(
-        "--lr", metavar="RATE[,RATE...]", type=_numbers, help="the learning rate, or that of each step (default: 1e-3)"
+        "--lr", metavar="RATE[,RATE...]", type=_numbers, help="learning rate, or one for each step (default: 1e-3)"
     )
-    group.add_argument("--steps", metavar="N", type=int, help="how many (default: as many as there are rates)")
-    group.add_argument("--betas", metavar="B1,B2", type=_numbers, help="of the two moments (default: 0.9,0.999)")
-    group.add_argument("--eps", metavar="EPS", type=float, help="beside the root (default: 1e-8)")
-    group.add_argument("--weight-decay", metavar="DECAY", type=float, help="decoupled (default: 0.01, as in torch)")
+    group.add_argument("--steps", metavar="N", type=int, help="number of steps (default: one for each rate)")
     group.add_argument(
-        "--decay", choices=("all", "matrices"), help="what decays: all, or all but norms and biases (default: all)"
+        "--betas", metavar="B1,B2", type=_numbers, help="decay rates of the two moments (default: 0.9,0.999)"
     )
-    group.add_argument("--clip-norm", metavar="NORM", type=float, help="of the whole gradient (default: not clipped)")
+    group.add_argument(
+        "--eps", metavar="EPS", type=float, help="added to the root of the second moment (default: 1e-8)"
+    )
+    group.add_argument(
+        "--weight-decay", metavar="DECAY", type=float, help="decoupled weight decay (default: 0.01, as in torch)"
+    )
+    group.add_argument(
+        "--decay",
+        choices=("all", "matrices"),
+        help="parameters that decay: all, or all but norms and biases (default: all)",
+    )
+    group.add_argument(
+        "--clip-norm", metavar="NORM", type=float, help="clip the gradient to this global norm (default: no clipping)"
+    )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -57,7 +69,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             "--optimizer --check judges steps in float32 or float64: in bfloat16 most of a step is rounded off"
         )
     if args.betas is not None and len(args.betas) != 2:
-        parser.error(f"--betas is two numbers: {len(args.betas)} are given")
+        parser.error(f"--betas takes two numbers: {len(args.betas)} are given")
     rates = args.lr or (1e-3,)
     steps = args.steps or len(rates)
     if steps < 1 or (len(rates) > 1 and len(rates) != steps):
@@ -101,11 +113,14 @@ def make(args: argparse.Namespace, inputs: Inputs, labels: np.ndarray | None) ->
         sources = [*checkpoint.paths, *paths_of(args.input_ids)]
         check_target(args.output, force=args.force, sources=sources)
         cli.say_warnings(checkpoint)
-        model = load_model(checkpoint, args.dtype, args.device)
-        after, losses = by_optax(model, inputs, settings, _counted(labels))
+        with telling("computing the steps"):
+            model = load_model(checkpoint, args.dtype, meshes.placement(args, args.device))
+            after, losses = by_optax(model, inputs, settings, _counted(labels))
         device = f"{model.device.platform} ({model.device.device_kind})"
         metadata = golden.provenance(checkpoint, model.config, "jax", args.dtype, device, "optax.adamw")
     metadata |= {"format": FORMAT, "settings": json.dumps(settings.to_json()), "losses_nats": json.dumps(losses)}
+    if not processes.is_first():
+        return 0
     golden.write_arrays(args.output, golden.stored(after), metadata, args.force, sources, cli.say)
     if args.json:
         cli.print_json(
@@ -126,8 +141,10 @@ def check(args: argparse.Namespace, inputs: Inputs, labels: np.ndarray | None) -
     settings = settings_of(args)
     with cli.open_dense_from(args, args.model) as checkpoint, cli.open_from(args, args.check) as theirs:
         cli.say_warnings(checkpoint)
-        exact, engine = (load_model(checkpoint, dtype, args.device) for dtype in ("float64", args.dtype))
-        verdict = checking.check(exact, engine, inputs, settings, theirs, _counted(labels))
+        with telling("computing the steps"):
+            placement = meshes.placement(args, args.device)
+            exact, engine = (load_model(checkpoint, dtype, placement) for dtype in ("float64", args.dtype))
+            verdict = checking.check(exact, engine, inputs, settings, theirs, _counted(labels))
     if args.json:
         cli.print_json(verdict.to_json() | {"settings": settings.to_json()})
     else:

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli, tables
-from apr_jax.converters.commands.progress import bar_of
+from apr_jax.converters.commands.progress import bar_of, telling
 from apr_jax.converters.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -20,20 +21,21 @@ if TYPE_CHECKING:
 _LONGEST_WINDOW = 2048
 _EPILOG = """\
 examples:
-  %(prog)s model.apr --text book.txt code.py                    mean loss of each file and of all, beside uniform
-  %(prog)s hf_folder --jsonl chats.jsonl                        conversations: the assistant's tokens count
+  %(prog)s model.apr --text book.txt code.py                    mean loss of each file and overall, and of uniform
+  %(prog)s hf_folder --jsonl chats.jsonl                        conversations: only the assistant's tokens count
   %(prog)s model.apr --input-ids ids.json --json                rows of token ids
   %(prog)s model.apr --text book.txt --window 1024 --stride 512 --device cuda --dtype bfloat16
   %(prog)s model.apr --text book.txt --per-token losses.safetensors
   %(prog)s model.apr --text book.txt --check theirs.safetensors  another engine's losses: what is wrong with them?
 
-A text is cut into windows as transformers' guide to perplexity does: one begins every --stride tokens, and each token
-is scored in the first window that reaches it. Each file, line and row is a document of its own. Lines of .jsonl are
+Text is cut into windows as in transformers' perplexity guide: a window begins every --stride tokens, and each token
+is scored in the first window that contains it. Each file, line and row is a document of its own. Lines of .jsonl are
 {"text": ...}, {"messages": [...]} (what the chat template marks by {%% generation %%} counts) or {"input_ids": [...],
 "labels": [...]} (-100 does not count). --check reads "losses" (of each token) and "loss" (their mean).
 
 exit codes: 0 fine, 1 the other engine's losses differ, 2 usage, 3 file not found, 4 broken file, 5 refused, 7 I/O
-failed, 130 interrupted
+failed, 70 internal error,
+130 interrupted
 """
 
 
@@ -57,6 +59,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", metavar="N", type=int, default=1, help="windows computed at once (default: 1)")
     arguments.add_device(parser)
+    processes.add(parser)
     arguments.add_dtype(parser, ("float32", "bfloat16", "float16", "float64"), "type of weights and computation")
     parser.add_argument("--per-token", metavar="OUT", help="write the loss of each token as safetensors")
     parser.add_argument("--check", metavar="FILE", help="another engine's losses, as safetensors, to compare with")
@@ -69,6 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     for name in ("window", "stride", "batch"):
         least = 2 if name == "window" else 1
         if (value := getattr(args, name)) is not None and value < least:
@@ -82,6 +86,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _main(args)
+
+
+def _main(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.storage.output import check_target
     from apr_jax.generate import compilation_cache
@@ -109,7 +118,7 @@ def main(args: argparse.Namespace) -> int:
     said = summary.oddities(loss, corpus, vocab_size)
     for warning in said:
         cli.warn(warning)
-    if args.per_token is not None:
+    if args.per_token is not None and processes.is_first():
         _write(args, run, sources)
     verdict = None if args.check is None else checking.check(run, args.check)
     if args.json:
@@ -145,11 +154,9 @@ def _documents(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Do
 
 
 def _run(args: argparse.Namespace, checkpoint: Checkpoint, documents: Sequence[Document]) -> Run:
-    from apr_jax.kernels.fastest_ops import ops_for
-    from apr_jax.load.load_model import find_device, load_model
+    from apr_jax.kernels.fastest_ops import load_fastest
     from apr_jax.loss import checking, scoring
     from apr_jax.loss.documents import windows
-    from apr_jax.model.parameters import dtype_name
 
     config = checkpoint.model_config()
     length = args.window or min(config.max_position_embeddings, _LONGEST_WINDOW)
@@ -163,10 +170,8 @@ def _run(args: argparse.Namespace, checkpoint: Checkpoint, documents: Sequence[D
                 found=worst,
                 expected=f"below {config.vocab_size}",
             )
-    device = find_device(args.device)
-    fused = device.platform == "gpu" and dtype_name(args.dtype) == "bfloat16"
-    model = load_model(checkpoint, args.dtype, device, fused=fused)
-    model = model.with_ops(ops_for(config, model.dtype, device, fused))
+    with telling("loading the model"):
+        model = load_fastest(checkpoint, args.dtype, meshes.placement(args, args.device))
     cut = list(windows(documents, length, stride))
     with bar_of(sum(window.end - window.start for window in cut), in_bytes=False) as progress:
         scores = scoring.score(model, documents, cut, args.batch, progress=progress)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from apr_jax.converters.commands import arguments, cli
+from apr_jax.converters.commands.progress import telling
 
 _EPILOG = """\
 The weights are random, with the statistics of Qwen2.5-Coder-0.5B; the same name and seed give the same bytes
@@ -56,7 +57,10 @@ def main(args: argparse.Namespace) -> int:
     if args.list:
         _print_list(sample.SAMPLES, args.json)
         return 0
-    written = sample.write_sample(args.name, args.output, seed=args.seed, tokenizer=args.tokenizer, force=args.force)
+    with telling("writing"):
+        written = sample.write_sample(
+            args.name, args.output, seed=args.seed, tokenizer=args.tokenizer, force=args.force
+        )
     if args.json:
         cli.print_json({"name": args.name, "output": args.output, "seed": args.seed, "files": written})
     else:

@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from apr_jax.commands import meshes, processes
 from apr_jax.converters.commands import arguments, cli
+from apr_jax.converters.commands.progress import telling
 from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ examples:
   %(prog)s model.apr --right gradients.safetensors --backward
                                                        gradients of parameters (torch's .grad), and of stages if given
 
-Every stage is recomputed in float64 from the other side's own inputs, so that a mistake shows where it is made and
-stacked ones show one by one. Rounding is judged by what the left side itself loses in the other side's dtype.
---explain-format lists the dumps that are read, ours and those of others: docs/dumps.md. In Python, a dump of a PyTorch
-or Flax model is two lines: `with apr_jax.capture.torch(model, "dump/"): model(input_ids)`.
+Every stage is recomputed in float64 from the other side's own inputs, so that a mistake shows up where it is made,
+and stacked mistakes show up one by one. How much rounding may do is measured on the left side, in the other side's
+dtype. --explain-format lists the dumps that can be read; docs/dumps.md says more. In Python, a dump of a PyTorch or
+Flax model is two lines: `with apr_jax.capture.torch(model, "dump/"): model(input_ids)`.
 
 exit codes: 0 equal or rounding, 1 a mistake, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 I/O failed,
+70 internal error,
 130 interrupted
 """
 
@@ -50,7 +52,7 @@ class _ExplainFormat(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from apr_jax.parity import dumps
 
-        print(dumps.explain())
+        print(dumps.explain(parser.prog))
         parser.exit()
 
 
@@ -58,10 +60,16 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     """Returns the parser of the command, called by this name."""
     parser = arguments.make_parser(program, __doc__ or "", _EPILOG)
     parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
-    parser.add_argument("--right", metavar="cpu|cuda|hf|DUMP", required=True, help="what is examined")
     parser.add_argument(
-        "--left", choices=("cpu", "cuda"), default="cpu", help="device that rounding is measured on (default: cpu)"
+        "--right",
+        metavar="cpu|cuda|hf|DUMP",
+        required=True,
+        help="the forward pass to examine: a device, HuggingFace, or a dump",
     )
+    parser.add_argument(
+        "--left", choices=("cpu", "cuda"), default="cpu", help="device on which rounding is measured (default: cpu)"
+    )
+    processes.add(parser)
     arguments.add(
         parser,
         "--dtype",
@@ -74,7 +82,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         metavar="DTYPE",
         type=arguments.dtype,
         choices=(*_COMPUTED, "float64"),
-        help="type that the dump was computed in (default: what it says, else inferred from its values)",
+        help="type that the dump was computed in (default: what the dump says, or inferred from its values)",
     )
     parser.add_argument(
         "--input-ids",
@@ -84,8 +92,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--positions",
         metavar="LIST|FILE",
-        help="positions whose rows the dump holds, where it does not hold all: 64-71 or 0,64-71, both ends included,"
-        " or a JSON file",
+        help="positions that the dump holds, if not all: 64-71 or 0,64-71, both ends included, or a JSON file",
     )
     parser.add_argument(
         "--backward", action="store_true", help="also examine the dump's gradients, of parameters and of stages"
@@ -93,13 +100,15 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--explain-format", action=_ExplainFormat, nargs=0, help="print which dumps can be read, and exit"
     )
-    parser.add_argument("--check-upload", action="store_true", help="read every parameter back and compare it")
+    parser.add_argument(
+        "--check-upload", action="store_true", help="read every parameter back from the device and compare it"
+    )
     parser.add_argument(
         "--budget",
         metavar="[STAGE=]FACTOR",
         action="append",
         default=[],
-        help="multiply every budget, or one stage's, by FACTOR; the answer says so wherever it is shown",
+        help="multiply every budget, or one stage's, by FACTOR; the answer says so",
     )
     parser.add_argument("--html", metavar="FILE", help="also write the answer as one self-contained page")
     arguments.add(parser, "--force", help="replace a page that exists")
@@ -112,13 +121,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line, program name first."""
     parser = parser_of(argv[0])
     args = parser.parse_args(argv[1:])
+    processes.check(parser, args)
     try:
         args.widened = _widened(args.budget)
     except ValueError as error:
         parser.error(f"--budget: {error}")
     computed = args.right in _SIDES
     if args.backward and computed:
-        parser.error("--backward is for dumps; golden.py --gradients writes one")
+        parser.error("--backward is for dumps; `golden --gradients` writes one")
     if args.backward and args.positions is not None:
         parser.error("--backward needs values of all positions: leave --positions out")
     for given, applies, to in (
@@ -146,7 +156,7 @@ def _widened(given: Sequence[str]) -> dict[str, float]:
         except ValueError:
             factor = math.nan
         if not 0 < factor < math.inf:
-            raise ValueError(f"{number!r} is no positive number")
+            raise ValueError(f"{number!r} is not a positive number")
         if equals:
             single[stage] = factor
         else:
@@ -156,6 +166,11 @@ def _widened(given: Sequence[str]) -> dict[str, float]:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
+    with processes.joined(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from apr_jax.converters.checkpoint.hub import located
     from apr_jax.converters.inspect import page
     from apr_jax.converters.storage.output import check_target
@@ -175,25 +190,27 @@ def main(args: argparse.Namespace) -> int:
         check_target(args.html, force=args.force, sources=sources)
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
-    # Excerpts of a long sequence are many: they are judged where rounding is.
-    exact = _load(args, "float64", args.left if excerpts.needed(config, dump.inputs) else "cpu")
     shown = dump.values or {key: value for key, value in dump.gradients.items() if value.any()}
     dtype = args.right_dtype or dump.dtype or (infer_dtype(shown) if shown else "float32")
     if dtype not in DTYPES:
         raise UsageError(
-            "dumps of this dtype cannot be judged",
+            "a dump of this dtype cannot be judged",
             code="dtype",
             file=args.right,
             found=dtype,
-            hint="Say with --right-dtype as what it shall be judged.",
+            hint="Say with --right-dtype which dtype to judge it as.",
         )
-    same = _load(args, dtype, args.left)
-    if dump.summaries and not dump.values and not dump.gradients:
-        answer, show = _of_summaries(args, dump, exact, same), _print_summaries
-    else:
-        answer, show = _of_values(args, dump, exact, same), _print
+    with telling("loading the model") as tell:
+        # Excerpts of a long sequence are many: they are judged where rounding is.
+        exact = _load(args, "float64", args.left if excerpts.needed(config, dump.inputs) else "cpu")
+        same = _load(args, dtype, args.left)
+        tell("running the model")
+        if dump.summaries and not dump.values and not dump.gradients:
+            answer, show = _of_summaries(args, dump, exact, same), _print_summaries
+        else:
+            answer, show = _of_values(args, dump, exact, same, tell), _print
     answer["sides"] = _sides(args, dump, same)
-    if args.html is not None:
+    if args.html is not None and processes.is_first():
         from apr_jax.parity import web_page
 
         page.write(args.html, web_page.render(answer), force=args.force, sources=sources, notice=cli.say)
@@ -204,7 +221,9 @@ def main(args: argparse.Namespace) -> int:
     return cli.EXIT_DIFFERS if answer["verdict"] == "mistake" else 0
 
 
-def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel) -> dict[str, Any]:
+def _of_values(
+    args: argparse.Namespace, dump: Dump, exact: LanguageModel, same: LanguageModel, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Judges a dump of values."""
     from apr_jax.parity.diagnose import diagnose, nothing
     from apr_jax.parity.report import report
@@ -212,7 +231,7 @@ def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same:
     notes = _notes(args, dump, exact)
     dump, of_ranks = _put_together(dump, exact, same.dtype)
     if dump.values:
-        diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, _told(), args.widened)
+        diagnosis = diagnose(exact, same, dump.inputs, dump.values, dump.columns, tell, args.widened)
     else:
         diagnosis = nothing(exact, dump.inputs, same.dtype)
     if dump.ranks:
@@ -225,7 +244,7 @@ def _of_values(args: argparse.Namespace, dump: Dump, exact: LanguageModel, same:
         diagnosis = _with_upload(args, same.dtype, diagnosis, notes)
     answer = report(diagnosis, dump, exact, notes)
     if args.backward:
-        answer = _with_gradients(args, answer, diagnosis, dump, exact, same)
+        answer = _with_gradients(args, answer, diagnosis, dump, exact, same, tell)
     if answer["logits"] is not None:
         answer["logits"] |= _texts(args, answer["logits"])
     return answer
@@ -238,6 +257,7 @@ def _with_gradients(
     dump: Dump,
     exact: LanguageModel,
     same: LanguageModel,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Judges the dump's gradients, too: of the backward pass that follows the forward pass as it was found to be."""
     from apr_jax.parity.backward.diagnose import diagnose_backward, undumped_values
@@ -245,7 +265,7 @@ def _with_gradients(
 
     if diagnosis.replay is None or dump.columns is not None:
         raise RefusedError(
-            "gradients are not examined of this dump",
+            "the gradients of this dump cannot be examined",
             code="backward",
             file=args.right,
             found="layers in another order, a long sequence judged by excerpts, or values of some positions only",
@@ -262,7 +282,7 @@ def _with_gradients(
         same.dtype,
         undumped_values(same, diagnosis.replay),
         adapter,
-        _told(),
+        tell,
     )
     return with_gradients(answer, back, exact)
 
@@ -423,26 +443,14 @@ def _load(args: argparse.Namespace, dtype: str, device: str) -> LanguageModel:
     from apr_jax.load.load_model import load_model
 
     with cli.open_dense_from(args, args.model) as checkpoint:
-        return load_model(checkpoint, dtype, device)
+        if dtype == "float64" and args.coordinator is not None:
+            # What is replayed from it each process does on its own, in an order of its own.
+            return load_model(checkpoint, dtype, device)
+        return load_model(checkpoint, dtype, meshes.placement(args, device))
 
 
 _LISTED = 4
 """As many files or stages are named in a line."""
-_FIRST, _BETWEEN = 5.0, 5.0
-"""Seconds before the first word of progress, and from one to the next."""
-
-
-def _told() -> Callable[[str], None]:
-    """Returns what says on stderr what is going on: not at once, and not often."""
-    due = time.monotonic() + _FIRST
-
-    def say(text: str) -> None:
-        nonlocal due
-        if (now := time.monotonic()) >= due:
-            due = now + _BETWEEN
-            cli.say(f"... {text}")
-
-    return say
 
 
 def _without_expected(args: argparse.Namespace, diagnosis: Diagnosis, notes: list[str]) -> Diagnosis:
@@ -496,7 +504,7 @@ def _huggingface(args: argparse.Namespace, batch: Inputs, dtype: Any) -> dict[st
             "--right hf needs a HuggingFace folder",
             code="hf-folder",
             file=args.model,
-            hint="Convert it with convert.py.",
+            hint="`convert` makes one.",
         )
     return hf_reference.run(
         args.model, batch.input_ids, batch.attention_mask, batch.position_ids, dtype=dtype, trace=True
@@ -549,13 +557,15 @@ def _with_upload(args: argparse.Namespace, dtype: str, diagnosis: Diagnosis, not
     import jax
     import numpy as np
 
+    from apr_jax.model.sharding import to_host
     from apr_jax.parity.faults.seen import UPLOAD
     from apr_jax.parity.findings import Finding
 
     device = args.right if args.right in ("cpu", "cuda") else args.left
     there = jax.tree.leaves(_load(args, dtype, device).parameters)
-    here = jax.tree.leaves(_load(args, dtype, "cpu").parameters)
-    same = sum(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
+    alone = argparse.Namespace(**vars(args) | {"mesh": None})
+    here = jax.tree.leaves(_load(alone, dtype, "cpu").parameters)
+    same = sum(to_host(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(there, here, strict=True))
     text = f"upload to {device}: {same} of {len(here)} parameters read back bit for bit"
     notes.append(text)
     if same == len(here):

@@ -125,7 +125,7 @@ def _stacked(path: pathlib.Path, name: str, load: Load, config: Qwen2Config) -> 
         array = load(None if most is None else most * count)
         if not array.ndim or len(array) != count:
             raise DumpError(
-                "not as many entries as this model has",
+                "the number of entries is not this model's",
                 code="dump-shape",
                 file=path,
                 tensor=name,

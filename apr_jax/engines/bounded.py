@@ -66,7 +66,7 @@ def _opened(path: str | os.PathLike[str], most: int) -> Any:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise DumpError("this is no regular file", code="dump-file", file=path, expected="a regular file")
+            raise DumpError("this is not a regular file", code="dump-file", file=path, expected="a regular file")
         if found.st_size > most:
             raise DumpError(
                 "the file is larger than what it can hold",
@@ -164,7 +164,7 @@ def _npy(content: bytes, path: str | os.PathLike[str], floats: bool, name: str |
     kinds = "f" if floats else "fiub"
     if (dtype.kind not in kinds and dtype != ml_dtypes.bfloat16) or (dtype.kind == "f" and dtype.itemsize > 8):
         raise DumpError(
-            "no array of floats" if floats else "no array of numbers",
+            "not an array of floats" if floats else "not an array of numbers",
             code="dump-dtype",
             file=path,
             tensor=name,
@@ -281,7 +281,7 @@ def raw(path: str | os.PathLike[str], name: Any, most_elements: int) -> np.ndarr
     content = data(path, most_elements * dtype.itemsize + dtype.itemsize)
     if len(content) % dtype.itemsize:
         raise BrokenContainerError(
-            "the size is no whole number of elements",
+            "the size is not a whole number of elements",
             code="dump-size",
             file=path,
             found=f"{len(content)} bytes",

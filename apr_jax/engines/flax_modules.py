@@ -1,6 +1,8 @@
 """Flax NNX models watched by wrapping the `__call__` of their modules' classes, eagerly: NNX has no hooks.
 
-Inside the context `jax.jit` is off, so that every value is an array and none a tracer.
+Inside the context `jax.jit` is off, so that every value is an array and none a tracer. Modules that are read and never
+called show nothing: the token ids are then those that the model was given, and a layer that takes a `tap`, as ours do,
+tells its stages itself.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def watch(
 
     if not isinstance(model, nnx.Module):
         raise UsageError(
-            "no flax.nnx.Module",
+            "not a flax.nnx.Module",
             code="capture-model",
             found=type(model).__name__,
             hint="Give the nnx.Module itself; capture.torch watches torch's modules, capture.arrays takes arrays",
@@ -50,7 +52,7 @@ def watch(
         stack.enter_context(jax.disable_jit())
         stack.enter_context(watched(rotations(attention), lambda _, result: recorder.rotated(_arrays(result))))
         stack.enter_context(_functions(jax, nnx, recorder))
-        for kind in {type(modules[name]) for name in roles} | {type(model)}:
+        for kind in filter(_is_called, {type(modules[name]) for name in roles} | {type(model)}):
             wrapped = _wrapped(kind.__call__, known, recorder)
             stack.enter_context(mock.patch.object(kind, "__call__", wrapped))
         yield recorder
@@ -100,6 +102,11 @@ def _part(name: str, module: Any, nnx: Any) -> Part:
     return Part(name, "linear" if "linear" in kind or "einsum" in kind else "norm" if "norm" in kind else "other")
 
 
+def _is_called(kind: type) -> bool:
+    """Whether a class has a `__call__` for its objects; `kind.__call__` finds the one that makes them, too."""
+    return any("__call__" in vars(base) for base in kind.__mro__)
+
+
 def _wrapped(call: Callable[..., Any], known: _Known, recorder: Recorder) -> Callable[..., Any]:
     @functools.wraps(call)
     def watching(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,13 +115,16 @@ def _wrapped(call: Callable[..., Any], known: _Known, recorder: Recorder) -> Cal
             return call(self, *args, **kwargs)
         if role is None:
             given = _named(call, self, args, kwargs)
-            mask, positions = given.get("attention_mask"), given.get("position_ids", given.get("positions"))
-            recorder.begin(*(None if each is None else np.asarray(each) for each in (mask, positions)))
+            mask, positions = given.pop("attention_mask", None), given.pop("positions", given.pop("position_ids", None))
+            ids = next(filter(_are_ids, given.values()), None)
+            recorder.begin(*(None if each is None else np.asarray(each) for each in (mask, positions, ids)))
             output = call(self, *args, **kwargs)
             if recorder.call.ids is not None and (shown := _arrays(getattr(output, "logits", output))):
                 recorder.returned(shown[0])
         elif role.part == "layer":
-            recorder.enter(role.layer)
+            recorder.enter(role.layer, _arrays((args, kwargs)))
+            if "tap" in inspect.signature(call).parameters:
+                kwargs = {"tap": recorder.told, **kwargs}
             output = call(self, *args, **kwargs)
             recorder.leave(_arrays(output))
         else:
@@ -130,6 +140,12 @@ def _named(call: Callable[..., Any], self: Any, args: Any, kwargs: Any) -> dict[
         return dict(inspect.signature(call).bind_partial(self, *args, **kwargs).arguments)
     except (TypeError, ValueError):
         return dict(kwargs)
+
+
+def _are_ids(value: Any) -> bool:
+    """Whether an argument of a model is token ids [B, T]."""
+    array = np.asarray(value) if isinstance(value, list) or hasattr(value, "dtype") else np.zeros(0)
+    return array.ndim == 2 and np.issubdtype(array.dtype, np.integer)
 
 
 def _arrays(value: Any) -> list[np.ndarray]:

@@ -42,7 +42,7 @@ def _line(line: bytes, number: int, path: pathlib.Path, config: Qwen2Config) -> 
     tokens = next((content[name] for name in _TOKENS if isinstance(content.get(name), list)), None)
     if not tokens or not all(type(token) is int for token in tokens) or "logits" not in content:
         raise BrokenContainerError(
-            f"line {number} is no golden prompt",
+            f"line {number} is not a golden prompt",
             code="jsonl",
             file=path,
             expected='{"tokens": [...], "logits": [[...], ...]}',

@@ -63,7 +63,7 @@ def _labels(content: Mapping[str, Any], path: pathlib.Path) -> np.ndarray | None
     except (TypeError, ValueError, OverflowError):
         labels = None
     if labels is None or labels.ndim != 2:
-        raise BrokenContainerError("labels are no list of lists of numbers", code="dump-map", file=path)
+        raise BrokenContainerError("labels are not a list of lists of numbers", code="dump-map", file=path)
     return labels
 
 

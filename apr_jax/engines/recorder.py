@@ -41,8 +41,12 @@ _HIDDEN = -1e8
 
 @dataclasses.dataclass
 class _Call:
-    """What one call of the model showed; values are [B, t, ...], attention stages [B, N, t, S]."""
+    """What one call of the model showed; values are [B, t, ...], attention stages [B, N, t, S].
 
+    `given` are the token ids that the model was called with, `ids` those that are known to have been looked up.
+    """
+
+    given: np.ndarray | None = None
     ids: np.ndarray | None = None
     mask: np.ndarray | None = None
     positions: np.ndarray | None = None
@@ -90,9 +94,11 @@ class Recorder:
             self.calls.append(_Call())
         return self.calls[-1]
 
-    def begin(self, mask: np.ndarray | None = None, positions: np.ndarray | None = None) -> None:
-        """A call of the model begins; `mask` and `positions` are what it was given, if it was."""
-        self.calls.append(_Call(mask=mask, positions=positions))
+    def begin(
+        self, mask: np.ndarray | None = None, positions: np.ndarray | None = None, ids: np.ndarray | None = None
+    ) -> None:
+        """A call of the model begins; `mask`, `positions` and token `ids` are what it was given, if it was."""
+        self.calls.append(_Call(ids, mask=mask, positions=positions))
 
     def __call__(self, key: str, value: Any) -> Any:
         """Takes a stage's value [B, t, ...] under its key ("stage.0.attn_norm"), and returns the value as it is."""
@@ -101,11 +107,20 @@ class Recorder:
 
     # --- What modules show ---------------------------------------------------------------------------------------
 
-    def enter(self, layer: int | None) -> None:
-        """A layer begins: the number is its place in the tree, what counts is the order of execution."""
+    def enter(self, layer: int | None, inputs: Sequence[Any] = ()) -> None:
+        """A layer begins: the number is its place in the tree, what counts is the order of execution.
+
+        Where no module looks the tokens up, the first of the first layer's `inputs` is what they became.
+        """
+        if inputs and self.call.ids is None and self.call.given is not None:
+            self._embedding([self.call.given], inputs)
         self.call.layer += 1
         self.call.standing = layer
         self.call.parts.clear()
+
+    def told(self, stage: str, value: Any) -> Any:
+        """A stage of the layer that is going on, told by the layer itself; returns the value as it is."""
+        return self(Key.of(self.call.layer, stage), value)
 
     def leave(self, outputs: Sequence[Any], layer: int | None = None) -> None:
         """A layer ends; `layer` is which, where that is all that is known of it."""
@@ -444,7 +459,7 @@ def write(
     for key, value in values.items():
         dtype = str(value.dtype)
         if dtype not in _NAMES:
-            raise DumpError("a stage is not of floats", code="dump-dtype", tensor=key, found=dtype)
+            raise DumpError("a stage does not hold floats", code="dump-dtype", tensor=key, found=dtype)
         name = f"{key}.{'raw' if dtype == 'bfloat16' else 'npy'}"
         entries[key] = {"file": name, "dtype": dtype}
         files[name] = value.tobytes() if dtype == "bfloat16" else _npy(value)

@@ -36,7 +36,7 @@ def watch(
 
     if not isinstance(model, torch.nn.Module):
         raise UsageError(
-            "no torch.nn.Module",
+            "not a torch.nn.Module",
             code="capture-model",
             found=type(model).__name__,
             hint="Where there are no modules to watch, write the stages with capture.arrays (docs/dumps.md).",

@@ -17,22 +17,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.errors import UsageError
-from apr_jax.cpu import products
 from apr_jax.generate import tokenizer_files
 from apr_jax.generate.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 from apr_jax.generate.programs import BLOCK, NO_TOKEN, Choice, Programs, State, bucket, programs_of
 from apr_jax.generate.sampling import Method, Numbers
 from apr_jax.generate.tokenizer import Detokenizer, StopStrings, Tokenizer
-from apr_jax.kernels.fastest_ops import ops_for, prompts_keep_no_scores
-from apr_jax.load.load_model import find_device, load_model
+from apr_jax.kernels.fastest_ops import load_fastest, prompts_keep_no_scores
 from apr_jax.model.language_model import LanguageModel
-from apr_jax.model.parameters import dtype_name
 from apr_jax.model.qwen2 import NO_POSITION, Cache
+from apr_jax.model.sharding import to_host
 from apr_jax.trace.inputs import Inputs
 
 _LEAST_PROMPT, _LEAST_CAPACITY, _LEAST_STOP = 16, 64, 8
@@ -113,21 +113,19 @@ class Timing:
 def load_generator(
     source: str | os.PathLike[str] | Checkpoint,
     dtype: Any = "float32",
-    device: str | jax.Device | None = None,
+    device: str | jax.Device | Mesh | None = None,
     *,
     text: bool = True,
     ignore_config: Iterable[str] = (),
 ) -> Generator:
     """Loads a model with its tokenizer and its generation_config.json, and with the operations that run it fastest.
 
-    On a CPU, in float32, matrices stay as they are stored where there are kernels for that (`load_model`, `as_stored`).
-
     For other operations: `Generator(load_model(...), Tokenizer.of(checkpoint), GenerationConfig.of(checkpoint))`.
 
     Args:
       source: As for `load_model`.
       dtype: As for `load_model`.
-      device: As for `load_model`; one device.
+      device: As for `load_model`; one device or a mesh.
       text: Whether text is needed. Without it a tokenizer that cannot be used is warned of, and token ids work.
       ignore_config: As for `load_model`.
 
@@ -139,17 +137,7 @@ def load_generator(
     with opened as checkpoint:
         settings = GenerationConfig.of(checkpoint)
         tokenizer = Tokenizer.of(checkpoint) if text else Tokenizer.if_usable(checkpoint)
-        target = find_device(device)
-        # The kernels for CUDA are made for bfloat16 and read fused leaves.
-        model = load_model(
-            checkpoint,
-            dtype,
-            target,
-            fused=target.platform == "gpu" and dtype_name(dtype) == "bfloat16",
-            as_stored=products.available(),
-            ignore_config=ignore_config,
-        )
-    model = model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused))
+        model = load_fastest(checkpoint, dtype, device, ignore_config)
     return Generator(model, tokenizer, settings)
 
 
@@ -260,7 +248,7 @@ class Generator:
         if not isinstance(prompt, str):
             return list(prompt)
         if not (ids := self._needed_tokenizer().encode(prompt)):
-            raise UsageError("the prompt is empty", code="prompt", hint="A model needs a token to go on from.")
+            raise UsageError("the prompt is empty", code="prompt", hint="A model needs at least one token to continue.")
         return ids
 
 
@@ -317,10 +305,10 @@ class Stream:
     def _blocks(self) -> Iterator[np.ndarray]:
         """Yields new tokens, int32 [B, n]; while a block is looked at, the device makes the next one."""
         state = self._prefilled()
-        tables = self._model.step_tables(np.asarray(state.position), state.cache.positions.shape[1])
+        tables = self._model.step_tables(to_host(state.position), state.cache.positions.shape[1])
         waiting: list[tuple[jax.Array, int]] = []
         try:
-            yield np.asarray(state.token)[:, None]
+            yield to_host(state.token)[:, None]
             left, steps = self._new_tokens - 1, 1
             arrived = time.perf_counter()
             while left or waiting:
@@ -335,9 +323,14 @@ class Stream:
                     if len(waiting) == 1:
                         continue
                 block, limit = waiting.pop(0)
-                tokens = np.asarray(block)[:, :limit]
+                tokens = to_host(block)[:, :limit]
                 now = time.perf_counter()
-                steps = min(BLOCK, max(1, int(limit * _BLOCK_SECONDS / (now - arrived))))
+                # Several processes have to agree, and their clocks do not.
+                steps = (
+                    BLOCK
+                    if jax.process_count() > 1
+                    else min(BLOCK, max(1, int(limit * _BLOCK_SECONDS / (now - arrived))))
+                )
                 arrived = now
                 yield tokens
         finally:
@@ -365,7 +358,8 @@ class Stream:
                 cache, hidden = self._programs.later_prefill(*chunk, cache, hidden)
         assert cache is not None
         # What is beyond the longest prompt is padding, and decoding writes over it.
-        cache = cache._replace(length=jax.device_put(np.asarray(length, np.int32), self._model.device))
+        with self._model.scope():
+            cache = cache._replace(length=jnp.asarray(length, jnp.int32))
         told = self._seen() if self._method.penalised else None
         token, done, seen = self._programs.first_token(parameters, hidden, told, self._choice, self._method)
         return State(cache, token, lengths, np.asarray(1, np.int32), done, seen)

@@ -24,7 +24,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,9 +39,17 @@ from apr_jax.generate.sampling import Method, Numbers, pick, row_keys
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.model.parameters import Parameters
 from apr_jax.model.qwen2 import NO_POSITION, Cache, Ops, Qwen2ForCausalLM
+from apr_jax.model.sharding import Layout
 
 BLOCK = 64
 """Most tokens that one call of the decode loop makes for each row."""
+
+_LOOP_IN_A_GRAPH = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+}
+"""On a GPU the whole decode loop is one graph, for drivers that know of loops in graphs, and the call returns at once.
+XLA's default, which leaves out the last two, comes back to the host for every token: 0.488 ms in place of 0.441 for the
+0.5B shape on an H200."""
 
 NO_TOKEN = -1
 """What stands in a block for rows that have ended, and for steps that were not made."""
@@ -101,8 +110,12 @@ class Programs:
         ops: Ops,
         layer_ops: LayerOps,
         device: jax.Device,
+        layout: Layout | None = None,
+        shardings: Any = None,
     ):
+        """Takes what a `LanguageModel` has, and how it lies: on a mesh, or as the caller spread its parameters."""
         self._device, self._dtype, self._config = device, dtype, config
+        self._layout, self._spread = layout, shardings is not None
         with self.scope():
             self._merge = functools.partial(nnx.merge, model_graph(config, dtype, fused))
         self._ops, self._layer_ops = ops, dict(layer_ops)
@@ -253,7 +266,10 @@ class Programs:
             return state, block
 
         key = ("decode", state.cache.positions.shape, len(choice.stop), method)
-        return self._call(key, program, (1,), parameters, state, stopped, np.int32(limit), choice, tables)
+        arguments = (parameters, state, stopped, np.int32(limit), choice, tables)
+        alone = self._layout is None and not self._spread
+        options = _LOOP_IN_A_GRAPH if alone and self._device.platform == "gpu" else {}
+        return self._call(key, program, (1,), *arguments, options=options)
 
     def _hidden(
         self,
@@ -271,21 +287,53 @@ class Programs:
         assert filled is not None
         return filled, x[:, 0]
 
-    def _call(self, key: Any, program: Callable[..., Any], donated: tuple[int, ...], *arguments: Any) -> Any:
+    def _call(
+        self,
+        key: Any,
+        program: Callable[..., Any],
+        donated: tuple[int, ...],
+        *arguments: Any,
+        options: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> Any:
         """Calls the program of this key; compiled ahead of time, so that it is known when and how long."""
         with self.scope():
+            if self._spread:
+                # A compiled program takes its arguments as they lay when it was compiled.
+                key = (key, *(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(arguments)))
             if key not in self._compiled:
                 begun = time.perf_counter()
-                jitted = jax.jit(program, donate_argnums=donated, compiler_options=COMPILER_OPTIONS)
+                compiler_options = {**COMPILER_OPTIONS, **options}
+                places = self._places(program, donated, arguments)
+                jitted = jax.jit(program, compiler_options=compiler_options, **places)
                 self._compiled[key] = jitted.lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - begun
             return self._compiled[key](*arguments)
 
+    def _places(
+        self, program: Callable[..., Any], donated: tuple[int, ...], arguments: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Where arguments and results lie, and which arguments are donated."""
+        if self._spread:
+            # The compiler chooses, and what is donated may lie elsewhere than what comes out.
+            return {}
+        if self._layout is None:
+            return {"donate_argnums": donated}
+        # What a program hands on has to lie as the next one takes it.
+        return {
+            "donate_argnums": donated,
+            "in_shardings": self._layout.of_arguments(arguments),
+            "out_shardings": self._layout.of_results(jax.eval_shape(program, *arguments)),
+        }
+
 
 def programs_of(model: LanguageModel) -> Programs:
-    """Returns the programs of a model, shared by all models of its configuration, dtypes, tables and device."""
+    """Returns the programs of a model, shared by all models of its configuration, dtypes, tables and devices."""
     layer_ops = tuple(model.layer_ops.items())
-    return _programs(model.storage, model.config, model.dtype, model.fused, model.ops, layer_ops, model.device)
+    places = None
+    if model.layout is None and len(model.module.model.norm.weight.get_raw_value().devices()) > 1:
+        places = tuple(array.sharding for array in jax.tree.leaves(model.parameters))
+    what = model.config, model.dtype, model.fused, model.ops, layer_ops, model.device, model.layout, places
+    return _programs(model.storage, *what)
 
 
 @functools.cache

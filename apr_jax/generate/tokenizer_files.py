@@ -477,7 +477,7 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
         error.hint = error.hint or apr_tokenizer.WITHOUT_TOKENIZER
         raise
     if not isinstance(value, dict):
-        raise _refused(f"{name} is no object", path)
+        raise _refused(f"{name} is not an object", path)
     return value
 
 

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
+from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.cpu import products
 from apr_jax.cuda import decode_layers, kernels, nvrtc
 from apr_jax.cuda.custom_call import SPLIT_HALVES, head_supported
 from apr_jax.kernels.cpu_ops import CPU_OPS
+from apr_jax.load.load_model import find_device, load_model
+from apr_jax.model.language_model import LanguageModel
+from apr_jax.model.parameters import dtype_name
 from apr_jax.model.qwen2 import (
     MLP,
     OPS,
@@ -36,7 +44,10 @@ from apr_jax.model.qwen2 import (
     linear,
     pass_on,
 )
+from apr_jax.model.sharding import Layout
 
+Placement: TypeAlias = str | jax.Device | Mesh | None
+"""Where a model goes, as `load_model` takes it: a device or a mesh."""
 COMPUTE_CAPABILITY = 9.0
 """Of the devices that the kernels are written for: bulk copies, 227 KiB of shared memory a block."""
 
@@ -47,7 +58,32 @@ _LONG_ROWS = 8192  # of a matrix that is multiplied with one vector
 _MOST_ROWS = 4 * 65_535  # of the SwiGLU kernel: four a block, and the blocks of a grid's second dimension
 
 
-def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool) -> Ops:
+def load_fastest(
+    source: str | os.PathLike[str] | Checkpoint,
+    dtype: Any = "float32",
+    device: Placement = None,
+    ignore_config: Iterable[str] = (),
+) -> LanguageModel:
+    """Loads a model with the leaves and the operations that run it fastest; arguments and errors as `load_model`.
+
+    On a CPU, in float32, matrices stay as they are stored where there are kernels for that.
+    """
+    fused, as_stored = fuses(dtype, device), products.available()
+    model = load_model(source, dtype, device, fused=fused, as_stored=as_stored, ignore_config=ignore_config)
+    return model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused, model.layout))
+
+
+def fuses(dtype: Any, device: Placement) -> bool:
+    """Whether a model is to be loaded with fused leaves: the kernels for CUDA read those, and are made for bfloat16.
+
+    On a mesh of several devices they give way to XLA's own operations, which it can spread.
+    """
+    if isinstance(device, Mesh) and device.size > 1:
+        return False
+    return find_device(device).platform == "gpu" and dtype_name(dtype) == "bfloat16"
+
+
+def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool, layout: Layout | None = None) -> Ops:
     """Returns the fastest table of operations for a model.
 
     Args:
@@ -55,20 +91,25 @@ def ops_for(config: Qwen2Config, dtype: str, device: jax.Device, fused: bool) ->
       dtype: Of its parameters and of the computation.
       device: That it is on.
       fused: Whether it was loaded with fused leaves.
+      layout: How it lies on a mesh, if it does.
 
     Returns:
-      `CPU_OPS` on a CPU. Elsewhere `OPS`, unless the model is bfloat16 and fused, on an NVIDIA device of compute
-      capability 9.0 with NVRTC installed, and of a head size that the kernels and cuDNN take.
+      `CPU_OPS` on a CPU. Elsewhere `OPS`, unless the model is bfloat16, on an NVIDIA device of compute capability 9.0,
+      and of a head size that the kernels and cuDNN take: `mesh_ops` on a mesh, `cuda_ops` on one device, for a model
+      that is fused and with NVRTC installed.
     """
     if device.platform == "cpu":
         return CPU_OPS
-    if device.platform != "gpu" or dtype != "bfloat16" or not fused:
+    if device.platform != "gpu" or dtype != "bfloat16":
         return OPS
-    if float(getattr(device, "compute_capability", 0)) != COMPUTE_CAPABILITY or nvrtc.library() is None:
+    if float(getattr(device, "compute_capability", 0)) != COMPUTE_CAPABILITY:
         return OPS
     if not head_supported(config) or config.head_dim > 128 or config.hidden_size % 8:
         return OPS
-    return cuda_ops(device.core_count)
+    if layout is not None:
+        plain = config.sliding_window is None and config.head_dim >= _LEAST_CUDNN_HEAD
+        return mesh_ops(layout) if plain and layout.heads_meet else OPS
+    return cuda_ops(device.core_count) if fused and nvrtc.library() is not None else OPS
 
 
 @functools.cache
@@ -80,6 +121,12 @@ def cuda_ops(multiprocessors: int, rotation: str = SPLIT_HALVES) -> Ops:
       rotation: RoPE in the kernels that rotate, an expression like `launch.SPLIT_HALVES`.
     """
     return dataclasses.replace(OPS, layers=functools.partial(cuda_layers, multiprocessors, rotation))
+
+
+@functools.cache
+def mesh_ops(layout: Layout) -> Ops:
+    """Returns the table for a mesh of GPUs: XLA's own operations, and flash attention for what fills an empty cache."""
+    return dataclasses.replace(OPS, layers=functools.partial(mesh_layers, layout))
 
 
 def prompts_keep_no_scores(config: Qwen2Config, ops: Ops) -> bool:
@@ -118,6 +165,52 @@ def cuda_layers(
     if one_token or x.shape[0] * x.shape[1] < _PROMPT_ROWS:
         return decoder_layers(table, x, layers, step, caches, layer_ops)
     return _prompt_layers(dataclasses.replace(ops, qkv=qkv, glu=fused_glu), x, layers, step, caches)
+
+
+def mesh_layers(
+    layout: Layout,
+    ops: Ops,
+    x: Array,
+    layers: Sequence[DecoderLayer],
+    step: Step,
+    caches: Sequence[LayerCache | None],
+    layer_ops: Mapping[int, Ops],
+) -> tuple[Array, tuple[LayerCache | None, ...]]:
+    """`qwen2.decoder_layers`, a prompt's first tokens through flash attention: each device its own rows and heads."""
+    if isinstance(step.slot, int) and not layer_ops:
+        ops = dataclasses.replace(ops, attention=functools.partial(spread_attention, layout))
+    return decoder_layers(ops, x, layers, step, caches, layer_ops)
+
+
+def spread_attention(
+    layout: Layout,
+    ops: Ops,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    kv_positions: Array,
+    tap: Tap,
+    window: int | None = None,
+) -> Array:
+    """`causal_attention` on a mesh: no device needs the heads of another one."""
+    if q.shape[1] != k.shape[1] or window is not None:
+        return attention(ops, q, k, v, q_positions, kv_positions, tap, window)
+    places = [layout.of_value(q.shape, "batch", None, "heads").spec]
+    places += [layout.of_value(part.shape, "batch", None, "kv_heads").spec for part in (k, v)]
+    positions = [layout.of_value(each.shape, "batch").spec for each in (q_positions, kv_positions)]
+
+    def own(q: Array, k: Array, v: Array, q_positions: Array, kv_positions: Array) -> Array:
+        return causal_attention(ops, q, k, v, q_positions, kv_positions, pass_on)
+
+    spread: Array = jax.shard_map(
+        own,
+        mesh=layout.mesh,
+        in_specs=(*places, *positions),
+        out_specs=places[0],
+        check_vma=False,
+    )(q, k, v, q_positions, kv_positions)
+    return spread
 
 
 def window_bites(window: int | None, step: Step) -> bool:

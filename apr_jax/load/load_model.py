@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import AxisType, Mesh, Sharding
 
 from apr_jax.converters.checkpoint.checkpoint import SAFETENSORS_SOURCE_FILES_KEY, SOURCE_FILES_KEY, Checkpoint
 from apr_jax.converters.checkpoint.dense import as_dense
 from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
-from apr_jax.converters.errors import UsageError
+from apr_jax.converters.errors import UsageError, counted, pip_install
 from apr_jax.load.parameters import load_parameters
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.origin import Origin
 from apr_jax.model.parameters import dtype_name
 from apr_jax.model.qwen2 import OPS, Ops
+from apr_jax.model.sharding import AXES, Layout
 
 
 def load_model(
     source: str | os.PathLike[str] | Checkpoint,
     dtype: Any = "float32",
-    device: str | jax.Device | Sharding | None = None,
+    device: str | jax.Device | Sharding | Mesh | None = None,
     ops: Ops = OPS,
     fused: bool = False,
-    as_stored: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
     ignore_config: Iterable[str] = (),
+    as_stored: bool = False,
 ) -> LanguageModel:
     """Loads a Qwen2 model from anything that `apr_jax.open_checkpoint` opens.
 
@@ -40,10 +43,13 @@ def load_model(
         which stays open. Published quantised forms (`checkpoint.packed_forms`) are decoded.
       dtype: float32, bfloat16, float16 or float64, as a name ("bf16" is one) or as a type (`jnp.bfloat16`): of
         parameters and of the computation.
-      device: "cpu", "cuda", "cuda:1", a jax.Device, or None for JAX's default device; or a Sharding that fits every
-        parameter, such as one that replicates. Each by its own: `jax.device_put` on the state of `model.module`.
+      device: "cpu", "cuda", "cuda:1", a jax.Device, or None for JAX's default device. Or a mesh with the axes "data"
+        and "model", `jax.make_mesh((2, 4), ("data", "model"))`, over which weights and computation are spread as
+        `model.sharding` says; a mesh of one device is that device. Or a Sharding that fits every parameter, such as
+        one that replicates. Each by its own: `jax.device_put` on the state of `model.module`.
       ops: The table of operations.
-      fused: One parameter for q, k and v of a layer and one for gate and up, for speed.
+      fused: One parameter for q, k and v of a layer and one for gate and up, for speed; not on a mesh of several
+        devices, where heads of q, k and v lie on the same device.
       as_stored: On a CPU and in float32, matrices that the checkpoint has in bfloat16, float16, AprQ8 or Q4_K stay
         what they are: half the memory, or less. They are widened where they are multiplied, which is exact, by kernels
         (`apr_jax.cpu`) in the table of operations that `fastest_ops.ops_for` returns. For inference: with the plain
@@ -58,42 +64,61 @@ def load_model(
 
     Raises:
       RefusedError: Missing, unexpected or mis-shaped tensors, all named; or an unsupported configuration.
-      UsageError: Unknown dtype, no such device, or a sharding that does not fit.
+      UsageError: Unknown dtype, no such device, a sharding or a mesh that does not fit, or `fused` on a mesh.
     """
     name = dtype_name(dtype)
+    mesh = device if isinstance(device, Mesh) and device.size > 1 else None
     target = find_device(device)
-    placement = device if isinstance(device, Sharding) else target
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
     with opened as given:
         given.ignored |= frozenset(ignore_config)
         with as_dense(given, adapters) as checkpoint:
             config = checkpoint.model_config()
+            layout = None if mesh is None else layout_on(config, mesh, fused)
+            placement = layout or (device if isinstance(device, Sharding) else target)
             parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused, as_stored)
             origin = origin_of(checkpoint)
-    return LanguageModel(config, parameters, target, ops, origin=origin)
+    return LanguageModel(config, parameters, target, ops, origin=origin, layout=layout)
 
 
-def find_device(device: str | jax.Device | Sharding | None) -> jax.Device:
-    """Returns the device that `device` names ("cpu", "cuda:1"), of a Sharding the first; None is JAX's default device.
+def layout_on(config: Qwen2Config, mesh: Mesh, fused: bool) -> Layout:
+    """Returns how a model lies on a mesh.
+
+    Raises:
+      UsageError: It is fused, or the mesh has other axes than a model.
+    """
+    if fused:
+        raise UsageError(
+            "fused parameters cannot be spread over a mesh",
+            code="mesh-fused",
+            hint="Leave --fused out: each device has its own heads of q, k and v",
+        )
+    return Layout.of(config, mesh)
+
+
+def find_device(device: str | jax.Device | Sharding | Mesh | None) -> jax.Device:
+    """Returns the device that `device` names ("cpu", "cuda:1"); None is JAX's default device.
+
+    Of a Sharding or a Mesh it is the first one that belongs to this process.
 
     Raises:
       UsageError: This machine or this JAX has no such device.
     """
     if device is None:
-        return jax.devices()[0]
-    if isinstance(device, Sharding):
-        devices: Iterable[Any] = device.device_set
-        return min(devices, key=lambda each: each.id)
+        return jax.local_devices()[0]
+    if isinstance(device, Sharding | Mesh):
+        several: Iterable[Any] = device.addressable_devices if isinstance(device, Sharding) else device.local_devices
+        return min(several, key=lambda each: each.id)
     if not isinstance(device, str):
         return device
     platform, _, number = device.partition(":")
     try:
-        found = jax.devices(platform)
+        found = jax.local_devices(backend=platform)
     except RuntimeError as error:
         raise UsageError(
             f"no device '{device}'",
             code="device",
-            hint="For CUDA, install the extra: pip install 'apr-jax[cuda]'" if platform == "cuda" else str(error),
+            hint=f"{pip_install('cuda')} installs JAX for CUDA" if platform == "cuda" else str(error),
         ) from None
     if not number:
         return found[0]
@@ -102,6 +127,44 @@ def find_device(device: str | jax.Device | Sharding | None) -> jax.Device:
             f"no device '{device}'", code="device", expected=f"{platform}:0 to {platform}:{len(found) - 1}"
         )
     return found[int(number)]
+
+
+def find_mesh(shape: Mapping[str, int], device: str) -> str | Mesh:
+    """Returns a mesh of these axes ({"data": 2, "model": 4}) over the devices of a kind; of one device `device` itself.
+
+    Args:
+      shape: How many devices lie along each axis of `model.sharding.AXES`; an axis that is missing has 1.
+      device: "cpu" or "cuda". Several processes have to use all devices that there are.
+
+    Raises:
+      UsageError: There are no such devices, or not as many; or `device` is a single one ("cuda:1").
+    """
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    wanted, first = math.prod(sizes), find_device(device)
+    found = jax.devices(first.platform)
+    if ":" in device and wanted > 1:
+        raise UsageError(
+            "a mesh is made of all devices of a kind",
+            code="mesh-device",
+            found=device,
+            expected=device.partition(":")[0],
+            hint="CUDA_VISIBLE_DEVICES=2,3 leaves only some to see",
+        )
+    if wanted > len(found) or (wanted != len(found) and jax.process_count() > 1):
+        simulated = f"`XLA_FLAGS=--xla_force_host_platform_device_count={wanted}` simulates {wanted}"
+        raise UsageError(
+            f"the mesh has {wanted} devices",
+            code="mesh-devices",
+            found=f"{counted(len(found), f'{device} device')}",
+            expected=f"at least {wanted}" if jax.process_count() == 1 else f"{len(found)}, those of all processes",
+            hint=simulated
+            if first.platform == "cpu" and jax.process_count() == 1
+            else "data=D times model=M is the number of devices",
+        )
+    if wanted == 1:
+        return device
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, devices=found[:wanted], axis_types=auto)
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
+from apr_jax.converters.checkpoint.part import part_of
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, HEAD, Qwen2Config, check_tensors
 from apr_jax.converters.checkpoint.tensor import Tensor
 from apr_jax.converters.checkpoint.tied_heads import same_values
@@ -23,6 +24,7 @@ from apr_jax.converters.formats import casts
 from apr_jax.converters.storage.workers import Workers
 from apr_jax.load import packed_rows, upload
 from apr_jax.model.parameters import Parameters, nested, parameter_sources
+from apr_jax.model.sharding import Layout
 
 _CHUNK_BYTES = 8 << 20
 _THREADS = min(4, os.cpu_count() or 1)
@@ -34,7 +36,7 @@ def load_parameters(
     checkpoint: Checkpoint,
     config: Qwen2Config,
     dtype: str,
-    device: jax.Device | Sharding,
+    device: jax.Device | Sharding | Layout,
     fused: bool = False,
     as_stored: bool = False,
 ) -> Parameters:
@@ -44,10 +46,12 @@ def load_parameters(
       checkpoint: Holds exactly the tensors of `config`; a head beside a tied configuration must equal the embedding.
       config: The model's configuration.
       dtype: "float32", "bfloat16", "float16" or "float64".
-      device: Where the arrays go: one device, or a sharding that fits all of them.
+      device: Where the arrays go: one device, a sharding that fits all of them, or a layout on a mesh, of which this
+        process reads what its own devices hold, each part once.
       as_stored: Whether, on a CPU, matrices of bfloat16, float16, AprQ8 and Q4_K (`packed_rows`) stay what they are
         where `dtype` is float32.
-      fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`.
+      fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`; not on
+        a mesh.
 
     Returns:
       The nested parameters. Peak host memory is that of the parameters, the largest one and some chunks; for another
@@ -77,11 +81,37 @@ def load_parameters(
     sources = {
         path: [checkpoint.tensors[name] for name in names] for path, names in parameter_sources(config, fused).items()
     }
-    on_cpu = isinstance(device, Sharding) or device.platform == "cpu"
+    on_cpu = not isinstance(device, Layout) and (isinstance(device, Sharding) or device.platform == "cpu")
     narrow = as_stored and on_cpu and dtype == "float32"
     x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
     with x64:
+        if isinstance(device, Layout):
+            return nested(_spread({path: tensor for path, (tensor,) in sources.items()}, dtype, device))
         return nested(_load(sources, dtype, device, narrow))
+
+
+def _spread(tensors: Mapping[str, Tensor], dtype: str, layout: Layout) -> dict[str, jax.Array]:
+    """Each part is read for one device, the first of this process that holds it; the others get it from there."""
+    shardings = {name: layout.sharding(name) for name in tensors}
+    parts: dict[jax.Device, dict[str, Sequence[Tensor]]] = {}
+    held: dict[str, list[tuple[jax.Device, jax.Device]]] = {name: [] for name in tensors}
+    for name, tensor in tensors.items():
+        readers: dict[tuple[Any, ...], jax.Device] = {}
+        for device, slices in shardings[name].addressable_devices_indices_map(tensor.shape).items():
+            assert slices is not None
+            bounds = tuple(part.indices(size) for part, size in zip(slices, tensor.shape, strict=True))
+            reader = readers.setdefault(bounds, device)
+            held[name].append((device, reader))
+            if device is reader:
+                parts.setdefault(device, {})[name] = [part_of(tensor, slices)]
+    read = {device: _load(sources, dtype, device, narrow=False) for device, sources in parts.items()}
+
+    def of(name: str) -> jax.Array:
+        arrays = [read[reader][name] for _, reader in held[name]]
+        here = [array if d is r else jax.device_put(array, d) for array, (d, r) in zip(arrays, held[name], strict=True)]
+        return jax.make_array_from_single_device_arrays(tensors[name].shape, shardings[name], here)
+
+    return {name: of(name) for name in tensors}
 
 
 def _stored(tensors: Sequence[Tensor]) -> str | None:
@@ -168,5 +198,5 @@ def _check_tied_head(checkpoint: Checkpoint) -> None:
             code="tied-head-differs",
             file=checkpoint.path,
             tensor=HEAD,
-            hint="Set tie_word_embeddings to false in config.json if this head is meant.",
+            hint="Set tie_word_embeddings to false in config.json if you mean to use this head.",
         )

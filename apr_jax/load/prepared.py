@@ -1,7 +1,8 @@
 """Prepared checkpoints: the parameters of a model, cast and fused, saved by Orbax and ready to be read as they are.
 
 What stands in such a folder, `converters.formats.prepared_format` says; `open_checkpoint`, and so everything that
-opens a model, reads it like any other checkpoint.
+opens a model, reads it like any other checkpoint. Of a model that lies on a mesh each device's part is a file of its
+own; read, it goes onto any other mesh, since a device reads its part of the whole from whichever files have it.
 """
 
 from __future__ import annotations
@@ -16,24 +17,29 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from apr_jax.converters.checkpoint import file_names
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
 from apr_jax.converters.checkpoint.naming import for_model
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.convert import apr_metadata, apr_tokenizer
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError
+from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import prepared_format
 from apr_jax.converters.formats.prepared_format import PREPARED_FOLDER, PREPARED_NAME, Description, Parameter
-from apr_jax.converters.storage.output import FolderKind, Notice, OutputFolder, atomic_folder
-from apr_jax.converters.storage.workers import Workers
-from apr_jax.load.load_model import find_device, load_model
+from apr_jax.converters.storage.output import FolderKind, atomic_folder, check_target
+from apr_jax.converters.storage.temporaries import Notice
+from apr_jax.converters.storage.workers import Task, Workers
+from apr_jax.load.load_model import find_device, layout_on, load_model
 from apr_jax.load.parameters import load_parameters
+from apr_jax.load.save import as_checkpoint
+from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.parameters import Parameters, dtype_name, named, parameter_sources
 from apr_jax.trace import golden
 
@@ -53,16 +59,20 @@ def save(
     *,
     dtype: str = "float32",
     fused: bool = False,
+    device: str | Mesh = "cpu",
     force: bool = False,
     notice: Notice | None = None,
 ) -> Description:
     """Writes a prepared checkpoint: whole, or not at all. The parameters are in memory meanwhile.
 
+    The source is hashed while it is loaded, the parameters while Orbax writes them.
+
     Args:
       checkpoint: The model.
       folder: Where to write; must not exist.
       dtype: "float32", "bfloat16", "float16" or "float64"; a narrowing cast rounds to nearest even.
-      fused: One parameter for q, k and v of a layer and one for gate and up.
+      fused: One parameter for q, k and v of a layer and one for gate and up; not on a mesh.
+      device: Where the parameters are loaded; on a mesh (`load_model.find_mesh`) each device writes its own parts.
       force: Whether a prepared checkpoint that is there may be replaced.
       notice: Told about what earlier, killed runs left and this one removed.
 
@@ -70,41 +80,138 @@ def save(
       What was written.
 
     Raises:
-      UsageError: Unknown dtype; or the folder exists.
+      UsageError: Unknown dtype or device; `fused` on a mesh; the folder exists; or there are several processes.
       RefusedError: As `load_parameters`, or there is no configuration.
       StorageError: The disk.
     """
+    _refuse_processes(folder)
     dtype = dtype_name(dtype)
-    files = _side_files(checkpoint)
     config = checkpoint.model_config()
-    checkpoint = for_model(checkpoint, config)
-    sources = parameter_sources(config, fused)
+    mesh = device if isinstance(device, Mesh) and device.size > 1 else None
+    place = find_device(device) if mesh is None else layout_on(config, mesh, fused)
+    renamed = for_model(checkpoint, config)
+
+    def load() -> Parameters:
+        return load_parameters(renamed, config, dtype, place, fused)
+
+    return _write(renamed, config, load, folder, dtype=dtype, fused=fused, force=force, notice=notice)
+
+
+class Saving:
+    """A model that is being saved, by threads beside the caller's.
+
+    Attributes:
+      folder: Where to.
+    """
+
+    def __init__(self, folder: str, task: Task[Description]):
+        """Takes what is going on; `begin` makes it."""
+        self.folder = folder
+        self._task = task
+
+    def is_done(self) -> bool:
+        """Whether it is saved; one that has failed never is, `wait` says why."""
+        return self._task.is_done()
+
+    def wait(self) -> Description:
+        """Waits until it is saved and returns what was written.
+
+        Raises:
+          RefusedError, StorageError, UsageError: As `save`; there is then what was there before.
+        """
+        return self._task.result()
+
+
+def begin(model: LanguageModel, folder: str, *, force: bool = False, notice: Notice | None = None) -> Saving:
+    """Begins to save the parameters that a model has now, and goes on in threads: training need not wait for the disk.
+
+    Returns when the parameters are copied to the memory of the host, so that they may be changed or donated. On a mesh
+    they are written as they are spread. A process that ends before `wait` has returned leaves what was there before.
+
+    Args:
+      model: Of one process; its parameters are copied, which takes the host's memory once, and for a moment twice where
+        they lie on several devices.
+      folder, force, notice: As `save`.
+
+    Raises:
+      UsageError: The folder exists, or there are several processes.
+    """
+    _refuse_processes(folder)
+    check_target(folder, folder=PREPARED, force=force)
+    with model.scope():
+        host = jax.tree.map(_on_host, model.parameters)
+        frozen = LanguageModel(model.config, jax.block_until_ready(host), model.device, origin=model.origin)
+
+    def write() -> Description:
+        with frozen.scope():
+            options: Any = {"dtype": frozen.dtype, "fused": frozen.fused, "force": force, "notice": notice}
+            return _write(as_checkpoint(frozen), model.config, lambda: host, folder, **options)
+
+    return Saving(folder, Workers(1).start(write))
+
+
+def _refuse_processes(folder: str) -> None:
+    if jax.process_count() > 1:
+        raise UsageError(
+            "several processes do not save a checkpoint together",
+            code="save-processes",
+            file=folder,
+            found=f"{jax.process_count()} processes",
+            expected="one that sees all devices",
+            hint="Save the model in a run of one process; it is then restored on any mesh",
+        )
+
+
+def _on_host(array: jax.Array) -> jax.Array:
+    return jax.device_put(array, array.sharding.with_memory_kind("pinned_host"), may_alias=False)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    config: Qwen2Config,
+    load: Callable[[], Parameters],
+    folder: str,
+    *,
+    dtype: str,
+    fused: bool,
+    force: bool,
+    notice: Notice | None,
+) -> Description:
+    files, sources = _side_files(checkpoint), parameter_sources(config, fused)
     elements = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     size = elements * jax.numpy.dtype(dtype).itemsize + sum(map(len, files.values()))
-    with atomic_folder(folder, size, kind=PREPARED, force=force, sources=checkpoint.paths, notice=notice) as output:
-        parameters = load_parameters(checkpoint, config, dtype, find_device("cpu"), fused)
-        description = Description(
-            dtype,
-            fused,
-            devices=1,
-            source=_source(checkpoint),
-            versions=_versions(),
-            metadata=_strings(checkpoint),
-            parameters=tuple(_described(checkpoint, sources, named(parameters))),
-        )
-        with output.written_by_others() as place:
-            _write_parameters(parameters, os.path.join(place, PREPARED_FOLDER))
+    with (
+        atomic_folder(folder, size, kind=PREPARED, force=force, sources=checkpoint.paths, notice=notice) as output,
+        Workers(1) as beside,
+    ):
+        source = beside.start(_source, checkpoint)
+        parameters = load()
+        with (
+            output.written_by_others() as place,
+            _being_written(parameters, os.path.join(place, PREPARED_FOLDER)),
+        ):
+            description = Description(
+                dtype,
+                fused,
+                devices=max(len(array.devices()) for array in jax.tree.leaves(parameters)),
+                parameters=tuple(_described(checkpoint, sources, named(parameters))),
+                source=source.result(),
+                versions=_versions(),
+                metadata=_strings(checkpoint),
+                types={name: checkpoint.tensors[name].written_as.name for names in sources.values() for name in names},
+            )
         for name, content in {**files, PREPARED_NAME: _spelt(description)}.items():
-            _write(output, name, content)
+            with output.create(name, len(content)) as file:
+                file.write_at(content, 0)
     return description
 
 
-def check(folder: str, device: str | jax.Device | None = None, ignore_config: Iterable[str] = ()) -> Description:
-    """Restores a prepared checkpoint on a device and compares every parameter there with what was saved.
+def check(folder: str, device: str | jax.Device | Mesh | None = None, ignore_config: Iterable[str] = ()) -> Description:
+    """Restores a prepared checkpoint on a device or a mesh and compares every parameter there with what was saved.
 
     Args:
       folder: Its folder.
-      device: As for `load_model`.
+      device: As for `load_model`; a mesh need not be the one that it was saved from.
       ignore_config: As for `load_model`.
 
     Returns:
@@ -116,29 +223,9 @@ def check(folder: str, device: str | jax.Device | None = None, ignore_config: It
       MissingFileError: There is no such folder.
       UsageError: It holds no prepared checkpoint.
     """
-    if not os.path.isdir(folder):
-        raise MissingFileError("no such folder", code="file-missing", file=folder)
-    if not os.path.exists(os.path.join(folder, PREPARED_NAME)):
-        raise UsageError(
-            f"this is no prepared checkpoint: it holds no {PREPARED_NAME}",
-            code="not-prepared",
-            file=folder,
-            hint="`checkpoint save` writes one",
-        )
-    description = prepared_format.read(folder)
+    description = prepared_format.describe(folder)
     model = load_model(folder, description.dtype, device, fused=description.fused, ignore_config=ignore_config)
-    found = hashes(named(model.parameters))
-    differing = [
-        parameter.name for parameter in description.parameters if found.get(parameter.name) != parameter.sha256
-    ]
-    if differing:
-        raise BrokenContainerError(
-            f"{len(differing)} of {len(found)} parameters are not what was saved: {', '.join(differing[:20])}",
-            code="prepared-hash",
-            file=folder,
-            tensor=differing[0] if len(differing) == 1 else None,
-            hint="Prepare it anew from its source",
-        )
+    prepared_format.check_hashes(folder, description, hashes(named(model.parameters)))
     return description
 
 
@@ -146,10 +233,21 @@ def hashes(parameters: Mapping[str, jax.Array]) -> dict[str, str]:
     """Returns the SHA-256 of each parameter's bytes in C order."""
 
     def digest(array: jax.Array) -> str:
-        return hashlib.sha256(np.asarray(array).reshape(-1).view("u1").data).hexdigest()
+        return hashlib.sha256(_values(array).reshape(-1).view("u1").data).hexdigest()
 
     with Workers(min(8, os.cpu_count() or 1)) as workers:
         return dict(zip(parameters, workers.map(digest, parameters.values()), strict=True))
+
+
+def _values(array: jax.Array) -> np.ndarray:
+    """Returns an array's values; those of parts on several devices are put together and not kept, as JAX would."""
+    if len(array.devices()) == 1:
+        return np.asarray(array)
+    values = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if not shard.replica_id:
+            values[shard.index] = np.asarray(shard.data)
+    return values
 
 
 def _described(
@@ -160,17 +258,23 @@ def _described(
         yield Parameter(name, parameters[name].shape, digest, tensors)
 
 
-def _write_parameters(parameters: Parameters, folder: str) -> None:
-    """Lets Orbax write the tree: one chunk for each parameter, not compressed, so that a file is the array itself."""
+@contextlib.contextmanager
+def _being_written(parameters: Parameters, folder: str) -> Iterator[None]:
+    """Lets Orbax write the tree while the block runs: of each parameter one chunk, or one from each device with a part.
+
+    Not compressed, so that a file is the array itself, or a part of it.
+    """
     import orbax.checkpoint
 
     writer = orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=False)
-    # Arrays of the host's, so that the checkpoint names no device that another machine may not have.
-    arrays = jax.tree.map(np.asarray, parameters)
+    # Where one device has them all, as arrays of the host's: the checkpoint names no device that others may not have.
+    arrays = jax.tree.map(lambda array: array if len(array.devices()) > 1 else np.asarray(array), parameters)
     # Orbax writes in threads that an interrupt does not reach: they have to be done before anything can be removed.
     with _quiet(), Workers(1) as waited_for:
         try:
-            waited_for.start(writer.save, os.path.abspath(folder), arrays).result()
+            written = waited_for.start(writer.save, os.path.abspath(folder), arrays)
+            yield
+            written.result()
             writer.close()
         except ValueError as error:
             # That is how TensorStore says what the system has said.
@@ -200,11 +304,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _write(output: OutputFolder, name: str, content: bytes) -> None:
-    with output.create(name, len(content)) as file:
-        file.write_at(content, 0)
-
-
 def _spelt(description: Description) -> bytes:
     return (json.dumps(description.to_json(), indent=1, ensure_ascii=True) + "\n").encode()
 
@@ -226,7 +325,10 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": os.path.abspath(path),
         "kind": checkpoint.kind,
-        "files": {os.path.relpath(source.path, folder or os.curdir): source.size for source in checkpoint.sources},
+        # What a model in memory came from is not what it is now.
+        "files": {os.path.relpath(source.path, folder or os.curdir): source.size for source in checkpoint.sources}
+        if checkpoint.paths
+        else {},
         "weights_sha256": golden.weights_sha256(checkpoint),
     }
 

@@ -72,7 +72,7 @@ def save(
     path = os.fspath(path)
     try:
         plan = make_plan(
-            _checkpoint(model),
+            as_checkpoint(model),
             path,
             to="apr" if path.endswith(".apr") else "safetensors",
             max_shard_bytes=max_shard_bytes,
@@ -106,8 +106,12 @@ class _ArrayFile(SourceFile):
         """Nothing is open."""
 
 
-def _checkpoint(model: LanguageModel) -> Checkpoint:
-    """Returns the model as a checkpoint of the kind that it came from."""
+def as_checkpoint(model: LanguageModel) -> Checkpoint:
+    """Returns the model as a checkpoint of the kind that it came from; arrays are copied to the host.
+
+    Raises:
+      UsageError: A parameter has another shape or type than the configuration and the other parameters say.
+    """
     origin = model.origin or Origin("model", "safetensors", {CONFIG_NAME: _config(model.config)}, {"format": "pt"})
     tensors = list(_tensors(model))
     files = {

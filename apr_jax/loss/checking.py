@@ -159,7 +159,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[np.ndarray | None, float | None
             file=path,
             found=names[:8],
             expected='"losses" (of each token) or "loss" (their mean), floating-point',
-            hint="`loss.py MODEL ... --per-token OUT` writes such a file",
+            hint="`loss MODEL ... --per-token OUT` writes such a file",
         )
     mean = found.get("loss")
     if mean is not None and mean.size != 1:
@@ -200,7 +200,7 @@ def _aligned(losses: np.ndarray, run: Run, path: str | os.PathLike[str]) -> _Giv
     if (placed := _of_padded(losses, run)) is not None:
         return placed
     raise DumpError(
-        "there are not as many losses as tokens",
+        "the number of losses is not the number of tokens",
         code="loss-shape",
         file=path,
         found=list(losses.shape),
@@ -303,11 +303,14 @@ def _of_labels(run: Run) -> Candidates:
     """Yields what other labels, or losses of other tokens, give."""
     own, after = (run.taken(functools.partial(Scores.against, ahead=ahead)) for ahead in (0, 2))
     right = run.taken(lambda scores: scores.loss)
-    yield Mistake("labels-not-shifted", "each position is held against its own token, not the next one", 0.0), own
+    yield Mistake("labels-not-shifted", "each position is compared with its own token, not the next one", 0.0), own
     # The last token of a document has none behind it; what an engine does there is its own affair.
     filled = np.where(np.isnan(after), right, after)
     if np.isnan(after).sum() < len(after):
-        yield Mistake("labels-shifted-twice", "each position is held against the token after the next one", 0.0), filled
+        yield (
+            Mistake("labels-shifted-twice", "each position is compared with the token after the next one", 0.0),
+            filled,
+        )
     for offset in (1, -1):
         says = (
             f"each token has the loss of the one {'before' if offset == 1 else 'after'} it: a slice is off by one row"

@@ -80,7 +80,7 @@ def of_lines(path: str, tokenizer: Tokenizer | None, chat_template: str | None =
 
     Raises:
       MissingFileError: There is no such file.
-      BrokenContainerError: A line is no JSON object of one of the three kinds.
+      BrokenContainerError: A line is not a JSON object of one of the three kinds.
       RefusedError: A conversation, and the template does not mark what the assistant says.
     """
     documents = []
@@ -115,7 +115,7 @@ def _of_line(content: Any, tokenizer: Tokenizer | None, chat_template: str | Non
         )
         return Document(path, np.asarray(ids, np.int32), _but_the_first(np.asarray(counted, bool)))
     raise BrokenContainerError(
-        "a line is none of what a loss is computed over",
+        "a line holds nothing that a loss can be computed over",
         code="loss-line",
         file=where,
         expected=f"a JSON object with {', '.join(_KINDS[:-1])} or {_KINDS[-1]}",
@@ -128,7 +128,7 @@ def _of_ids(content: dict[str, Any], path: str, where: str) -> Document:
         raise BrokenContainerError("token ids are not integers", code="loss-line", file=where)
     if len(labels) != len(ids):
         raise BrokenContainerError(
-            "there are not as many labels as tokens",
+            "the number of labels is not the number of tokens",
             code="loss-labels",
             file=where,
             found=f"{len(labels)} labels",

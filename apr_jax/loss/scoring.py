@@ -6,6 +6,7 @@ numbers are kept. A batch holds windows of like length, padded on the right.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from apr_jax.loss.documents import Document, Window
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.model.parameters import Parameters
 from apr_jax.model.qwen2 import NO_POSITION, Cache, Ops, Qwen2ForCausalLM, at_least_float32
+from apr_jax.model.sharding import to_host
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 
@@ -93,8 +95,7 @@ def score(
     dtype = np.float64 if model.dtype == "float64" else np.float32
     nothing = [np.full(len(document.ids), np.nan, dtype) for document in documents]
     made = [Scores(row.copy(), row.copy(), np.stack([row] * len(AHEAD))) for row in nothing]
-    for group in _batches(windows, batch):
-        found = _scored(model, documents, group, batch, variant)
+    for group, found in _in_turn(model, documents, _batches(windows, batch), batch, variant):
         for row, window in enumerate(group):
             into = made[window.document]
             # Logits of a position are those of the next token.
@@ -120,9 +121,31 @@ def _batches(windows: Sequence[Window], batch: int) -> Iterator[list[Window]]:
         yield order[at : at + batch]
 
 
+def _in_turn(
+    model: LanguageModel,
+    documents: Sequence[Document],
+    groups: Iterator[list[Window]],
+    batch: int,
+    variant: Variant,
+) -> Iterator[tuple[list[Window], Scores]]:
+    """Yields each batch with its scores; an accelerator has the next one to do before its result is waited for.
+
+    A CPU has not: it would run two programs at once, in the memory of both.
+    """
+    ahead = 0 if model.device.platform == "cpu" else 1
+    waiting: collections.deque[tuple[list[Window], tuple[Array, ...]]] = collections.deque()
+    for group in groups:
+        waiting.append((group, _scored(model, documents, group, batch, variant)))
+        if len(waiting) > ahead:
+            done, found = waiting.popleft()
+            yield done, Scores(*map(to_host, found))
+    for done, found in waiting:
+        yield done, Scores(*map(to_host, found))
+
+
 def _scored(
     model: LanguageModel, documents: Sequence[Document], group: Sequence[Window], batch: int, variant: Variant
-) -> Scores:
+) -> tuple[Array, ...]:
     longest = max(window.end - window.start for window in group)
     length = _rounded_up(longest)
     ids = np.zeros((batch, length + AHEAD[-1]), np.int32)
@@ -137,8 +160,8 @@ def _scored(
     with model.scope():
         program = _program(model.config, model.dtype, model.fused, model.ops, tuple(model.layer_ops.items()), variant)
         tables = model.rotary_tables(length, longest)
-        found = program(model.parameters, ids[:, :length], positions, *tables, labels)
-        return Scores(*map(np.asarray, found))
+        scores: tuple[Array, ...] = program(model.parameters, ids[:, :length], positions, *tables, labels)
+        return scores
 
 
 def _rounded_up(length: int) -> int:
@@ -199,5 +222,5 @@ def logits_before(model: LanguageModel, document: Document, window: Window, toke
     )
     states = model.trace(inputs, {stages.FINAL_NORM})[stages.FINAL_NORM][:, np.asarray(tokens) - 1 - window.start]
     with model.scope():
-        rows = np.asarray(model.module.project(jnp.asarray(states), model.ops)[0])
+        rows = to_host(model.module.project(jnp.asarray(states), model.ops)[0])
     return rows.astype(np.promote_types(rows.dtype, np.float32))

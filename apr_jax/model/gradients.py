@@ -25,6 +25,7 @@ from apr_jax.converters.checkpoint.qwen2 import EMBEDDING, Qwen2Config
 from apr_jax.model.language_model import COMPILER_OPTIONS, LanguageModel, LayerOps, model_graph
 from apr_jax.model.parameters import Parameters, named
 from apr_jax.model.qwen2 import Ops, Qwen2ForCausalLM, at_least_float32, make_step
+from apr_jax.model.sharding import to_host
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.positions import predicted_pairs
@@ -51,22 +52,23 @@ def gradients(
     """
     wanted = predicted_pairs(inputs, counted)
     if not wanted.any():
-        raise ValueError("no token counts that another one stands before")
+        raise ValueError("no token that counts has another one before it")
     inputs.check_vocabulary(model.config.vocab_size)
     with model.scope():
         program = _program(model.config, model.dtype, model.fused, model.ops, tuple(model.layer_ops.items()))
         arguments = (inputs.input_ids, inputs.positions(), *model.rotary_of(inputs), wanted)
         probes = _zeros(model, inputs) if with_stages else {}
         loss, (own, head, inner) = program(model.parameters, probes, *arguments)
-    found = {stages.GRADIENT + name: np.asarray(value) for name, value in named(own).items()}
+        own, head, inner = jax.tree.map(to_host, (named(own), head, inner))
+    found = {stages.GRADIENT + name: value for name, value in own.items()}
     if head is not None:
-        parts = found[stages.GRADIENT + EMBEDDING], np.asarray(head)
+        parts = found[stages.GRADIENT + EMBEDDING], head
         found |= {
             stages.GRADIENT + EMBEDDING + suffix: part
             for suffix, part in zip((AS_EMBEDDING, AS_HEAD), parts, strict=True)
         }
         found[stages.GRADIENT + EMBEDDING] = parts[0] + parts[1]
-    return float(loss), found | {stages.GRADIENT + key: np.asarray(value) for key, value in inner.items()}
+    return float(loss), found | {stages.GRADIENT + key: value for key, value in inner.items()}
 
 
 def _zeros(model: LanguageModel, inputs: Inputs) -> dict[str, Array]:

@@ -37,6 +37,7 @@ from apr_jax.model.qwen2 import (
     make_step,
     visible,
 )
+from apr_jax.model.sharding import Layout, on_mesh, to_host
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs, refuse_traced
 
@@ -57,8 +58,9 @@ class LanguageModel:
     Attributes:
       config: Its configuration.
       module: The weights, in a Flax NNX module.
-      device: Where it runs; of several devices that the parameters are spread over, the first.
-      ops: The table of operations; `module` itself computes with the plain ones.
+      device: Where it runs; of several devices that the parameters are spread over, the first of this process.
+      layout: How it lies on a mesh of devices; None on one device, or where the caller spread the parameters.
+      ops: The table of operations; `module` itself computes with the plain ones. On a mesh each places its results.
       layer_ops: Tables for single layers, by index.
       origin: What came beside the weights, for `apr_jax.save`; None for a model that was loaded from nothing.
     """
@@ -71,11 +73,12 @@ class LanguageModel:
         ops: Ops = OPS,
         layer_ops: Mapping[int, Ops] = NO_OVERRIDES,
         origin: Origin | None = None,
+        layout: Layout | None = None,
     ):
         self.config = config
         self.device = device
-        self.ops = ops
-        self.layer_ops = layer_ops
+        self.layout = layout
+        self._take(ops, layer_ops)
         self.origin = origin
         dtype = str(parameters["model"]["norm"]["weight"].dtype)
         fused = "qkv_proj" in parameters["model"]["layers"][0]["self_attn"]
@@ -84,9 +87,8 @@ class LanguageModel:
             self.module: Qwen2ForCausalLM = nnx.merge(model_graph(config, dtype, fused), parameters)
 
     def __repr__(self) -> str:
-        return (
-            f"LanguageModel({sizes(self.config)}, {placed(self.module.model.norm.weight.get_raw_value())}, {self.ops})"
-        )
+        where = placed(self.module.model.norm.weight.get_raw_value())
+        return f"LanguageModel({sizes(self.config)}, {where}, {self.layout or self.ops})"
 
     @property
     def parameters(self) -> Parameters:
@@ -111,8 +113,13 @@ class LanguageModel:
     def with_ops(self, ops: Ops, layer_ops: Mapping[int, Ops] = NO_OVERRIDES) -> LanguageModel:
         """Returns the model with other tables of operations and the same module."""
         other = copy.copy(self)
-        other.ops, other.layer_ops = ops, layer_ops
+        other._take(ops, layer_ops)
         return other
+
+    def _take(self, ops: Ops, layer_ops: Mapping[int, Ops]) -> None:
+        layout = self.layout
+        self.ops = ops if layout is None else on_mesh(ops, layout)
+        self.layer_ops = layer_ops if layout is None else {i: on_mesh(own, layout) for i, own in layer_ops.items()}
 
     def __call__(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Array:
         """Computes logits; arguments and errors as `Inputs.of`. Returns [B, T, V] in the model's dtype."""
@@ -128,7 +135,7 @@ class LanguageModel:
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a KV cache for `batch` rows of up to `capacity` tokens, padding included."""
         with self.scope():
-            return Cache.empty(self.config, batch, capacity, jnp.dtype(self.dtype))
+            return _empty_cache(self.config, batch, capacity, self.dtype, self.layout)()
 
     def step(self, inputs: Inputs, cache: Cache) -> tuple[Array, Cache]:
         """Runs some tokens behind those in the cache: a whole prompt, a part of one, or one token a row.
@@ -150,7 +157,7 @@ class LanguageModel:
         if cache.positions.shape[0] != inputs.input_ids.shape[0]:
             raise ValueError(f"the cache is for {cache.positions.shape[0]} rows, not {inputs.input_ids.shape[0]}")
         positions = inputs.positions()
-        reached = np.asarray(cache.positions).max(axis=1)
+        reached = to_host(cache.positions).max(axis=1)
         begins = np.where(positions >= 0, positions, np.iinfo(np.int32).max).min(axis=1)
         if (begins <= reached).any():
             row = int(np.argmax(begins <= reached))
@@ -211,7 +218,7 @@ class LanguageModel:
 
         def keep(key: str, value: Array) -> Array:
             if key in wanted:
-                recorded[key] = np.asarray(value)
+                recorded[key] = to_host(value)
             return jnp.asarray(force[key], value.dtype) if key in force else value
 
         wide = jnp.promote_types(self.dtype, jnp.float32)
@@ -231,7 +238,7 @@ class LanguageModel:
             if cached is not None:
                 here = step._replace(kv_positions=inputs.sequence.positions()[:, : cached.keys.shape[1]])
             x, values = program(self.parameters["model"]["layers"][layer], x, here, forced, cached)
-            recorded |= {names[stage]: np.asarray(value) for stage, value in values.items()}
+            recorded |= {names[stage]: to_host(value) for stage, value in values.items()}
         x = keep(stages.FINAL_NORM, outer["norm"](self.parameters, x))
         if stages.LOGITS in wanted:
             keep(stages.LOGITS, outer["project"](self.parameters, x))
@@ -259,7 +266,7 @@ class LanguageModel:
         `length`.
         """
         reach = rotary.relevant_length(self.config, length if reach is None else reach)
-        return _rotary_tables(self.config, _round_up(length), reach, self.device)
+        return _rotary_tables(self.config, _round_up(length), reach, self.layout or self.device)
 
     def step_tables(self, lengths: np.ndarray, capacity: int) -> tuple[Array, Array]:
         """Returns cos and sin for tokens that are made one by one behind rows of these lengths, int [B].
@@ -271,8 +278,11 @@ class LanguageModel:
         if rule is None or not rule.depends_on_length:
             return self.rotary_tables(capacity)
         cos, sin = rotary.step_tables(self.config, _round_up(capacity), lengths.max() - lengths)
-        with jax.default_device(self.device):
-            return jnp.asarray(cos), jnp.asarray(sin)
+        return _placed_tables(cos, sin, self.layout or self.device)
+
+    def put(self, values: Any) -> Any:
+        """Puts small values from the host where its programs take them from: on its device, or on each of the mesh."""
+        return jax.device_put(values, self.device if self.layout is None else self.layout.of_value(()))
 
     def rotary_of(self, inputs: Inputs, at_least: int = 1) -> tuple[Array, Array]:
         """Returns `rotary_tables` for a batch, for `at_least` that many positions."""
@@ -281,10 +291,16 @@ class LanguageModel:
 
 
 @functools.lru_cache(maxsize=8)
-def _rotary_tables(config: Qwen2Config, length: int, reach: int, device: jax.Device) -> tuple[Array, Array]:
-    cos, sin = rotary.tables(config, length, reach)
+def _rotary_tables(config: Qwen2Config, length: int, reach: int, place: jax.Device | Layout) -> tuple[Array, Array]:
+    return _placed_tables(*rotary.tables(config, length, reach), place)
+
+
+def _placed_tables(cos: np.ndarray, sin: np.ndarray, place: jax.Device | Layout) -> tuple[Array, Array]:
+    if isinstance(place, Layout):
+        tables: tuple[Array, Array] = jax.device_put((cos, sin), place.of_value(()))
+        return tables
     # Not bound to the device, so that they go where the parameters are, be it several.
-    with jax.default_device(device):
+    with jax.default_device(place):
         return jnp.asarray(cos), jnp.asarray(sin)
 
 
@@ -305,6 +321,13 @@ def variable(module: nnx.Module, path: str) -> nnx.Variable:
 def model_graph(config: Qwen2Config, dtype: str, fused: bool) -> nnx.GraphDef:
     """Returns what `nnx.merge(graph, parameters)` makes a `Qwen2ForCausalLM` from, inside a program."""
     return nnx.graphdef(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
+
+
+@functools.cache
+def _empty_cache(config: Qwen2Config, batch: int, capacity: int, dtype: str, layout: Layout | None) -> Any:
+    """Returns what makes an empty cache: on a mesh each device its own part."""
+    make = functools.partial(Cache.empty, config, batch, capacity, jnp.dtype(dtype))
+    return make if layout is None else jax.jit(make, out_shardings=layout.of_results(jax.eval_shape(make)))
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from apr_jax.converters.errors import DumpError
 from apr_jax.converters.formats.dtypes import DType
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.parameters import named
+from apr_jax.model.sharding import to_host
 from apr_jax.optimizer.mistakes import MISTAKES
 from apr_jax.optimizer.question import Fit, Question
 from apr_jax.optimizer.reference import gradients_at
@@ -108,7 +109,7 @@ def check(
     layout = Layout.of(exact.config)
     values, stored = _read(theirs, layout)
     finite = np.isfinite(values)
-    start = layout.flat({name: np.asarray(array) for name, array in named(engine.parameters).items()})
+    start = layout.flat({name: to_host(array) for name, array in named(engine.parameters).items()})
     question = Question(
         settings,
         layout,

@@ -13,6 +13,7 @@ import optax
 from apr_jax.model.gradients import gradients
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.parameters import named, nested
+from apr_jax.model.sharding import to_host
 from apr_jax.optimizer.settings import Settings, decay_of, kind_of
 from apr_jax.trace.inputs import Inputs
 from apr_jax.trace.stages import GRADIENT
@@ -69,7 +70,7 @@ def by_optax(
             found = {name: jnp.asarray(value, model.dtype) for name, value in found.items()}
             updates, state = optimizer.update(found, state, parameters)
             parameters = optax.apply_updates(parameters, updates)
-    return {name: np.asarray(value) for name, value in parameters.items()}, losses
+    return {name: to_host(value) for name, value in parameters.items()}, losses
 
 
 def _optimizer(settings: Settings, rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:

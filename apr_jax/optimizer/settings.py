@@ -54,7 +54,7 @@ class Settings:
         for option, found, holds, expected in bounds:
             if not holds:
                 raise UsageError(
-                    f"{option} is no setting of AdamW", code="optimizer-setting", found=found, expected=expected
+                    f"{option} is not a setting of AdamW", code="optimizer-setting", found=found, expected=expected
                 )
 
     def to_json(self) -> dict[str, Any]:

@@ -146,7 +146,7 @@ FORMS = (
         "llama-eval-callback",
         summaries.shows_log,
         summaries.log,
-        "a .txt or .log file of what it printed: sums alone are compared",
+        "a .txt or .log file of the printed output: only sums are compared",
     ),
     Form(
         "npz",
@@ -164,7 +164,7 @@ FORMS = (
     ),
     Form(
         "safetensors",
-        "tools/golden.py, HuggingFace, TensorRT-Edge-LLM",
+        "apr-jax golden, HuggingFace, TensorRT-Edge-LLM",
         lambda path: not path.is_dir(),
         arrays.safetensors,
         "one safetensors file: a golden file; hidden.0 ..., hidden_states.0 ..., logits, input_ids; or a request of"
@@ -173,14 +173,14 @@ FORMS = (
 )
 
 
-def explain() -> str:
+def explain(program: str) -> str:
     """Returns what can be read, as text."""
-    texts = ["parity.py MODEL --right DUMP reads"]
+    texts = [f"{program} MODEL --right DUMP reads"]
     texts += [f"- {form.name}: {form.looks}. Written by {form.made_by}." for form in FORMS]
     texts += [
         "Tensor-parallel ranks: a folder with rank0, rank1, ..., each a dump; column and head splits are put together.",
-        "The form is told from what is there. Token ids are in the dump, beside it (token_ids.json, or what"
-        " golden.py --export-inputs writes), or named by --input-ids. Stages may be missing.",
+        "The format is recognised from the files. Token ids are in the dump, beside it (token_ids.json, or what"
+        " golden --export-inputs writes), or named by --input-ids. Stages may be missing.",
         f"Keys: stage.embedding; stage.N.STAGE with STAGE one of {', '.join(stages.LAYER_STAGES)}; stage.final_norm;"
         " logits; hidden.N (the input of layer N), hidden.final_norm.",
         "In Python: apr_jax.capture.torch(model, DIR), capture.flax(model, DIR), capture.arrays(DIR, ids, values)."
@@ -340,7 +340,7 @@ def _gradient(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np
         array = array.reshape(shape)  # of a raw file
     if array.shape != shape or array.dtype.kind in "iub":
         raise DumpError(
-            "a gradient has another shape than its parameter",
+            "the shape of a gradient is not its parameter's",
             code="dump-shape",
             file=stage.file,
             tensor=key,
@@ -369,7 +369,7 @@ def _tokens(found: Found, path: pathlib.Path, inputs: Inputs | None) -> Inputs:
         return inputs or beside(path if path.is_dir() else path.parent)
     if inputs is not None and not path.is_dir() and not _same_tokens(inputs, found.inputs):
         raise UsageError(
-            "the golden file was made from other tokens",
+            "the golden file was made from different tokens",
             code="input-ids",
             file=path,
             found=f"{found.inputs.input_ids[0, :8].tolist()}...",
@@ -402,7 +402,9 @@ def _values(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np.n
     whole = math.prod((batch, *stages.shape(config, Key(key).stage, length)))
     array = stage.load(whole // length * (length + _SPARE_KEYS) if pair else whole)
     if array.dtype.kind in "iub":
-        raise DumpError("no array of floats", code="dump-dtype", file=stage.file, tensor=key, found=str(array.dtype))
+        raise DumpError(
+            "not an array of floats", code="dump-dtype", file=stage.file, tensor=key, found=str(array.dtype)
+        )
     if pair and array.ndim >= 3 and array.shape[-1] > length and stage.layout is None:
         array = array[..., :length]
     # float32 and float64 as they are, whatever their byte order; narrower types are widened.
@@ -414,7 +416,7 @@ def _load(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs, columns: 
     shape = dumped_shape(config, key, wide.size, inputs, columns, stage.file)
     if stage.shaped and wide.ndim == len(shape) and wide.shape != shape:
         raise DumpError(
-            "a tensor has another shape than this model's",
+            "the shape of a tensor is not this model's",
             code="dump-shape",
             file=stage.file,
             tensor=key,
@@ -430,7 +432,9 @@ def _in_order(
 ) -> np.ndarray:
     attention = len(shape) == 4
     if layout is not None and not isinstance(layout, str):
-        raise UsageError("a layout is no text", code="dump-layout", file=path, found=layout, expected='such as "btd"')
+        raise UsageError(
+            "a layout is not a string", code="dump-layout", file=path, found=layout, expected='such as "btd"'
+        )
     wanted = "bhts" if attention else "btd"
     layout = layout or wanted
     sizes = {"b": shape[0], "t": shape[2] if attention else shape[1]}

@@ -242,7 +242,7 @@ def _common(columns: np.ndarray | None) -> np.ndarray | None:
         return None
     if (columns != columns[0]).any():
         raise RefusedError(
-            "the rows of a long batch were dumped at other positions each",
+            "each row of a long batch was dumped at different positions",
             code="positions",
             hint="Dump the same positions of all rows, or the rows one by one.",
         )

@@ -18,6 +18,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model.parameters import Parameters
+from apr_jax.model.sharding import to_host
 from apr_jax.parity.faults.record import Mistakes
 from apr_jax.parity.rope_fit import Right, Rotation
 from apr_jax.trace import stages
@@ -243,7 +244,7 @@ class Replay:
         node: Any = self.parameters if layer is None else self.parameters["model"]["layers"][layer]
         for part in name.split("."):
             node = node[part]
-        return np.asarray(node, np.float64)
+        return to_host(node).astype(np.float64, copy=False)
 
     def held(self, layer: int | None, name: str) -> Value:
         """Returns a tensor as the engine holds it."""

@@ -2,7 +2,7 @@
 
 One file a stage: magic `APRT`, u32 layer (0xFFFFFFFF: the whole model), u32 element count, then float32, little-endian,
 in C order. The file says neither shape nor token ids: the shape follows from the stage and the configuration, and the
-ids lie beside the dump as `token_ids.json` (a JSON list), or as `golden.py --export-inputs` writes them. Paths:
+ids lie beside the dump as `token_ids.json` (a JSON list), or as `golden --export-inputs` writes them. Paths:
 `layer-N/STAGE.bin`, `layer-0/embedding.bin`, `final_norm.bin` and `lm_head.bin`. `lm_head.bin` holds the last position
 only, as `apr` writes it; a dump with all positions is read as well. What is written is one sequence without padding;
 read are batches too, one row behind the other.
@@ -20,8 +20,9 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import BrokenContainerError, DumpError, UsageError
-from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, atomic_folder
 from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.temporaries import Notice
 from apr_jax.trace import stages
 from apr_jax.trace.inputs import TOKEN_IDS, Inputs, beside
 from apr_jax.trace.positions import dumped_shape
@@ -53,7 +54,7 @@ def path_of(key: str) -> str:
     if name in _OUTER_PATHS:
         return _OUTER_PATHS[name]
     if name.is_hidden or name.layer is None:
-        raise ValueError(f"{key} is no stage of an APRT dump")
+        raise ValueError(f"{key} is not a stage of an APRT dump")
     return f"layer-{name.layer}/{name.stage}.bin"
 
 

@@ -26,7 +26,8 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.errors import RefusedError, in_file
 from apr_jax.converters.formats import dtypes, safetensors_format
-from apr_jax.converters.storage.output import Notice, atomic_file
+from apr_jax.converters.storage.output import atomic_file
+from apr_jax.converters.storage.temporaries import Notice
 from apr_jax.trace import stages
 from apr_jax.trace.compare import loss_nats
 from apr_jax.trace.inputs import Inputs, beside, from_json
@@ -186,11 +187,11 @@ def read(path: str | os.PathLike[str]) -> Golden:
         metadata = {key: str(value) for key, value in checkpoint.metadata.items()}
     if "input_ids" not in arrays:
         raise RefusedError(
-            "this is no golden file: it holds no input_ids",
+            "this is not a golden file: it holds no input_ids",
             code="golden-inputs",
             file=path,
             found=sorted(arrays)[:5],
-            hint="`golden.py MODEL -o FILE` writes one; hidden states of other programs are read by parity.",
+            hint="`golden MODEL -o FILE` writes one; hidden states of other programs are for `parity`.",
         )
     with in_file(path):
         inputs = Inputs.of(*(arrays.get(name) for name in _INPUTS))

@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 
-from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError
+from apr_jax.converters.errors import MissingFileError, RefusedError, UsageError, pip_install
 from apr_jax.trace import stages
 from apr_jax.trace.stages import Key
 
@@ -257,7 +257,7 @@ def _torch() -> Any:
             "the HuggingFace reference needs torch and transformers",
             code="reference-missing",
             found=str(error),
-            hint="pip install 'apr-jax[reference]'",
+            hint=f"{pip_install('reference')} installs them",
         ) from None
     return torch
 

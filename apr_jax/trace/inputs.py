@@ -21,8 +21,9 @@ import numpy as np
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, UsageError, in_file
 from apr_jax.converters.formats import strict_json
-from apr_jax.converters.storage.output import FolderKind, Notice, atomic_folder
+from apr_jax.converters.storage.output import FolderKind, atomic_folder
 from apr_jax.converters.storage.source import SourceFile, read_whole
+from apr_jax.converters.storage.temporaries import Notice
 
 # Two million tokens, an id of seven digits each.
 _MAX_BYTES = 16 << 20
@@ -298,10 +299,10 @@ def beside(folder: str | os.PathLike[str]) -> Inputs:
             arrays[found[1]] = _raw(path, int(found[2]), int(found[3]), int(found[4]) // 8)
     if "input_ids" not in arrays:
         raise MissingFileError(
-            "the tokens that were run are not there",
+            "there is no record of the tokens that were run",
             code="token-ids-missing",
             file=root,
-            expected=f"{TOKEN_IDS}, or what golden.py --export-inputs writes",
+            expected=f"{TOKEN_IDS}, or what golden --export-inputs writes",
             hint="Or say which tokens were run with --input-ids FILE.",
         )
     with in_file(root):

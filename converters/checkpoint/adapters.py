@@ -119,16 +119,14 @@ def low_rank_parts(folder: str | os.PathLike[str]) -> dict[str, LowRank]:
         sides: dict[str, dict[str, Tensor]] = {}
         for name, tensor in adapter.opened.tensors.items():
             match = _LORA.fullmatch(name.removeprefix(_PREFIX))
-            if match is not None:
-                sides.setdefault(match[1], {})[match[2] + (match[3] or "")] = tensor
-        plain = {
-            module: held for module, held in sides.items() if {kind.partition(".")[0] for kind in held} == {"A", "B"}
+            # B's bias is added to the module's bias.
+            if match is not None and match[3] != ".bias":
+                sides.setdefault(match[1], {})[match[2]] = tensor
+        return {
+            f"{module}.weight": LowRank(_f32(held["A"]), _f32(held["B"]), adapter.scale(module))
+            for module, held in sides.items()
+            if held.keys() == {"A", "B"}
         }
-        found = {}
-        for module, held in plain.items():
-            a, b = (_f32(next(t for kind, t in held.items() if kind.startswith(side))) for side in "AB")
-            found[f"{module}.weight"] = LowRank(a, b, adapter.scale(module))
-        return found
     finally:
         adapter.opened.close()
 
@@ -160,7 +158,10 @@ class _Adapter:
         config = strict_json.loads(text, what=ADAPTER_CONFIG_NAME, max_bytes=_MAX_CONFIG_BYTES, file=folder)
         if not isinstance(config, dict):
             raise BrokenContainerError(
-                f"{ADAPTER_CONFIG_NAME} is no JSON object", code="config-type", file=folder, found=type(config).__name__
+                f"{ADAPTER_CONFIG_NAME} is not a JSON object",
+                code="config-type",
+                file=folder,
+                found=type(config).__name__,
             )
         if not exists(path):
             pickled = exists(os.path.join(folder, "adapter_model.bin"))
@@ -195,7 +196,7 @@ class _Adapter:
                 break
         if type(value) not in (int, float) or (key == "r" and value < 1):
             raise RefusedError(
-                f"{key} is no positive number",
+                f"{key} is not a positive number",
                 code="adapter-unsupported",
                 file=self.path,
                 found=repr(value)[:80],
@@ -251,7 +252,7 @@ def _check_supported(config: Mapping[str, Any], path: str) -> None:
     asked = [key for key in _UNSUPPORTED if config.get(key)]
     if asked:
         raise RefusedError(
-            f"the adapter needs {', '.join(asked)}, which nothing here computes",
+            f"the adapter needs {', '.join(asked)}, which apr_jax does not compute",
             code="adapter-unsupported",
             file=path,
             hint="PEFT's merge_and_unload makes a plain checkpoint of it, if it can be merged",

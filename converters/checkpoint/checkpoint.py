@@ -85,7 +85,7 @@ class Checkpoint:
 
         Raises:
           RefusedError: Code "config-missing"; or that of what is no model of its own.
-          BrokenContainerError: It is no JSON object.
+          BrokenContainerError: It is not a JSON object.
         """
         return self.config_for((tensor.name, tensor.dtype) for tensor in self.tensors.values())
 
@@ -123,7 +123,7 @@ class Checkpoint:
         """The content of generation_config.json, or None.
 
         Raises:
-          BrokenContainerError: It is no JSON object.
+          BrokenContainerError: It is not a JSON object.
         """
         return self._json_file("generation_config.json")
 
@@ -169,23 +169,21 @@ class Checkpoint:
         self,
         *,
         tensors: Iterable[Tensor],
-        files: SideFiles | None = None,
+        files: SideFiles,
+        warnings: Iterable[str],
         metadata: dict[str, Any] | None = None,
-        warnings: Iterable[str] | None = None,
         beside: Checkpoint | None = None,
     ) -> Checkpoint:
         """Returns a checkpoint of other tensors over the same files and those of `beside`; closing it closes both."""
         other = copy.copy(self)
         other.tensors = _by_name(tensors)
+        other.files, other.left_behind = files, files.left_behind
+        other.warnings = list(warnings)
         if beside is not None:
             other.sources = (*self.sources, *beside.sources)
             other.paths = tuple(dict.fromkeys((*self.paths, *beside.paths)))
-        if files is not None:
-            other.files, other.left_behind = files, files.left_behind
         if metadata is not None:
             other.metadata = metadata
-        if warnings is not None:
-            other.warnings = list(warnings)
         return other
 
     def close(self) -> None:
@@ -210,7 +208,7 @@ class Checkpoint:
         value = strict_json.loads(self.files[name], what=name, max_bytes=_MAX_CONFIG_BYTES, file=self.path)
         if not isinstance(value, dict):
             raise BrokenContainerError(
-                f"{name} is no JSON object", code="config-type", file=self.path, found=type(value).__name__
+                f"{name} is not a JSON object", code="config-type", file=self.path, found=type(value).__name__
             )
         return value
 

@@ -52,7 +52,7 @@ def snapshot(path: str, revision: str = "main") -> str:
         commit = present[0]
     if commit not in present or not is_plain_name(commit):
         raise MissingFileError(
-            f"this is HuggingFace's cache of a repository, and what its refs have for {revision} is not in it",
+            f"this is HuggingFace's cache of a repository, without the commit that its refs name for {revision}",
             code="no-snapshot",
             file=path,
             found=", ".join(present[:_SHOWN]) or "no snapshot",

@@ -16,7 +16,7 @@ from typing import Any
 
 from apr_jax.converters.checkpoint import file_names, folders
 from apr_jax.converters.checkpoint.incomplete import SHARD
-from apr_jax.converters.errors import AprJaxError, MissingFileError, RefusedError, StorageError, UsageError
+from apr_jax.converters.errors import AprJaxError, MissingFileError, RefusedError, StorageError, UsageError, pip_install
 
 SCHEME = "hf://"
 
@@ -56,7 +56,7 @@ class HubName:
             found = _URL.fullmatch(path)
             if found is None or (found["file"] and ".." in found["file"].split("/")):
                 raise UsageError(
-                    "this is no name on the Hub",
+                    "this is not a name on the Hub",
                     code="hub-name",
                     file=path,
                     expected="hf://OWNER/NAME, hf://OWNER/NAME@REVISION or hf://OWNER/NAME/FILE",
@@ -91,7 +91,7 @@ def located(path: str | os.PathLike[str]) -> str:
             "there is no such file or folder here, and what would download it from the Hub is not installed",
             code="hub-not-installed",
             file=path,
-            hint="pip install 'apr-jax[hub]' gets it; a path on this machine may begin with ./",
+            hint=f"{pip_install('hub')} installs that; a path on this machine may begin with ./",
         ) from None
     try:
         with _translated(path, name):
@@ -134,7 +134,7 @@ def needed(files: Sequence[str], name: HubName, path: str) -> list[str]:
     if single and len(_parts(single[0], files)) == len(single):
         return single
     raise MissingFileError(
-        "the repository holds no checkpoint that can be told apart",
+        "the repository holds no checkpoint that can be recognised",
         code="no-checkpoint",
         file=path,
         found=", ".join(single[:_SHOWN] or here[:_SHOWN]) or "nothing",
@@ -215,7 +215,7 @@ def _translated(path: str, name: HubName) -> Iterator[None]:
         ) from None
     except errors.HFValidationError as error:
         raise UsageError(
-            f"this is no name on the Hub: {error}",
+            f"this is not a name on the Hub: {error}",
             code="hub-name",
             file=path,
             hint="hf://OWNER/NAME[@REVISION] is one; a path on this machine may begin with ./",
@@ -227,7 +227,7 @@ def _translated(path: str, name: HubName) -> Iterator[None]:
                 f"the Hub does not let you read this: {_first_line(error)}",
                 code="hub-refused",
                 file=path,
-                hint=f"Log in anew: `hf auth login`, or set HF_TOKEN; {page} says who may read it",
+                hint=f"Log in again: `hf auth login`, or set HF_TOKEN; {page} says who may read it",
             ) from None
         here = "" if path.startswith(SCHEME) else "there is no such file or folder here, and "
         raise StorageError(

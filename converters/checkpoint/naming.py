@@ -53,7 +53,7 @@ class Rename:
         before, equals, after = text.partition("=")
         if not equals or after.count("*") > before.count("*"):
             raise UsageError(
-                f"'{text}' is no renaming",
+                f"'{text}' is not a renaming",
                 code="rename",
                 expected="FROM=TO, two beginnings of names, as _orig_mod.= or model.language_model.=model.; TO may "
                 "hold as many * as FROM",
@@ -106,7 +106,7 @@ def renamed(names: Iterable[str], rules: Sequence[Rename]) -> dict[str, str]:
             f"several tensors would be called {twice[0]!r}" if twice[0] else "a tensor would have no name",
             code="rename-collides",
             found=sorted(name for name, new in found.items() if new == twice[0])[:5],
-            hint="Name more of the beginnings, so that what follows differs",
+            hint="Give longer prefixes, so that the rest of the names differs",
         )
     return found
 

@@ -157,7 +157,7 @@ def _embedded_files(encoded: Any, path: str) -> SideFiles:
         return SideFiles({})
     if not isinstance(encoded, dict):
         raise BrokenContainerError(
-            "the embedded side files are no object", code="source-files", file=path, found=type(encoded).__name__
+            "the embedded side files are not an object", code="source-files", file=path, found=type(encoded).__name__
         )
 
     def reader(name: str) -> Callable[[], bytes]:
@@ -273,7 +273,7 @@ def _open_folder(path: str, follow: bool) -> Checkpoint:
             raise pickled.error(path, "Its weights are no safetensors: save_pretrained of peft writes them")
     what, hint = folders.what_else(path)
     raise MissingFileError(
-        f"the folder holds {what}" if what else "the folder holds no checkpoint that can be told apart",
+        f"the folder holds {what}" if what else "the folder holds no checkpoint that can be recognised",
         code="no-checkpoint",
         file=path,
         found=", ".join((*indices, *folders.tensor_files(present)))[:300] or None,
@@ -428,7 +428,7 @@ def _check_shard_names(index: _ShardIndex) -> None:
     for name in shards:
         if not is_plain_name(name):
             raise RefusedError(
-                "the index names a shard that is no plain file name in its folder",
+                "the index names a shard that is not a plain file name in its folder",
                 code="path-escapes",
                 file=index.path,
                 found=repr(name)[:300],
@@ -436,7 +436,7 @@ def _check_shard_names(index: _ShardIndex) -> None:
             )
         if not name.endswith(".safetensors"):
             raise RefusedError(
-                "the index names a shard that is no safetensors file",
+                "the index names a shard that is not a safetensors file",
                 code="shard-extension",
                 file=index.path,
                 found=repr(name)[:300],

@@ -161,7 +161,10 @@ class _Settings:
                 values = strict_json.loads(checkpoint.files[name], what=name, max_bytes=1 << 20, file=checkpoint.path)
         if values is not None and not isinstance(values, dict):
             raise BrokenContainerError(
-                f"{QUANTIZATION_KEY} is no object", code="config-type", file=checkpoint.path, found=repr(values)[:80]
+                f"{QUANTIZATION_KEY} is not an object",
+                code="config-type",
+                file=checkpoint.path,
+                found=repr(values)[:80],
             )
         settings = cls(values or {}, stated, checkpoint.path)
         settings.check()
@@ -644,7 +647,7 @@ def _group_of_column(index: Tensor, groups: int, group: int) -> np.ndarray | Non
     order = index.read().astype(np.int64)
     if order.size and not 0 <= int(order.min()) <= int(order.max()) < groups:
         raise RefusedError(
-            "an index of groups leads out of them",
+            "a group index is out of range",
             code="quantised-tensor",
             file=index.source.path,
             tensor=index.name,

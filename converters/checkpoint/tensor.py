@@ -156,8 +156,7 @@ class Tensor:
           As `read`.
         """
         self._values_dtype()
-        if values.size:
-            self._read_range(values.reshape(-1), 0)
+        self._read_range(values.reshape(-1), 0)
 
     def _values_dtype(self) -> np.dtype:
         try:
@@ -270,7 +269,7 @@ class Tensor:
 def _bounds(part: slice, size: int) -> tuple[int, int]:
     begin, end, step = part.indices(size)
     if step != 1:
-        raise ValueError(f"slices have to be without steps, got {part}")
+        raise ValueError(f"slices cannot have steps, got {part}")
     return begin, max(begin, end)
 
 

@@ -15,6 +15,7 @@ from apr_jax.converters.errors import UsageError
 MODEL = "HuggingFace folder, .safetensors file, index of shards, .apr, or OWNER/NAME[@REVISION] on the Hub"
 DTYPES: Mapping[str, str] = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
 """How types of computation may be spelt besides their names."""
+_AXES = ("data", "model")
 _DEVICE = re.compile(r"(cpu|cuda)(:[0-9]+)?")
 _PATHS = frozenset(("FILE", "DIR", "OUT", "PATH", "DUMP", "GOLDEN", "SRC", "DST", "MODEL", "A", "B"))
 _ALL = "`{} --help` describes all of them"
@@ -48,7 +49,31 @@ def _version(name: str, metadata: Any) -> str:
 
 def _device(text: str) -> str:
     if not _DEVICE.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no device: cpu or cuda, or one of several by number, as cuda:1")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a device: cpu or cuda, or one of several by number, as cuda:1"
+        )
+    return text
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Reads "data=2,model=4"; an axis that is missing has one device."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, equals, size = part.partition("=")
+        if not equals or not re.fullmatch("[1-9][0-9]{0,5}", size) or axis in sizes:
+            raise argparse.ArgumentTypeError(f"'{text}' is no mesh: data=2,model=4, say, each axis at most once")
+        if axis not in _AXES:
+            meant = nearest(axis, _AXES)
+            said = f"did you mean {meant}?" if meant else "they are data (rows of a batch) and model (weights)"
+            raise argparse.ArgumentTypeError(f"a mesh has no axis '{axis}'; {said}")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _coordinator(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text != "auto" and not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"'{text}' is no address: HOST:PORT, or auto in a job of SLURM or Open MPI")
     return text
 
 
@@ -59,44 +84,63 @@ def dtype(text: str) -> str:
 
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "--device": {"metavar": "DEVICE", "type": _device, "default": "cpu"},
+    "--mesh": {
+        "metavar": "data=D,model=M",
+        "type": _mesh,
+        "default": None,
+        "help": "spread rows of a batch over D devices and weights over M, D times M in all (docs/meshes.md)",
+    },
+    "--coordinator": {
+        "metavar": "HOST:PORT",
+        "type": _coordinator,
+        "default": None,
+        "help": "run as one of several processes, the first of which is to be found there; auto asks SLURM or Open MPI",
+    },
+    "--process-id": {"metavar": "I", "type": int, "default": None, "help": "which process this is, from 0 on"},
+    "--num-processes": {"metavar": "N", "type": int, "default": None, "help": "how many processes there are"},
     "--dtype": {"metavar": "DTYPE", "type": dtype, "default": "float32"},
-    "--lenient": {"action": "store_true", "help": "turn oddities of .apr files into warnings"},
+    "--lenient": {"action": "store_true", "help": "warn about oddities in .apr files instead of refusing them"},
     "--legacy": {
         "metavar": "ID=TYPE",
         "nargs": "?",
         "const": "",
         "action": "append",
         "default": [],
-        "help": "read the dtype ids of older .apr files, told by the tensors' sizes; with ID=TYPE where sizes do not"
-        " decide (repeatable)",
+        "help": "accept the dtype ids of older .apr files, inferred from the tensors' sizes; ID=TYPE settles"
+        " what sizes cannot (repeatable)",
     },
-    "--follow-links": {"action": "store_true", "help": "open links that lead out of a checkpoint's folder"},
+    "--follow-links": {"action": "store_true", "help": "follow symbolic links that lead out of a checkpoint's folder"},
     "--ignore-config": {
         "metavar": "KEY",
         "action": "append",
         "default": [],
-        "help": "treat the configuration as if it had no such key (repeatable)",
+        "help": "ignore this key of the configuration (repeatable)",
     },
     "--adapter": {
         "metavar": "DIR",
         "action": "append",
         "default": [],
-        "help": "add a PEFT adapter (LoRA, DoRA) to the weights (repeatable: one after the other)",
+        "help": "add a PEFT adapter (LoRA, DoRA) to the weights (repeatable, applied in order)",
     },
     "--force": {"action": "store_true", "help": "replace an output that exists"},
     "--json": {"action": "store_true", "help": "print the result as one JSON object"},
     "--quiet": {"action": "store_true", "help": "print no warnings and no progress"},
-    "--verbose": {"action": "store_true", "help": "print time, memory and versions, and the traceback of an error"},
+    "--verbose": {
+        "action": "store_true",
+        "help": "print time, memory, versions, progress without a terminal, and the traceback of an error",
+    },
     "--color": {
         "choices": ("auto", "always", "never"),
         "default": "auto",
-        "help": "color the output (default: auto, where it is a terminal and NO_COLOR is not set)",
+        "help": "color the output (default: auto, on a terminal unless NO_COLOR is set)",
     },
     "--version": {"action": _Version, "nargs": 0, "help": "print the version and exit"},
 }
 """What commands share, by option: the arguments of `add_argument`. How it reads is decided here alone."""
 OF_ALL = ("--quiet", "--verbose", "--color", "--version")
 """What each command has, without asking for it."""
+OF_PROCESSES = ("--coordinator", "--process-id", "--num-processes")
+"""How several processes find each other; `apr_jax.commands.processes.joined` obeys them."""
 OF_CHECKPOINTS = ("--lenient", "--legacy", "--follow-links", "--ignore-config")
 """How checkpoints are opened; `cli.open_from` obeys them."""
 
@@ -139,7 +183,7 @@ def make_parser(program: str, description: str, epilog: str | None = None) -> ar
       epilog: More about it; "%(prog)s" stands for its name. Paragraphs are filled; a line that is indented by two is
         a row of a table, its columns two spaces or more apart, or a command if it begins with the name.
     """
-    return Parser(prog=_called(program), description=description, epilog=epilog, add_help=False)
+    return Parser(prog=called(program), description=description, epilog=epilog, add_help=False)
 
 
 def complete(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -161,7 +205,8 @@ def _needed(parser: argparse.ArgumentParser) -> Iterator[str]:
             yield f"[{name}]" if action.nargs == "?" else name
 
 
-def _called(program: str) -> str:
+def called(program: str) -> str:
+    """Returns how a command was called: a script by Python."""
     return f"python {program}" if program.endswith(".py") else program
 
 
@@ -174,8 +219,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, rest = super().parse_known_args(None if args is None else list(_without_guessing(args)), namespace)
         for action in self._actions:
-            if _is_path(action) and getattr(known, action.dest, None) in ("", [""]):
-                self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: a name is needed, not ''")
+            if is_path(action) and getattr(known, action.dest, None) in ("", [""]):
+                self.error(f"argument {'/'.join(action.option_strings) or action.metavar}: the name is empty")
         return known, rest
 
     def error(self, message: str) -> NoReturn:
@@ -196,10 +241,9 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse's own takes a full disk for a success.
-        if message:
-            import sys
+        import sys
 
-            (file or sys.stderr).write(message)
+        (file or sys.stderr).write(message)
 
 
 def nearest(word: str, words: Any) -> str | None:
@@ -208,7 +252,7 @@ def nearest(word: str, words: Any) -> str | None:
     return next(iter(begun or difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)), None)
 
 
-def _is_path(action: argparse.Action) -> bool:
+def is_path(action: argparse.Action) -> bool:
     """Whether an argument names a file or a folder, by what its help calls it."""
     return isinstance(action.metavar, str) and not _PATHS.isdisjoint(action.metavar.split("|"))
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.commands import arguments, terminal
-from apr_jax.converters.errors import AprJaxError, StorageError, printable
+from apr_jax.converters.errors import AprJaxError, StorageError, not_installed, printable
 from apr_jax.converters.storage.interrupts import EXIT_INTERRUPTED, bounded, termination_as_interrupt
 
 if TYPE_CHECKING:
@@ -130,8 +130,13 @@ def report(error: AprJaxError, as_json: bool) -> int:
             print_json({"error": error.to_json()})
     if terminal.manner.verbose:
         say("".join(traceback.format_exception(error)))
-    _say_under("error:", terminal.RED, error.text())
+    say_error(error.text())
     return error.exit_code
+
+
+def say_error(text: str) -> None:
+    """Prints on stderr what ends the command."""
+    _say_under("error:", terminal.RED, text)
 
 
 def _report_internal(error: BaseException, as_json: bool) -> int:
@@ -199,7 +204,7 @@ class _Unfailing(io.FileIO):
 def _run(command: str, argv: Sequence[str] | None, check_interrupted: Callable[[], None]) -> None:
     words, started = list(sys.argv if argv is None else argv), time.perf_counter()
     terminal.manner.settle(argparse.Namespace())
-    with _ending_on_error("--json" in words, check_interrupted):
+    with _ending_on_error(words, check_interrupted):
         module = importlib.import_module(command)
         args: argparse.Namespace = module.parse(words)
         terminal.manner.settle(args)
@@ -216,8 +221,9 @@ def _most_memory() -> str:
 
 
 @contextlib.contextmanager
-def _ending_on_error(as_json: bool, check_interrupted: Callable[[], None]) -> Iterator[None]:
+def _ending_on_error(words: Sequence[str], check_interrupted: Callable[[], None]) -> Iterator[None]:
     """Ends the process with one line and the exit code of whatever is raised in the block, or by a full stdout."""
+    program, as_json = arguments.called(words[0]), "--json" in words
     try:
         try:
             yield
@@ -242,6 +248,9 @@ def _ending_on_error(as_json: bool, check_interrupted: Callable[[], None]) -> It
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             said, file = f"the output cannot be written: {said}", "stdout"
         code = report(StorageError(said, code="os-error", file=file), as_json)
+    except ModuleNotFoundError as error:
+        needed = not_installed(f"`{program}`", error)
+        code = _report_internal(error, as_json) if needed is None else report(needed, as_json)
     except MemoryError:
         code = report(StorageError("there is not enough memory", code="no-memory"), as_json)
     except BaseException as error:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 FORMATS = ("apr", "safetensors")
 _FOREIGN = frozenset((".gguf", ".bin", ".pt", ".pth", ".onnx", ".ckpt", ".npz", ".h5", ".msgpack", ".pb", ".tflite"))
 _EPILOG = """\
-Nothing that is not asked for changes: tensors keep their names, types, shapes and bytes; config.json, tokenizer and
-the other texts of the folder, and safetensors' __metadata__, travel in the .apr and come back byte for byte. What stays
-behind is named.
+Nothing changes unless you ask for it: tensors keep their names, types, shapes and bytes; config.json, the tokenizer
+and the folder's other text files, and safetensors' __metadata__, are stored in the .apr and come back byte for byte.
+Whatever is left behind is named.
 
 examples:
   %(prog)s Qwen2.5-0.5B qwen.apr
@@ -27,8 +27,8 @@ examples:
   %(prog)s Qwen2.5-0.5B -o qwen.apr --to apr --cast bf16
 
 outputs (--to follows from the name unless it is given):
-  FILE.apr          runs with `apr`, and turns back into the very same checkpoint
-  DIR               a folder as HuggingFace has them: model.safetensors, or shards with an index
+  FILE.apr          runs with `apr`, and converts back into the very same checkpoint
+  DIR               a HuggingFace folder: model.safetensors, or shards with an index
   FILE.safetensors  one file, side files in its __metadata__
 
 tied heads:
@@ -36,13 +36,13 @@ tied heads:
   --tied-head copy    writes the head of a tied model as a copy of the embedding, in the embedding's type
 
 Without --tied-head, a head that the source holds is kept as it is, even a copy of the embedding in another type, and
-none is added; a head without data (as `apr import` writes) becomes absent. From an .apr that another program made to
-safetensors, a head with the embedding's values is left out: `apr import` had added it. A head with values of its own is
-always kept, whatever the metadata say.
+none is added; a head without data (as `apr import` writes) becomes absent. Converting another program's .apr to
+safetensors leaves out a head that has the embedding's values: `apr import` added it. A head with values of its own is
+always kept, whatever the metadata says.
 
 casts:
   --cast bf16                     every tensor
-  --cast f16 --cast '*norm*=f32'  the last match counts
+  --cast f16 --cast '*norm*=f32'  the last match wins
   --cast q8, q4, q4k              quantises as `apr import --quantize int8, int4, q4k` does, bit for bit (.apr only):
                                   biases, norms and tensors of fewer than 1024 values become float32 instead; the error
                                   of each tensor is printed
@@ -52,23 +52,28 @@ value that would become infinite is an error. Quantised tensors are decoded.
 
 names:
   --rename _orig_mod.=                   removes a prefix
-  --rename =model.                       puts one in front of every name
-  --rename 'layers.*.attn.=layers.*.a.'  "*" stands for anything between two dots, and in TO for the same
+  --rename =model.                       adds a prefix to every name
+  --rename 'layers.*.attn.=layers.*.a.'  "*" matches anything between two dots, and stands for the same text in TO
 
-FROM is what a name begins with. Of several that fit a name the longest FROM counts, once; --rename lm_head.=lm_head.
-leaves a name as it is. verify says which renaming gives the names that HuggingFace has for the model.
+FROM is a prefix. If several match a name, the longest is applied, once; --rename lm_head.=lm_head. leaves such a name
+alone. verify says which renaming yields HuggingFace's names.
 
 Quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao, GGML blocks) are carried over bit for bit,
 with their configuration. --dequantise decodes them (GPTQ's qweight, scales and zero points become one float32 matrix)
-and removes quantization_config from config.json; --cast bf16 beside it rounds once, from the exact values. --adapter
-DIR adds a PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of the weight
-that it changes; a quantised base is decoded.
+and removes quantization_config from config.json; with --cast bf16 as well, the exact values are rounded once.
+--adapter DIR adds a PEFT adapter (LoRA, rslora, DoRA, modules_to_save) in float32 and rounds once, to the type of the
+weight that it changes; a quantised base is decoded.
 
-An older .apr, whose dtype ids are not today's (2 was bf16, 8 and 9 were q4 and q8; other programs used others), is
-refused, with what its ids may mean. --legacy takes what the size of every tensor decides; --legacy 8=q4_k says what
-sizes cannot decide. Written as .apr again it has today's ids and the very same payloads.
+An .apr with outdated dtype ids (2 was bf16, 8 and 9 were q4 and q8; other programs used others) is refused, with a
+list of what its ids may mean. --legacy infers the types from the tensors' sizes; --legacy 8=q4_k settles what sizes
+cannot. Written as .apr again, it has today's ids and the very same payloads.
+
+A conversion that takes long is begun with --resume. After a kill, an interrupt or a full disk the same command goes on
+where it stopped: what is there is checked against checksums that were noted beside it. Another source, other options or
+another version are refused. Without --resume nothing is kept, and what is left of a killed run is removed.
 
 exit codes: 0 done, 2 usage (output exists), 3 file not found, 4 broken container, 5 refused, 7 input or output failed,
+70 internal error,
 130 interrupted. Whatever happens, the output is complete or absent.
 """
 
@@ -81,7 +86,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help=arguments.MODEL)
     parser.add_argument("target", metavar="DST", nargs="?", help="file or folder to write (or -o)")
     parser.add_argument("-o", "--output", metavar="OUT", help="file or folder to write")
-    parser.add_argument("--to", choices=FORMATS, help="format to write (default: the one that the output's name has)")
+    parser.add_argument("--to", choices=FORMATS, help="format to write (default: inferred from the output's name)")
     parser.add_argument(
         "--cast",
         metavar="[GLOB=]TYPE",
@@ -114,9 +119,12 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--as-is",
         action="store_true",
-        help="convert what is there, even if it is part of a model or not what config.json asks for",
+        help="convert the tensors as they are, even if some are missing or do not match config.json",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an earlier run with --resume was killed; else begin"
+    )
     arguments.add(parser, "--json", "--force")
     arguments.add_opening(parser)
     return arguments.complete(parser)
@@ -180,7 +188,7 @@ def main(args: argparse.Namespace) -> int:
                 _print_plan(plan)
             return 0
         with bar_of(plan.bytes_read) as progress:
-            outcome = run(plan, force=args.force, notice=cli.say, progress=progress)
+            outcome = run(plan, force=args.force, resume=args.resume, notice=cli.say, progress=progress)
     if args.json:
         cli.print_json({"plan": plan.to_json(), "outcome": _outcome_json(plan, outcome)})
     else:
@@ -218,12 +226,14 @@ def _print_plan(plan: Plan) -> None:
 def _print_outcome(plan: Plan, outcome: Outcome) -> None:
     casts = sum(tensor.cast is not None for tensor in plan.tensors)
     files = counted(len(plan.files), "data file")
-    rate = plan.bytes_read / max(outcome.seconds, 1e-9) / 1e9
+    rate = (plan.bytes_read - outcome.kept_bytes) / max(outcome.seconds, 1e-9) / 1e9
     print(
         f"wrote {printable(plan.output)}: {counted(len(plan.tensors), 'tensor')} ({casts} cast), "
         f"{counted(len(plan.carried), 'side file')}, "
         f"{plan.bytes_written} bytes, {files}, {rate:.2f} GB/s"
     )
+    if outcome.kept_bytes:
+        print(f"{outcome.kept_bytes} of {plan.bytes_read} bytes had been converted by an earlier run")
     for name, reason in plan.dropped.items():
         print(f"left out: {printable(name)} ({reason})")
     for name, damage in outcome.damage.items():
@@ -254,6 +264,7 @@ def _outcome_json(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     return {
         "seconds": outcome.seconds,
         "footer_checked": outcome.footer_checked,
+        "kept_bytes": outcome.kept_bytes,
         "damage": {
             name: {"overflowed": damage.overflowed, "vanished": damage.vanished}
             for name, damage in outcome.damage.items()

@@ -23,7 +23,8 @@ examples:
   %(prog)s hf_folder --stats --tensors 'model.layers.0.*'
   %(prog)s model.apr --html report.html
 
-exit codes: 0 done, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input or output failed, 130 interrupted
+exit codes: 0 done, 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input or output failed, 70
+internal error, 130 interrupted
 """
 
 
@@ -35,7 +36,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     parser.add_argument("path", metavar="MODEL", help=arguments.MODEL)
     parser.add_argument("--tensors", metavar="GLOB", default="*", help="list only tensors whose name matches")
     parser.add_argument(
-        "--stats", action="store_true", help="read every value: mean, deviation, extremes, zeros, NaN, ..."
+        "--stats", action="store_true", help="read every value and print mean, deviation, extremes, zeros, NaN, ..."
     )
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page, with statistics and checks")
     arguments.add(parser, "--force", help="replace a page that exists")

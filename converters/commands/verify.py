@@ -3,48 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from apr_jax.converters.commands import arguments, cli
-from apr_jax.converters.commands.terminal import has_colours, shows_progress
+from apr_jax.converters.commands.terminal import has_colours
 from apr_jax.converters.errors import printable
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
     from apr_jax.converters.inspect.checks import Check
     from apr_jax.converters.verify.comparison import Comparison
-    from apr_jax.converters.verify.tensor_pairs import Progress, TensorComparison
+    from apr_jax.converters.verify.tensor_pairs import TensorComparison
 
 _ROWS = 20
 _TIED = "tie_word_embeddings"
 
 _EPILOG = """\
-With two checkpoints, A is the original and B the one in question. Both are streamed. The cause of every difference is
-searched for: another dtype tag, a cast, a transpose, a permutation, swapped tensors, a shift, quantisation, ...
+With two checkpoints, A is the original and B the one in question. Both are streamed, and every difference is traced
+to its cause: a wrong dtype tag, a cast, a transpose, a permutation, swapped tensors, a shift, quantisation, ...
 
 verdicts (and exit codes):
   identical     (0) every byte of every tensor
   equal-values  (0) every value is equal; types differ, and all casts are exact
   close         (1) every tensor is within a relative L2 distance of 1e-3
-  different     (1) anything else, including tensors that one side lacks and nothing in common
+  different     (1) anything else, including missing tensors and checkpoints with nothing in common
 
-A tied head may be absent, without data, or a copy of the embedding: that is no difference.
-Equal weights are not enough where something else changes the answer: a configuration that gives other logits, another
-tokenizer, chat template or generation setting, a broken file of these, names that programs do not find (a prefix in
-front of all). Each is named, and the verdict is "different" (with --json, "weights" holds that of the weights alone).
+A tied head may be absent, without data, or a copy of the embedding: that is no difference. Equal weights are not
+enough where something else changes the answer: a configuration that gives other logits, another tokenizer, chat
+template or generation setting, a broken file among these, names that programs will not find (a prefix on all of
+them). Each is named, and the verdict is "different" (with --json, "weights" holds that of the weights alone).
 Bookkeeping (transformers_version, torch_dtype, spelling) and files that one side lacks do not count.
 
 Published quantised forms (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors, torchao) are compared by what they decode
-to, and named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is both
-together.
+to, and named. --adapter DIR adds a PEFT adapter to A: `verify BASE MERGED --adapter DIR` says whether MERGED is BASE
+with that adapter.
 
 With one checkpoint: structure, checksums, sizes against shapes, configuration against shapes, names, side files,
 vocabulary, and whether the values look like weights (bf16 bytes tagged f16 do not). Exit code 1 if a check fails.
 
-other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input failed, 130 interrupted
+other exit codes: 2 usage, 3 file not found, 4 broken container, 5 refused, 7 input failed, 70 internal error,
+130 interrupted
 """
 
 
@@ -77,12 +77,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from apr_jax.converters.commands.progress import phases
     from apr_jax.converters.verify.comparison import compare
 
     opener = cli.open_dense_from if args.adapter else cli.open_from
     with opener(args, args.a) as a, cli.open_from(args, args.b) as b:
         _warn(a, b)
-        with _progress() as progress:
+        with phases() as progress:
             comparison = compare(a, b, progress)
     if args.json:
         cli.print_json(comparison.to_json())
@@ -123,27 +124,6 @@ def _warn(*checkpoints: Checkpoint) -> None:
     for checkpoint in checkpoints:
         for warning in checkpoint.warnings:
             print(printable(f"warning: {checkpoint.path}: {warning}"), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """Yields what shows a bar for each phase on stderr; None where stderr is no terminal."""
-    if not shows_progress(sys.stderr):
-        yield None
-        return
-    from rich import console, progress
-
-    columns = ("[progress.description]{task.description}", progress.BarColumn(), progress.TimeRemainingColumn())
-    bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
-    tasks: dict[str, progress.TaskID] = {}
-
-    def show(phase: str, done: int, total: int) -> None:
-        if phase not in tasks:
-            tasks[phase] = bar.add_task(phase, total=total)
-        bar.update(tasks[phase], completed=done)
-
-    with bar:
-        yield show
 
 
 def _print(comparison: Comparison) -> None:

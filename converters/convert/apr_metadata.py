@@ -245,7 +245,7 @@ def _parse(files: Mapping[str, bytes], name: str) -> Any:
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     value = _parse(files, name)
     if not isinstance(value, dict):
-        raise _NotUnderstood(f"{name} is no object")
+        raise _NotUnderstood(f"{name} is not an object")
     return value
 
 
@@ -305,7 +305,7 @@ def foreign_from_safetensors(source_metadata: Mapping[str, str]) -> dict[str, An
     """Inverts `foreign_to_safetensors`; None if there is nothing to invert.
 
     Raises:
-      BrokenContainerError: The string is no JSON object.
+      BrokenContainerError: The string is not a JSON object.
     """
     text = source_metadata.get(FOREIGN_METADATA)
     if text is None:
@@ -314,5 +314,5 @@ def foreign_from_safetensors(source_metadata: Mapping[str, str]) -> dict[str, An
         text.encode(), what=FOREIGN_METADATA, max_bytes=_MAX_SIDE_FILE_BYTES, per_byte=strict_json.METADATA, wide=True
     )
     if not isinstance(parsed, dict):
-        raise BrokenContainerError(f"{FOREIGN_METADATA} is no object", code="metadata-type")
+        raise BrokenContainerError(f"{FOREIGN_METADATA} is not an object", code="metadata-type")
     return parsed

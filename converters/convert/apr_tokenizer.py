@@ -76,7 +76,7 @@ def _ids(tokens: Any, merges: Sequence[Sequence[str]]) -> dict[str, int]:
     Qwen2's vocabulary has a token of that spelling; it stands before all holes.
     """
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise RefusedError(f"{VOCABULARY} is no list of texts", code="tokenizer-broken", hint=WITHOUT_TOKENIZER)
+        raise RefusedError(f"{VOCABULARY} is not a list of strings", code="tokenizer-broken", hint=WITHOUT_TOKENIZER)
     ids: dict[str, int] = {}
     for number, token in enumerate(tokens):
         ids.setdefault(token, number)
@@ -107,13 +107,16 @@ def pairs(merges: Any, what: str) -> list[list[str]]:
     """
     if not isinstance(merges, list | tuple):
         raise RefusedError(
-            f"{what}: no list of merges", code="tokenizer-broken", found=type(merges).__name__, hint=WITHOUT_TOKENIZER
+            f"{what}: not a list of merges",
+            code="tokenizer-broken",
+            found=type(merges).__name__,
+            hint=WITHOUT_TOKENIZER,
         )
     found = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     for number, pair in enumerate(found):
         if not _is_pair(pair):
             raise RefusedError(
-                f"{what}: this is no merge",
+                f"{what}: this is not a merge",
                 code="tokenizer-broken",
                 found=f"number {number}: {merges[number]!r}"[:200],
                 expected='"left right" or ["left", "right"]',

@@ -299,7 +299,7 @@ def parse_size(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        raise UsageError(f"'{text}' is no size", code="size", expected="a number with a unit, as 5GB, 500MB or 2GiB")
+        raise UsageError(f"'{text}' is not a size", code="size", expected="a number with a unit, as 5GB, 500MB or 2GiB")
     return size
 
 
@@ -308,14 +308,14 @@ def _check_output_name(output: str, to: str) -> None:
     name = output.rstrip("/").lower()
     if to == "apr" and (output.endswith("/") or name.endswith(".safetensors")):
         raise UsageError(
-            "an .apr is one file, and this is no name for one",
+            "an .apr is one file, and this cannot be the name of one",
             code="output-name",
             file=output,
             hint="Name it FILE.apr, or ask for --to safetensors",
         )
     if to == "safetensors" and name.endswith(".apr"):
         raise UsageError(
-            "this is no name for a folder or a file of safetensors",
+            "this cannot be the name of a folder or of a safetensors file",
             code="output-name",
             file=output,
             hint="Name a folder or FILE.safetensors, or ask for --to apr",
@@ -612,7 +612,7 @@ def _kept_strings(checkpoint: Checkpoint) -> dict[str, str] | None:
     if kept is None or (isinstance(kept, dict) and all(isinstance(text, str) for text in kept.values())):
         return kept
     raise BrokenContainerError(
-        f"'{apr_metadata.SOURCE_METADATA}' is no object of strings", code="source-metadata", file=checkpoint.path
+        f"'{apr_metadata.SOURCE_METADATA}' is not an object of strings", code="source-metadata", file=checkpoint.path
     )
 
 
@@ -623,7 +623,7 @@ def _doubts(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[AprJaxError]:
     hidden = _hidden(checkpoint.apr, checkpoint.sources[0])
     if hidden is not None:
         yield BrokenContainerError(
-            "something is hidden in the padding between or behind the tensors, and would not come along",
+            "data is hidden in the padding between or behind the tensors, and would be lost",
             code="padding",
             file=checkpoint.path,
             offset=hidden,
@@ -634,7 +634,7 @@ def _doubts(checkpoint: Checkpoint, chosen: _Chosen) -> Iterator[AprJaxError]:
     wrong = [*apr_metadata.malformed(checkpoint.metadata), *_misshapen(checkpoint, chosen)]
     if wrong:
         yield RefusedError(
-            "the metadata are not those of such a model:\n  " + "\n  ".join(wrong[:20]),
+            "the metadata does not match the model:\n  " + "\n  ".join(wrong[:20]),
             code="metadata-values",
             file=checkpoint.path,
             hint=_ALL_THE_SAME,

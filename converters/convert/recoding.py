@@ -47,6 +47,15 @@ class QuantisationError:
         worst = max(other, self, key=lambda error: (error.worst_relative_l2, -error.worst_first))
         return dataclasses.replace(worst, sums=self.sums + other.sums)
 
+    def to_note(self) -> list[Any]:
+        """Returns it as JSON values from which `from_note` makes the very same."""
+        return [vars(self.sums), self.worst_first, self.worst_relative_l2]
+
+    @classmethod
+    def from_note(cls, note: list[Any]) -> QuantisationError:
+        """Makes it from what `to_note` returned."""
+        return cls(Sums(**note[0]), *note[1:])
+
     def to_json(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Returns the figures as plain JSON values; `shape` is the tensor's."""
         figures = {"relative_l2": self.sums.relative_l2, "cosine": self.cosine, "max_abs": self.sums.max_abs}

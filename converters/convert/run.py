@@ -15,20 +15,15 @@ from apr_jax.converters.checkpoint.file_names import CHECKPOINT
 from apr_jax.converters.checkpoint.naming import Rename
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import HEAD
-from apr_jax.converters.convert import streaming
+from apr_jax.converters.convert import resuming, streaming
 from apr_jax.converters.convert.plan import CastRule, Plan, PlannedFile, PlannedTensor, make_plan
 from apr_jax.converters.errors import RefusedError, counted
 from apr_jax.converters.formats import apr_format, casts
 from apr_jax.converters.formats.dtypes import Legacy
 from apr_jax.converters.storage.interrupts import termination_as_interrupt
-from apr_jax.converters.storage.output import (
-    FolderKind,
-    Notice,
-    OutputFile,
-    atomic_file,
-    atomic_folder,
-    check_target,
-)
+from apr_jax.converters.storage.journal import Pieces
+from apr_jax.converters.storage.output import FolderKind, OutputFile, atomic_file, atomic_folder, check_target
+from apr_jax.converters.storage.temporaries import Notice
 
 if TYPE_CHECKING:
     from apr_jax.converters.convert.recoding import QuantisationError
@@ -43,12 +38,14 @@ class Outcome:
       damage: Tensor name -> what its cast did, where it did more than round.
       quantised: Tensor name -> how far its values moved, for those that were quantised.
       footer_checked: Whether the checksum of the source was checked on the way; safetensors has none.
+      kept_bytes: Of the source, what an earlier run had converted already.
     """
 
     seconds: float
     damage: dict[str, casts.Damage]
     quantised: dict[str, QuantisationError]
     footer_checked: bool
+    kept_bytes: int = 0
 
 
 def convert(
@@ -64,6 +61,7 @@ def convert(
     leave_out: Sequence[str] = (),
     as_is: bool = False,
     force: bool = False,
+    resume: bool = False,
     lenient: bool = False,
     legacy: Legacy = False,
     follow_links: bool = False,
@@ -78,7 +76,7 @@ def convert(
       output: A folder (safetensors), a path ending in ".safetensors", or the path of an `.apr`.
       to: "apr" or "safetensors".
       cast, allow_overflow, tied_head, max_shard_bytes, rename, leave_out, as_is: As `make_plan`.
-      force: Whether to replace an output that exists.
+      force, resume: As `run`.
       lenient, legacy, follow_links, ignore_config: As `open_checkpoint`.
       dequantise: Whether what is quantised is written dense.
       adapters: Folders of PEFT adapters to add to the weights; a quantised base is decoded.
@@ -104,22 +102,31 @@ def convert(
             as_is=as_is,
             dequantise=dequantise,
         )
-        return run(plan, force=force)
+        return run(plan, force=force, resume=resume)
 
 
 def run(
-    plan: Plan, *, force: bool = False, notice: Notice | None = None, progress: streaming.Progress | None = None
+    plan: Plan,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    notice: Notice | None = None,
+    progress: streaming.Progress | None = None,
 ) -> Outcome:
     """Carries a plan out. The output appears whole at the end, or not at all.
 
     Args:
       plan: What to do.
       force: Whether to replace an output that exists.
+      resume: Whether to go on where an earlier run with `resume` was killed, if one was. What it has written is checked
+        against the checksums that it noted, and written again where they differ; the output is the same, byte for byte.
+        An interrupt, or a disk that fails, then leaves what there is for the next run.
       notice: Told about leftovers of earlier runs that were removed.
       progress: Called with numbers of bytes read, from any thread.
 
     Raises:
-      UsageError, MissingFileError, StorageError: See `output`.
+      UsageError, MissingFileError, StorageError: See `output`. Code "resume-differs": what is left of an earlier run
+        was made from another source, with other options or by another version.
       BrokenContainerError: Code "footer-crc": the checksum of an `.apr` source is wrong.
       RefusedError: Code "cast-overflow" or "cast-non-finite".
     """
@@ -135,6 +142,8 @@ def run(
                 progress(done)
 
         arguments: dict[str, Any] = {"force": force, "sources": plan.checkpoint.paths, "notice": notice}
+        if resume:
+            arguments["resumable"] = resuming.identity(plan)
         if plan.is_folder:
             folder = stack.enter_context(
                 atomic_folder(plan.output, plan.bytes_written, kind=_replaceable(plan), **arguments)
@@ -161,7 +170,8 @@ def run(
         if not plan.allow_overflow:
             _refuse_overflow(damage, plan.checkpoint.path)
         check_interrupted()
-    return Outcome(time.perf_counter() - begin, damage, _quantised(blocks), has_footer)
+    kept = sum(block.nbytes for block in blocks if block.kept)
+    return Outcome(time.perf_counter() - begin, damage, _quantised(blocks), has_footer, kept)
 
 
 def check_output(plan: Plan, *, force: bool) -> None:
@@ -189,7 +199,7 @@ def _holds(plan: Plan, name: str) -> bool:
 
 
 def _write(
-    file: PlannedFile, output: OutputFile, source_summed: bool, progress: streaming.Progress | None
+    file: PlannedFile, output: OutputFile, source_summed: bool, progress: streaming.Progress
 ) -> list[streaming.Block]:
     output.write_at(file.prologue, 0)
     parts = []
@@ -205,8 +215,9 @@ def _write(
             again,
         )
         parts.append(_recoded(part, tensor) if _is_computed(tensor) else part)
+    done = None if output.journal is None else Pieces(output.journal, file.name)
     blocks = streaming.move(
-        streaming.coalesce(parts), output, summed=source_summed or file.has_footer, progress=progress
+        streaming.coalesce(parts), output, summed=source_summed or file.has_footer, progress=progress, done=done
     )
     if file.has_footer:
         end = file.size - apr_format.FOOTER_BYTES

@@ -3,6 +3,10 @@
 The data is cut into blocks that a few threads copy independently, each through one small buffer, so that memory is
 constant and a second core pays off (reading, writing and the CRC all release the interpreter lock). Each block has its
 own CRC-32; they are combined in the order of the output for its footer, and in the order of the source to check that.
+
+A conversion that can be resumed notes each block that is written. Another run keeps it if what stands in the output has
+the CRC-32 that was noted: the source is not read again for it, nor a cast computed again, as comparing with the source
+would ask for. Blocks of at most 16 MiB and not whole tensors, since the embedding of a 7B model is 7 % of it.
 """
 
 from __future__ import annotations
@@ -10,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.errors import BrokenContainerError
 from apr_jax.converters.formats import casts, dtypes
 from apr_jax.converters.storage.crc import crc32, crc32_combine
+from apr_jax.converters.storage.journal import Pieces
 from apr_jax.converters.storage.output import OutputFile
 from apr_jax.converters.storage.source import SourceFile
 from apr_jax.converters.storage.workers import Workers, at_once
@@ -69,6 +74,7 @@ class Block:
       damage: What a cast did.
       values: The values it holds, first and end, if it is recoded; its source bytes are then only an estimate.
       error: How far quantising moved its values.
+      kept: Whether an earlier run has written it.
     """
 
     part: Part
@@ -81,6 +87,23 @@ class Block:
     damage: casts.Damage = dataclasses.field(default_factory=casts.Damage)
     values: tuple[int, int] | None = None
     error: QuantisationError | None = None
+    kept: bool = False
+
+    def note(self, done: Pieces) -> None:
+        """Notes that it is written, and what was found meanwhile."""
+        error = None if self.error is None else self.error.to_note()
+        found = {"read_crc": self.read_crc, "damage": vars(self.damage), "error": error}
+        done.note(self.output_offset, self.written, self.written_crc, **found)
+
+    def keep(self, note: Mapping[str, Any]) -> None:
+        """Takes over what an earlier run noted."""
+        self.kept = True
+        self.written_crc, self.read_crc = note["crc"], note["read_crc"]
+        self.damage = casts.Damage(**note["damage"])
+        if note["error"] is not None:
+            from apr_jax.converters.convert.recoding import QuantisationError
+
+            self.error = QuantisationError.from_note(note["error"])
 
 
 def coalesce(parts: Iterable[Part]) -> list[Part]:
@@ -105,7 +128,14 @@ def coalesce(parts: Iterable[Part]) -> list[Part]:
     return joined
 
 
-def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: Progress | None = None) -> list[Block]:
+def move(
+    parts: Sequence[Part],
+    output: OutputFile,
+    *,
+    summed: bool,
+    progress: Progress,
+    done: Pieces | None = None,
+) -> list[Block]:
     """Moves all parts into `output`.
 
     Args:
@@ -113,6 +143,8 @@ def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: P
       output: Where to.
       summed: Whether to compute CRCs.
       progress: Called with the number of bytes read, from any thread.
+      done: What an earlier run has moved: what stands there with the CRC that was noted is kept. What this run moves is
+        noted in it, and summed for that.
 
     Returns:
       The blocks moved, in the order of the parts.
@@ -121,15 +153,18 @@ def move(parts: Sequence[Part], output: OutputFile, *, summed: bool, progress: P
       StorageError: Reading or writing failed.
       RefusedError: Values that cannot be quantised.
     """
-    # What a thread would import is imported here.
-    for part in parts:
-        if part.recoding is not None:
-            part.recoding.prepare()
-    if any(part.cast is not None for part in parts):
-        casts.prepare()
     blocks = [block for part in parts for block in _cut(part)]
-    mover = _Mover(blocks, output, summed, progress)
-    at_once(mover.work, min(_MAX_THREADS, len(os.sched_getaffinity(0)), len(blocks)))
+    if done is not None:
+        noted = [block for block in blocks if done.noted(block.output_offset, block.written) is not None]
+        _in_threads(_Keeper(noted, output, done, progress), len(noted))
+    rest = [block for block in blocks if not block.kept]
+    # What a thread would import is imported here.
+    for recoding in dict.fromkeys(block.part.recoding for block in rest):
+        if recoding is not None:
+            recoding.prepare()
+    if any(block.part.cast is not None for block in rest):
+        casts.prepare()
+    _in_threads(_Mover(rest, output, summed or done is not None, progress, done), len(rest))
     return blocks
 
 
@@ -212,12 +247,17 @@ def _cut_values(part: Part, recoding: Recoding) -> Iterable[Block]:
         yield Block(part, part.source_offset + begin, stop - begin, at, written, values=(first, end))
 
 
-class _Mover:
-    def __init__(self, blocks: Sequence[Block], output: OutputFile, summed: bool, progress: Progress | None):
+def _in_threads(worker: _Worker, blocks: int) -> None:
+    at_once(worker.work, min(_MAX_THREADS, len(os.sched_getaffinity(0)), blocks))
+
+
+class _Worker:
+    """Takes blocks from a queue, in as many threads as call `work`."""
+
+    def __init__(self, blocks: Sequence[Block], output: OutputFile, progress: Progress):
         self._queue = iter(blocks)
         self._output = output
-        self._summed = summed
-        self._progress = progress
+        self.progress = progress
         self._lock = threading.Lock()
 
     def work(self, workers: Workers) -> None:
@@ -227,23 +267,68 @@ class _Mover:
                 block = next(self._queue, None)
             if block is None:
                 break
-            self._move(block, buffer, workers)
+            self.handle(block, buffer, workers)
+
+    def handle(self, block: Block, buffer: memoryview, workers: Workers) -> None:
+        """Does what is to be done with a block, or less where `workers` are stopped."""
+        raise NotImplementedError
+
+
+class _Keeper(_Worker):
+    """Finds out which of the blocks that an earlier run has noted stand in the output as they should."""
+
+    def __init__(self, blocks: Sequence[Block], output: OutputFile, done: Pieces, progress: Progress):
+        super().__init__(blocks, output, progress)
+        self._done = done
+
+    def handle(self, block: Block, buffer: memoryview, workers: Workers) -> None:
+        note = self._done.noted(block.output_offset, block.written)
+        crc = at = 0
+        while at < block.written and not workers.stopped:
+            chunk = buffer[: block.written - at]
+            self._output.readinto_at(block.output_offset + at, chunk)
+            crc = crc32(chunk, crc)
+            at += len(chunk)
+        if at == block.written and note is not None and crc == note["crc"]:
+            block.keep(note)
+            self.progress(block.nbytes)
+
+
+class _Mover(_Worker):
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        output: OutputFile,
+        summed: bool,
+        progress: Progress,
+        done: Pieces | None,
+    ):
+        super().__init__(blocks, output, progress)
+        self._summed = summed
+        self._done = done
+
+    def handle(self, block: Block, buffer: memoryview, workers: Workers) -> None:
+        if block.part.recoding is not None and block.values is not None:
+            self._recode(block, block.part.recoding, block.values)
+        elif not self._move(block, buffer, workers):
+            return
+        if self._done is not None:
+            block.note(self._done)
 
     def _recode(self, block: Block, recoding: Recoding, values: tuple[int, int]) -> None:
         written, block.damage, block.error = recoding.recode(*values)
         if self._summed:
             block.written_crc = crc32(written)
         self._output.write_at(written, block.output_offset)
-        if self._progress is not None:
-            self._progress(block.nbytes)
+        self.progress(block.nbytes)
 
-    def _move(self, block: Block, buffer: memoryview, workers: Workers) -> None:
-        if block.part.recoding is not None and block.values is not None:
-            self._recode(block, block.part.recoding, block.values)
-            return
+    def _move(self, block: Block, buffer: memoryview, workers: Workers) -> bool:
+        """Returns whether all of it was moved."""
         done = 0
         to = block.output_offset
-        while done < block.nbytes and not workers.stopped:
+        while done < block.nbytes:
+            if workers.stopped:
+                return False
             chunk = buffer[: block.nbytes - done]
             block.part.source.readinto_at(block.source_offset + done, chunk)
             if self._summed:
@@ -257,7 +342,7 @@ class _Mover:
             self._output.write_at(written, to)
             done += len(chunk)
             to += len(written)
-            if self._progress is not None:
-                self._progress(len(chunk))
+            self.progress(len(chunk))
         if block.part.cast is None:
             block.written_crc = block.read_crc
+        return True

@@ -221,7 +221,7 @@ def parse_prologue(
     _check_gap(view, metadata_end, header.index_offset, judge)
     # The size is without padding, so the text is the object and nothing around it.
     if bytes((view[header.metadata_offset], view[metadata_end - 1])) != b"{}":
-        raise judge.broken("the metadata is no JSON object", "metadata-type", offset=header.metadata_offset)
+        raise judge.broken("the metadata is not a JSON object", "metadata-type", offset=header.metadata_offset)
     metadata = strict_json.loads(
         view[header.metadata_offset : metadata_end],
         what="the metadata",
@@ -387,7 +387,7 @@ def _check_identity(header: AprHeader, judge: _Judge) -> None:
     major, minor = header.version
     if major != VERSION[0]:
         raise RefusedError(
-            "another version of the container",
+            "an unsupported version of the container",
             code="version",
             file=judge.file,
             offset=4,
@@ -593,7 +593,7 @@ def _check_data(entries: Iterable[AprEntry], header: AprHeader, file_size: int, 
         where: dict[str, Any] = {"tensor": entry.name, "offset": header.data_offset + entry.offset}
         if header.data_offset + entry.offset + entry.size > file_size:
             raise judge.broken(
-                "the data end beyond the end of the file",
+                "the file is cut short, or its index is wrong: the data ends past the end of the file",
                 "file-truncated",
                 **where,
                 found=f"{file_size} bytes",

@@ -153,8 +153,6 @@ class AprQ8(Encoder):
     prefix_bytes = 4
 
     def decode(self, data: bytes | bytearray | memoryview, out: np.ndarray) -> None:
-        if not out.size:
-            return
         (scale,) = np.frombuffer(data, "<f4", 1)
         with np.errstate(all="ignore"):
             np.multiply(np.frombuffer(data, "i1", out.size, self.prefix_bytes), scale, out=out)

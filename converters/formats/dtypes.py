@@ -501,7 +501,7 @@ def parse_legacy(texts: Sequence[str]) -> Legacy:
     for text in filter(None, texts):
         id, _, name = text.partition("=")
         if not id.isdecimal() or not name:
-            raise UsageError(f"'{text}' is no ID=TYPE", code="legacy-meaning", expected="as in --legacy 8=q4_k")
+            raise UsageError(f"'{text}' is not ID=TYPE", code="legacy-meaning", expected="as in --legacy 8=q4_k")
         said[int(id)] = name.lower()
     for known in said:
         _said(known, said)

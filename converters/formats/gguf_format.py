@@ -247,7 +247,7 @@ def _placed(found: list[tuple[str, int, tuple[int, ...], int, int]], metadata: d
             )
         if start + offset + nbytes > reader.source.size:
             raise reader.broken(
-                "the data of a tensor ends beyond the end of the file",
+                "the file is cut short, or its index is wrong: the data of a tensor ends past the end of the file",
                 "file-truncated",
                 tensor=name,
                 found=reader.source.size,
@@ -298,4 +298,3 @@ def _decimals(number: float) -> Iterator[float]:
         # Rounding up the largest one would overflow.
         if abs(value) < 3.4028235677973366e38:
             yield value
-    yield number

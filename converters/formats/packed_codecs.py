@@ -149,12 +149,14 @@ class Table:
     Attributes:
       codes: uint8 or uint16 [rows, codes].
       values: float32 [256 or 65536, k]: the numbers that one of them stands for.
-      columns: Values of one row; what is left over is padding.
     """
 
     codes: np.ndarray
     values: np.ndarray
-    columns: int
+
+    @property
+    def columns(self) -> int:
+        return int(self.codes.shape[1] * self.values.shape[1])
 
     def tiles(self, first: int, last: int, step: int, out: np.ndarray) -> Iterator[np.ndarray]:
         indices = np.empty((min(step, last - first), self.codes.shape[1]), np.intp)
@@ -163,11 +165,7 @@ class Table:
             end = min(begin + step, last)
             here, target = indices[: end - begin], out[begin - first : end - first]
             np.copyto(here, self.codes[begin:end])
-            if here.shape[1] * width == self.columns:
-                np.take(self.values, here, axis=0, out=target.reshape(*here.shape, width), mode="clip")
-            else:
-                found = np.take(self.values, here, axis=0, mode="clip")
-                np.copyto(target, found.reshape(len(here), -1)[:, : self.columns])
+            np.take(self.values, here, axis=0, out=target.reshape(*here.shape, width), mode="clip")
             yield target
 
 
@@ -341,13 +339,13 @@ def indexed(values: np.ndarray, high_first: bool) -> np.ndarray:
 def four_bit_floats(data: np.ndarray) -> Table:
     """E2M1, uint8 [rows, bytes]: two to a byte, the lower half first."""
     values = indexed(np.array([*_E2M1, *(-value for value in _E2M1)]), high_first=False)
-    return Table(data, values, 2 * data.shape[1])
+    return Table(data, values)
 
 
 def eight_bit_floats(data: np.ndarray, dtype: np.dtype) -> Table:
     """Floats of 8 bits, uint8 [rows, columns], looked up in pairs where they can."""
-    columns = int(data.shape[1])
-    return Table(data.view("<u2") if columns % 2 == 0 else data, _floats8(dtype, columns % 2 == 0), columns)
+    in_pairs = data.shape[1] % 2 == 0
+    return Table(data.view("<u2") if in_pairs else data, _floats8(dtype, in_pairs))
 
 
 @functools.cache
@@ -446,7 +444,7 @@ def bitsandbytes(data: np.ndarray, code: np.ndarray, absmax: np.ndarray, block: 
     else:
         rows = np.zeros((absmax.size, block // 2), np.uint8)
         rows.reshape(-1)[: data.size] = data
-    return Grouped(Table(rows, indexed(code, high_first=True), block), _f32(absmax)[:, None], block)
+    return Grouped(Table(rows, indexed(code, high_first=True)), _f32(absmax)[:, None], block)
 
 
 def nested_absmax(codes: np.ndarray, code: np.ndarray, absmax: np.ndarray, block: int, offset: float) -> np.ndarray:

@@ -3,11 +3,13 @@
     DIR/prepared.json                        what is in it and where it came from
     DIR/parameters/                          an Orbax checkpoint, as `orbax.checkpoint.PyTreeCheckpointer` restores it
     DIR/parameters/NAME/.zarray              of one parameter: shape and type (Zarr 2)
-    DIR/parameters/NAME/0.0                  its values: one chunk, not compressed
+    DIR/parameters/NAME/0.0                  its values, not compressed: one chunk, or 0.0, 1.0, 0.1 and so on, one from
+                                             each device that held a part of it
     DIR/config.json, tokenizer files, ...    verbatim
 
-One uncompressed chunk is the array itself, so that it is read as fast as any tensor, without Orbax. Several tensors of
-HuggingFace's may lie in one parameter, rows behind rows (q, k and v of a fused model): each is a range of its bytes.
+An uncompressed chunk is the array itself, or a part of it, so that it is read as fast as any tensor, without Orbax.
+Several tensors of HuggingFace's may lie in one parameter, rows behind rows (q, k and v of a fused model): each is a
+range of its bytes.
 """
 
 from __future__ import annotations
@@ -18,19 +20,27 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, in_file
+from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError, in_file
 from apr_jax.converters.formats import dtypes, strict_json
+from apr_jax.converters.formats.chunked import ChunkedFile
 from apr_jax.converters.formats.dtypes import DType
-from apr_jax.converters.storage.source import SourceFile, is_folder, is_plain_name
+from apr_jax.converters.storage.source import SourceFile, exists, is_folder, is_plain_name
 
 FORMAT = "apr_jax.prepared/1"
 # What describes such a checkpoint, and the folder of its parameters.
 PREPARED_NAME = "prepared.json"
 PREPARED_FOLDER = "parameters"
 
-_TYPES = {"float32": ("f32", "<f4"), "float64": ("f64", "<f8"), "bfloat16": ("bf16", "bfloat16")}
+_TYPES = {
+    "float32": ("f32", "<f4"),
+    "bfloat16": ("bf16", "bfloat16"),
+    "float16": ("f16", "<f2"),
+    "float64": ("f64", "<f8"),
+}
 """JAX's name of the dtype -> its name in the registry, and in `.zarray`."""
 _MAX_DESCRIPTION_BYTES = 64 << 20
+# More devices than any mesh has that shares one parameter.
+_MAX_CHUNKS = 1 << 16
 _NOT_WHOLE = "The checkpoint is not whole: prepare it anew from its source"
 
 
@@ -56,9 +66,10 @@ class Description:
     """The content of prepared.json.
 
     Attributes:
-      dtype: "float32", "bfloat16" or "float64": of all parameters.
+      dtype: "float32", "bfloat16", "float16" or "float64": of all parameters.
       fused: Whether q, k and v of a layer are one parameter, and gate and up another.
       devices: How many devices the parameters were saved from.
+      types: Tensor -> name of its element type in the source; what an older version wrote has none.
       source: Where they came from: "path", "kind", "files" (name -> bytes) and "weights_sha256".
       versions: Of the packages that wrote them.
       metadata: `__metadata__` of the source, or None.
@@ -72,6 +83,7 @@ class Description:
     versions: Mapping[str, str]
     metadata: Mapping[str, str] | None
     parameters: tuple[Parameter, ...]
+    types: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def stored(self) -> DType:
@@ -97,7 +109,7 @@ def read(folder: str) -> Description:
 
     Raises:
       BrokenContainerError: It is not what it should be.
-      RefusedError: Code "prepared-format": of another version; "device-count": saved from several devices.
+      RefusedError: Code "prepared-format": of another version.
     """
     path = os.path.join(folder, PREPARED_NAME)
     with SourceFile(path) as source:
@@ -113,19 +125,19 @@ def read(folder: str) -> Description:
     content = strict_json.loads(text, what=PREPARED_NAME, max_bytes=_MAX_DESCRIPTION_BYTES, file=path)
     if not isinstance(content, dict) or not isinstance(content.get("format"), str):
         raise BrokenContainerError(
-            "this describes no prepared checkpoint",
+            "this does not describe a prepared checkpoint",
             code="prepared-content",
             file=path,
             expected=f'an object with "format": "{FORMAT}"',
         )
     if content["format"] != FORMAT:
         raise RefusedError(
-            "a prepared checkpoint of another version",
+            "a prepared checkpoint of an unsupported version",
             code="prepared-format",
             file=path,
             found=content["format"][:100],
             expected=FORMAT,
-            hint="Prepare it anew from its source",
+            hint="Prepare it again from its source",
         )
     try:
         with in_file(path):
@@ -137,16 +149,46 @@ def read(folder: str) -> Description:
             file=path,
             found=f"{type(error).__name__}: {error}"[:200],
         ) from None
-    if description.devices != 1:
-        raise RefusedError(
-            "the parameters were saved from several devices",
-            code="device-count",
-            file=path,
-            found=description.devices,
-            expected=1,
-            hint="Save them again from a model that was loaded on one device.",
-        )
     return description
+
+
+def describe(folder: str) -> Description:
+    """Returns what is in a prepared checkpoint.
+
+    Raises:
+      MissingFileError: There is no such folder.
+      UsageError: It holds no prepared checkpoint.
+      BrokenContainerError, RefusedError: As `read`.
+    """
+    if not is_folder(folder):
+        raise MissingFileError("no such folder", code="file-missing", file=folder)
+    if not exists(os.path.join(folder, PREPARED_NAME)):
+        raise UsageError(
+            f"this is not a prepared checkpoint: it holds no {PREPARED_NAME}",
+            code="not-prepared",
+            file=folder,
+            hint="`checkpoint save` writes one",
+        )
+    return read(folder)
+
+
+def check_hashes(folder: str, description: Description, found: Mapping[str, str]) -> None:
+    """Compares the SHA-256 of parameters, by name, with those that were saved.
+
+    Raises:
+      BrokenContainerError: Code "prepared-hash": they have other bytes, all named.
+    """
+    differing = [
+        parameter.name for parameter in description.parameters if found.get(parameter.name) != parameter.sha256
+    ]
+    if differing:
+        raise BrokenContainerError(
+            f"{len(differing)} of {len(found)} parameters are not what was saved: {', '.join(differing[:20])}",
+            code="prepared-hash",
+            file=folder,
+            tensor=differing[0] if len(differing) == 1 else None,
+            hint="Prepare it again from its source",
+        )
 
 
 def open_parameter(folder: str, description: Description, parameter: Parameter) -> SourceFile:
@@ -155,12 +197,14 @@ def open_parameter(folder: str, description: Description, parameter: Parameter) 
     Raises:
       MissingFileError: They are not there: the checkpoint is not whole.
       BrokenContainerError: They have another size, and perhaps another shape or type, than the description says.
-      RefusedError: Code "prepared-chunks": they are compressed or in several chunks.
+      RefusedError: Code "prepared-chunks": they are compressed, or cut into unequal parts.
     """
     place = os.path.join(folder, PREPARED_FOLDER, parameter.name)
     nbytes = description.stored.nbytes(parameter.shape)
-    _check_layout(place, description, parameter)
+    chunks = _checked_layout(place, description, parameter)
     try:
+        if chunks != parameter.shape:
+            return ChunkedFile(place, parameter.shape, chunks, description.stored.nbytes((1,)))
         source = SourceFile(os.path.join(place, ".".join("0" for _ in parameter.shape)))
     except MissingFileError as error:
         error.hint = _NOT_WHOLE
@@ -178,8 +222,8 @@ def open_parameter(folder: str, description: Description, parameter: Parameter) 
     return source
 
 
-def _check_layout(place: str, description: Description, parameter: Parameter) -> None:
-    """Checks what Orbax says about a parameter against the description."""
+def _checked_layout(place: str, description: Description, parameter: Parameter) -> tuple[int, ...]:
+    """Checks what Orbax says about a parameter against the description; returns the shape of its chunks."""
     layout = _layout(os.path.join(place, ".zarray"))
     expected = {"shape": list(parameter.shape), "dtype": _TYPES[description.dtype][1]}
     found = {key: layout.get(key) for key in expected}
@@ -192,15 +236,27 @@ def _check_layout(place: str, description: Description, parameter: Parameter) ->
             found=found,
             expected=expected,
         )
-    plain = {"chunks": list(parameter.shape), "compressor": None, "filters": None, "order": "C", "zarr_format": 2}
-    if any(layout.get(key) != value for key, value in plain.items()):
+    plain = {"compressor": None, "filters": None, "order": "C", "zarr_format": 2}
+    chunks = _grid(layout.get("chunks"), parameter.shape)
+    if chunks is None or any(layout.get(key) != value for key, value in plain.items()):
         raise RefusedError(
-            "the parameter is compressed or in several chunks (saved from several devices?)",
+            "the parameter is compressed, or not cut into equal parts",
             code="prepared-chunks",
             file=place,
             tensor=parameter.name,
-            hint="orbax.checkpoint restores such a checkpoint; here, prepare it anew from its source",
+            hint="orbax.checkpoint restores such a checkpoint; here, prepare it again from its source",
         )
+    return chunks
+
+
+def _grid(chunks: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the shape of chunks if they are equal parts of an array, cut along its first two axes at most."""
+    if not isinstance(chunks, list) or len(chunks) != len(shape) or not all(type(part) is int for part in chunks):
+        return None
+    if not all(part > 0 and whole % part == 0 for part, whole in zip(chunks, shape, strict=True)):
+        return None
+    few = math.prod(shape) // math.prod(chunks) <= _MAX_CHUNKS
+    return tuple(chunks) if few and tuple(chunks[2:]) == shape[2:] else None
 
 
 def refuse_orbax(folder: str, listed: list[str]) -> None:
@@ -228,7 +284,7 @@ def _layout(path: str) -> Mapping[str, Any]:
     layout = strict_json.loads(text, what=".zarray", max_bytes=1 << 16, file=path)
     if not isinstance(layout, dict):
         raise BrokenContainerError(
-            "this describes no Zarr array", code="prepared-parameter", file=path, found=type(layout).__name__
+            "this does not describe a Zarr array", code="prepared-parameter", file=path, found=type(layout).__name__
         )
     return layout
 
@@ -239,6 +295,11 @@ def _parsed(content: Mapping[str, Any]) -> Description:
     metadata = content["metadata"]
     if metadata is not None and not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("metadata")
+    if content["devices"] < 1:
+        raise ValueError("devices")
+    types = dict(content.get("types", {}))
+    if not all(isinstance(name, str) for name in types.values()):
+        raise ValueError("types")
     parameters = tuple(_parameters(content["parameters"]))
     names = [name for parameter in parameters for name in parameter.tensors]
     if len(set(names)) != len(names):
@@ -251,6 +312,7 @@ def _parsed(content: Mapping[str, Any]) -> Description:
         dict(content["versions"]),
         metadata,
         parameters,
+        types,
     )
 
 

@@ -107,7 +107,7 @@ def parse_header(header: Bytes, file_size: int, *, file: str | None = None) -> S
     """
     if bytes(header[:1]) != b"{":
         raise BrokenContainerError(
-            "the header is no JSON object", code="header-json", file=file, offset=PREFIX_BYTES, expected="'{'"
+            "the header is not a JSON object", code="header-json", file=file, offset=PREFIX_BYTES, expected="'{'"
         )
     parsed = strict_json.loads(
         header,
@@ -232,7 +232,7 @@ def _entry(name: str, value: Any) -> SafetensorsEntry:
         )
     code, shape, offsets = (value[field] for field in _FIELDS)
     if not isinstance(code, str):
-        raise BrokenContainerError("the dtype is no string", code="dtype-unknown", found=repr(code)[:80])
+        raise BrokenContainerError("the dtype is not a string", code="dtype-unknown", found=repr(code)[:80])
     dtype = dtypes.by_safetensors(code)
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise BrokenContainerError(
@@ -265,7 +265,7 @@ def _check_cover(entries: Iterable[SafetensorsEntry], data_bytes: int, data_star
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.end > data_bytes:
             raise BrokenContainerError(
-                "the tensor's data ends beyond the end of the file",
+                "the file is cut short, or its header is wrong: the tensor's data ends past the end of the file",
                 code="file-truncated",
                 file=file,
                 offset=data_start + entry.begin,

@@ -541,7 +541,7 @@ def _f32_digits(value: float) -> str:
             candidate = f"{integer + step}e{int(exponent) - digits + 1}"
             if _as_f32(float(candidate)) == value:
                 return candidate
-    return f"{value:.8e}"
+    raise AssertionError("nine digits are enough for any float32")
 
 
 def _decimal_text(digits: str, above: int, below: int) -> str:

@@ -117,7 +117,7 @@ class _Block:
         return self.pieces[-1].offset + self.pieces[-1].nbytes - self.pieces[0].offset
 
     def chunks(self) -> Iterator[list[_Piece]]:
-        """Yields runs of pieces that fit one buffer."""
+        """Yields runs of pieces that fit one buffer; a block has some."""
         chunk: list[_Piece] = []
         size = 0
         for piece in self.pieces:
@@ -126,8 +126,7 @@ class _Block:
                 chunk, size = [], 0
             chunk.append(piece)
             size += piece.nbytes
-        if chunk:
-            yield chunk
+        yield chunk
 
 
 def _blocks(checkpoint: Checkpoint) -> Iterator[_Block]:

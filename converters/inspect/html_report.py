@@ -148,7 +148,7 @@ _LEGEND = (
     f"Each histogram counts magnitudes by octave, from 2<sup>&minus;{-LOWEST_OCTAVE}</sup> and below on the left to "
     f'2<sup>{HIGHEST_OCTAVE}</sup> and above on the right; the line marks 1. The <span class="swatch"></span> band is '
     "[0.5, 4): bf16 weights whose bytes are read as f16 all lie there, f16 weights read as bf16 lie at the left end. "
-    "Moments and extremes are those of finite values."
+    "Mean, std, min and max are those of the finite values."
 )
 
 
@@ -230,15 +230,34 @@ def _bars(counts: Sequence[int]) -> Iterator[str]:
 
 
 _CSS = """
-.checks .words{min-width:36ch;width:100%}
+.checks .words{width:100%}
+.tensors{font-size:13px}
 .tensors thead th{position:sticky;top:0;z-index:2;border-bottom:1px solid var(--line)}
 .tensors tbody th{position:sticky;left:0;z-index:1;background:var(--card)}
 .tensors thead th:first-child{left:0;z-index:3}
-.tensors th,.tensors td{padding:2px 9px}
-svg{display:block;width:144px;height:26px;fill:var(--bar)}
+.tensors th,.tensors td{padding:2px 7px}
+.tensors thead th{white-space:normal}
+svg{display:block;width:112px;height:24px;fill:var(--bar)}
 svg.sus{fill:var(--bad)}
 svg rect{fill:var(--band)}
 svg .one{stroke:var(--dim);stroke-width:.6;stroke-dasharray:2 2}
 .swatch{display:inline-block;width:12px;height:12px;background:var(--band);border:1px solid var(--line);
 vertical-align:-1px}
+"""
+_NAMES = "\n".join(
+    f'.tensors td:nth-child({place}):not([colspan])::before{{content:"{name}"}}'
+    for place, (name, _) in enumerate(_COLUMNS, 1)
+)
+# A phone has no room for columns: a row becomes a block, in which the name of its column stands over each value.
+_CSS += f"""
+@media screen and (max-width:600px){{
+.checks tr,.tensors tr{{display:grid;padding:6px 0;border-top:1px solid var(--line)}}
+.checks tr{{grid-template-columns:auto 1fr;align-items:center}}
+.tensors tr{{grid-template-columns:repeat(3,minmax(0,1fr))}}
+.checks thead,.tensors thead{{display:none}}
+.checks td,.tensors td,.tensors tbody th{{border:0;white-space:normal;overflow-wrap:anywhere;text-align:left}}
+.checks .words,.tensors tbody th,.tensors td[colspan]{{grid-column:1/-1}}
+.tensors tbody th{{position:static;font-weight:600}}
+.tensors td::before{{display:block;color:var(--dim);font-size:11px;font-weight:400}}
+{_NAMES}}}
 """

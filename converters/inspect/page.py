@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from apr_jax.converters.errors import printable
 from apr_jax.converters.storage import output
+from apr_jax.converters.storage.temporaries import Notice
 
 
 def text(value: object) -> str:
@@ -60,9 +61,7 @@ def scrollable(content: str, label: str, kind: str = "scroll") -> str:
     return f'<div class="{kind}" role="region" aria-label="{text(label)}" tabindex="0">{content}</div>'
 
 
-def write(
-    path: str, content: bytes, *, force: bool, sources: Iterable[str], notice: output.Notice | None = None
-) -> None:
+def write(path: str, content: bytes, *, force: bool, sources: Iterable[str], notice: Notice | None = None) -> None:
     """Writes a page, whole or not at all.
 
     Args:

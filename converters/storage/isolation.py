@@ -79,10 +79,9 @@ class Isolated:
             return
         child.kill()
         child.wait()
-        for stream in (child.stdin, child.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        for stream in filter(None, (child.stdin, child.stdout)):
+            with contextlib.suppress(OSError):
+                stream.close()
 
     def _ask(self, request: bytes) -> tuple[str, Any]:
         child = self._running()

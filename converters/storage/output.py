@@ -3,7 +3,7 @@
 Everything is written into a temporary sibling, flushed to the disk and renamed, so that the final name holds either
 what was there before or the complete new content, whatever happens in between. A writer keeps a lock on its temporary
 for as long as it lives: one without a lock was left by a process that was killed, and the next run to the same output
-removes it.
+removes it. With a journal beside it (`resumable`) the next run that makes the very same goes on with it instead.
 """
 
 from __future__ import annotations
@@ -12,29 +12,47 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 
-from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
+from apr_jax.converters.errors import (
+    AprJaxError,
+    BrokenContainerError,
+    MissingFileError,
+    RefusedError,
+    StorageError,
+    UsageError,
+)
+from apr_jax.converters.storage import journal
 from apr_jax.converters.storage.interrupts import last_act
+from apr_jax.converters.storage.journal import Identity, Journal
+from apr_jax.converters.storage.temporaries import (
+    ASIDE,
+    JOURNAL,
+    TEMPORARY,
+    Notice,
+    as_storage_error,
+    close_quietly,
+    create_locked,
+    files_below,
+    is_gone,
+    open_unheld,
+    prefix,
+    remove,
+    remove_leftovers,
+    said,
+    storage_error,
+    temporary_name,
+    token_of,
+    unheard,
+)
+from apr_jax.converters.storage.workers import Workers
 
-_TEMPORARY = "apr-jax-tmp"
-_ASIDE = "apr-jax-old"
+# A disk flushes what several files wait for in one go.
+_FLUSHED_AT_ONCE = 8
 # Flags of renameat2.
 _NOREPLACE, _EXCHANGE = 1, 2
-_CODES = {
-    errno.ENOSPC: "no-space",
-    errno.EDQUOT: "quota",
-    errno.EFBIG: "file-too-large",
-    errno.ENAMETOOLONG: "name-too-long",
-    errno.EROFS: "read-only",
-    errno.EACCES: "permission",
-    errno.EPERM: "permission",
-}
-
-Notice = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +76,15 @@ class OutputFile:
     Attributes:
       path: The final path, for messages.
       size: Bytes that the finished file will have.
+      journal: Where to note what is done of it, if another run is to go on where this one is killed.
     """
 
-    def __init__(self, fd: int, path: str, size: int):
+    def __init__(self, fd: int, path: str, size: int, journal: Journal | None = None):
         self.path = path
         self.size = size
+        self.journal = journal
         self._fd = fd
-        with _as_storage_error(path):
+        with as_storage_error(path):
             # The size is set first: what is never written (padding) is zero then.
             os.ftruncate(fd, size)
 
@@ -79,13 +99,26 @@ class OutputFile:
             try:
                 written = os.pwrite(self._fd, rest, offset)
             except OSError as error:
-                raise _storage_error(error, self.path, self._lacking(error)) from error
+                raise storage_error(error, self.path, self._lacking(error)) from error
             rest = rest[written:]
             offset += written
 
+    def readinto_at(self, offset: int, buffer: memoryview) -> None:
+        """Fills the buffer with what stands at byte `offset`: what an earlier run has written.
+
+        Raises:
+          StorageError: The operating system refused, or the file ends there.
+        """
+        with as_storage_error(self.path):
+            while buffer:
+                count = os.preadv(self._fd, [buffer], offset)
+                if not count:
+                    raise OSError(errno.EIO, "the file has become shorter")
+                buffer, offset = buffer[count:], offset + count
+
     def sync(self) -> None:
         """Flushes the content to the disk."""
-        with _as_storage_error(self.path):
+        with as_storage_error(self.path):
             os.fsync(self._fd)
 
     def _lacking(self, error: OSError) -> int | None:
@@ -101,11 +134,14 @@ class OutputFolder:
 
     Attributes:
       path: The final path, for messages.
+      journal: As `OutputFile`, for all files.
     """
 
-    def __init__(self, temporary: str, path: str):
+    def __init__(self, temporary: str, path: str, journal: Journal | None = None):
         self.path = path
+        self.journal = journal
         self._temporary = temporary
+        self._made: set[str] = set()
 
     @contextlib.contextmanager
     def written_by_others(self) -> Iterator[str]:
@@ -114,15 +150,34 @@ class OutputFolder:
         Raises:
           StorageError: The operating system refused, in the block too.
         """
-        with _as_storage_error(self.path):
+        with as_storage_error(self.path):
             yield self._temporary
-            for place, _, names in os.walk(self._temporary, onerror=_raise):
-                for name in names:
-                    _sync(os.path.join(place, name), os.O_RDONLY)
+            walked = os.walk(self._temporary, onerror=_raise)
+            paths = [os.path.join(place, name) for place, _, names in walked for name in names]
+            with Workers(_FLUSHED_AT_ONCE) as workers:
+                for _ in workers.map(lambda path: _sync(path, os.O_RDONLY), paths):
+                    pass
+
+    def check_complete(self) -> None:
+        """Raises UsageError, code "resume-foreign", if what an earlier run left holds files that no run has written."""
+        if self.journal is None:
+            return
+        with as_storage_error(self.path):
+            foreign = sorted(set(files_below(self._temporary)) - self._made)
+        if foreign:
+            raise UsageError(
+                "somebody has put files into what an earlier run left",
+                code="resume-foreign",
+                file=self._temporary,
+                found=", ".join(foreign[:8]),
+                hint="Take them out, or leave --resume away: it then starts anew",
+            )
 
     @contextlib.contextmanager
     def create(self, name: str, size: int) -> Iterator[OutputFile]:
         """Opens a new file of `size` bytes in the folder; it is flushed to the disk at the end of the block.
+
+        With a journal it may be there already, with what an earlier run has written.
 
         Args:
           name: Relative to the folder; may stand in subfolders ("layer-0/x.bin"), which are made.
@@ -134,27 +189,35 @@ class OutputFolder:
         """
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise UsageError(
-                "this is no name of a file in the folder",
+                "this is not the name of a file in the folder",
                 code="file-name",
                 file=self.path,
                 found=name,
                 hint="Give a name without folders",
             )
         shown, place = os.path.join(self.path, name), os.path.join(self._temporary, name)
-        with _as_storage_error(shown):
+        with as_storage_error(shown):
             os.makedirs(os.path.dirname(place), exist_ok=True)
-            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            new = os.O_EXCL if self.journal is None else os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | new, 0o666)
+        self._made.add(name)
         try:
-            output = OutputFile(fd, shown, size)
+            output = OutputFile(fd, shown, size, self.journal)
             yield output
             output.sync()
         finally:
-            _close(fd)
+            close_quietly(fd)
 
 
 @contextlib.contextmanager
 def atomic_file(
-    path: str, size: int, *, force: bool = False, sources: Iterable[str] = (), notice: Notice | None = None
+    path: str,
+    size: int,
+    *,
+    force: bool = False,
+    sources: Iterable[str] = (),
+    notice: Notice | None = None,
+    resumable: Identity | None = None,
 ) -> Iterator[OutputFile]:
     """Opens the temporary sibling of `path`; the end of the block gives it its name, an exception removes it.
 
@@ -167,19 +230,18 @@ def atomic_file(
       force: Whether an existing file may be replaced.
       sources: Paths that the content comes from; writing over one of them is refused.
       notice: Told about what earlier, killed runs left and this one removed, and about what this one has to leave.
+      resumable: What the output is made of. It then has a journal, stays with it under its temporary name when the
+        block is interrupted or the disk fails, and goes on from what an earlier run to the same has left.
 
     Raises:
-      UsageError, MissingFileError: As `check_target`.
+      UsageError, MissingFileError: As `check_target`. Code "resume-differs": what is left was made of something else.
       StorageError: No space, or the operating system refused. What stood at `path` stands there still.
     """
-    _remove_leftovers(os.path.realpath(path), notice)
-    final = check_target(path, force=force, sources=sources)
-    _check_space(final, size)
-    with _temporary(final, path, None) as temporary:
-        output = OutputFile(temporary.fd, path, size)
+    with _begun(path, size, None, force, sources, notice, resumable) as temporary:
+        output = OutputFile(temporary.fd, path, size, temporary.journal)
         yield output
         output.sync()
-        _put_in_place(temporary, final, path, None, force, notice)
+        _put_in_place(temporary, path, None, force, notice)
 
 
 @contextlib.contextmanager
@@ -191,6 +253,7 @@ def atomic_folder(
     force: bool = False,
     sources: Iterable[str] = (),
     notice: Notice | None = None,
+    resumable: Identity | None = None,
 ) -> Iterator[OutputFolder]:
     """Makes a temporary sibling folder of `path`; the end of the block gives it its name, an exception removes it.
 
@@ -199,16 +262,15 @@ def atomic_folder(
 
     Args, Raises: As `atomic_file`; `kind` says what the folder may hold, `size` is the sum over all files.
     """
-    _remove_leftovers(os.path.realpath(path), notice)
-    final = check_target(path, folder=kind, force=force, sources=sources)
-    _check_space(final, size)
-    with _temporary(final, path, kind) as temporary:
-        yield OutputFolder(temporary.path, path)
-        with _as_storage_error(path):
+    with _begun(path, size, kind, force, sources, notice, resumable) as temporary:
+        output = OutputFolder(temporary.path, path, temporary.journal)
+        yield output
+        output.check_complete()
+        with as_storage_error(path):
             # Files were flushed one by one; the names in the folders, at any depth, are not part of them.
             for place, _, _ in os.walk(temporary.path, onerror=_raise):
                 _sync_folder(place)
-        _put_in_place(temporary, final, path, kind, force, notice)
+        _put_in_place(temporary, path, kind, force, notice)
 
 
 def check_target(
@@ -231,7 +293,7 @@ def check_target(
       MissingFileError: The folder that is to hold the output does not exist.
       StorageError: The operating system refused to look.
     """
-    with _as_storage_error(path):
+    with as_storage_error(path):
         final = os.path.realpath(path)
         if not _is_folder(os.path.dirname(final)):
             raise MissingFileError("the folder of the output does not exist", code="output-folder-missing", file=path)
@@ -251,7 +313,7 @@ def check_target(
         _check_replaceable(path, final, folder)
         if found.st_uid != os.geteuid() and os.geteuid() != 0:
             raise UsageError(
-                "the output belongs to another user, whose it would be no longer",
+                "the output belongs to another user, who would lose it",
                 code="output-foreign",
                 file=path,
                 hint="Remove it yourself, or name another output",
@@ -271,7 +333,9 @@ def _exists(path: str) -> UsageError:
 
 
 def _not_regular(path: str) -> UsageError:
-    return UsageError("the output is not a regular file", code="output-not-file", file=path, hint="Name another output")
+    return UsageError(
+        "the output is not a regular file", code="output-not-file", file=path, hint="Choose another output"
+    )
 
 
 def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) -> None:
@@ -284,7 +348,7 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
                     code="same-file",
                     file=path,
                     found=source,
-                    hint="Name another output",
+                    hint="Choose another output",
                 )
         parent = os.path.dirname(os.path.realpath(source))
         while True:
@@ -294,7 +358,7 @@ def _check_not_source(path: str, found: os.stat_result, sources: Iterable[str]) 
                         "the output is a folder that holds the input",
                         code="output-holds-source",
                         file=path,
-                        hint="Name another output",
+                        hint="Choose another output",
                     )
             if parent == os.path.dirname(parent):
                 break
@@ -317,12 +381,12 @@ def _check_replaceable(path: str, place: str, kind: FolderKind | None) -> None:
         return
     if not stat.S_ISDIR(mode):
         raise UsageError(
-            "the output exists and is no folder",
+            "the output exists and is not a folder",
             code="output-not-folder",
             file=path,
             hint="Remove it yourself, or name another output",
         )
-    names = list(_files(place))
+    names = list(files_below(place))
     foreign = sorted(name for name in names if not kind.holds(name))
     if foreign or (names and not any(map(kind.shows, names))):
         raise UsageError(
@@ -334,19 +398,8 @@ def _check_replaceable(path: str, place: str, kind: FolderKind | None) -> None:
         )
 
 
-def _files(folder: str) -> Iterator[str]:
-    """Yields the names of all files below a folder, relative to it; "NAME/" for subfolders that hold none."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                yield entry.name
-                continue
-            inner = [f"{entry.name}/{name}" for name in _files(entry.path)]
-            yield from inner or [f"{entry.name}/"]
-
-
 def _check_space(final: str, size: int) -> None:
-    with _as_storage_error(final):
+    with as_storage_error(final):
         found = os.statvfs(os.path.dirname(final))
     free = _free_bytes(found)
     # Some network file systems report no sizes at all.
@@ -362,72 +415,191 @@ def _free_bytes(found: os.statvfs_result) -> int:
     return (found.f_bfree if os.geteuid() == 0 else found.f_bavail) * found.f_frsize
 
 
-def _prefix(final: str, kind: str) -> str:
-    name = os.path.basename(final)
-    if len(os.fsencode(name)) > 200:
-        # File names end at 255 bytes.
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    return f".{name}.{kind}."
-
-
-def _temporary_name(final: str, kind: str = _TEMPORARY) -> str:
-    return os.path.join(os.path.dirname(final), f"{_prefix(final, kind)}{os.getpid()}.{os.urandom(4).hex()}")
-
-
 @dataclasses.dataclass
 class _Temporary:
     """What an output is until it is whole.
 
     Attributes:
+      final: The path that it is going to have.
       path: Where it is.
       fd: Its descriptor, which holds the lock.
       made: By what it is known under any name.
       kept: Whether it must not be removed: it may have the final name, for all that the disk has been told.
+      journal: What is done of it; the next run goes on from there.
     """
 
+    final: str
     path: str
     fd: int = -1
     made: os.stat_result | None = None
     kept: bool = False
+    journal: Journal | None = None
+
+    def held_bytes(self) -> int:
+        """Bytes of the disk that it takes already."""
+        if not stat.S_ISDIR(os.fstat(self.fd).st_mode):
+            return os.fstat(self.fd).st_blocks * 512
+        places = (os.path.join(self.path, name) for name in files_below(self.path))
+        return sum(os.lstat(place).st_blocks * 512 for place in places)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            close_quietly(self.fd)
+        if self.journal is not None:
+            self.journal.close()
+
+    def end(self, error: BaseException) -> None:
+        """Removes it, unless a later run may go on with it; says in the error what is left."""
+        wrong = isinstance(error, BrokenContainerError | RefusedError)
+        if self.journal is not None and not wrong:
+            _add_hint(error, f"--resume goes on from '{self.path}'; without it the next run removes that")
+            return
+        with contextlib.suppress(OSError):
+            self.discard()
+        with contextlib.suppress(OSError):
+            if self.journal is not None:
+                self.journal.remove()
+        if not is_gone(self.path):
+            _add_hint(error, f"'{self.path}' is left behind; the next run removes it")
+
+    def interrupted(self) -> None:
+        if self.journal is None:
+            self.discard()
 
     def discard(self) -> None:
         # Behind an exchange, what was replaced has this name: it is not ours to remove.
         with contextlib.suppress(FileNotFoundError):
             if not self.kept and (self.made is None or os.path.samestat(os.stat(self.path), self.made)):
-                _remove(self.path)
+                remove(self.path)
 
 
 @contextlib.contextmanager
-def _temporary(final: str, path: str, kind: FolderKind | None) -> Iterator[_Temporary]:
-    """Makes the temporary sibling of `final`. What ends the block early removes it, or names it where that fails."""
-    temporary = _Temporary(_temporary_name(final))
-    with last_act(temporary.discard):
-        try:
-            with _as_storage_error(path):
-                temporary.fd = _create_locked(temporary.path, folder=kind is not None)
-                temporary.made = os.fstat(temporary.fd)
-                with contextlib.suppress(FileNotFoundError):
-                    _take_over(os.stat(final), temporary.fd)
-            yield temporary
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                temporary.discard()
-            if not _is_gone(temporary.path):
-                _add_hint(error, f"'{temporary.path}' is left behind; the next run removes it")
-            raise
-        finally:
-            if temporary.fd >= 0:
-                _close(temporary.fd)
-
-
-def _is_gone(path: str) -> bool:
+def _begun(
+    path: str,
+    size: int,
+    kind: FolderKind | None,
+    force: bool,
+    sources: Iterable[str],
+    notice: Notice | None,
+    resumable: Identity | None,
+) -> Iterator[_Temporary]:
+    """Makes the temporary sibling of an output, or finds it. What ends the block early removes it or names it."""
+    final = os.path.realpath(path)
+    left = None if resumable is None else _unfinished(final, path, kind is not None, resumable)
+    temporary = left or _Temporary(final, temporary_name(final))
     try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        pass
-    return False
+        remove_leftovers(final, notice)
+        check_target(path, folder=kind, force=force, sources=sources)
+        with as_storage_error(path):
+            held = left.held_bytes() if left else 0
+        _check_space(final, size - held)
+        if left is not None:
+            (notice or unheard)(f"goes on from '{left.path}', which an earlier run had left")
+        with last_act(temporary.interrupted):
+            try:
+                with as_storage_error(path):
+                    _make(temporary, kind is not None, resumable)
+                yield temporary
+            except BaseException as error:
+                temporary.end(error)
+                raise
+        if temporary.journal is not None:
+            try:
+                temporary.journal.remove()
+            except OSError as error:
+                (notice or unheard)(f"'{temporary.journal.path}' could not be removed: {said(error)}")
+    finally:
+        temporary.close()
+
+
+def _make(temporary: _Temporary, folder: bool, resumable: Identity | None) -> None:
+    if temporary.fd < 0:
+        temporary.fd = create_locked(temporary.path, folder=folder)
+        temporary.made = os.fstat(temporary.fd)
+        if resumable is not None:
+            place = temporary_name(temporary.final, JOURNAL, token_of(temporary.path))
+            temporary.journal = Journal(create_locked(place, folder=False), place)
+            temporary.journal.begin(resumable)
+    with contextlib.suppress(FileNotFoundError):
+        _take_over(os.stat(temporary.final), temporary.fd)
+
+
+def _unfinished(final: str, path: str, folder: bool, resumable: Identity) -> _Temporary | None:
+    """Finds what a killed run to the same output left with a journal, and makes it this one's.
+
+    Raises:
+      UsageError: Code "resume-differs": there is such a thing, and it was made of something else.
+    """
+    place = os.path.dirname(final)
+    with as_storage_error(place):
+        names = sorted(os.listdir(place)) if _is_folder(place) else []
+    differs = None
+    for name in names:
+        of_it = [
+            each for each in names if each.startswith(prefix(final, TEMPORARY)) and token_of(each) == token_of(name)
+        ]
+        if not name.startswith(prefix(final, JOURNAL)) or len(of_it) != 1:
+            continue
+        left = _opened(final, os.path.join(place, of_it[0]), os.path.join(place, name), folder)
+        if left is None:
+            continue
+        assert left.journal is not None
+        identity = left.journal.identity
+        if identity is None:
+            # Killed before it had begun.
+            left.close()
+        elif different := list(journal.differing(resumable, identity)):
+            differs = differs or _differs(path, left.path, different)
+            left.close()
+        else:
+            with as_storage_error(path):
+                _take(left)
+            return left
+    if differs is not None:
+        raise differs
+    return None
+
+
+def _opened(final: str, path: str, journal_path: str, folder: bool) -> _Temporary | None:
+    """Opens and locks a temporary and its journal; None if another process has them, or may have made them."""
+    owners = {os.geteuid()}
+    journal_fd = open_unheld(journal_path, folder=False, owners=owners)
+    if journal_fd is None:
+        return None
+    if os.geteuid() == 0:
+        # Root gives an output the owner of what it replaces.
+        with contextlib.suppress(OSError):
+            owners.add(os.stat(final).st_uid)
+    fd = open_unheld(path, folder=folder, owners=owners)
+    if fd is None:
+        close_quietly(journal_fd)
+        return None
+    return _Temporary(final, path, fd, os.fstat(fd), journal=Journal(journal_fd, journal_path))
+
+
+def _take(left: _Temporary) -> None:
+    """Gives both the names of this process, which stand in for a lock where there are none."""
+    assert left.journal is not None
+    token = token_of(left.path)
+    try:
+        path = temporary_name(left.final, TEMPORARY, token)
+        os.rename(left.path, path)
+        left.path = path
+        left.journal.rename(temporary_name(left.final, JOURNAL, token))
+    except BaseException:
+        left.close()
+        raise
+
+
+def _differs(path: str, left: str, different: list[str]) -> UsageError:
+    return UsageError(
+        "what an earlier run left of this output was made of something else",
+        code="resume-differs",
+        file=path,
+        found=", ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else ""),
+        expected="the same version, source and options",
+        hint=f"Leave --resume away to start anew, which removes '{left}'; or give what was given then",
+    )
 
 
 def _take_over(before: os.stat_result, fd: int) -> None:
@@ -438,107 +610,22 @@ def _take_over(before: os.stat_result, fd: int) -> None:
     os.fchmod(fd, stat.S_IMODE(before.st_mode) & kept)
 
 
-def _create_locked(temporary: str, *, folder: bool) -> int:
-    while True:
-        if folder:
-            os.mkdir(temporary, 0o777)
-            fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        else:
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        # Some network file systems have no locks; the process id in the name stands in there.
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        try:
-            # Another run may have taken it for a leftover in the moment before the lock.
-            if os.path.samestat(os.stat(temporary), os.fstat(fd)):
-                return fd
-        except FileNotFoundError:
-            pass
-        except OSError:
-            _close(fd)
-            raise
-        _close(fd)
-
-
-def _close(fd: int) -> None:
-    # What was written has been flushed by now: a close can lose nothing, whatever it reports.
-    with contextlib.suppress(OSError):
-        os.close(fd)
-
-
-def _remove_leftovers(final: str, notice: Notice | None) -> None:
-    """Removes what killed runs to the same output left, and puts back a folder that one of them had set aside."""
-    say = notice or _unheard
-    folder = os.path.dirname(final)
-    with _as_storage_error(folder):
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-    for name in sorted(names):
-        path = os.path.join(folder, name)
-        if not name.startswith((_prefix(final, _TEMPORARY), _prefix(final, _ASIDE))) or _is_held(path):
-            continue
-        try:
-            if name.startswith(_prefix(final, _ASIDE)) and not os.path.lexists(final):
-                os.rename(path, final)
-                say(f"put '{name}' back, which an earlier run had set aside before it was killed")
-            else:
-                _remove(path)
-                say(f"removed '{name}', which an earlier run had left")
-        except OSError as error:
-            say(f"could not remove '{name}', which an earlier run had left: {_said(error)}")
-
-
-def _is_held(path: str) -> bool:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return _is_alive(path)
-    finally:
-        _close(fd)
-
-
-def _is_alive(path: str) -> bool:
-    process = path.rsplit(".", 2)[-2]
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OSError):
-        return True
-    return True
-
-
-def _remove(path: str) -> None:
-    """Removes a file or a folder; links are removed, not followed."""
-    if not os.path.isdir(path) or os.path.islink(path):
-        os.unlink(path)
-        return
-    for name in os.listdir(path):
-        _remove(os.path.join(path, name))
-    os.rmdir(path)
-
-
 def _put_in_place(
-    temporary: _Temporary, final: str, path: str, kind: FolderKind | None, force: bool, notice: Notice | None
+    temporary: _Temporary, path: str, kind: FolderKind | None, force: bool, notice: Notice | None
 ) -> None:
     """Gives the temporary its final name, and flushes that. An error leaves there what was there before."""
-    with _as_storage_error(path):
+    with as_storage_error(path):
         if force:
             # Where nothing is there to be replaced.
             with contextlib.suppress(FileNotFoundError):
-                _replace(temporary, final, path, kind, notice)
+                _replace(temporary, path, kind, notice)
                 return
-        _name_new(temporary, final, path)
+        _name_new(temporary, path)
 
 
-def _name_new(temporary: _Temporary, final: str, path: str) -> None:
+def _name_new(temporary: _Temporary, path: str) -> None:
     """Renames without replacing anything that has appeared in the meantime."""
+    final = temporary.final
     try:
         if not _renameat2(temporary.path, final, _NOREPLACE):
             if os.path.lexists(final):
@@ -546,24 +633,25 @@ def _name_new(temporary: _Temporary, final: str, path: str) -> None:
             os.rename(temporary.path, final)
     except FileExistsError:
         raise _exists(path) from None
-    with _undone(lambda: os.rename(final, temporary.path), temporary, final):
+    with _undone(lambda: os.rename(final, temporary.path), temporary):
         _flush_names(final, path)
 
 
-def _replace(temporary: _Temporary, final: str, path: str, kind: FolderKind | None, notice: Notice | None) -> None:
+def _replace(temporary: _Temporary, path: str, kind: FolderKind | None, notice: Notice | None) -> None:
+    final = temporary.final
     with _held(final):
         _check_replaceable(path, final, kind)
         old = _swap(temporary.path, final, kind)
-        with _undone(lambda: _swap_back(temporary.path, final, old), temporary, final):
+        with _undone(lambda: _swap_back(temporary.path, final, old), temporary):
             if old is not None:
                 # Nobody has added anything to it since it was looked at.
                 _check_replaceable(path, old, kind)
             _flush_names(final, path)
         if old is not None:
             try:
-                _remove(old)
+                remove(old)
             except OSError as error:
-                (notice or _unheard)(f"'{old}', which was replaced, could not be removed: {_said(error)}")
+                (notice or unheard)(f"'{old}', which was replaced, could not be removed: {said(error)}")
 
 
 def _swap(temporary: str, final: str, kind: FolderKind | None) -> str | None:
@@ -573,7 +661,7 @@ def _swap(temporary: str, final: str, kind: FolderKind | None) -> str | None:
     if kind is None:
         os.rename(temporary, final)
         return None
-    aside = _temporary_name(final, _ASIDE)
+    aside = temporary_name(final, ASIDE)
     try:
         os.rename(final, aside)
         os.rename(temporary, final)
@@ -587,7 +675,9 @@ def _swap(temporary: str, final: str, kind: FolderKind | None) -> str | None:
 def _swap_back(temporary: str, final: str, old: str | None) -> None:
     if old == temporary:
         _renameat2(temporary, final, _EXCHANGE)
-    elif old is not None:
+    elif old is None:
+        raise OSError(errno.ENOENT, "what was replaced is gone")
+    else:
         os.rename(final, temporary)
         os.rename(old, final)
 
@@ -606,11 +696,11 @@ def _held(final: str) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
     finally:
-        _close(fd)
+        close_quietly(fd)
 
 
 @contextlib.contextmanager
-def _undone(undo: Callable[[], None], temporary: _Temporary, final: str) -> Iterator[None]:
+def _undone(undo: Callable[[], None], temporary: _Temporary) -> Iterator[None]:
     """Calls `undo` if the block fails, so that the final name is again what it was."""
     try:
         yield
@@ -619,15 +709,17 @@ def _undone(undo: Callable[[], None], temporary: _Temporary, final: str) -> Iter
         temporary.kept = True
         try:
             undo()
-            _sync_folder(os.path.dirname(final))
+            _sync_folder(os.path.dirname(temporary.final))
             temporary.kept = False
         except OSError as failed:
-            _add_hint(error, f"'{final}' is whole, but may be either output after a power cut ({_said(failed)})")
+            _add_hint(
+                error, f"'{temporary.final}' is whole, but may be either output after a power cut ({said(failed)})"
+            )
         raise
 
 
 def _flush_names(final: str, path: str) -> None:
-    with _as_storage_error(path):
+    with as_storage_error(path):
         _sync_folder(os.path.dirname(final))
 
 
@@ -661,26 +753,7 @@ def _sync(path: str, flags: int) -> None:
         if not flags & os.O_DIRECTORY or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        _close(fd)
-
-
-@contextlib.contextmanager
-def _as_storage_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _storage_error(error, path) from error
-
-
-def _storage_error(error: OSError, path: str, missing: int | None = None) -> StorageError:
-    code = _CODES.get(error.errno or 0, "write-failed")
-    lacking = f": {missing} bytes are missing" if missing is not None else ""
-    hint = ". ".join(getattr(error, "__notes__", ())) or None
-    return StorageError(f"cannot write the output: {_said(error)}{lacking}", code=code, file=path, hint=hint)
-
-
-def _said(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+        close_quietly(fd)
 
 
 def _add_hint(error: BaseException, hint: str) -> None:
@@ -692,7 +765,3 @@ def _add_hint(error: BaseException, hint: str) -> None:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _unheard(message: str) -> None:
-    """Takes a notice that nobody has asked for."""

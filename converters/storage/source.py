@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import stat
+import threading
 from types import TracebackType
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, StorageError
@@ -62,6 +63,8 @@ class SourceFile:
       path: As the user or the index named it.
       size: Bytes, at the time of opening.
       links: Hard links to it.
+      bytes_read: Bytes that were read of it so far.
+      stamp: Size and time of modification, at the time of opening.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -93,7 +96,9 @@ class SourceFile:
             raise
         self.size = found.st_size
         self.links = found.st_nlink
-        self._stamp = (found.st_size, found.st_mtime_ns)
+        self.stamp = (found.st_size, found.st_mtime_ns)
+        self.bytes_read = 0
+        self._counting = threading.Lock()
 
     def readinto_at(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Fills the whole buffer with the bytes from `offset` on.
@@ -115,7 +120,7 @@ class SourceFile:
                 ) from error
             if count == 0:
                 raise StorageError(
-                    "the file ends before the data does; did it shrink while it was being read?",
+                    "the file ends before the data does; did it shrink while being read?",
                     code="short-read",
                     file=self.path,
                     offset=offset + done,
@@ -123,6 +128,8 @@ class SourceFile:
                     expected=f"{len(view)} bytes from byte {offset}",
                 )
             done += count
+        with self._counting:
+            self.bytes_read += done
 
     def read_at(self, offset: int, nbytes: int) -> bytearray:
         """Returns `nbytes` bytes from `offset` on; nothing is allocated if the file is not as long as that.
@@ -150,9 +157,9 @@ class SourceFile:
             raise StorageError(
                 f"reading failed: {error.strerror or error}", code="read-failed", file=self.path
             ) from error
-        if (now.st_size, now.st_mtime_ns) != self._stamp:
+        if (now.st_size, now.st_mtime_ns) != self.stamp:
             raise StorageError(
-                "the file was changed while it was being read",
+                "the file changed while it was being read",
                 code="source-changed",
                 file=self.path,
                 found=f"{now.st_size} bytes",
@@ -218,5 +225,5 @@ def _refuse_irregular(found: os.stat_result, path: str) -> None:
         code="not-a-regular-file",
         file=path,
         expected="a regular file",
-        hint="Name a file; what a pipe or a device gives can be written into one",
+        hint="Name a file; save what a pipe or a device gives to a file first",
     )

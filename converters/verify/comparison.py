@@ -205,10 +205,10 @@ def _decoded(a: Checkpoint, b: Checkpoint) -> tuple[Checkpoint, Checkpoint, list
     for label, checkpoint in (("A", a), ("B", b)):
         try:
             view = dense_view(checkpoint)
+            forms = packed_forms(view)
         except FindingError as error:
             notes.append(f"{label} is compared as it is stored: {error.message}")
-            view = checkpoint
-        forms = packed_forms(view)
+            view, forms = checkpoint, {}
         listed = ", ".join(f"{form} ({counted(count, 'tensor')})" for form, count in forms.items())
         if forms:
             notes.append(f"{label} is quantised and compared by what it decodes to: {listed}")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from apr_jax.converters.checkpoint import side_files
 from apr_jax.converters.checkpoint.file_names import CONFIG_NAME
-from apr_jax.converters.errors import AprJaxError
 
 if TYPE_CHECKING:
     from apr_jax.converters.checkpoint.checkpoint import Checkpoint
@@ -214,15 +213,12 @@ def _template_difference(a: Files, b: Files) -> Iterator[SideFileDifference]:
 
 def _template(files: Files) -> Any:
     """Returns the chat template as transformers finds it: the file of its own before tokenizer_config.json's."""
-    try:
-        if _JINJA in files:
-            return files[_JINJA].decode()
-        for name in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
-            template = side_files.parse(files[name]).get("chat_template") if name in files else None
-            if template is not None:
-                return template
-    except (ValueError, AprJaxError):
-        pass
+    if _JINJA in files:
+        return files[_JINJA].decode()
+    for name in (_TEMPLATE_JSON, _TOKENIZER_CONFIG):
+        template = side_files.parse(files[name]).get("chat_template") if name in files else None
+        if template is not None:
+            return template
     return None
 
 

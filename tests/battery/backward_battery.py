@@ -109,7 +109,7 @@ class Bench:
         """The same with a low-rank adapter, of whose matrices alone gradients of parameters are dumped."""
         generator = np.random.default_rng(3)
         parts = {}
-        for name in self.weights:
+        for name in sorted(self.weights):
             if name.endswith(("q_proj.weight", "v_proj.weight", "down_proj.weight")):
                 rows, columns = self.weights[name].shape
                 a, b = (

@@ -132,11 +132,11 @@ def write_checkpoint(folder: pathlib.Path, *, layers: int, entries: int) -> int:
         "eos_token_id": 0,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    _write_tokenizer(folder, entries)
+    write_tokenizer(folder, entries)
     return position
 
 
-def _write_tokenizer(folder: pathlib.Path, entries: int) -> None:
+def write_tokenizer(folder: pathlib.Path, entries: int) -> None:
     """Writes tokenizer.json, vocab.json and merges.txt, with tokens in several scripts as real ones have them."""
     scripts = ("token", "Ġwort", "слово", "単語", "😀")
     tokens = {f"{scripts[number % len(scripts)]}{number:x}": number for number in range(entries)}
@@ -152,7 +152,8 @@ def _write_tokenizer(folder: pathlib.Path, entries: int) -> None:
     (folder / "merges.txt").write_text("\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
 
 
-def _metadata_bytes(apr: pathlib.Path) -> int:
+def metadata_bytes(apr: pathlib.Path) -> int:
+    """Returns how long the metadata of an `.apr` are."""
     with open(apr, "rb") as file:
         return int(struct.unpack_from("<I", file.read(64), 20)[0])
 
@@ -180,7 +181,7 @@ def measure(folder: pathlib.Path, *, layers: int, entries: int, rounds: int) -> 
         ):
             _remove(end)
             runs[direction].append(_child(_CONVERT, ROOT, begin, "--to", to, "-o", end, "--json"))
-    metadata = _metadata_bytes(apr)
+    metadata = metadata_bytes(apr)
     same = all(
         (back / file.name).read_bytes() == file.read_bytes()
         for file in source.iterdir()

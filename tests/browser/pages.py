@@ -2,10 +2,11 @@
 
     python tests/browser/pages.py AXE [--screenshots DIR]
 
-makes the parity page of a right engine and of the real four-fold case, and the page of `show`, and opens each in
-headless Chromium at the width of a phone and of a desk, dark and light. Fails if a page logs anything, asks for
-anything, moves sideways (on screen or on paper), or if axe-core finds something serious; and if the heat map cannot be
-walked with the keyboard. AXE is axe.min.js of the npm package axe-core; Chromium is `$CHROMIUM` or what is on the path.
+makes the parity page of a right engine and of the real four-fold case, and the page of `show` of a sound and of a
+damaged checkpoint, and opens each in headless Chromium at the width of a phone and of a desk, dark and light. Fails if
+a page logs anything, asks for anything, moves sideways (on screen or on paper), or if axe-core finds anything; if the
+heat map cannot be walked with the keyboard; and if a table of `show` hides a part of itself. AXE is axe.min.js of the
+npm package axe-core; Chromium is `$CHROMIUM` or what is on the path.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import safetensors.numpy
 
 from apr_jax.commands import parity
 from apr_jax.converters.commands import show
@@ -56,9 +60,22 @@ def write_pages(folder: pathlib.Path) -> dict[str, pathlib.Path]:
             command = ["parity.py", str(checkpoint), "--right", str(dump), "--html", str(page)]
             assert parity.main(parity.parse(command)) == bool(faults), name
             pages[page.stem] = page
-        page = folder / "show.html"
-        show.main(show.parse(["show.py", str(checkpoint), "--html", str(page)]))
-    return pages | {page.stem: page}
+        damage(pathlib.Path(shutil.copytree(checkpoint, "damaged")))
+        for name in (str(checkpoint), "damaged"):
+            page = folder / f"show-{'damaged' if name == 'damaged' else 'sound'}.html"
+            show.main(show.parse(["show.py", name, "--html", str(page)]))
+            pages[page.stem] = page
+    return pages
+
+
+def damage(checkpoint: pathlib.Path) -> None:
+    """Makes checks of a checkpoint fail: a NaN, a weight of zeros, and a norm that is a hundred times too large."""
+    path = checkpoint / "model.safetensors"
+    tensors = {name: np.array(array) for name, array in safetensors.numpy.load_file(path).items()}
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = np.nan
+    tensors["model.layers.1.self_attn.q_proj.weight"][:] = 0
+    tensors["model.norm.weight"] *= 100
+    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
 
 
 @contextlib.contextmanager
@@ -112,17 +129,26 @@ class Visit:
                 self.wrong.append(f"moves sideways ({media}): {wide} of {width} pixels")
 
     def check_axe(self, source: str) -> int:
-        """Serious and critical findings of axe-core; returns how many rules passed."""
+        """All findings of axe-core; returns how many rules passed."""
         self.page.evaluate(source)
         found = self.page.evaluate("axe.run()")
         for violation in found["violations"]:
             places = "; ".join(node["html"][:120] for node in violation["nodes"][:3])
-            text = f"axe, {violation['impact']}: {violation['id']} at {len(violation['nodes'])}: {places}"
-            if violation["impact"] in ("serious", "critical"):
-                self.wrong.append(text)
-            else:
-                print(f"  {text}")
+            self.wrong.append(f"axe, {violation['impact']}: {violation['id']} at {len(violation['nodes'])}: {places}")
         return len(found["passes"])
+
+    def check_tables(self) -> None:
+        """Every cell of a page of `show` is whole and within its table's box, without a scroll to the side."""
+        hidden = self.page.evaluate(
+            """() => [...document.querySelectorAll('.scroll td, .scroll tbody th')].filter(e => e.checkVisibility())
+            .filter(e => { const box = e.closest('.scroll').getBoundingClientRect(), own = e.getBoundingClientRect();
+            return own.right > box.right + 1 || own.left < box.left - 1 || e.scrollWidth > e.clientWidth + 1; })
+            .map(e => e.textContent)"""
+        )
+        if hidden:
+            self.wrong.append(f"hidden: {len(hidden)} cells, the first is {hidden[0]!r}")
+        if (mains := self.page.locator("main").count()) != 1:
+            self.wrong.append(f"{mains} <main>")
 
     def _here(self) -> dict[str, Any]:
         """What has the focus, and what the status line says."""
@@ -180,26 +206,27 @@ def shrunk(png: bytes) -> bytes:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("axe", metavar="AXE", type=pathlib.Path, help="axe.min.js")
-    parser.add_argument("--screenshots", metavar="DIR", type=pathlib.Path, help="where to put those of the parity page")
+    parser.add_argument("--screenshots", metavar="DIR", type=pathlib.Path, help="where to put those of our pages")
     args = parser.parse_args(argv)
     source, failed = args.axe.read_text(), False
     screenshots = args.screenshots and args.screenshots.resolve()
     with tempfile.TemporaryDirectory() as scratch, browser() as started:
         for name, path in write_pages(pathlib.Path(scratch)).items():
-            for width in WIDTHS:
-                for scheme in SCHEMES:
-                    visit = Visit(started, path, width, scheme)
-                    visit.check_width()
-                    if screenshots and name != "show":
-                        png = shrunk(visit.page.screenshot(full_page=True))
-                        (screenshots / f"{name}-{width}-{scheme}.png").write_bytes(png)
-                        visit.wrong += [f"screenshot of {len(png)} bytes"] if len(png) > MOST_BYTES else []
-                    rules = visit.check_axe(source)
-                    cells = visit.walk() if name != "show" else 0
-                    visit.close()
-                    result = "; ".join(visit.wrong) or f"ok ({rules} rules of axe passed, {cells} cells walked)"
-                    print(f"{name} {width} {scheme}: {result}")
-                    failed |= bool(visit.wrong)
+            for width, scheme in itertools.product(WIDTHS, SCHEMES):
+                visit = Visit(started, path, width, scheme)
+                visit.check_width()
+                if name.startswith("show-"):
+                    visit.check_tables()
+                if screenshots:
+                    png = shrunk(visit.page.screenshot(full_page=True))
+                    (screenshots / f"{name}-{width}-{scheme}.png").write_bytes(png)
+                    visit.wrong += [f"screenshot of {len(png)} bytes"] if len(png) > MOST_BYTES else []
+                rules = visit.check_axe(source)
+                cells = visit.walk() if name.startswith("parity-") else 0
+                visit.close()
+                result = "; ".join(visit.wrong) or f"ok ({rules} rules of axe passed, {cells} cells walked)"
+                print(f"{name} {width} {scheme}: {result}", flush=True)
+                failed |= bool(visit.wrong)
     return int(failed)
 
 

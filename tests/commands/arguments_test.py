@@ -1,7 +1,7 @@
 """Every command against the options that commands share, help at any width, and first commands that are wrong."""
 
 import argparse
-import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.commands import entry
 from apr_jax.commands.entry import COMMANDS
 from apr_jax.converters.commands import arguments
 from apr_jax.converters.errors import UsageError
@@ -26,6 +27,7 @@ TABLE = ROOT / "docs" / "options.md"
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 _NO_MODEL = "opens no checkpoint"
 _BYTES = "reads and writes bytes: nothing is computed on a device"
+_DEVICES = ("--mesh", *arguments.OF_PROCESSES)
 REASONS = {
     ("convert", "--device"): _BYTES,
     ("convert", "--dtype"): "--cast says what types are written",
@@ -37,10 +39,16 @@ REASONS = {
     ("verify", "--force"): "writes nothing",
     ("parity", "--device"): "has two sides: --left and --right",
     ("generate", "--force"): "writes nothing",
-    ("checkpoint save", "--device"): "nothing is computed on a device",
-    **{("checkpoint restore", option): "reads what save wrote" for option in ("--dtype", "--lenient", "--legacy",
-       "--follow-links", "--adapter")},
-    ("checkpoint restore", "--force"): "writes nothing",
+    **{(command, option): _BYTES for command in ("convert", "show", "verify") for option in _DEVICES},
+    **{(f"checkpoint {command}", option): "one process sees all devices" for command in ("save", "restore")
+       for option in _DEVICES[1:]},
+    **{("checkpoint show", option): "shows what is stored" for option in ("--device", *_DEVICES)},
+    **{("make-sample", option): _NO_MODEL for option in _DEVICES},
+    **{("bench", option): "measures one process" for option in _DEVICES[1:]},
+    **{(f"checkpoint {command}", option): "reads what save wrote" for option in ("--dtype", "--lenient", "--legacy",
+       "--follow-links", "--adapter") for command in ("restore", "show")},
+    ("checkpoint show", "--ignore-config"): "reads what save wrote",
+    ("checkpoint show", "--force"): "writes nothing",
     **{("bench", option): "measures shapes and checkpoints as they are" for option in ("--lenient", "--legacy",
        "--follow-links", "--adapter")},
     **{("make-sample", option): _NO_MODEL for option in ("--device", "--dtype", "--lenient", "--legacy",
@@ -97,6 +105,9 @@ WRONG = {
     "loss {}/model.apr": "--text",
     "loss {}/model.apr --text {}/nothing.txt": "nothing.txt",
     "checkpoint sav {}/model.apr {}/prepared": "save",
+    "checkpoint restore {}/hf --force": "-o OUT",
+    "checkpoint restore {}/hf -o {}/out.apr --device cpu": "leave --device and --mesh out",
+    "checkpoint show {}/hf": "checkpoint save",
     "bench 0.6b": "0.6b",
     "make-sample": "--list",
 }
@@ -169,6 +180,15 @@ class HelpTest(parameterized.TestCase):
             self.assertIn(paragraph.replace("%(prog)s", parser.prog).replace("%%", "%"), words)
         self.assertNotIn("helpfull", text)
 
+    @parameterized.parameters(60, 80, 200)
+    def test_the_list_of_commands_fits(self, width):
+        with mock.patch.dict(os.environ, COLUMNS=str(width)):
+            text = entry.description()
+        self.assertLessEqual(max(map(len, text.splitlines())), width)
+        words = " ".join(text.split())
+        for command, (_, summary) in COMMANDS.items():
+            self.assertIn(f"{command} {summary}", words)
+
     def test_examples_are_of_the_command_that_was_called(self):
         shown = subprocess.run(
             [sys.executable, "tools/golden.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -237,6 +257,42 @@ class NearestTest(parameterized.TestCase):
     @parameterized.parameters(("--dtpye", "--dtype"), ("--dev", "--device"), ("--zzz", None))
     def test_what_was_meant(self, word, meant):
         self.assertEqual(arguments.nearest(word, arguments.SHARED), meant)
+
+    @parameterized.parameters(
+        (["--legacy", "x.apr"], ["--legacy=", "x.apr"]),
+        (["--legacy", "8=q8", "x.apr"], ["--legacy=8=q8", "x.apr"]),
+        (["--legacy"], ["--legacy="]),
+        (["--legacy", "--", "--legacy", "8=q8"], ["--legacy=", "--", "--legacy", "8=q8"]),
+    )
+    def test_what_follows_an_option_that_needs_nothing(self, given, understood):
+        self.assertEqual(list(arguments._without_guessing(given)), understood)
+
+    @parameterized.parameters(
+        ("data=2", {"data": 2}), ("data=2,model=4", {"data": 2, "model": 4}), ("modl=2", "did you mean model"),
+        ("rows=2", "they are data"), ("data", "is no mesh"), ("data=0", "is no mesh"), ("data=2,data=2", "is no mesh"),
+    )  # fmt: skip
+    def test_meshes(self, text, expected):
+        if isinstance(expected, dict):
+            self.assertEqual(arguments._mesh(text), expected)
+        else:
+            with self.assertRaisesRegex(argparse.ArgumentTypeError, expected):
+                arguments._mesh(text)
+
+    @parameterized.parameters(
+        ("auto", True), ("host:1", True), ("host:65535", True), ("host:65536", False), ("host:0", False),
+        ("host", False), (":80", False), ("host:\u0661", False),
+    )  # fmt: skip
+    def test_addresses(self, text, is_one):
+        if is_one:
+            self.assertEqual(arguments._coordinator(text), text)
+        else:
+            with self.assertRaisesRegex(argparse.ArgumentTypeError, "is no address"):
+                arguments._coordinator(text)
+
+    def test_a_package_that_is_missing_is_said_with_the_versions(self):
+        missing = mock.patch("importlib.metadata.version", side_effect=importlib.metadata.PackageNotFoundError)
+        with missing:
+            self.assertIn("flax (not installed)", arguments.versions())
 
     def test_options_are_not_guessed_from_their_beginning(self):
         parser = arguments.complete(arguments.make_parser("apr-jax x", "It."))

@@ -12,6 +12,8 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+import numpy as np
+import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from tests import tool
@@ -81,6 +83,19 @@ class ConvertTest(parameterized.TestCase):
         self.assertIn("nothing written", done.stdout)
         self.assertEqual(os.listdir(self.folder), [])
 
+    def test_what_is_left_out_and_what_is_lost_is_printed(self):
+        values = {"model.embed_tokens.weight": np.array([[1e30, 1.0]], np.float32)}
+        values["lm_head.weight"] = values["model.embed_tokens.weight"]
+        safetensors.numpy.save_file(values, self.folder / "s.safetensors")
+        arguments = ("s.safetensors", "-o", "m.apr", "--to", "apr", "--tied-head", "absent")
+        left_out = "left out: lm_head.weight (its values are the embedding's)"
+        planned = self.run_tool(*arguments, "--dry-run").stdout
+        self.assertIn(left_out, planned)
+        self.assertNotIn("side files:", planned)
+        done = self.run_tool(*arguments, "--cast", "f16", "--allow-overflow").stdout
+        self.assertIn(left_out, done)
+        self.assertIn("model.embed_tokens.weight: 1 value became infinite, 0 became zero", done)
+
     def test_json_of_dry_run_and_run_agree(self):
         arguments = (SOURCE, "-o", "hf", "--to", "safetensors", "--max-shard-size", "100KB", "--json")
         planned = json.loads(self.run_tool(*arguments, "--dry-run").stdout)
@@ -126,6 +141,7 @@ class ConvertTest(parameterized.TestCase):
         shown = os.read(controller, 1 << 16)
         os.close(controller)
         self.assertIn(b"\x1b[", shown)
+        self.assertRegex(shown, rb"210\.0/210\.0 kB.*0:00:00", "how much, and when the rest is done")
         self.assertNotIn(b"\x1b", done.stdout)
 
     def test_help_names_the_command_as_it_was_called(self):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -20,10 +21,11 @@ import numpy as np
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint import folders
 from apr_jax.converters.checkpoint.naming import for_model
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.commands import cli, convert, show, verify
-from apr_jax.converters.errors import AprJaxError
+from apr_jax.converters.errors import AprJaxError, MissingFileError
 from tests.paths import DATA, checkpoint
 
 TIED, UNTIED, SHARDED = checkpoint("gqa_tied_bf16"), checkpoint("gqa_untied_bf16"), checkpoint("mha_untied_f32_sharded")
@@ -156,7 +158,7 @@ class NamesTest(FieldTestCase):
         self.assertIn("identical", self.verify(TIED, self.folder / "out.apr"))
 
     @parameterized.parameters(
-        ("x.=", "begins with"), ("model.layers.*.=model.", "several tensors"), ("a", "no renaming")
+        ("x.=", "begins with"), ("model.layers.*.=model.", "several tensors"), ("a", "not a renaming")
     )
     def test_renamings_that_cannot_be_are_refused(self, rule, words):
         self.assertIn(words, self.convert(TIED, "--rename", rule, code=2))
@@ -583,6 +585,16 @@ class PlacesTest(FieldTestCase):
         # Of several repositories none is the one that is meant.
         self.assertIn(str(repository), self.verify(repository.parent, code=3))
 
+    def test_a_cache_without_refs_is_opened_where_it_has_one_snapshot(self):
+        repository = self.cache()
+        shutil.rmtree(repository / "refs")
+        self.assertIn("identical", self.verify(TIED, repository))
+        (repository / "snapshots" / ("d" * 40)).mkdir()
+        self.assertIn("c" * 40, self.verify(TIED, repository, code=3))
+        for revision in ("../snapshots", "x/../main", ""):
+            with self.assertRaises(MissingFileError):
+                folders.snapshot(os.fspath(repository), revision)
+
     @parameterized.parameters("../../x", "/etc", "", "..", "c\0")
     def test_field_a_cache_whose_main_is_no_revision(self, main):
         """FIELD Configurations: refs/main that leads elsewhere -> refused, naming the snapshots that are there"""
@@ -818,7 +830,7 @@ class OtherProgramsTest(FieldTestCase):
         "only_the_state_of_a_run": (
             ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"),
             "",
-            "spelt",
+            "spelling",
         ),
     }
 
@@ -847,7 +859,7 @@ class OtherProgramsTest(FieldTestCase):
         (b"\x93NUMPY" + bytes(60), "safetensors.numpy"),
         (HTML, "Download it again"),
         (LFS, "git lfs pull"),
-        (bytes(range(1, 65)), "Fetch it again"),
+        (bytes(range(1, 65)), "Download it again"),
     )
     def test_field_files_of_other_programs(self, content, way):
         """FIELD Configurations: a pickle, HDF5, gzip, .npy, HTML, LFS pointer as model.safetensors -> the way out"""

@@ -9,7 +9,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import safetensors.numpy
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from apr_jax.trace import golden, inputs
 from apr_jax.trace.positions import find_columns, gather_positions
@@ -148,6 +148,30 @@ class GoldenCommandTest(absltest.TestCase):
                 done = self.ran(*args, code=code)
                 self.assertRegex(done.stderr, r"(?m)^(error:|.*: error:) ")
         self.assertEqual([path.name for path in self.folder.iterdir()], ["x.safetensors"])
+
+
+class FormatTest(parameterized.TestCase):
+    @parameterized.parameters(
+        (("out", "--to", "aprt"), True),
+        (("out/",), True),
+        (("out",), False),
+        (("out.safetensors", "--to", "safetensors"), False),
+    )
+    def test_an_option_or_the_name_says_what_is_written(self, words, folder):
+        place = pathlib.Path(self.create_tempdir().full_path)
+        tool.ran(self, "golden", SAMPLE, "--trace", "--prompt", "x", "-o", *words, cwd=place)
+        (made,) = place.iterdir()
+        self.assertEqual(made.is_dir(), folder)
+
+    @parameterized.parameters(
+        (("-o", "out/", "--to", "safetensors", "--trace"), "a safetensors file cannot be a folder"),
+        (("-o", "out", "--to", "aprt"), "Add --trace"),
+        (("--check", "out", "--to", "aprt"), "--to says what -o writes"),
+    )
+    def test_what_cannot_be(self, words, said):
+        done = tool.run("golden", SAMPLE, *words)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn(said, done.stderr)
 
 
 if __name__ == "__main__":

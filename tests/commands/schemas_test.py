@@ -426,6 +426,8 @@ class OutputsTest(parameterized.TestCase):
             "checkpoint",
             self.output("checkpoint", "save", SAMPLE, "prepared", "--dtype", "bf16", "--fused"),
             self.output("checkpoint", "restore", "prepared"),
+            self.output("checkpoint", "restore", "prepared", "-o", "restored.apr"),
+            self.output("checkpoint", "show", "prepared"),
             self.output("checkpoint", "restore", "nowhere", code=3),
         )
         # What is not safetensors and not .apr is described, too.
@@ -435,7 +437,18 @@ class OutputsTest(parameterized.TestCase):
     def test_bench(self):
         results = [json.loads(path.read_text()) for path in sorted((paths.ROOT / "tests/bench/results").glob("*.json"))]
         self.assertGreaterEqual(len(results), 3)
-        self.described("bench", *results)
+        # Of eight simulated devices: tests/mesh holds what bench prints there against the schema.
+        spread = {
+            "mesh": {
+                "data": 1,
+                "model": 8,
+                "parts": {"kv_heads": 4, "heads": 4, "ffn": 8, "vocabulary": 8},
+                "parameter_bytes_per_device": 2,
+                "parameter_bytes": 9,
+                "operations": "XLA's own",
+            }
+        }
+        self.described("bench", *results, results[0] | spread)
 
     def test_generate(self):
         made = self.output("generate", SAMPLE, "--prompt", "Hi", "--max-new-tokens", 3, "--greedy")

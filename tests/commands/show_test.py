@@ -101,6 +101,14 @@ class ShowTest(parameterized.TestCase):
             self.assertIn("apr_q", text)
             self.assertIn("items:", text)
 
+    def test_a_head_without_data_is_said_to_stand_for_the_embedding(self):
+        entries = apr_format.lay_out(
+            (name, dtypes.by_name("f32"), (2, 2), size)
+            for name, size in (("model.embed_tokens.weight", 16), ("lm_head.weight", 0))
+        )
+        path = self.write_apr({"tied_embeddings": True}, entries, bytes(64))
+        self.assertIn("lm_head.weight [2, 2] has no data: it stands for the embedding", self.run_tool(path).stdout)
+
     def test_an_empty_line_stands_between_the_parts(self):
         parts = self.run_tool(checkpoint("gqa_tied_bf16")).stdout.split("\n\n")
         self.assertEqual([part.split()[0] for part in parts[1:4]], ["metadata", "side", "tensor"])

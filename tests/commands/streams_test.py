@@ -1,6 +1,7 @@
 """What commands print and how they end, whatever their streams, their arguments and the names in files are."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+import warnings
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -19,7 +21,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.commands.entry import COMMANDS
-from apr_jax.converters.commands import tables, terminal
+from apr_jax.converters.commands import cli, progress, tables, terminal
 from apr_jax.trace import aprt, inputs, stages
 from tests import paths, tool
 
@@ -52,6 +54,29 @@ class StreamsTest(parameterized.TestCase):
             done = process(command, *args, capture_output=False, stdout=subprocess.PIPE, stderr=full)
         self.assertEqual((done.returncode, done.stdout), (code, b""))
 
+    @parameterized.parameters((), ("--json",))
+    def test_a_reader_that_went_away_is_no_failure(self, *options):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = process("show", SAMPLE, *options, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
+        os.close(writer)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    @parameterized.parameters(
+        (MemoryError(), "error: there is not enough memory"),
+        (OSError(errno.EACCES, "Permission denied", "x"), "error: x: Permission denied"),
+        (OSError(errno.EMFILE, "Too many open files"), "error: Too many open files"),
+    )
+    def test_what_the_system_refuses_is_one_line_and_exit_7(self, error, said):
+        with (
+            contextlib.redirect_stderr(io.StringIO()) as stream,
+            self.assertRaises(SystemExit) as caught,
+            cli._ending_on_error(["show"], lambda: None),
+        ):
+            raise error
+        self.assertEqual((caught.exception.code, stream.getvalue().count("\n")), (7, 1))
+        self.assertStartsWith(stream.getvalue(), said + ". ")
+
     @parameterized.parameters(*COMMANDS)
     def test_an_interrupt_while_modules_are_imported_says_nothing(self, command):
         """The handlers of a command are not there yet: a module that it imports sends the signal."""
@@ -69,7 +94,7 @@ class StreamsTest(parameterized.TestCase):
         first = {"checkpoint": ["save", SAMPLE], "make-sample": ["gqa_tied_bf16"]}.get(command, [SAMPLE])
         done = tool.run(command.replace("-", "_"), *first, *options)
         self.assertEqual(done.returncode, 2, done.stderr)
-        self.assertIn("a name is needed", done.stderr)
+        self.assertIn("the name is empty", done.stderr)
 
     def test_a_mistake_of_our_own_is_no_verdict_and_no_traceback(self):
         program = (
@@ -120,6 +145,28 @@ class TerminalTest(parameterized.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn(b"embed_tokens", shown)
         self.assertEqual(b"\x1b" in shown, expected)
+
+
+class ProgressTest(parameterized.TestCase):
+    @parameterized.parameters((True, "3/3 bytes"), (False, "3/3"))
+    def test_what_is_counted_is_shown(self, in_bytes, shown):
+        stream = mock.MagicMock(wraps=io.StringIO(), isatty=lambda: True, encoding="utf-8")
+        with (
+            mock.patch.object(progress, "shows_progress", return_value=True),
+            mock.patch.dict(os.environ, {"TERM": "xterm", "COLUMNS": "100"}),
+            contextlib.redirect_stderr(stream),
+            progress.bar_of(3, in_bytes=in_bytes) as advance,
+        ):
+            advance(3)
+        written = "".join(call.args[0] for call in stream.write.call_args_list)
+        self.assertIn(shown, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written))
+
+    def test_a_warning_is_said_once_when_the_work_is_done(self):
+        with contextlib.redirect_stderr(io.StringIO()) as stream, cli.warnings_said():
+            for _ in range(2):
+                warnings.warn("this is odd", UserWarning, stacklevel=1)
+            self.assertEqual(stream.getvalue(), "")
+        self.assertEqual(stream.getvalue(), "warning: this is odd\n")
 
 
 class TableTest(absltest.TestCase):

@@ -157,6 +157,13 @@ class CompareTest(VerifyTestCase):
         self.assertEqual([line.split()[0] for line in lines[header + 1 : header + 3]], list(reversed(names)))
         self.assertEqual(lines[header + 3 :], ["24 tensors: equal byte for byte"])
 
+    def test_what_has_another_shape_has_no_figures(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, shape in (("a", (2, 3)), ("b", (3, 2))):
+                safetensors.numpy.save_file({"x": np.ones(shape, "f4")}, f"{folder}/{name}.safetensors")
+            done = tool.ran(self, "verify", f"{folder}/a.safetensors", f"{folder}/b.safetensors", code=1)
+        self.assertRegex(done.stdout, r"(?m)^x +f32 +2x3 -> 3x2 +\S+ *$")
+
     def test_nothing_in_common_fails_with_a_hint(self):
         lines = self.verify(checkpoint("mqa_f16"), DATA / "apr" / "golden_v2.apr", code=1).stdout.splitlines()
         self.assertTrue(lines[0].startswith("different: nothing was compared"), lines[0])

@@ -54,6 +54,34 @@ class FlaxTest(parameterized.TestCase):
         findings = diagnose(self.exact, self.same, dump.inputs, dump.values).findings
         self.assertEqual({each.fault for each in findings}, {flax_engine.MISTAKES[mistake]} if mistake else set())
 
+    @parameterized.product(name=(NAME, "mha_untied_f32_sharded"), fused=(False, True))
+    def test_our_own_module_shows_every_stage(self, name, fused):
+        model = load_model(paths.checkpoint(name), "float32", "cpu", fused=fused)
+        padded = np.ones((2, 8), np.int32)
+        padded[1, 5:] = 0
+        with capture.flax(model.module, self.folder):
+            model.module(self.ids[:, :16].reshape(2, 8), attention_mask=padded)
+        dump = dumps.read(self.folder, model.config)
+        self.assertEqual(set(dump.values), set(model.trace(dump.inputs)))
+        np.testing.assert_array_equal(dump.inputs.attention_mask, padded)
+        exact = load(paths.checkpoint(name), "float64", "cpu")
+        self.assertEmpty(diagnose(exact, model, dump.inputs, dump.values).findings)
+
+    def test_a_table_that_is_read_and_not_called(self):
+        class Reads(flax_engine.Engine):
+            def __call__(self, tokens):
+                x = self.embedder.embedding[tokens]
+                for block in self.blocks:
+                    x = block(x)
+                return self.norm(x) @ self.embedder.embedding.T
+
+        model = flax_engine.load(Reads(self.exact.config), tensors())
+        with jax.default_matmul_precision("highest"), capture.flax(model, self.folder):
+            model(jnp.asarray(self.ids))
+        dump = dumps.read(self.folder, self.exact.config)
+        self.assertLen(dump.values, 35)
+        self.assertEmpty(diagnose(self.exact, self.same, dump.inputs, dump.values).findings)
+
     def test_the_classes_are_as_before_and_nothing_is_written_where_the_model_fails(self):
         before = flax_engine.Engine.__call__, jax.nn.softmax, flax_engine.rope, nnx.Linear.__call__
         with self.assertRaises(ZeroDivisionError), capture.flax(self.model(), self.folder):

@@ -75,6 +75,17 @@ class ExamplesTest(absltest.TestCase):
         self.assertEqual(wrong.returncode, 1, wrong.stdout + wrong.stderr)
         self.assertIn("WRONG", wrong.stdout)
 
+    def test_restore_with_orbax(self):
+        done = tool.run("checkpoint", "save", TINY, pathlib.Path(self.folder, "prepared"), "--fused")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        right = run_example("restore_with_orbax.py", "prepared", folder=self.folder)
+        self.assertEqual(right.returncode, 0, right.stderr)
+        self.assertEqual(right.stdout.count("float32"), 16)
+        part = pathlib.Path(self.folder, "prepared", "parameters", "model.norm.weight", "0")
+        part.write_bytes(bytes(256))
+        wrong = run_example("restore_with_orbax.py", "prepared", folder=self.folder)
+        self.assertIn("AssertionError: model.norm.weight", wrong.stderr)
+
 
 if __name__ == "__main__":
     absltest.main()

@@ -116,14 +116,14 @@ class VariantsTest(parameterized.TestCase):
     @parameterized.parameters(
         ({"tokenizer_config.json": b'{"eos_token": 5}'}, "a special token is 5"),
         ({"tokenizer_config.json": b'{"added_tokens_decoder": {"280": {"contents": "a"}}}'}, "cannot be used"),
-        ({"tokenizer_config.json": b"[]"}, "is no object"),
+        ({"tokenizer_config.json": b"[]"}, "is not an object"),
         ({"tokenizer_config.json": b'{"eos'}, "JSON.*--input-ids"),
         ({"added_tokens.json": b'{"a": "b"}', "tokenizer_config.json": b"{}"}, "cannot be used"),
         ({"tokenizer.json": b"version https://git-lfs.github.com/spec/v1"}, "JSON.*--input-ids"),
         ({"tokenizer.json": b'{"model": {"type": "Unigram", "vocab": []}}'}, "not byte-level BPE.*--input-ids"),
         (
             {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a"]}}'},
-            "no merge.*number 0: 'a'.*--input-ids",
+            "not a merge.*number 0: 'a'.*--input-ids",
         ),
         ({"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}'}, "cannot be used.*--input-ids"),
     )

@@ -213,13 +213,16 @@ for content in (b"", b"{", b"[]", b"5", b"{}", b'{"format":5}'):
         "json-syntax" if len(content) < 2 and content != b"5" else "prepared-content",
     )
 case("prepared: another version", prepared(format="apr_jax.prepared/9"), "prepared-format")
-case("prepared: of two devices", prepared(devices=2), "device-count")
+accepted("prepared: of two devices", prepared(devices=2))
 for changed in (
     {"dtype": "int8"},
     {"dtype": []},
     {"fused": 1},
     {"devices": True},
     {"devices": "1"},
+    {"devices": 0},
+    {"types": 5},
+    {"types": {"model.norm.weight": 5}},
     {"source": 5},
     {"versions": [1]},
     {"metadata": {"a": 5}},
@@ -253,8 +256,12 @@ for content in (b"[]", b"5"):
     case(f"prepared: layout {content.decode()}", prepared(layout=content), "prepared-parameter")
 for changed in ({"shape": [3]}, {"dtype": "<f8"}):
     case(f"prepared: layout with {changed}", prepared(layout={**LAYOUT, **changed}), "prepared-parameter")
-for changed in ({"chunks": [1]}, {"compressor": {"id": "zlib"}}, {"order": "F"}, {"filters": []}):
+for chunks in (None, 5, [], [0], [-1], [3], [True], [1.0], ["1"], [1, 1]):
+    case(f"prepared: layout with chunks {chunks}", prepared(layout={**LAYOUT, "chunks": chunks}), "prepared-chunks")
+for changed in ({"compressor": {"id": "zlib"}}, {"order": "F"}, {"filters": []}):
     case(f"prepared: layout with {changed}", prepared(layout={**LAYOUT, **changed}), "prepared-chunks")
+case("prepared: the file of all values for a half", prepared(layout={**LAYOUT, "chunks": [1]}), "prepared-size")
+case("prepared: a half without its file", prepared(layout={**LAYOUT, "chunks": [1]}, values=bytes(4)), "file-missing")
 
 
 def orbax(folder: pathlib.Path) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import gguf
 import numpy as np
@@ -135,6 +136,16 @@ class GgufTest(parameterized.TestCase):
             templates = json.loads(checkpoint.files["tokenizer_config.json"])["chat_template"]
         self.assertEqual([template["name"] for template in templates], ["default", *named])
         self.assertEqual([template["template"] for template in templates[1:]], list(named.values()))
+
+    def test_without_a_chat_template_there_is_none(self):
+        base = self.root / "base"
+        shutil.copytree(BASE, base)
+        config = json.loads((base / "tokenizer_config.json").read_text())
+        config.pop("chat_template", None)
+        (base / "tokenizer_config.json").write_text(json.dumps(config))
+        gguf_files.write(base, self.path)
+        with open_checkpoint(self.path) as checkpoint:
+            self.assertNotIn("chat_template", json.loads(checkpoint.files["tokenizer_config.json"]))
 
     def test_a_part_of_a_split_file_is_missed(self):
         values = packers.read(BASE / "model.safetensors")

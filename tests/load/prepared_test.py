@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -120,6 +121,44 @@ class RestoreTest(Case):
         self.assert_same_bits(load_model(self.folder).parameters, load_model(source).parameters)
 
 
+class BeginTest(Case):
+    @parameterized.parameters("bfloat16", "float64", "float16")
+    def test_what_is_changed_meanwhile_is_saved_as_it_was(self, dtype):
+        model = load_model(SOURCE, dtype, "cpu", fused=dtype == "bfloat16")
+        expected = jax.tree.map(lambda array: np.array(array), model.parameters)
+        may_write, real = threading.Event(), prepared._being_written
+
+        def waiting(*arguments):
+            may_write.wait(60)
+            return real(*arguments)
+
+        with absltest.mock.patch.object(prepared, "_being_written", waiting):
+            saving = prepared.begin(model, str(self.folder))
+            jax.tree.map(lambda array: array.delete(), model.parameters)
+            self.assertFalse(saving.is_done())
+            self.assertFalse(self.folder.exists())
+            may_write.set()
+            description = saving.wait()
+        self.assertTrue(saving.is_done())
+        self.assertEqual((description.dtype, description.fused), (dtype, dtype == "bfloat16"))
+        self.assert_same_bits(load_model(self.folder, dtype, "cpu", fused=description.fused).parameters, expected)
+        self.assertEqual(prepared.check(str(self.folder), "cpu").types["model.norm.weight"], description.stored.name)
+        with open_checkpoint(SOURCE) as source, open_checkpoint(self.folder) as found:
+            self.assertEqual(found.files["tokenizer.json"], source.files["tokenizer.json"])
+            self.assertEqual(found.model_config(), source.model_config())
+
+    def test_an_error_is_told_by_wait_and_a_folder_that_exists_at_once(self):
+        model = load_model(SOURCE, "float32", "cpu")
+        error = OSError(28, "No space left on device")
+        with absltest.mock.patch.object(prepared, "_described", side_effect=error):
+            saving = prepared.begin(model, str(self.folder))
+            self.refused(StorageError, "no-space", saving.wait)
+        self.assertEqual((saving.is_done(), os.listdir(self.scratch)), (False, []))
+        prepared.begin(model, str(self.folder)).wait()
+        self.refused(UsageError, "output-exists", lambda: prepared.begin(model, str(self.folder)))
+        prepared.begin(model, str(self.folder), force=True).wait()
+
+
 class BrokenTest(Case):
     def test_changed_values_are_found_by_restore_and_named(self):
         self.save(dtype="bfloat16", fused=True)
@@ -152,11 +191,9 @@ class BrokenTest(Case):
         (self.folder / "parameters" / DOWN / "0.0").rename(self.folder / "parameters" / DOWN / "0.1")
         self.refused(RefusedError, "prepared-chunks")
 
-    def test_several_devices_and_other_versions_are_refused(self):
+    def test_other_versions_are_refused(self):
         self.save()
-        self.edit("prepared.json", devices=4)
-        self.refused(RefusedError, "device-count")
-        self.edit("prepared.json", devices=1, format="apr_jax.prepared/2")
+        self.edit("prepared.json", format="apr_jax.prepared/2")
         self.refused(RefusedError, "prepared-format")
 
     @parameterized.parameters(
@@ -215,6 +252,13 @@ class AtomicTest(Case):
         self.assertTrue((self.folder / "parameters" / DOWN / "0.0").is_file())
         self.assertEqual(flushes.lacking(flushed, self.folder), [])
 
+    def test_several_processes_are_refused(self):
+        model = load_model(SOURCE, "float32", "cpu")
+        with absltest.mock.patch.object(jax, "process_count", return_value=2):
+            self.refused(UsageError, "save-processes", self.save)
+            self.refused(UsageError, "save-processes", lambda: prepared.begin(model, str(self.folder)))
+        self.assertEqual(self.listed(), [])
+
     def test_force_replaces_nothing_but_a_prepared_checkpoint(self):
         self.folder.mkdir()
         (self.folder / "thesis.txt").write_text("unique")
@@ -226,13 +270,8 @@ class AtomicTest(Case):
 
     @parameterized.parameters((KeyboardInterrupt, KeyboardInterrupt), (OSError(28, "No space left"), StorageError))
     def test_nothing_stays_of_a_save_that_was_interrupted(self, error, expected):
-        real = prepared._write_parameters
-
-        def interrupted(parameters, folder):
-            real(parameters, folder)
-            raise error
-
-        with absltest.mock.patch.object(prepared, "_write_parameters", interrupted), self.assertRaises(expected):
+        # While Orbax writes.
+        with absltest.mock.patch.object(prepared, "_described", side_effect=error), self.assertRaises(expected):
             self.save()
         self.assertEqual(self.listed(), [])
 

@@ -188,7 +188,7 @@ class CheckingTest(parameterized.TestCase):
     def test_a_file_without_losses_or_with_others_is_refused(self):
         for arrays, said in (
             ({"logits": np.zeros(3, np.float32)}, "holds no losses"),
-            ({"losses": np.zeros(3, np.float32)}, "as many losses"),
+            ({"losses": np.zeros(3, np.float32)}, "number of losses"),
             ({"loss": np.zeros(3, np.float32)}, "one number"),
         ):
             path = self.create_tempfile().full_path + ".safetensors"

@@ -114,10 +114,10 @@ class DocumentsTest(absltest.TestCase):
         self.assertEqual(found.counted.tolist(), [False, False, True, True])
         for line, said in (
             ('{"input_ids": [5, 6], "labels": [6, -100]}', "shifts them itself"),
-            ('{"input_ids": [5, 6], "labels": [5]}', "as many labels"),
+            ('{"input_ids": [5, 6], "labels": [5]}', "number of labels"),
             ('{"input_ids": [5, true]}', "not integers"),
-            ('{"prompt": "a"}', "none of what"),
-            ('["a"]', "none of what"),
+            ('{"prompt": "a"}', "holds nothing that"),
+            ('["a"]', "holds nothing that"),
         ):
             with self.subTest(line), self.assertRaisesRegex(BrokenContainerError, said):
                 of_lines(self.file(line), None)

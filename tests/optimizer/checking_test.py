@@ -130,7 +130,7 @@ class CommandTest(absltest.TestCase):
             (("--optimizer", "adamw", "--betas", "0.9", "-o", "x"), "two numbers"),
             (("--optimizer", "adamw", "--trace", "-o", "x"), "leave --export-inputs, --trace"),
             (("--optimizer", "adamw", "--dtype", "bfloat16", "--check", "x"), "float32 or float64"),
-            (("--optimizer", "adamw", "--eps", "-1", "-o", "x"), "--eps is no setting"),
+            (("--optimizer", "adamw", "--eps", "-1", "-o", "x"), "--eps is not a setting"),
         ):
             with self.subTest(said):
                 self.assertIn(said, tool.ran(self, "golden", model, *options, code=2).stderr)

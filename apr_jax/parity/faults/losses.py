@@ -137,7 +137,7 @@ FAULTS = (
     LOSS_COUNT,
     Fault(
         "labels-not-shifted",
-        "each position is held against its own token, not the next one",
+        "each position is compared with its own token, not the next one",
         _LOGITS,
         {"loss": _not_shifted},
         ways=lambda: ({"first": False},),
@@ -145,7 +145,7 @@ FAULTS = (
     ),
     Fault(
         "labels-shifted-twice",
-        "each position is held against the token after the next one",
+        "each position is compared with the token after the next one",
         _LOGITS,
         {"loss": _shifted_twice},
         formula="dz[t] = (softmax(z[t]) − 1[id[t + 2]]) / N",

@@ -62,10 +62,8 @@ class Context:
         return sizes
 
     def siblings(self, name: str, side: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the q, k and v projections of the same layer and kind (weight or bias), as far as they are there."""
+        """Returns the q, k and v that a q, k or v goes with, weights or biases, as far as they are there."""
         role = projection(name)
-        if role not in ("q", "k", "v"):
-            return {}
         names = {other: name.replace(f"{role}_proj", f"{other}_proj") for other in ("q", "k", "v")}
         return {other: side[found] for other, found in names.items() if found in side}
 

@@ -199,8 +199,6 @@ def misread_width(pair: Pair) -> Iterator[Found]:
     width = pair.a.nbytes // max(1, pair.size)
     source = pair.original.dtype.name
     for wrong in _MISREADINGS.get(width, ()):
-        if wrong == source:
-            continue
         view = pair.original.bits.view(f"<u{width}")
         for rounding in _ROUNDINGS[:2]:
             hits = 0
@@ -321,7 +319,8 @@ def _constants(before: np.ndarray, after: np.ndarray, reach: np.ndarray) -> tupl
 def _simplest(low: float, high: float) -> float:
     """Returns the number between two others that has the fewest decimal digits."""
     middle = (low + high) / 2
-    for digits in range(1, 18):
+    # Seventeen give the number in the middle itself.
+    for digits in range(1, 17):
         number = float(f"{middle:.{digits - 1}e}")
         if low <= number <= high:
             return number

@@ -73,8 +73,8 @@ def _parts(fused: str, names: Mapping[str, None]) -> tuple[str, ...] | None:
 def _fused(fused: Tensor, parts: list[Tensor], context: Context, suspect_is_fused: bool) -> Cause | None:
     whole = pairs.load(fused)
     loaded = [pairs.load(part) for part in parts]
-    rows = sum(part.shape[0] for part in parts)
-    if fused.shape[0] != rows or whole.bits.size != sum(part.bits.size for part in loaded):
+    rows = sum(part.shape[0] if part.shape else 0 for part in parts)
+    if not rows or fused.shape[:1] != (rows,) or whole.bits.size != sum(part.bits.size for part in loaded):
         return None
     bits = np.concatenate([pairs.cast_bits(part.bits, part.dtype.name, whole.dtype.name) for part in loaded])
     bits, found = bits.reshape(rows, -1), whole.bits.reshape(rows, -1)

@@ -243,6 +243,12 @@ class Pair:
         return int(self.y.size)
 
     @property
+    def has_elements(self) -> bool:
+        """Whether its elements are the tensors', and not bytes that stand for what nothing here decodes."""
+        sides = ((self.a, self.original), (self.b, self.suspect))
+        return all(payload.bits.size == math.prod(tensor.shape) for tensor, payload in sides)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the suspect: axis 0 and the rest; a vector has rows of one element."""
         if not self.b.shape:
@@ -325,8 +331,6 @@ class Pair:
 
     def plausible(self, predict: Predict) -> bool:
         """Returns whether a hypothesis holds on the sample of differing elements."""
-        if not self.sample.size:
-            return False
         # A small part first: most hypotheses end here.
         for select in (self.sample[:: max(1, self.sample.size // 64)], self.sample):
             hits = np.count_nonzero(self.equal(predict(select), select))
@@ -358,8 +362,7 @@ class Pair:
 
 def _spread(mask: np.ndarray, quota: int) -> np.ndarray:
     """Returns up to so many indices at which a mask is set, from its whole length."""
-    for step in (16, 1):
-        found = np.flatnonzero(mask[::step]) * step
-        if step == 1 or len(found) >= quota:
-            break
+    found = np.flatnonzero(mask[::16]) * 16
+    if len(found) < quota:
+        found = np.flatnonzero(mask)
     return found[np.arange(min(quota, len(found))) * len(found) // max(1, min(quota, len(found)))]

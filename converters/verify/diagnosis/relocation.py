@@ -127,10 +127,8 @@ def _places(pair: Pair, probe: int) -> Iterator[int]:
     given = 0
     for phase in range(width):
         view = data[phase : phase + (data.size - phase) // width * width].view(pair.x.dtype)
-        last = view.size - run.size + 1
-        if last <= 0:
-            continue
-        for part in Pair.chunks(last, 1):
+        # The nearest place first: what repeats itself is found in many.
+        for part in sorted(Pair.chunks(view.size - run.size + 1, 1), key=lambda part: _away(part, probe - begin)):
             equal = view[part] == run[0]
             # The second element sorts nearly all of them out.
             equal &= view[part.start + 1 : part.stop + 1] == run[1]
@@ -139,11 +137,16 @@ def _places(pair: Pair, probe: int) -> Iterator[int]:
                 if not places.size:
                     break
                 places = places[view[places + index] == run[index]]
-            for place in places:
-                yield (begin + int(place)) * width + phase
+            for place in sorted(places.tolist(), key=lambda place: abs(place - (probe - begin))):
+                yield (begin + place) * width + phase
                 given += 1
                 if given >= _PLACES:
                     return
+
+
+def _away(part: slice, place: int) -> int:
+    """How far a place is from a part, 0 inside."""
+    return max(part.start - place, place - part.stop, 0)
 
 
 def _plain_shift(pair: Pair, data: np.ndarray, shift: int) -> Found | None:

@@ -123,7 +123,20 @@ def _found_in_bytes(pair: Pair) -> Iterator[Found]:
         yield from relocation.shifted(pair)
 
 
+def _found_undecoded(pair: Pair, context: Context) -> Iterator[Found]:
+    """What can be said without values: bytes have no rows and columns that mean something."""
+    tagged = elementwise.same_bytes(pair)
+    if tagged is not None:
+        yield tagged
+    elif pair.same_count and pair.differing:
+        yield from sparse.zeros(pair)
+        yield from relocation.swapped(pair, context)
+
+
 def _found(pair: Pair, context: Context) -> Iterator[Found]:
+    if not pair.has_elements:
+        yield from _found_undecoded(pair, context)
+        return
     if not pair.same_count:
         tagged = elementwise.same_bytes(pair)
         if tagged is not None:

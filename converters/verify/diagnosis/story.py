@@ -262,12 +262,16 @@ def _cancel(prefix: str, move: _Move, rescaled: Mapping[str, Cause], context: Co
     if len(context.a[source].shape) > 1 and (bias := f"{prefix}{move.source}.bias") in context.a:
         # What is added in front of the reader has to be scaled, too.
         ratio = _ratio(context.a[bias], context.b.get(bias))
-        number = None if ratio is None else _number(ratio / factors, context.a[bias], ratio == ratio, any_=open_)
-        if number is None:
+        if ratio is None or ratio.shape != factors.shape:
             return None
-        factors, open_ = factors * number, False
-        halves |= {source: 1 / number} if len(_factors(source, rescaled)) > 1 else {}
-        parts.append(bias)
+        # Zeros stay zeros, whatever they are multiplied by.
+        if not np.isnan(ratio).all():
+            number = _number(ratio / factors, context.a[bias], ratio == ratio, any_=open_)
+            if number is None:
+                return None
+            factors, open_ = factors * number, False
+            halves |= {source: 1 / number} if len(_factors(source, rescaled)) > 1 else {}
+            parts.append(bias)
     for reader in (f"{prefix}{name}.weight" for name in move.into):
         if reader not in context.a or 1 not in _factors(reader, rescaled):
             return None
@@ -313,7 +317,7 @@ def _repeated(factors: np.ndarray, wanted: np.ndarray, context: Context) -> np.n
     """Repeats the factors of V's heads for the query heads that read them."""
     config = context.config
     times = len(wanted) // max(1, len(factors))
-    if config is None or times < 2:
+    if config is None or times < 2 or len(factors) % config.head_dim:
         return factors
     return np.repeat(factors.reshape(-1, config.head_dim), times, 0).reshape(-1)
 

@@ -141,6 +141,26 @@ class KnownKeysTest(parameterized.TestCase):
         with self.assertRaisesRegex(RefusedError, words):
             Qwen2Config.from_hf(BASE | keys | {"rope_scaling": rule})
 
+    @parameterized.parameters(
+        (None, 32768, ""),
+        ({"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.5}, 65536,
+         "proportional (factor 2, partial_rotary_factor 0.5)"),
+        ({"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32,
+          "original_max_position_embeddings": 32768}, 131072, "long_factor of 32 numbers"),
+    )  # fmt: skip
+    def test_how_long_a_text_may_be_and_what_the_rule_is_called(self, rule, length, words):
+        found = Qwen2Config.from_hf(
+            BASE | {"max_position_embeddings": 32768, "head_dim": 64} | ({"rope_scaling": rule} if rule else {})
+        )
+        self.assertEqual(found.context_length, length)
+        self.assertIn(words, str(found.rope_scaling))
+
+    @parameterized.parameters((0.0, "positive"), ("half", "positive"))
+    def test_a_share_that_proportional_cannot_turn(self, share, words):
+        rule = {"rope_type": "proportional", "partial_rotary_factor": share}
+        with self.assertRaisesRegex(RefusedError, f"partial_rotary_factor is .*{words}"):
+            Qwen2Config.from_hf(BASE | {"rope_scaling": rule})
+
     def test_one_setting_of_an_object_can_be_left_out(self):
         config = BASE | {"rope_scaling": YARN | {"unheard_of": 1}}
         with self.assertRaisesRegex(RefusedError, "--ignore-config rope_scaling.unheard_of"):

@@ -1,5 +1,6 @@
 """Sums over two tensors; the comparison's tests cover the distances themselves."""
 
+import json
 import pathlib
 import sys
 
@@ -24,6 +25,24 @@ class SumsTest(absltest.TestCase):
         one, two = Sums(5, 2, 1, 9.0, 8.0, 7.0, 1.0, 0.5), Sums(6, 3, 0, 1.0, 2.0, 3.0, 4.0, 0.25)
         self.assertEqual(one + two, Sums(11, 5, 1, 10.0, 10.0, 10.0, 5.0, 0.5))
         self.assertEqual(one, Sums(5, 2, 1, 9.0, 8.0, 7.0, 1.0, 0.5))
+
+
+class ComplexTest(absltest.TestCase):
+    def test_complex_numbers_are_their_two_parts(self):
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        a, b = np.array([1 + 2j, 3 - 4j, 5], np.complex64), np.array([1 + 2j, 3 - 3j, 7], np.complex64)
+        for name, values in (("a", a), ("b", b)):
+            write(folder / f"{name}.safetensors", values)
+        with open_checkpoint(folder / "a.safetensors") as one, open_checkpoint(folder / "b.safetensors") as other:
+            sums = distance.measure_range(one.tensors["x"], other.tensors["x"], 0, 3)
+        self.assertEqual((sums.elements, sums.differing, sums.dd, sums.max_abs), (6, 2, 5.0, 2.0))
+
+
+def write(path: pathlib.Path, values: np.ndarray) -> None:
+    """Writes complex numbers, which the safetensors package does not for numpy."""
+    entry = {"dtype": "C64", "shape": list(values.shape), "data_offsets": [0, values.nbytes]}
+    header = json.dumps({"x": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
 
 
 class RangesTest(absltest.TestCase):

@@ -86,7 +86,7 @@ class NamesTest(parameterized.TestCase):
     def test_without_huggingface_hub_it_says_how_to_get_it(self):
         with mock.patch.dict(sys.modules, {"huggingface_hub": None}), self.assertRaises(MissingFileError) as caught:
             located("Qwen/Qwen2.5-0.5B")
-        self.assertIn("pip install 'apr-jax[hub]'", str(caught.exception))
+        self.assertRegex(str(caught.exception), r"`pip install .*\[hub\]'` installs that")
 
 
 class NeededTest(parameterized.TestCase):
@@ -116,6 +116,11 @@ class NeededTest(parameterized.TestCase):
     def test_a_part_of_a_split_file_brings_the_others(self):
         files = ("q4-00001-of-00002.gguf", "q4-00002-of-00002.gguf", "q8-00001-of-00002.gguf", "q8-00002-of-00002.gguf")
         self.assertEqual(needed(files, HubName("a/b", file=files[3]), "a/b"), [files[3], files[2]])
+
+    def test_a_file_that_the_repository_lacks(self):
+        with self.assertRaises(MissingFileError) as caught:
+            needed(("a.apr", "b.apr"), HubName("a/b", file="c.apr"), "hf://a/b/c.apr")
+        self.assertEqual((caught.exception.code, caught.exception.found), ("hub-file", "a.apr, b.apr"))
 
     @parameterized.parameters(((),), (("pytorch_model.bin",),), (("a.apr", "b.apr"),))
     def test_nothing_that_can_be_told_apart(self, files):
@@ -195,11 +200,15 @@ class DownloadTest(parameterized.TestCase):
             ("show", "Qwen/Gated"),
             ("show", "Qwen/Shut"),
             ("show", "Qwen/Tiny@v9"),
+            ("show", "hf://Qwen/Tiny/nope.safetensors"),
+            ("show", "hf://Qwen/Ti--ny"),
         )
         found = self.run_commands(*commands)
         codes = [(code, json.loads(out)["error"]["code"]) for code, out in found]
         self.assertEqual(codes[:9], [(3, "hub-repository")] * 9)
-        self.assertEqual(codes[9:], [(5, "hub-gated"), (5, "hub-refused"), (3, "hub-revision")])
+        self.assertEqual(
+            codes[9:], [(5, "hub-gated"), (5, "hub-refused"), (3, "hub-revision"), (3, "hub-file"), (2, "hub-name")]
+        )
         for _, out in found[:11]:
             self.assertIn("hf auth login", out)
 

@@ -174,6 +174,13 @@ class FolderTest(CheckpointTestCase):
         error = self.assert_refused(self.folder, "no-checkpoint", MissingFileError)
         self.assertIn("pytorch_model.bin", str(error))
 
+    def test_what_has_the_name_of_an_adapters_configuration_and_is_no_file_makes_no_adapter(self):
+        (self.folder / "adapter_config.json").mkdir()
+        self.assert_refused(self.folder, "no-checkpoint", MissingFileError)
+        (self.folder / "adapter_config.json").rmdir()
+        self.write_json("adapter_config.json", {"peft_type": "LORA"})
+        self.assert_refused(self.folder, "adapter", RefusedError)
+
     def test_a_folder_that_cannot_be_listed(self):
         failing = mock.patch.object(os, "listdir", side_effect=PermissionError(13, "Permission denied"))
         with failing, self.assertRaises(StorageError) as caught:
@@ -331,6 +338,19 @@ class ShardsTest(CheckpointTestCase):
         self.assertEqual(error.exit_code, 3)
         for name in names:
             self.assertEqual(name in str(error), name in names[2:4])
+
+    @parameterized.parameters((None, False), ("{", False), ("[]", False), ('{"tie_word_embeddings": true}', True))
+    def test_a_head_that_no_shard_holds_is_needless_only_where_it_is_tied(self, config, tied):
+        names = self.write_shards({"a": np.ones(2, np.float32)}, {EMBEDDING: np.ones((2, 2), np.float32)})
+        weight_map = {"a": names[0], EMBEDDING: names[1], HEAD: names[1]}
+        self.write_json("model.safetensors.index.json", {"weight_map": weight_map})
+        if config is not None:
+            (self.folder / "config.json").write_text(config)
+        if tied:
+            with open_checkpoint(self.folder) as opened:
+                self.assertEqual(list(opened.tensors), ["a", EMBEDDING])
+        else:
+            self.assert_refused(self.folder, "tensor-not-in-shard", BrokenContainerError)
 
     def test_a_tensor_in_two_shards_is_named(self):
         first, second = self.halves()

@@ -5,6 +5,7 @@ to what plain formulas say; what does not fit is refused.
 import json
 import pathlib
 import shutil
+import zlib
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +13,12 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.decoded import DecodedTensor
+from apr_jax.converters.checkpoint.dense import is_computed
 from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.packed_forms import dense_view, packed_forms
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
+from apr_jax.converters.formats import apr_format
+from apr_jax.converters.formats.dtypes import by_name
 from tests import packers
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
@@ -77,6 +81,51 @@ class FormulasTest(parameterized.TestCase):
             self.assertNotIn("quantization_config", view.config)
             view.model_config()
             self.assertIs(dense_view(view), view)
+
+    def test_what_autogptq_says_in_a_file_of_its_own(self):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packer, config = packers.MEMBERS["gptq_int4_16_v2"]
+        dense = packers.pack_checkpoint(BASE, folder, packer, config)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "quantize_config.json").write_text(json.dumps(settings.pop("quantization_config")))
+        (folder / "config.json").write_text(json.dumps(settings))
+        with open_checkpoint(folder) as raw:
+            view = dense_view(raw)
+            # Of version 2: taken for version 1, every zero point would be one more.
+            np.testing.assert_allclose(view.tensors[f"{Q}.weight"].read(), dense[f"{Q}.weight"], rtol=3e-7)
+            self.assertNotIn("quantize_config.json", view.files)
+            self.assertTrue(is_computed(view))
+            self.assertFalse(is_computed(raw))
+
+    @parameterized.parameters(True, False)
+    def test_an_apr_says_no_longer_that_it_is_quantised(self, is_object):
+        codes, scales = np.arange(-6, 6, dtype=np.int8).reshape(4, 3), np.arange(4, dtype=np.float32)
+        held = {"x.weight": ("i8", (4, 3), codes.tobytes()), "x.SCB": ("f32", (4,), scales.tobytes())}
+        given = {"model_type": "qwen2", "quantization_config": {"load_in_8bit": True}} if is_object else "qwen2"
+        path = pathlib.Path(self.create_tempdir().full_path) / "m.apr"
+        entries = apr_format.lay_out(
+            (name, by_name(kind), shape, len(data)) for name, (kind, shape, data) in held.items()
+        )
+        files = {"config.json": json.dumps(given)} if is_object else {}
+        content = apr_format.serialise_prologue({"hf_config": given, "source_files": files}, entries)
+        content += b"".join(held[entry.name][2] + bytes(-entry.size % 64) for entry in entries)
+        path.write_bytes(content + apr_format.footer(zlib.crc32(content)))
+        with open_checkpoint(path) as raw:
+            view = dense_view(raw)
+            np.testing.assert_allclose(view.tensors["x.weight"].read(), codes * scales[:, None] / 127, rtol=3e-7)
+            self.assertEqual(view.metadata["hf_config"], {"model_type": "qwen2"} if is_object else "qwen2")
+            if is_object:
+                self.assertEqual(json.loads(view.metadata["source_files"]["config.json"]), {"model_type": "qwen2"})
+            for tensor in view.tensors.values():
+                self.assertEqual(tensor.read_flat(2, 2).size, 0)
+
+    def test_no_elements_are_nothing_to_decode(self):
+        folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
+        packers.pack_checkpoint(BASE, folder, *packers.MEMBERS["ct_int4_32"])
+        with open_checkpoint(folder) as raw:
+            tensor = dense_view(raw).tensors[f"{Q}.weight"]
+            self.assertEqual(tensor.raw(slice(3, 3)), b"")
+            self.assertEqual(tensor.read((slice(2, 2),)).shape, (0, tensor.shape[1]))
 
     def test_a_dense_checkpoint_stays_what_it_is(self):
         with open_checkpoint(BASE) as checkpoint:
@@ -186,7 +235,7 @@ class RefusalsTest(parameterized.TestCase):
     def test_a_configuration_that_is_no_object(self):
         folder = pathlib.Path(self.create_tempdir().full_path) / "packed"
         packers.pack_checkpoint(BASE, folder, packers.gptq(), [4, 128])
-        with open_checkpoint(folder) as raw, self.assertRaisesRegex(BrokenContainerError, "no object"):
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(BrokenContainerError, "not an object"):
             dense_view(raw)
 
     @parameterized.parameters(
@@ -235,7 +284,7 @@ class RefusalsTest(parameterized.TestCase):
         tensors = packers.read(folder / "model.safetensors")
         tensors[f"{Q}.g_idx"] = tensors[f"{Q}.g_idx"] + 1
         packers.write(folder / "model.safetensors", tensors)
-        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "leads out"):
+        with open_checkpoint(folder) as raw, self.assertRaisesRegex(RefusedError, "out of range"):
             dense_view(raw).tensors[f"{Q}.weight"].read()
 
 

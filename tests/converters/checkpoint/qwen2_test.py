@@ -3,13 +3,17 @@
 import json
 import pathlib
 import sys
+import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
+from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config, check_tensors
 from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.formats import apr_format
+from apr_jax.converters.formats.dtypes import by_name
 from tests import paths
 
 PUBLISHED = {
@@ -49,6 +53,35 @@ METADATA = {
     "rope_type": 2,
     "license": None,
 }
+
+
+class MadeConfigTest(parameterized.TestCase):
+    """What is said of an `.apr` without a configuration of HuggingFace's, as the engine writes it."""
+
+    def opened(self, metadata):
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        content = apr_format.serialise_prologue(metadata, [])
+        (folder / "m.apr").write_bytes(content + apr_format.footer(zlib.crc32(content)))
+        return self.enterContext(open_checkpoint(folder / "m.apr"))
+
+    @parameterized.parameters((("q8_0", "f8_e4m3"), None), (("q8_0", "f32", "f16", "f16"), "float16"))
+    def test_the_type_is_that_of_most_numbers_it_computes_with(self, types, expected):
+        config = self.opened(METADATA).config_for((str(i), by_name(name)) for i, name in enumerate(types))
+        self.assertEqual(config.get("torch_dtype"), expected)
+
+    @parameterized.parameters((None, None), (16, None), (32, 32))
+    def test_the_size_of_heads_stands_only_where_it_does_not_follow(self, given, said):
+        config = self.opened(METADATA | ({"head_dim": given} if given else {})).config_for([])
+        self.assertEqual(config.get("head_dim"), said)
+
+    @parameterized.parameters(
+        ({}, {}),
+        ({"tensor_shapes": {"a": [2], "b": [3]}}, {"tensor_shapes": {"x": [2], "b": [3]}}),
+        ({"source_order": ["b", "a", 1]}, {"source_order": ["b", "x", 1]}),
+    )
+    def test_where_metadata_list_tensors_they_are_renamed_too(self, metadata, expected):
+        renamed = self.opened(METADATA | metadata).renamed({"a": "x"})
+        self.assertEqual(renamed.metadata, self.opened(METADATA | expected).metadata)
 
 
 class FromHfTest(parameterized.TestCase):

@@ -99,6 +99,15 @@ class StatementTest(parameterized.TestCase):
             differences = [found for found in compare_configurations(own, own) if found.attribute == tied_heads.TIED]
             self.assertEqual([found.a for found in differences], [True, True] if said else [], "verify")
 
+    def test_of_another_model_a_head_without_data_tells(self):
+        folder = pathlib.Path(self.create_tempdir().full_path)
+        metadata = {"hf_config": TIED | {"model_type": "other"}}
+        for own_head in (False, True):
+            with open_checkpoint(apr_file(folder / "m.apr", metadata, own_head=own_head)) as opened:
+                self.assertFalse(tied_heads.is_tied(opened))
+                opened.placeholders = {HEAD: (6, 4)}
+                self.assertTrue(tied_heads.is_tied(opened))
+
     def test_the_key_of_a_config_json_beside_safetensors_counts_too(self):
         folder = pathlib.Path(self.create_tempdir().full_path)
         safetensors.numpy.save_file({EMBEDDING: np.ones((6, 4), np.float32)}, folder / "model.safetensors")

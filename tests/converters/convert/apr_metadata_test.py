@@ -125,6 +125,8 @@ class TokenizerTest(parameterized.TestCase):
         expected, found = build(), build(files=files)
         for key in ("tokenizer.vocabulary", "tokenizer.merges", "tokenizer.eos_token_id"):
             self.assertEqual(found[key], expected[key])
+        del files["added_tokens.json"]
+        self.assertEqual(build(files=files)["tokenizer.vocabulary"][:3], ["a", "b", "ab"])
 
     def test_field_added_tokens_that_the_configuration_alone_names_are_in_the_list_for_apr(self):
         """FIELD Text: added tokens only in tokenizer_config.json -> in the .apr's vocabulary too, where ids are free"""

@@ -83,6 +83,13 @@ class AprTokenizerTest(parameterized.TestCase):
         special = [token["content"] for token in config["added_tokens_decoder"].values() if token["special"]]
         self.assertEqual(special, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<｜end｜>", "<|x|>"])
 
+    def test_an_end_that_is_not_said_or_is_a_hole_is_none(self):
+        vocabulary = self.metadata()["tokenizer.vocabulary"]
+        self.assertEqual(vocabulary[287], "<unk>")
+        changes = {"tokenizer__bos_token_id": None, "tokenizer__eos_token_id": 287}
+        self.assertEmpty(self.tokenizer(**changes).special_tokens)
+        self.assertIn("eos_token", self.tokenizer(tokenizer__bos_token_id=None).special_tokens)
+
     def test_of_two_equal_tokens_the_first_is_the_one(self):
         vocabulary = self.metadata()["tokenizer.vocabulary"]
         self.assertEqual(self.tokenizer(tokenizer__vocabulary=[*vocabulary[:286], "a"]).encode("a"), [64])
@@ -141,11 +148,11 @@ class AprTokenizerTest(parameterized.TestCase):
         self.assertIn("tokenizer.json", plan.side_files)
 
     @parameterized.parameters(
-        ({"tokenizer__merges": ["a"]}, "no merge.*number 0: 'a'.*--input-ids"),
-        ({"tokenizer__merges": [["a", "b", "c"]]}, "no merge"),
-        ({"tokenizer__merges": {"a": "b"}}, "no list of merges"),
-        ({"tokenizer__vocabulary": ["a", 1]}, "no list of texts"),
-        ({"tokenizer__vocabulary": "ab"}, "no list of texts"),
+        ({"tokenizer__merges": ["a"]}, "not a merge.*number 0: 'a'.*--input-ids"),
+        ({"tokenizer__merges": [["a", "b", "c"]]}, "not a merge"),
+        ({"tokenizer__merges": {"a": "b"}}, "not a list of merges"),
+        ({"tokenizer__vocabulary": ["a", 1]}, "not a list of strings"),
+        ({"tokenizer__vocabulary": "ab"}, "not a list of strings"),
     )
     def test_what_is_no_tokenizer_is_refused_as_text_and_said_in_a_conversion(self, changes, message):
         path = imported(self.folder, **changes)

@@ -94,7 +94,7 @@ class MetadataTest(parameterized.TestCase):
     )  # fmt: skip
     def test_fields_of_another_type_or_of_another_model_are_refused(self, change, to):
         path = self.apr(**change)
-        with self.assertRaisesRegex(RefusedError, "metadata are not those.*\n.*(\n.*)*--as-is") as caught:
+        with self.assertRaisesRegex(RefusedError, "metadata does not match the model.*\n.*(\n.*)*--as-is") as caught:
             convert(path, path.parent / "out.apr", to=to) if to == "apr" else convert(path, path.parent / "out", to=to)
         self.assertEqual((caught.exception.code, caught.exception.exit_code), ("metadata-values", 5))
         self.assertLen(list(path.parent.iterdir()), 1)

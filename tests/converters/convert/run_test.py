@@ -370,6 +370,23 @@ class ForeignAprTest(ConversionTestCase):
         with open_checkpoint(self.convert(folder, "back.apr")) as after:
             self.assertEqual(after.metadata["rope_theta"], 5e5)
 
+    @parameterized.parameters({"num_heads": 7}, {"architecture": "gpt2"}, {"hidden_size": "wide"})
+    def test_metadata_that_travelled_and_say_something_else_are_made_anew(self, **change):
+        folder = self.convert(self.make("gqa_tied_bf16", head="absent"), "hf")
+        with open_checkpoint(self.convert(folder, "before.apr")) as before:
+            expected = before.metadata
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        start = 8 + struct.unpack_from("<Q", data)[0]
+        found = json.loads(data[8:start])
+        (key,) = [key for key, value in found["__metadata__"].items() if '"num_heads"' in value]
+        found["__metadata__"][key] = json.dumps(json.loads(found["__metadata__"][key]) | change)
+        text = json.dumps(found).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
+        with open_checkpoint(self.convert(folder, "after.apr")) as after:
+            for name in change:
+                self.assertEqual(after.metadata[name], expected[name])
+
     @parameterized.product(order=("name", "insertion"), where=("data", "padding", "metadata", "footer"))
     def test_a_wrong_footer_is_found_while_streaming_and_leaves_nothing(self, order, where):
         source = self.make("gqa_tied_bf16", head="f32 copy", order=order)
@@ -421,6 +438,19 @@ class TiedHeadTest(ConversionTestCase):
         copied = self.values(self.convert(source, "c.apr", tied_head="copy"))
         self.assertEqual(copied[HEAD].dtype, copied[EMBEDDING].dtype)
         self.assertEqual(copied[HEAD].tobytes(), copied[EMBEDDING].tobytes())
+
+    @parameterized.parameters("absent", "copy")
+    def test_a_head_that_nobody_can_compare_is_kept(self, tied_head):
+        # Nothing here decodes floats of 4 bits.
+        header = {
+            EMBEDDING: {"dtype": "F4", "shape": [6, 4], "data_offsets": [0, 12]},
+            HEAD: {"dtype": "F32", "shape": [6, 4], "data_offsets": [12, 108]},
+        }
+        text = json.dumps(header).encode()
+        source = self.folder / "s.safetensors"
+        source.write_bytes(struct.pack("<Q", len(text)) + text + bytes(108))
+        found = tensors(self.convert(source, "t.safetensors", tied_head=tied_head))
+        self.assertEqual({name: entry[0] for name, entry in found.items()}, {EMBEDDING: "F4", HEAD: "F32"})
 
     @parameterized.parameters("absent", "copy")
     def test_an_untied_head_is_kept(self, tied_head):
@@ -540,6 +570,27 @@ class SafetyTest(ConversionTestCase):
         (target / "notes.txt").write_text("mine")
         with self.raises(UsageError, "output-not-replaceable"):
             self.convert(source, "hf", force=True)
+
+    def test_what_a_container_brought_along_is_replaced_as_long_as_it_is_that(self):
+        data = self.convert(checkpoint("gqa_tied_bf16"), "m.apr").read_bytes()
+        parsed = apr_format.parse_prologue(data, len(data))
+        files = parsed.metadata["source_files"] | {"extra.txt": "theirs"}
+        file = apr_format.serialise_prologue(parsed.metadata | {"source_files": files}, parsed.entries)
+        file += data[parsed.header.data_offset : -4]
+        (self.folder / "m.apr").write_bytes(file + struct.pack("<I", zlib.crc32(file)))
+        target = self.convert(self.folder / "m.apr", "hf")
+        before = tree(target)
+        self.assertEqual(before["extra.txt"], b"theirs")
+        self.convert(self.folder / "m.apr", "hf", force=True)
+        self.assertEqual(tree(target), before)
+        for change in (
+            lambda extra: extra.write_text("nearer"),
+            lambda extra: extra.write_text("another length"),
+            lambda extra: (extra.unlink(), extra.symlink_to("nowhere")),
+        ):
+            change(target / "extra.txt")
+            with self.raises(UsageError, "output-not-replaceable"):
+                self.convert(self.folder / "m.apr", "hf", force=True)
 
     @parameterized.parameters(
         ("apr", "x.safetensors"),

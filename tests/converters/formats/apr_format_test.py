@@ -361,6 +361,11 @@ class RefusedTest(parameterized.TestCase):
         self.assertEqual((error.tensor, error.offset, error.found), ("a", 128, 20))
         self.assertIn("24 bytes for f32", error.expected)
 
+    def test_a_broken_entry_further_on_does_not_hide_that_this_one_has_an_old_id(self):
+        index = entry("a", 2, (6,), 0, 12) + entry("b", 0, (2**32, 2**32), 64, 4)
+        error = self.assert_refused(container(index, bytes(128), count=2), "dtype-legacy", lenient=True)
+        self.assertIn("fit no writer known", error.hint)
+
     def test_duplicate_names(self):
         index = entry("a", 0, (2, 3), 0, 24) + entry("a", 30, (5,), 64, 10)
         self.assert_refused(two_tensors(index=index), "name-duplicate", lenient=True)

@@ -43,6 +43,13 @@ class GgufFormatTest(parameterized.TestCase):
         with SourceFile(self.path) as source:
             return gguf_format.read_header(source)
 
+    def test_a_float_is_its_shortest_spelling_and_what_is_no_number_stays_that(self):
+        values = (1e-6, 0.1, 16777217.0, -0.0, 3.4028234663852886e38, 1e-45, float("inf"), float("-inf"), float("nan"))
+        pairs = [pair(b"x%d" % index, 6, struct.pack("<f", value)) for index, value in enumerate(values)]
+        found = [self._read(file(pairs)).metadata[f"x{index}"] for index in range(len(values))]
+        spelt = ["1e-06", "0.1", "16777216.0", "-0.0", "3.4028235e+38", "1e-45", "inf", "-inf", "nan"]
+        self.assertEqual([repr(value) for value in found], spelt)
+
     def test_everything_that_the_gguf_package_writes(self):
         writer = gguf.GGUFWriter(self.path, "qwen2")
         for name, value in (("uint8", 3), ("int8", -3), ("uint32", 1 << 31), ("int64", -(1 << 40)), ("bool", True)):

@@ -90,6 +90,39 @@ class InspectionTest(parameterized.TestCase):
         said = {check.name: check.sentence for check in self.inspect(self.write(metadata, tensors))}
         self.assertIn("no embedding to hold it against", said["head"])
 
+    def test_a_head_whose_values_cannot_be_compared_is_not_called_a_copy(self):
+        # Nothing here decodes floats of 4 bits.
+        header = {
+            EMBEDDING: {"dtype": "F4", "shape": [6, 4], "data_offsets": [0, 12]},
+            HEAD: {"dtype": "F32", "shape": [6, 4], "data_offsets": [12, 108]},
+        }
+        text = json.dumps(header).encode()
+        (self.folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(108))
+        (self.folder / "config.json").write_text('{"tie_word_embeddings": true}')
+        (found,) = (check for check in self.inspect(self.folder) if check.name == "head")
+        self.assertIsNone(found.passed)
+        self.assertIn(f"cannot be held against {EMBEDDING}", found.sentence)
+
+    def test_names_of_ggufs_are_not_missed_as_ours(self):
+        metadata, tensors = self.sample()
+        named = {("blk.0.attn_q.weight" if name == GATE else name): held for name, held in tensors.items()}
+        said = {check.name: check for check in self.inspect(self.write(metadata, named))}
+        self.assertIsNone(said["tensor-set"].passed)
+        self.assertIn("GGUF's names", said["tensor-set"].sentence)
+
+    def test_an_embedding_that_is_no_matrix_has_no_rows_to_look_at(self):
+        for shape in ((96,), (0, 4)):
+            values = np.random.default_rng(0).normal(0, 0.02, shape).astype("<f4")
+            said = {check.name for check in self.inspect(self.write({}, {EMBEDDING: ["f32", values]}))}
+            self.assertIn("embedding", said)
+            self.assertNotIn("spot-rows", said)
+
+    def test_a_file_without_a_byte_of_values_is_looked_at_all_the_same(self):
+        text = json.dumps({"x": {"dtype": "F32", "shape": [0, 4], "data_offsets": [0, 0]}}).encode()
+        path = self.folder / "x.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        self.assertEmpty(self.failures(path))
+
     def test_a_sliding_window_is_described(self):
         for windowed, words in ((0, "layers 0 to 1"), (1, "layers 1 to 1")):
             metadata, tensors = self.sample()

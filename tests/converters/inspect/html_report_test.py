@@ -1,5 +1,7 @@
 """Which figures of a tensor the page marks; the page as a whole is tested with `show --html`."""
 
+import base64
+import hashlib
 import pathlib
 import re
 import sys
@@ -9,7 +11,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.inspect import html_report, statistics
+from apr_jax.converters.inspect import html_report, page, statistics
+from apr_jax.converters.inspect.checks import Check
 
 COLUMNS = ("mean", "std", "minimum", "maximum", "zeros", "nans", "infs", "relabelled", "dead rows", "bytes")
 
@@ -56,6 +59,25 @@ class MarksTest(parameterized.TestCase):
 
     def test_nothing_is_marked_of_a_tensor_without_elements(self):
         self.assertEqual(marked(np.zeros((0, 4), "<f4")), set())
+
+
+class ChecksTest(absltest.TestCase):
+    def test_what_passed_is_folded_away_and_missing_where_nothing_did(self):
+        failed, passed = (Check(name, name == "good", f"it is {name}") for name in ("bad", "good"))
+        for checks, folded in (([failed], 0), ([failed, passed], 1)):
+            shown = html_report._checks(checks)
+            self.assertEqual(shown.count("<details>"), folded)
+            self.assertIn("it is bad", shown)
+
+
+class ScriptTest(absltest.TestCase):
+    def test_a_page_may_run_its_own_script_and_no_other(self):
+        script = "document.title = '1'"
+        content = page.document("t", "b", script=script).decode()
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        self.assertIn(f"; script-src 'sha256-{digest}'\"", content)
+        self.assertIn(f"<script>{script}</script>", content)
+        self.assertNotIn("script", page.document("t", "b").decode())
 
 
 class HistogramTest(absltest.TestCase):

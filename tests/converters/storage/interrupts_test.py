@@ -29,6 +29,13 @@ class InterruptTest(parameterized.TestCase):
             check()
         self.assertIs(signal.getsignal(number), signal.SIG_IGN)
 
+    @parameterized.parameters((signal.default_int_handler, False), (signal.SIG_IGN, True), (signal.SIG_DFL, True))
+    def test_until_a_command_begins_only_pythons_own_way_to_take_an_interrupt_is_replaced(self, handler, kept):
+        before = signal.signal(signal.SIGINT, handler)
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        interrupts.end_at_once()
+        self.assertEqual(signal.getsignal(signal.SIGINT) is handler, kept)
+
     def test_signals_are_what_they_were_after_the_block_or_ignored_where_the_process_ends_with_it(self):
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = {number: signal.getsignal(number) for number in numbers}

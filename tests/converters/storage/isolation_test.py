@@ -1,17 +1,20 @@
 """Calls into a child: what comes back, and what ends it: time, memory, an abort, its parent."""
 
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
 
 from absl.testing import absltest, parameterized
 
-from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.converters.errors import RefusedError, StorageError, UsageError
+from apr_jax.converters.storage import isolation
 from apr_jax.converters.storage.isolation import Isolated
 
 # Called by name in the child, which imports this file.
@@ -52,6 +55,10 @@ def leaves() -> None:
     os._exit(0)
 
 
+def sleeps() -> None:
+    time.sleep(60)
+
+
 def fails() -> None:
     raise SystemError("inner")
 
@@ -88,6 +95,54 @@ class IsolationTest(parameterized.TestCase):
             child.call(function)
         self.assertEqual(child.call("doubled", [1]), [2], "another child serves the next call")
         child.close()
+
+    def test_a_child_that_ends_before_it_is_written_to_is_an_error_here(self):
+        process, send = self.child.call("process"), isolation._send
+
+        def killed_first(stream, message):
+            os.kill(process, signal.SIGKILL)
+            os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+            send(stream, message)
+
+        with (
+            mock.patch.object(isolation, "_send", killed_first),
+            self.assertRaisesRegex(RefusedError, "the thing ends the process"),
+        ):
+            self.child.call("process")
+        self.assertEqual(self.child.call("doubled", [1]), [2])
+
+    def test_a_child_that_does_nothing_is_not_waited_for_without_end(self):
+        with (
+            mock.patch.object(isolation, "_PATIENCE_SECONDS", 0.2),
+            mock.patch.object(isolation, "_LAST_SECONDS", 0.0),
+            self.assertRaisesRegex(RefusedError, "the thing does not end"),
+        ):
+            self.child.call("sleeps")
+        self.assertEqual(self.child.call("doubled", [1]), [2])
+
+    def test_where_no_process_can_be_started_that_is_said(self):
+        with mock.patch.object(sys, "executable", "/nowhere/python"), self.assertRaises(StorageError) as caught:
+            self.child.call("process")
+        self.assertEqual(caught.exception.code, "child-failed")
+        self.assertIn("No such file or directory", caught.exception.message)
+
+    def test_a_child_answers_until_its_input_ends(self):
+        requests = [["doubled", [4]], ["fills"], ["refuses"]]
+        given = b"".join(
+            len(text).to_bytes(8, "little") + text for text in (json.dumps(request).encode() for request in requests)
+        )
+        program = f"import sys; sys.path = {sys.path!r}\n" + (
+            f"from apr_jax.converters.storage.isolation import serve\nserve({HERE!r}, 10.0, {1 << 27})"
+        )
+        done = subprocess.run([sys.executable, "-c", program], input=given, capture_output=True, check=True)
+        answers, rest = [], done.stdout
+        while rest:
+            length = int.from_bytes(rest[:8], "little")
+            answers.append(json.loads(rest[8 : 8 + length]))
+            rest = rest[8 + length :]
+        self.assertEqual([status for status, _ in answers], ["value", "memory", "error"])
+        self.assertEqual(answers[0][1], [8])
+        self.assertEqual((answers[2][1]["family"], answers[2][1]["code"]), ("UsageError", "some-code"))
 
     def test_a_child_ends_with_its_parent(self):
         program = (

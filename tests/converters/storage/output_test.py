@@ -1,6 +1,7 @@
 """Outputs appear whole or not at all, and nothing is replaced that should not be."""
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -275,6 +276,18 @@ class LeftoversTest(OutputTestCase):
         self.assertEqual(self.names(), ["a"])
         self.assertIn(".apr-jax-tmp.", taken[0])
 
+    def test_a_temporary_of_which_nothing_can_be_learnt_is_an_error(self):
+        real = os.stat
+
+        def failing(path, **arguments):
+            if ".apr-jax-tmp." in os.fspath(path) and not isinstance(path, int):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(path, **arguments)
+
+        with self.raises("write-failed", StorageError), mock.patch.object(os, "stat", failing):
+            write(self.folder / "a", b"new")
+        self.assertNotIn("a", self.names())
+
     def test_two_writers_of_one_output_do_not_disturb_each_other(self):
         with output.atomic_file(os.fspath(self.folder / "a"), 3) as file:
             write(self.folder / "a", b"one")
@@ -402,6 +415,120 @@ class PowerCutTest(OutputTestCase):
                 with mock.patch.object(os, "fsync", side_effect=OSError(number, "no")), self.assertRaises(StorageError):
                     writing()
                 self.assertEqual(self.names(), [])
+
+    @parameterized.parameters(errno.EINVAL, errno.ENOTSUP)
+    def test_where_folders_cannot_be_flushed_they_need_not_be(self, number):
+        # As on some network file systems.
+        real = os.fsync
+
+        def fsync(fd):
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(number, os.strerror(number))
+            real(fd)
+
+        with mock.patch.object(os, "fsync", fsync):
+            write(self.folder / "a", b"x")
+            write_folder(self.folder / "d", {"config.json": b"y"})
+        self.assertEqual(self.names(), ["a", "d"])
+
+    def test_a_folder_that_cannot_be_listed_for_flushing_is_an_error_and_leaves_nothing(self):
+        failing = mock.patch.object(os, "scandir", side_effect=OSError(errno.EIO, "Input/output error"))
+        with self.raises("write-failed", StorageError), failing:
+            write_folder(self.folder / "d", {"x": b""})
+        self.assertEqual(self.names(), [])
+
+
+class ReplacedTest(OutputTestCase):
+    def test_an_old_folder_that_cannot_be_removed_is_named(self):
+        write_folder(self.folder / "d", {"config.json": b"old"})
+        said: list[str] = []
+        with mock.patch.object(os, "rmdir", side_effect=OSError(errno.EBUSY, "Device or resource busy")):
+            write_folder(self.folder / "d", {"config.json": b"new"}, force=True, notice=said.append)
+        self.assertEqual((self.folder / "d" / "config.json").read_bytes(), b"new")
+        self.assertRegex(said[-1], "which was replaced, could not be removed: device or resource busy")
+
+
+class OldSystemTest(OutputTestCase):
+    """Where two paths cannot change places in one step, or what was done cannot be undone."""
+
+    def test_a_library_or_a_file_system_without_the_call_is_asked_for_plain_renames(self):
+        def function(number):
+            def call(*_):
+                ctypes.set_errno(number)
+                return -1
+
+            return call
+
+        for library in (object(), *(mock.Mock(renameat2=function(number)) for number in
+                                    (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP))):  # fmt: skip
+            (self.folder / "a").write_bytes(b"old")
+            with mock.patch.object(ctypes, "CDLL", return_value=library):
+                write(self.folder / "a", b"new", force=True)
+                with self.raises("output-exists"):
+                    write(self.folder / "a", b"newer")
+            self.assertEqual((self.names(), (self.folder / "a").read_bytes()), (["a"], b"new"))
+        with (
+            self.raises("write-failed", StorageError),
+            mock.patch.object(ctypes, "CDLL", return_value=mock.Mock(renameat2=function(errno.EIO))),
+        ):
+            write(self.folder / "a", b"newer", force=True)
+        self.assertEqual((self.names(), (self.folder / "a").read_bytes()), (["a"], b"new"))
+
+    def replaced(self, *patches: contextlib.AbstractContextManager) -> AprJaxError:
+        """Returns the error of replacing a folder; it is there as it was, and nothing else."""
+        write_folder(self.folder / "d", {"config.json": b"old"})
+        with contextlib.ExitStack() as stack:
+            caught = stack.enter_context(self.raises("write-failed", StorageError))
+            for patch in patches:
+                stack.enter_context(patch)
+            write_folder(self.folder / "d", {"config.json": b"new"}, force=True)
+        self.assertEqual((self.folder / "d" / "config.json").read_bytes(), b"old")
+        return caught.error
+
+    @parameterized.parameters("/d", "/.d.apr-jax-tmp.")
+    def test_a_folder_stays_or_comes_back_if_its_successor_cannot_have_its_name(self, moved):
+        real = os.rename
+
+        def rename(source, target):
+            if moved in source[len(os.fspath(self.folder)) :]:
+                raise OSError(errno.EIO, "Input/output error")
+            real(source, target)
+
+        self.replaced(_old_system(), mock.patch.object(os, "rename", rename))
+        self.assertEqual(self.names(), ["d"])
+
+    @parameterized.parameters(True, False)
+    def test_names_that_cannot_be_flushed_are_given_back(self, has_renameat2):
+        real, failed = output._sync_folder, []
+
+        def sync_folder(folder):
+            if folder == os.fspath(self.folder) and not failed:
+                failed.append(folder)
+                raise OSError(errno.EIO, "Input/output error")
+            real(folder)
+
+        without = contextlib.nullcontext() if has_renameat2 else _old_system()
+        self.replaced(mock.patch.object(output, "_sync_folder", sync_folder), without)
+        self.assertEqual(self.names(), ["d"])
+
+    def test_a_file_that_took_the_place_of_another_for_good_is_told_with_the_error(self):
+        (self.folder / "a").write_bytes(b"old")
+        failing = mock.patch.object(output, "_sync_folder", side_effect=OSError(errno.EIO, "Input/output error"))
+        with self.raises("write-failed", StorageError) as caught, _old_system(), failing:
+            write(self.folder / "a", b"new", force=True)
+        self.assertEqual((self.names(), (self.folder / "a").read_bytes()), (["a"], b"new"))
+        self.assertIn("a' is whole, but may be either output after a power cut", caught.error.hint)
+
+    def test_names_that_cannot_be_flushed_either_way_are_told_as_a_doubt(self):
+        real = output._sync_folder
+
+        def sync_folder(folder):
+            if folder == os.fspath(self.folder):
+                raise OSError(errno.EIO, "Input/output error")
+            real(folder)
+
+        error = self.replaced(mock.patch.object(output, "_sync_folder", sync_folder))
+        self.assertIn("may be either output after a power cut (input/output error)", error.hint)
 
 
 class LimitsTest(OutputTestCase):

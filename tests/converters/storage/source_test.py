@@ -128,6 +128,10 @@ class SourceFileTest(absltest.TestCase):
         threading.Thread(target=open_it, daemon=True).start()
         self.assertTrue(done.wait(5))
 
+    def test_it_shows_which_file_it_is(self):
+        with source.SourceFile(self.path) as opened:
+            self.assertEqual(repr(opened), f"SourceFile({opened.path!r}, size={os.path.getsize(self.path)})")
+
     def test_no_descriptor_is_left_open(self):
         before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
         if before is None:

@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.dense import open_dense
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
 from apr_jax.converters.verify.comparison import Comparison, compare
 from apr_jax.converters.verify.wording import cause_in_words
@@ -58,6 +59,12 @@ class VerifyTest(parameterized.TestCase):
         convert(self.root / "packed", self.root / "dense", to="safetensors", dequantise=True)
         self.assertEqual(self._compare(self.root / "packed", self.root / "dense").exit_code, 0)
 
+    def test_what_nothing_decodes_is_compared_as_it_is_stored(self):
+        packers.pack_checkpoint(BASE, self.root / "packed", packers.gptq(), {"quant_method": "hqq"})
+        found = self._compare(BASE, self.root / "packed")
+        self.assertRegex(" ".join(found.notes), "B is compared as it is stored: .*hqq")
+        self.assertLen(found.only_in_a, 14)
+
     def test_two_of_one_form_are_compared_byte_for_byte(self):
         for name in ("one", "two"):
             packers.pack_checkpoint(BASE, self.root / name, *packers.MEMBERS["gptq_int4_32"])
@@ -102,6 +109,12 @@ class VerifyTest(parameterized.TestCase):
         tensors[target] = tensors[target] + product.astype(ml_dtypes.bfloat16)
         packers.dense_checkpoint(BASE, self.root / "twice", tensors)
         self.assertEqual(self._compare(BASE, self.root / "twice", ADAPTER).exit_code, 1)
+
+    def test_a_quantised_merged_model_is_no_sum_but_told_as_quantised(self):
+        convert(BASE, self.root / "q.apr", to="apr", adapters=[ADAPTER], cast=[CastRule.parse("*_proj.weight=q8")])
+        found = self._compare(BASE, self.root / "q.apr", ADAPTER)
+        self.assertNotIn("merged-adapter", [finding.cause for finding in found.findings])
+        self.assertIn("quantised", [finding.cause for finding in found.findings])
 
     def _compare(self, a: pathlib.Path, b: pathlib.Path, *adapters: pathlib.Path) -> Comparison:
         with open_dense(a, adapters=adapters) if adapters else open_checkpoint(a) as one, open_checkpoint(b) as other:

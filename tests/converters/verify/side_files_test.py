@@ -52,6 +52,12 @@ class SideFilesTest(parameterized.TestCase):
         self.write("merges.txt", b"a b\n", b"c d\n")
         self.assertEmpty(self.differences())
 
+    @parameterized.parameters(("tokenizer_config.json", b"{"), ("chat_template.jinja", b"\xff"))
+    def test_of_a_template_that_cannot_be_read_that_is_said_and_nothing_else(self, name, broken):
+        self.write(name, broken, broken)
+        (self.sides[1] / "chat_template.json").write_text('{"chat_template": "x"}')
+        self.assertCountEqual(self.differences(), [name])
+
     def test_a_tokenizer_without_a_model_is_another_one(self):
         self.write("tokenizer.json", {"model": "BPE"}, {"model": {"type": "BPE", "merges": [["a", "b"]]}})
         self.assertIn("tokenizer.json", self.differences())
