@@ -51,7 +51,7 @@ _APR_JAX = _floors(
     MODEL,
     ("trace", "schemas"),
     ("model", "engines"),
-    ("load", "cuda", "parity", "capture"),
+    ("load", "cpu", "cuda", "parity", "capture"),
     "kernels",
     ("generate", "testing"),
     ("bench", "loss", "optimizer"),

@@ -90,7 +90,7 @@ class Ceilings:
         return "arithmetic" if work.flops / self.flops >= work.bytes / self.bytes else "memory"
 
 
-def work(config: Qwen2Config, case: Case, itemsize: int) -> Work:
+def work(config: Qwen2Config, case: Case, itemsize: int, stored: float | None = None) -> Work:
     """Returns the least work of one call (prefill) or of one step (decode).
 
     Activations are left out: they can stay on the chip. Attention is causal, and a decode step reads S keys and values.
@@ -99,6 +99,7 @@ def work(config: Qwen2Config, case: Case, itemsize: int) -> Work:
       config: The model.
       case: What is measured.
       itemsize: Bytes of a parameter and of a cached number.
+      stored: Bytes of a number of a matrix, where they are fewer.
     """
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     keys_and_values = config.hidden_size * 2 * kv
@@ -113,4 +114,4 @@ def work(config: Qwen2Config, case: Case, itemsize: int) -> Work:
         products += others * (layers * rest + config.num_layers * keys_and_values)
         pairs += layers * case.length * others // 2
     flops = 2.0 * case.batch * (products + pairs * 2 * heads)
-    return Work(flops, float(itemsize) * (weights + case.batch * cached))
+    return Work(flops, (stored or itemsize) * weights + float(itemsize) * case.batch * cached)

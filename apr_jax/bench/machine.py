@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-_PACKAGES = ("apr-jax", "jax", "jaxlib", "flax", "torch", "transformers")
+_PACKAGES = ("apr-jax", "jax", "jaxlib", "flax", "torch", "transformers", "numba", "llama-cpp-python")
 
 
 def describe(device: jax.Device) -> dict[str, Any]:

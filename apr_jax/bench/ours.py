@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +13,13 @@ from flax import nnx
 
 from apr_jax.bench.cases import PREFILL, Case
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.converters.formats import codecs
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.programs import BLOCK, Choice, Programs, State, bucket
 from apr_jax.generate.sampling import Method, Numbers
+from apr_jax.load import packed_rows
 from apr_jax.model.language_model import LanguageModel
-from apr_jax.model.parameters import Parameters
+from apr_jax.model.parameters import Parameters, named, nested
 from apr_jax.model.qwen2 import NO_POSITION, Cache, LayerCache, Qwen2ForCausalLM
 from apr_jax.model.sharding import Layout, to_host
 
@@ -36,9 +38,8 @@ class Ours:
       model: What is measured, with its table of operations.
     """
 
-    name = "apr_jax"
-
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, name: str = "apr_jax"):
+        self.name = name
         self.model = model
 
     def prepare(self, case: Case, steps: int) -> tuple[Calls, dict[str, Any]]:
@@ -130,8 +131,17 @@ class Ours:
             return tuple(drawn(key, value) for key, value in keys)
 
 
-def random_parameters(config: Qwen2Config, dtype: str, fused: bool, place: jax.Device | Layout) -> Parameters:
-    """Draws parameters on a device or a mesh: norms 1, everything else normal with deviation 0.02."""
+def random_parameters(
+    config: Qwen2Config, dtype: str, fused: bool, place: jax.Device | Layout, matrices: str | None = None
+) -> Parameters:
+    """Draws parameters on a device or a mesh: norms 1, everything else normal with deviation 0.02.
+
+    Matrices may have a dtype of their own: the same numbers, but for the rounding.
+    """
+
+    def dtype_of(leaf: jax.ShapeDtypeStruct) -> str:
+        return matrices if matrices and leaf.ndim == 2 else dtype
+
     device = place if isinstance(place, jax.Device) else None
     with jax.default_device(device), jax.enable_x64(dtype == "float64"):
         shapes = nnx.state(nnx.eval_shape(lambda: Qwen2ForCausalLM(config, jnp.dtype(dtype), fused)))
@@ -142,8 +152,36 @@ def random_parameters(config: Qwen2Config, dtype: str, fused: bool, place: jax.D
         for key, (path, leaf) in zip(keys, leaves, strict=True):
             name = ".".join(str(part.key) for part in path)
             sharding = place.sharding(name) if isinstance(place, Layout) else None
-            values.append(draw(key, leaf.shape, dtype, "norm" in name, sharding))
+            values.append(draw(key, leaf.shape, dtype_of(leaf), "norm" in name, sharding))
         return jax.tree_util.tree_unflatten(tree, values)
+
+
+def widened(model: LanguageModel) -> LanguageModel:
+    """Returns the model with all parameters in the dtype of its computation; those that have it are shared."""
+    shapes = model.config.tensor_shapes()
+
+    def wide(name: str, leaf: jax.Array) -> jax.Array:
+        values = packed_rows.decode(leaf)[:, : shapes[name][1]] if packed_rows.are_packed(leaf) else leaf
+        return values.astype(model.dtype)
+
+    return _with(model, {name: wide(name, leaf) for name, leaf in named(model.parameters).items()})
+
+
+def quantised(model: LanguageModel) -> LanguageModel:
+    """Returns the model with its matrices as `apr` quantises them to Q4_K, computed from their blocks."""
+    codec = codecs.Q4_K()
+
+    def packed(leaf: jax.Array) -> jax.Array:
+        values = np.asarray(leaf.astype(jnp.float32)).reshape(-1)
+        blocks = codec.encode(codecs.pad_rows(values, leaf.shape[1], codec.elements))
+        return jnp.asarray(np.frombuffer(blocks, np.uint8).reshape(len(leaf), -1))
+
+    leaves = named(model.parameters).items()
+    return _with(model, {name: packed(leaf) if leaf.ndim == 2 else leaf for name, leaf in leaves})
+
+
+def _with(model: LanguageModel, leaves: Mapping[str, jax.Array]) -> LanguageModel:
+    return LanguageModel(model.config, nested(leaves), model.device, model.ops)
 
 
 def _draw(

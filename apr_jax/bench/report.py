@@ -18,6 +18,8 @@ def heading(results: Results) -> str:
     what = f"{results['model']}, {results['dtype']}, {machine['device']}"
     if machine["platform"] == "cpu":
         what += f", {machine['cores']} cores"
+    if "engine" in results:
+        what += f", products by {results['engine']}"
     if ceilings:
         what += f": product of matrices {_rate(ceilings['flops'], 'FLOP/s')}, memory {_rate(ceilings['bytes'], 'B/s')}"
     return what

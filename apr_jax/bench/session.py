@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import tempfile
@@ -15,11 +16,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from apr_jax.bench import ceilings, genuine, machine, measure, report, start_up
+from apr_jax.bench import ceilings, genuine, llama, machine, measure, report, start_up
 from apr_jax.bench.cases import DECODE, Case, Ceilings, work
 from apr_jax.bench.measure import Contestant, Plan
-from apr_jax.bench.ours import Ours, random_parameters, tokens
+from apr_jax.bench.ours import Ours, quantised, random_parameters, tokens, widened
 from apr_jax.converters.convert.run import convert
+from apr_jax.cpu import products
 from apr_jax.kernels import fastest_ops
 from apr_jax.load.load_model import find_device, find_mesh
 from apr_jax.model.language_model import LanguageModel
@@ -108,6 +110,7 @@ def run(settings: Settings, say: Say, keep: Keep, turns: Turns = _ALONE) -> dict
     results: dict[str, Any] = {
         "model": SHAPES.get(settings.model, os.path.basename(os.path.normpath(settings.model))),
         "dtype": settings.dtype,
+        **({"engine": products.engine()} if device.platform == "cpu" else {}),
         **machine.describe(device),
         "cases": [],
     }
@@ -160,7 +163,9 @@ def _model(settings: Settings, device: jax.Device) -> LanguageModel:
     config = SAMPLES[SHAPES[settings.model]].config
     layout = Layout.of(config, mesh) if isinstance(mesh, Mesh) else None
     fused = device.platform == "gpu" and layout is None
-    parameters = random_parameters(config, settings.dtype, fused, layout or device)
+    as_stored = device.platform == "cpu" and settings.dtype == "float32" and layout is None and products.available()
+    matrices = "bfloat16" if as_stored else None  # as published
+    parameters = random_parameters(config, settings.dtype, fused, layout or device, matrices)
     model = LanguageModel(config, parameters, device, layout=layout)
     return model.with_ops(fastest_ops.ops_for(config, model.dtype, device, fused, layout))
 
@@ -184,20 +189,39 @@ def _on_mesh(model: LanguageModel, layout: Layout) -> dict[str, Any]:
 
 
 def _contestants(settings: Settings, ours: Ours, results: dict[str, Any], say: Say) -> list[Contestant]:
-    if not settings.peers or not hf_reference.available() or ours.model.layout is not None:
+    if not settings.peers or ours.model.layout is not None:
         return [ours]
-    from apr_jax.bench.huggingface import HuggingFace
+    contestants: list[Contestant] = [ours]
+    wide = ours
+    if set(ours.model.storage) != {ours.model.dtype}:
+        wide = Ours(widened(ours.model), f"apr_jax, weights in {ours.model.dtype}")
+        contestants.append(wide)
+        if settings.model in SHAPES:
+            contestants.append(Ours(quantised(ours.model), "apr_jax Q4_K"))
+    ids = tokens(ours.model.config, *_PROMPT)
+    if hf_reference.available():
+        from apr_jax.bench.huggingface import HuggingFace
 
-    eager, compiled = HuggingFace.over(ours.model)
-    apart = measure.agreement(ours, eager, tokens(ours.model.config, *_PROMPT))
-    results["relative_l2_to_huggingface"] = apart
-    say(f"apr_jax and HuggingFace on the same weights: relative L2 of logits {apart:.1e}")
-    return [ours, eager, compiled]
+        eager, compiled = HuggingFace.over(wide.model)
+        apart = measure.agreement(ours, eager, ids)
+        results["relative_l2_to_huggingface"] = apart
+        say(f"apr_jax and HuggingFace on the same weights: relative L2 of logits {apart:.1e}")
+        contestants += [eager, compiled]
+    if settings.device == "cpu" and settings.dtype == "float32" and llama.available():
+        for form in (llama.BFLOAT16, llama.Q4_K):
+            other = llama.LlamaCpp(wide.model, form, settings.scratch)
+            apart = measure.agreement(ours, other, ids)
+            say(f"apr_jax and {other.name}: relative L2 of logits {apart:.1e}")
+            contestants.append(other)
+    return contestants
 
 
 def _entry(model: LanguageModel, case: Case, found: Ceilings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns what the results say about a case: its least work, the machine's limit, and the contestants' rows."""
-    least = work(model.config, case, jax.numpy.dtype(model.dtype).itemsize)
+    matrices = [leaf for leaf in jax.tree.leaves(model.parameters) if leaf.ndim == 2]
+    count = sum(math.prod(shape) for shape in model.config.tensor_shapes().values() if len(shape) == 2)
+    stored = sum(leaf.nbytes for leaf in matrices) / count
+    least = work(model.config, case, jax.numpy.dtype(model.dtype).itemsize, stored)
     # Devices of a CPU are simulated: they share one memory and its cores.
     devices = 1 if model.layout is None or model.device.platform == "cpu" else model.layout.mesh.size
     found = Ceilings(found.flops * devices, found.bytes * devices)

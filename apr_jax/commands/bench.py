@@ -20,7 +20,9 @@ cases:
                one of the shape to --scratch)
 
 Peers, where they are installed: HuggingFace on the same arrays, as it is and through torch.compile with a static
-cache; the genuine apr where $APR_BIN names it (CPU; one row, short prompt). The limit is the larger of arithmetic at
+cache; on a CPU llama.cpp (llama-cpp-python and gguf; one row; bf16 and Q4_K_M of the same weights), and the genuine apr
+where $APR_BIN names it (one row, short prompt). A shape has its matrices in bfloat16 there, computed in float32, beside
+float32 ones and Q4_K; APR_JAX_CPU_KERNELS=off leaves float32 alone. The limit is the larger of arithmetic at
 the rate of a large product of matrices and bytes (weights and cache once) at the rate of a large copy or sum, both
 measured in the same run. Contestants take turns. A turn makes calls back to back and waits for the last; on CUDA the
 median turn counts, on a CPU, which others use as well, the fastest.

@@ -327,15 +327,20 @@ class Programs:
 
 
 def programs_of(model: LanguageModel) -> Programs:
-    """Returns the programs of a model, shared by all models of its configuration, dtype, tables and devices."""
+    """Returns the programs of a model, shared by all models of its configuration, dtypes, tables and devices."""
     layer_ops = tuple(model.layer_ops.items())
     places = None
     if model.layout is None and len(model.module.model.norm.weight.get_raw_value().devices()) > 1:
         places = tuple(array.sharding for array in jax.tree.leaves(model.parameters))
-    return _programs(model.config, model.dtype, model.fused, model.ops, layer_ops, model.device, model.layout, places)
+    what = model.config, model.dtype, model.fused, model.ops, layer_ops, model.device, model.layout, places
+    return _programs(model.storage, *what)
 
 
-_programs = functools.cache(Programs)
+@functools.cache
+def _programs(storage: tuple[str, ...], *arguments: Any) -> Programs:
+    """The programs are compiled for types of single parameters, which `arguments` do not say."""
+    del storage
+    return Programs(*arguments)
 
 
 def _needed_bytes(memory: Any) -> int:

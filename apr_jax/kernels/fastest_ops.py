@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
+from apr_jax.cpu import products
 from apr_jax.cuda import decode_layers, kernels, nvrtc
 from apr_jax.cuda.custom_call import SPLIT_HALVES, head_supported
 from apr_jax.kernels.cpu_ops import CPU_OPS
@@ -63,8 +64,12 @@ def load_fastest(
     device: Placement = None,
     ignore_config: Iterable[str] = (),
 ) -> LanguageModel:
-    """Loads a model with the leaves and the operations that run it fastest; arguments and errors as `load_model`."""
-    model = load_model(source, dtype, device, fused=fuses(dtype, device), ignore_config=ignore_config)
+    """Loads a model with the leaves and the operations that run it fastest; arguments and errors as `load_model`.
+
+    On a CPU, in float32, matrices stay as they are stored where there are kernels for that.
+    """
+    fused, as_stored = fuses(dtype, device), products.available()
+    model = load_model(source, dtype, device, fused=fused, as_stored=as_stored, ignore_config=ignore_config)
     return model.with_ops(ops_for(model.config, model.dtype, model.device, model.fused, model.layout))
 
 

@@ -34,6 +34,7 @@ def load_model(
     fused: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
     ignore_config: Iterable[str] = (),
+    as_stored: bool = False,
 ) -> LanguageModel:
     """Loads a Qwen2 model from anything that `apr_jax.open_checkpoint` opens.
 
@@ -49,6 +50,11 @@ def load_model(
       ops: The table of operations.
       fused: One parameter for q, k and v of a layer and one for gate and up, for speed; not on a mesh of several
         devices, where heads of q, k and v lie on the same device.
+      as_stored: On a CPU and in float32, matrices that the checkpoint has in bfloat16, float16, AprQ8 or Q4_K stay
+        what they are: half the memory, or less. They are widened where they are multiplied, which is exact, by kernels
+        (`apr_jax.cpu`) in the table of operations that `fastest_ops.ops_for` returns. For inference: with the plain
+        table XLA widens 16 bits anew at each call, and a gradient has 16 bits as well; quantised rows
+        (`packed_rows`) it cannot read.
       adapters: Folders of PEFT adapters (LoRA, DoRA) to add to the weights, one after the other.
       ignore_config: Keys of the configuration that change nothing, to go on as if they were not there where it is
         refused for them: ["some_key", "rope_scaling.some_key"].
@@ -70,7 +76,7 @@ def load_model(
             config = checkpoint.model_config()
             layout = None if mesh is None else layout_on(config, mesh, fused)
             placement = layout or (device if isinstance(device, Sharding) else target)
-            parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused)
+            parameters = load_parameters(for_model(checkpoint, config), config, name, placement, fused, as_stored)
             origin = origin_of(checkpoint)
     return LanguageModel(config, parameters, target, ops, origin=origin, layout=layout)
 

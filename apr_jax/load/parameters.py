@@ -22,7 +22,7 @@ from apr_jax.converters.checkpoint.tied_heads import same_values
 from apr_jax.converters.errors import RefusedError, UsageError
 from apr_jax.converters.formats import casts
 from apr_jax.converters.storage.workers import Workers
-from apr_jax.load import upload
+from apr_jax.load import packed_rows, upload
 from apr_jax.model.parameters import Parameters, nested, parameter_sources
 from apr_jax.model.sharding import Layout
 
@@ -33,7 +33,12 @@ _ALIGNMENT = 64
 
 
 def load_parameters(
-    checkpoint: Checkpoint, config: Qwen2Config, dtype: str, device: jax.Device | Sharding | Layout, fused: bool = False
+    checkpoint: Checkpoint,
+    config: Qwen2Config,
+    dtype: str,
+    device: jax.Device | Sharding | Layout,
+    fused: bool = False,
+    as_stored: bool = False,
 ) -> Parameters:
     """Reads every tensor of a checkpoint, casts it to `dtype` and puts it on `device`.
 
@@ -43,6 +48,8 @@ def load_parameters(
       dtype: "float32", "bfloat16", "float16" or "float64".
       device: Where the arrays go: one device, a sharding that fits all of them, or a layout on a mesh, of which this
         process reads what its own devices hold, each part once.
+      as_stored: Whether, on a CPU, matrices of bfloat16, float16, AprQ8 and Q4_K (`packed_rows`) stay what they are
+        where `dtype` is float32.
       fused: Whether q, k and v of a layer become one parameter `qkv_proj`, and gate and up one, `gate_up_proj`; not on
         a mesh.
 
@@ -74,11 +81,13 @@ def load_parameters(
     sources = {
         path: [checkpoint.tensors[name] for name in names] for path, names in parameter_sources(config, fused).items()
     }
+    on_cpu = not isinstance(device, Layout) and (isinstance(device, Sharding) or device.platform == "cpu")
+    narrow = as_stored and on_cpu and dtype == "float32"
     x64: contextlib.AbstractContextManager[Any] = jax.enable_x64(dtype == "float64")
     with x64:
         if isinstance(device, Layout):
             return nested(_spread({path: tensor for path, (tensor,) in sources.items()}, dtype, device))
-        return nested(_load(sources, dtype, device))
+        return nested(_load(sources, dtype, device, narrow))
 
 
 def _spread(tensors: Mapping[str, Tensor], dtype: str, layout: Layout) -> dict[str, jax.Array]:
@@ -95,7 +104,7 @@ def _spread(tensors: Mapping[str, Tensor], dtype: str, layout: Layout) -> dict[s
             held[name].append((device, reader))
             if device is reader:
                 parts.setdefault(device, {})[name] = [part_of(tensor, slices)]
-    read = {device: _load(sources, dtype, device) for device, sources in parts.items()}
+    read = {device: _load(sources, dtype, device, narrow=False) for device, sources in parts.items()}
 
     def of(name: str) -> jax.Array:
         arrays = [read[reader][name] for _, reader in held[name]]
@@ -105,9 +114,19 @@ def _spread(tensors: Mapping[str, Tensor], dtype: str, layout: Layout) -> dict[s
     return {name: of(name) for name in tensors}
 
 
-def _load(sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device | Sharding) -> dict[str, jax.Array]:
+def _stored(tensors: Sequence[Tensor]) -> str | None:
+    """Returns the 16-bit dtype in which all these matrices are stored; None where there is none."""
+    found = {str(tensor.dtype.numpy) for tensor in tensors if len(tensor.shape) == 2 and not tensor.dtype.is_block}
+    return found.pop() if len(found) == 1 and found <= {"bfloat16", "float16"} else None
+
+
+def _load(
+    sources: Mapping[str, Sequence[Tensor]], dtype: str, device: jax.Device | Sharding, narrow: bool
+) -> dict[str, jax.Array]:
     def read(path: str) -> np.ndarray:
-        return read_as(sources[path], dtype)
+        if narrow and all(map(packed_rows.can_pack, sources[path])):
+            return packed_rows.pack(sources[path], _aligned_empty)
+        return read_as(sources[path], (_stored(sources[path]) if narrow else None) or dtype)
 
     if isinstance(device, Sharding) or device.platform == "cpu":
         # The system clears the pages of a new array when they are first written to: that is what several threads share.

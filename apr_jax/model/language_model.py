@@ -97,8 +97,13 @@ class LanguageModel:
 
     @property
     def dtype(self) -> str:
-        """Name of the dtype of parameters and computation."""
+        """Name of the dtype of the computation and, but for what `storage` says, of the parameters."""
         return str(self.module.model.norm.weight.get_raw_value().dtype)
+
+    @property
+    def storage(self) -> tuple[str, ...]:
+        """Names of the dtypes of all parameters, which may be narrower than `dtype` (`load_model(as_stored=True)`)."""
+        return tuple(str(variable(self.module, path).get_raw_value().dtype) for path in self._paths)
 
     @property
     def fused(self) -> bool:

@@ -582,8 +582,10 @@ class Qwen2ForCausalLM(nnx.Module):
         return self.norm(x, ops), cache
 
     def embed(self, input_ids: Array, ops: Ops = OPS) -> Array:
-        """Token ids [B, T] -> residual stream [B, T, D]."""
-        return ops.embed(input_ids, self.model.embed_tokens.weight[...])
+        """Token ids [B, T] -> residual stream [B, T, D], in the norms' dtype: matrices may be stored in fewer bits."""
+        rows = ops.embed(input_ids, self.model.embed_tokens.weight[...])
+        # Those of quantised tables are padded to whole blocks.
+        return rows[..., : self.config.hidden_size].astype(self.model.norm.weight[...].dtype)
 
     def norm(self, x: Array, ops: Ops = OPS) -> Array:
         """The final norm, [B, T, D]."""
