@@ -218,9 +218,9 @@ for name in ("readinto", "read", "raw"):
 import ctypes, signal, threading
 from apr_jax.generate.programs import Programs
 call, libc = Programs._call, ctypes.CDLL(None)
-def stuck(self, key, *rest):
+def stuck(self, key, *rest, **options):
     if key[0] != "decode":
-        return call(self, key, *rest)
+        return call(self, key, *rest, **options)
     mutex = ctypes.create_string_buffer(128)
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     libc.pthread_mutex_lock(mutex)

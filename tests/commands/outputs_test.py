@@ -30,6 +30,7 @@ OUTPUTS = {
     ("bench", "output"): ["{model}", "--force", "-o", "{output}"],
     ("bench", "svg"): ["{model}", "--force", "--svg", "{output}"],
 }
+OF_PREPARED = {("checkpoint", "output"): ["restore", "{model}", "--force", "-o", "{output}"]}
 OF_NO_INPUT = {("make-sample", "output"), ("bench", "scratch")}
 INPUTS = {
     *((command, name) for command in COMMANDS for name in ("model", "source", "path", "a", "b", "adapter")),
@@ -88,8 +89,8 @@ class OutputsTest(parameterized.TestCase):
         """A new output has to join the table above, and so the tests below."""
         found = {(command, action.dest) for command in COMMANDS for action in options(command) if names_a_path(action)}
         self.assertGreater(len(found), 25)
-        self.assertEqual(found - INPUTS - OF_NO_INPUT - set(OUTPUTS), set())
-        self.assertEqual((set(OUTPUTS) | OF_NO_INPUT) - found, set())
+        self.assertEqual(found - INPUTS - OF_NO_INPUT - set(OUTPUTS) - set(OF_PREPARED), set())
+        self.assertEqual((set(OUTPUTS) | set(OF_PREPARED) | OF_NO_INPUT) - found, set())
 
     @parameterized.parameters(*OUTPUTS)
     def test_no_file_of_the_model_is_replaced(self, command, option):
@@ -151,7 +152,7 @@ class OutputsTest(parameterized.TestCase):
             self.refused(command, [*OUTPUTS[command, option], "--adapter", str(adapter)], model=self.folder / "hf",
                          output=self.folder / "adapter" / name)  # fmt: skip
 
-    @parameterized.parameters("convert", "golden", "show")
+    @parameterized.parameters("convert", "golden", "show", "checkpoint")
     def test_no_file_of_a_prepared_folder(self, command):
         from apr_jax.converters.checkpoint.openers import open_checkpoint
         from apr_jax.load import prepared
@@ -160,7 +161,8 @@ class OutputsTest(parameterized.TestCase):
             prepared.save(checkpoint, os.fspath(self.folder / "prepared"), dtype="float32", fused=False)
         option = "html" if command == "show" else "output"
         for path in [path for path in (self.folder / "prepared").rglob("*") if path.is_file()][:12]:
-            self.refused(command, OUTPUTS[command, option], model=self.folder / "prepared", output=path)
+            arguments = (OUTPUTS | OF_PREPARED)[command, option]
+            self.refused(command, arguments, model=self.folder / "prepared", output=path)
 
 
 if __name__ == "__main__":

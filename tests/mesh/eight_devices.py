@@ -238,9 +238,9 @@ def bytes_read(checkpoint, config, shape):
     read = {}
     load = parameters._load
 
-    def counted(sources, dtype, device):
+    def counted(sources, dtype, device, **options):
         before = sum(source.bytes_read for source in checkpoint.sources)
-        found = load(sources, dtype, device)
+        found = load(sources, dtype, device, **options)
         read[device] = sum(source.bytes_read for source in checkpoint.sources) - before
         return found
 

@@ -31,7 +31,7 @@ class EightDevicesTest(parameterized.TestCase):
 
     @pytest.mark.slow
     def test_load(self):
-        self.check("LoadTest", 16)
+        self.check("LoadTest", 14)
 
     @pytest.mark.slow
     def test_parity(self):

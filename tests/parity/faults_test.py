@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 import sys
+import types
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -132,8 +133,9 @@ class OneRecordTest(parameterized.TestCase):
             self.assertIn("silu is raised by 0.75", finding.sentence)
 
     def test_it_is_listed(self):
-        family = mock.Mock(FAULTS=(self.FOLDED,))
-        with mock.patch.dict(table._FAMILIES, {"New": family}):
+        family = types.ModuleType("apr_jax.parity.faults.new")
+        family.FAULTS = (self.FOLDED,)
+        with mock.patch.dict(table.FAMILIES, {"New": family}):
             self.assertIn(
                 "| `norm-folded` | attn_norm, ffn_norm, final_norm | the norms lose their sign |", table.listing()
             )
