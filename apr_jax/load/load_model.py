@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import AxisType, Mesh, Sharding
@@ -25,11 +25,14 @@ from apr_jax.model.parameters import dtype_name
 from apr_jax.model.qwen2 import OPS, Ops
 from apr_jax.model.sharding import AXES, Layout
 
+Placement: TypeAlias = str | jax.Device | Sharding | Mesh | None
+"""Where a model goes; `load_model` says what each means."""
+
 
 def load_model(
     source: str | os.PathLike[str] | Checkpoint,
     dtype: Any = "float32",
-    device: str | jax.Device | Sharding | Mesh | None = None,
+    device: Placement = None,
     ops: Ops = OPS,
     fused: bool = False,
     adapters: Sequence[str | os.PathLike[str]] = (),
@@ -96,7 +99,7 @@ def layout_on(config: Qwen2Config, mesh: Mesh, fused: bool) -> Layout:
     return Layout.of(config, mesh)
 
 
-def find_device(device: str | jax.Device | Sharding | Mesh | None) -> jax.Device:
+def find_device(device: Placement) -> jax.Device:
     """Returns the device that `device` names ("cpu", "cuda:1"); None is JAX's default device.
 
     Of a Sharding or a Mesh it is the first one that belongs to this process.

@@ -21,6 +21,7 @@ from absl.testing import absltest, parameterized
 
 from apr_jax import schemas
 from apr_jax.commands.entry import COMMANDS
+from apr_jax.cpu import products
 from apr_jax.trace.inputs import seeded
 from tests import json_outputs, oracle, paths, tool
 from tests.battery.faulty_forward import Planted, forward, write_aprt
@@ -437,8 +438,9 @@ class OutputsTest(parameterized.TestCase):
     def test_bench(self):
         results = [json.loads(path.read_text()) for path in sorted((paths.ROOT / "tests/bench/results").glob("*.json"))]
         self.assertGreaterEqual(len(results), 3)
-        # Of eight simulated devices: tests/mesh holds what bench prints there against the schema.
+        # Of eight simulated devices: tests/mesh holds what bench prints there against the schema. And of a CPU.
         spread = {
+            "engine": products.engine(),
             "mesh": {
                 "data": 1,
                 "model": 8,
@@ -446,7 +448,7 @@ class OutputsTest(parameterized.TestCase):
                 "parameter_bytes_per_device": 2,
                 "parameter_bytes": 9,
                 "operations": "XLA's own",
-            }
+            },
         }
         self.described("bench", *results, results[0] | spread)
 
