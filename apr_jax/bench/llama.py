@@ -14,23 +14,12 @@ import numpy as np
 
 from apr_jax.bench.cases import PREFILL, Case
 from apr_jax.bench.ours import tokens
+from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.parameters import named
 
 BFLOAT16, Q4_K = "bf16", "Q4_K_M"
 _FTYPES = {Q4_K: 15}
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def available() -> bool:
@@ -128,7 +117,21 @@ def write(model: LanguageModel, path: str) -> None:
     import gguf
     import jax.numpy as jnp
 
-    config = model.config
+    writer, names = writer_of(path, model.config)
+    for name, array in named(model.parameters).items():
+        stored = names.get_name(name, (".weight", ".bias"))
+        if array.ndim == 2:
+            data = np.asarray(array.astype(jnp.bfloat16)).view(np.uint8)
+            writer.add_tensor(stored, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(stored, np.asarray(array.astype(jnp.float32)))
+    finish(writer)
+
+
+def writer_of(path: str, config: Qwen2Config) -> tuple[Any, Any]:
+    """Returns gguf's writer with what llama.cpp asks of a Qwen2 model, and gguf's map of tensor names."""
+    import gguf
+
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -140,21 +143,12 @@ def write(model: LanguageModel, path: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
-    for name, array in named(model.parameters).items():
-        if array.ndim == 2:
-            data = np.asarray(array.astype(jnp.bfloat16)).view(np.uint8)
-            writer.add_tensor(_name(name), data, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(_name(name), np.asarray(array.astype(jnp.float32)))
+    return writer, gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_layers)
+
+
+def finish(writer: Any) -> None:
+    """Writes the file of a `writer_of`."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _name(name: str) -> str:
-    module, leaf = name.rsplit(".", 1)
-    if module in _OUTER:
-        return f"{_OUTER[module]}.{leaf}"
-    layer, _, inner = module.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_NAMES[inner]}.{leaf}"

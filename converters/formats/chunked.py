@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 
 from apr_jax.converters.errors import BrokenContainerError, StorageError
-from apr_jax.converters.storage.source import SourceFile
+from apr_jax.converters.storage.source import SourceFile, changed
 
 # What is read at once and then taken apart into rows.
 _SCRATCH_BYTES = 1 << 20
@@ -136,10 +136,4 @@ class ChunkedFile(SourceFile):
 
 def _check(chunk: _Chunk, source: SourceFile) -> None:
     if source.stamp != chunk.stamp:
-        raise StorageError(
-            "the file was changed while it was being read",
-            code="source-changed",
-            file=chunk.path,
-            found=f"{source.size} bytes",
-            expected=f"{chunk.size} bytes, as when it was opened",
-        )
+        raise changed(chunk.path, source.size, chunk.size)

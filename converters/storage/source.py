@@ -158,13 +158,7 @@ class SourceFile:
                 f"reading failed: {error.strerror or error}", code="read-failed", file=self.path
             ) from error
         if (now.st_size, now.st_mtime_ns) != self.stamp:
-            raise StorageError(
-                "the file changed while it was being read",
-                code="source-changed",
-                file=self.path,
-                found=f"{now.st_size} bytes",
-                expected=f"{self.size} bytes",
-            )
+            raise changed(self.path, now.st_size, self.size)
 
     def close(self) -> None:
         """Closes the file; closing twice is no error."""
@@ -184,6 +178,17 @@ class SourceFile:
 
     def __repr__(self) -> str:
         return f"SourceFile({self.path!r}, size={self.size})"
+
+
+def changed(path: str, found: int, expected: int) -> StorageError:
+    """Returns the error for a file that is no longer what was opened, with its bytes now and then."""
+    return StorageError(
+        "the file changed while it was being read",
+        code="source-changed",
+        file=path,
+        found=f"{found} bytes",
+        expected=f"{expected} bytes, as when it was opened",
+    )
 
 
 def read_whole(path: str | os.PathLike[str], max_bytes: int, what: str) -> bytes:

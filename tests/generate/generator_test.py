@@ -294,6 +294,21 @@ class GenerationTest(parameterized.TestCase):
             self.assertRaisesRegex(RefusedError, "no tokenizer", act)
 
 
+class LoopTest(parameterized.TestCase):
+    def test_this_xla_knows_the_options_of_a_loop_in_a_graph(self):
+        self.assertEqual(jax.jit(lambda x: x + 1, compiler_options=programs._LOOP_IN_A_GRAPH)(1), 2)
+
+    @parameterized.parameters(("gpu", None, True), ("cpu", None, False), ("gpu", "a mesh", False))
+    def test_the_decode_loop_of_one_gpu_is_a_graph(self, platform, layout, graph):
+        made = object.__new__(programs.Programs)
+        made._device, made._layout, made._spread = types.SimpleNamespace(platform=platform), layout, False
+        with mock.patch.object(programs.Programs, "_call") as call:
+            made.decode(
+                mock.MagicMock(), mock.MagicMock(), np.zeros(1, bool), 1, mock.MagicMock(), (), mock.MagicMock()
+            )
+        self.assertEqual(call.call_args.kwargs["options"], programs._LOOP_IN_A_GRAPH if graph else {})
+
+
 class BucketTest(absltest.TestCase):
     def test_there_are_two_for_each_doubling_and_none_wastes_half(self):
         buckets = {bucket(length, 64) for length in range(1, 32769)}

@@ -3,8 +3,11 @@
 import json
 import pathlib
 import sys
+import types
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -79,6 +82,25 @@ class ScoringTest(parameterized.TestCase):
         np.testing.assert_allclose(
             scoring.logits_before(self.model, documents[0], cut[0], [3, 9]), logits[[2, 8]], atol=1e-4
         )
+
+
+class InTurnTest(parameterized.TestCase):
+    @parameterized.parameters(("cpu", "abc", "AaBbCc"), ("gpu", "abc", "ABaCbc"), ("gpu", "a", "Aa"), ("gpu", "", ""))
+    def test_an_accelerator_has_the_next_batch_before_the_last_is_waited_for(self, platform, groups, order):
+        """A capital letter is a batch given to the device, a small one its scores that arrive."""
+        events = []
+
+        def scored(model, documents, group, batch, variant):
+            del model, documents, batch, variant
+            events.append(group.upper())
+            return tuple(np.full(3, ord(group)) for _ in scoring.Scores._fields)
+
+        model = types.SimpleNamespace(device=types.SimpleNamespace(platform=platform))
+        with mock.patch.object(scoring, "_scored", scored):
+            for group, found in scoring._in_turn(model, [], iter(groups), 1, scoring.RIGHT):
+                self.assertEqual([int(part[0]) for part in found], [ord(group)] * 3)
+                events.append(group)
+        self.assertEqual("".join(events), order)
 
 
 class DocumentsTest(absltest.TestCase):

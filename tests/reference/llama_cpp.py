@@ -6,12 +6,15 @@ The library is the one inside the wheel `xllamacpp` 2026.10; the layouts of stru
 from __future__ import annotations
 
 import ctypes as c
+import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from apr_jax.bench import llama
 
 NAMES = (
     *("inp_embd", "attn_norm", "Qcur", "Kcur", "kq", "kq_soft_max", "kqv_out", "ffn_inp", "ffn_norm", "ffn_gate"),
@@ -66,27 +69,15 @@ def library() -> str | None:
 
 def write_gguf(path: pathlib.Path, config: Any, tensors: Mapping[str, np.ndarray], **other: float) -> None:
     """Writes HuggingFace's tensors as float32 GGUF, as convert_hf_to_gguf does; `other` are wrong numbers."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_rope_freq_base(other.get("theta", config.rope_theta))
-    writer.add_layer_norm_rms_eps(other.get("eps", config.rms_norm_eps))
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_layers)
+    numbers = {
+        "rope_theta": other.get("theta", config.rope_theta),
+        "rms_norm_eps": other.get("eps", config.rms_norm_eps),
+    }
+    writer, names = llama.writer_of(str(path), dataclasses.replace(config, **numbers))
     for name, value in tensors.items():
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
             writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(value, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    llama.finish(writer)
 
 
 def run(path: pathlib.Path, ids: np.ndarray, folder: pathlib.Path, **params: Any) -> None:
