@@ -11,7 +11,10 @@ changes one changes the other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+S = TypeVar("S")
 
 
 class Broken(AssertionError):
@@ -106,18 +109,23 @@ def explore(programs: Sequence[Sequence[Step]], warps: int) -> int:
     writer = {step.word: agent for agent, steps in enumerate(programs) for step in steps if isinstance(step, Publish)}
     ends = tuple(map(len, programs))
     written = [_tags(steps) for steps in programs]
-    start = (0,) * len(programs)
+
+    def left(state: tuple[int, ...]) -> list[Step]:
+        return [programs[agent][at] for agent, at in enumerate(state) if at < ends[agent]]
+
+    return _visit((0,) * len(programs), lambda state: _following(programs, warps, writer, written, state), left)
+
+
+def _visit(start: S, following: Callable[[S], Iterable[S]], left: Callable[[S], object]) -> int:
+    """Visits every state that is reached; refuses one that nothing follows though something is `left` to do."""
     seen, waiting = {start}, [start]
     while waiting:
         state = waiting.pop()
-        following = list(_following(programs, warps, writer, written, state))
-        if not following and state != ends:
-            stuck = [programs[agent][at] for agent, at in enumerate(state) if at < ends[agent]]
-            raise Broken(f"nobody can go on: {stuck}")
-        for after in following:
-            if after not in seen:
-                seen.add(after)
-                waiting.append(after)
+        reached = list(following(state))
+        if not reached and left(state):
+            raise Broken(f"nobody can go on: {left(state)}")
+        waiting += (new := set(reached) - seen)
+        seen |= new
     return len(seen)
 
 
@@ -189,17 +197,12 @@ class Ring:
         """
         total = sum(self.takes)
         start = (0, frozenset[int](), ((0, 0),) * self.warps)
-        seen, waiting = {start}, [start]
-        while waiting:
-            state = waiting.pop()
-            following = list(self._following(state, total))
-            if not following and not all(given == total for _, given in state[2]):
-                raise Broken(f"nobody can go on with {self.stages} stages: {state}")
-            for after in following:
-                if after not in seen:
-                    seen.add(after)
-                    waiting.append(after)
-        return len(seen)
+
+        def left(state: tuple[int, frozenset[int], tuple[tuple[int, int], ...]]) -> str:
+            done = all(given == total for _, given in state[2])
+            return "" if done else f"{self.stages} stages, {state}"
+
+        return _visit(start, lambda state: self._following(state, total), left)
 
     def _following(
         self, state: tuple[int, frozenset[int], tuple[tuple[int, int], ...]], total: int

@@ -64,7 +64,7 @@ class DecodeExchangeTest(parameterized.TestCase):
             explore(programs, 2)
 
     def test_a_ring_with_fewer_stages_than_a_product_takes_is_a_deadlock(self):
-        with self.assertRaisesRegex(Broken, "nobody can go on with 2 stages"):
+        with self.assertRaisesRegex(Broken, "nobody can go on: 2 stages"):
             Ring(2, 2, (1, 1, 2, 3)).explore()
 
     def test_the_shape_that_the_kernel_is_for_has_a_ring_for_every_product_and_rows_for_every_block(self):
