@@ -14,7 +14,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from apr_jax import Inputs, load_generator, save
+from apr_jax import Inputs, load_model, open_checkpoint, save
+from apr_jax.generate.generator import Generator
+from apr_jax.generate.tokenizer import Tokenizer
 
 
 def batches(ids: list[int], rows: int, length: int, steps: int) -> np.ndarray:
@@ -45,8 +47,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
 
-    generator = load_generator(args.model)
-    model, tokenizer = generator.model, generator.tokenizer
+    # Not `load_generator`, which on a CPU keeps matrices as they are stored: parameters are to be trained in float32.
+    with open_checkpoint(args.model) as checkpoint:
+        model, tokenizer = load_model(checkpoint), Tokenizer.of(checkpoint)
     ids = tokenizer.encode(args.text.read_text())
     Inputs.of([ids]).check_vocabulary(model.config.vocab_size)
     length = min(args.length, len(ids))
@@ -57,7 +60,7 @@ def main() -> None:
         loss = train_step(model.module, optimizer, batch)
         print(f"step {step}: loss {float(loss):.6f}")
 
-    print(generator.generate(args.text.read_text()[:20], max_new_tokens=16)[0].text)
+    print(Generator(model, tokenizer).generate(args.text.read_text()[:20], max_new_tokens=16)[0].text)
     save(model, args.output)
     print(f"saved {args.output}")
 

@@ -34,6 +34,10 @@ from apr_jax.model.parameters import named, parameter_sources
 _CODES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
 # Whichever of them a config.json has: transformers 5 writes the first, older ones the second.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_AS_STORED = (
+    "The model keeps matrices as they are stored, as load_generator and load_model(as_stored=True) load it on a CPU, "
+    "to run and not to be trained; load_model(path) gives it parameters of one dtype"
+)
 
 
 def save(
@@ -149,6 +153,7 @@ def _tensors(model: LanguageModel) -> Iterator[Tensor]:
                 tensor=path,
                 found=f"{array.dtype} {list(array.shape)}",
                 expected=f"{model.dtype} {list(expected)}",
+                hint=_AS_STORED if len(set(model.storage)) > 1 else None,
             )
         file, offset = _ArrayFile(path, array), 0
         for name in names:

@@ -21,10 +21,12 @@ pytest.importorskip("numba")
 
 from apr_jax.converters.convert.plan import CastRule
 from apr_jax.converters.convert.run import convert
+from apr_jax.converters.errors import UsageError
 from apr_jax.cpu import products
 from apr_jax.generate.generator import Generator, load_generator
 from apr_jax.kernels.cpu_ops import CPU_OPS
 from apr_jax.load.load_model import load_model
+from apr_jax.load.save import save
 from apr_jax.model.qwen2 import OPS
 from apr_jax.trace import golden, stages, tolerances
 from apr_jax.trace.compare import relative_l2
@@ -82,6 +84,12 @@ class AsStoredTest(parameterized.TestCase):
         self.assertEqual([row.token_ids for row in found], [row.token_ids for row in expected])
 
     @pytest.mark.slow
+    def test_what_is_not_to_be_trained_is_not_saved_and_says_how_to_load_it(self):
+        generator = load_generator(paths.checkpoint(SAMPLE), device="cpu", text=False)
+        told = self.assertRaisesRegex(UsageError, r"found bfloat16 .*load_model\(path\) gives it parameters of one")
+        with tempfile.TemporaryDirectory() as folder, told:
+            save(generator.model, os.path.join(folder, "m.apr"))
+
     def test_without_kernels_generation_loads_float32(self):
         with no_kernels():
             made = load_generator(paths.checkpoint(SAMPLE), device="cpu", text=False)
