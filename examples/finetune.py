@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     args = parser.parse_args()
 
     # Not `load_generator`, which on a CPU keeps matrices as they are stored: parameters are to be trained in float32.

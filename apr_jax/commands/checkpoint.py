@@ -23,7 +23,7 @@ one is opened (golden, parity, generate, show, convert, load_model), on any mesh
 restores DIR/parameters with Orbax alone (docs/checkpoints.md). It is written completely or not at all: a
 save that is killed leaves what DIR held before.
 
-restore puts the parameters of DIR on a device, or over another mesh, and compares the SHA-256 of each one there with
+restore puts the parameters of DIR on a device, or over another mesh, and compares the CRC-32 of each one there with
 what was saved. With -o it writes the model that was saved instead, as it was: names, types, bytes, configuration and
 tokenizer. Values that were widened to be saved are narrowed again, which is exact. A tied head that the source had as a
 copy of the embedding is not written.
@@ -180,11 +180,11 @@ def _print_parameters(description: Description) -> None:
             "x".join(map(str, parameter.shape)),
             description.stored.nbytes(parameter.shape),
             ", ".join(sorted({description.types.get(name, "unknown") for name in parameter.tensors})),
-            parameter.sha256[:16],
+            parameter.crc32,
         )
         for parameter in description.parameters
     ]
-    print_table(("parameter", "shape", "bytes", "type in the source", "SHA-256"), rows, right=(2,))
+    print_table(("parameter", "shape", "bytes", "type in the source", "CRC-32"), rows, right=(2,))
 
 
 def _summary(description: Description) -> dict[str, Any]:

@@ -8,7 +8,6 @@ own; read, it goes onto any other mesh, since a device reads its part of the who
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -65,7 +64,7 @@ def save(
 ) -> Description:
     """Writes a prepared checkpoint: whole, or not at all. The parameters are in memory meanwhile.
 
-    The source is hashed while it is loaded, the parameters while Orbax writes them.
+    The source is hashed while it is loaded; of the parameters a CRC-32 is taken while Orbax writes them.
 
     Args:
       checkpoint: The model.
@@ -225,18 +224,18 @@ def check(folder: str, device: str | jax.Device | Mesh | None = None, ignore_con
     """
     description = prepared_format.describe(folder)
     model = load_model(folder, description.dtype, device, fused=description.fused, ignore_config=ignore_config)
-    prepared_format.check_hashes(folder, description, hashes(named(model.parameters)))
+    prepared_format.check_sums(folder, description, _checksums(named(model.parameters)))
     return description
 
 
-def hashes(parameters: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Returns the SHA-256 of each parameter's bytes in C order."""
+def _checksums(parameters: Mapping[str, jax.Array]) -> dict[str, str]:
+    """Returns the checksum of each parameter, as `prepared_format.checksum`."""
 
-    def digest(array: jax.Array) -> str:
-        return hashlib.sha256(_values(array).reshape(-1).view("u1").data).hexdigest()
+    def of(array: jax.Array) -> str:
+        return prepared_format.checksum([_values(array).reshape(-1).view("u1").data])
 
     with Workers(min(8, os.cpu_count() or 1)) as workers:
-        return dict(zip(parameters, workers.map(digest, parameters.values()), strict=True))
+        return dict(zip(parameters, workers.map(of, parameters.values()), strict=True))
 
 
 def _values(array: jax.Array) -> np.ndarray:
@@ -253,9 +252,9 @@ def _values(array: jax.Array) -> np.ndarray:
 def _described(
     checkpoint: Checkpoint, sources: Mapping[str, tuple[str, ...]], parameters: Mapping[str, jax.Array]
 ) -> Iterator[Parameter]:
-    for name, digest in hashes(parameters).items():
+    for name, checksum in _checksums(parameters).items():
         tensors = {tensor: checkpoint.tensors[tensor].shape for tensor in sources[name]}
-        yield Parameter(name, parameters[name].shape, digest, tensors)
+        yield Parameter(name, parameters[name].shape, checksum, tensors)
 
 
 @contextlib.contextmanager

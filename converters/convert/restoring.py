@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 
 from apr_jax.converters.checkpoint.checkpoint import Checkpoint, SideFiles
@@ -56,7 +55,7 @@ def restore(
         restored = checkpoint.replaced(tensors=tensors, files=files, warnings=checkpoint.warnings)
         plan = make_plan(restored, output, to=to, max_shard_bytes=max_shard_bytes)
         check_output(plan, force=force)
-        prepared_format.check_hashes(folder, description, _stored_hashes(checkpoint, description))
+        prepared_format.check_sums(folder, description, _stored_sums(checkpoint, description))
         run(plan, force=force, notice=notice, progress=progress)
     return description, plan
 
@@ -80,16 +79,13 @@ def _as_in_source(tensor: Tensor, description: Description) -> Tensor:
     return _Restored(**fields, source_type=before)
 
 
-def _stored_hashes(checkpoint: Checkpoint, description: Description) -> dict[str, str]:
-    """Returns the SHA-256 of each parameter's bytes as they stand in the files."""
+def _stored_sums(checkpoint: Checkpoint, description: Description) -> dict[str, str]:
+    """Returns the checksum of each parameter's bytes as they stand in the files."""
 
-    def digest(parameter: Parameter) -> str:
-        found = hashlib.sha256()
-        for name in parameter.tensors:
-            for chunk in checkpoint.tensors[name].stream():
-                found.update(chunk)
-        return found.hexdigest()
+    def of(parameter: Parameter) -> str:
+        pieces = (chunk for name in parameter.tensors for chunk in checkpoint.tensors[name].stream())
+        return prepared_format.checksum(pieces)
 
     parameters = description.parameters
     with Workers(min(8, os.cpu_count() or 1)) as workers:
-        return dict(zip((each.name for each in parameters), workers.map(digest, parameters), strict=True))
+        return dict(zip((each.name for each in parameters), workers.map(of, parameters), strict=True))

@@ -17,16 +17,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from apr_jax.converters.errors import BrokenContainerError, MissingFileError, RefusedError, UsageError, in_file
 from apr_jax.converters.formats import dtypes, strict_json
 from apr_jax.converters.formats.chunked import ChunkedFile
 from apr_jax.converters.formats.dtypes import DType
+from apr_jax.converters.storage.crc import Bytes, crc32
 from apr_jax.converters.storage.source import SourceFile, exists, is_folder, is_plain_name
 
-FORMAT = "apr_jax.prepared/1"
+FORMAT = "apr_jax.prepared/2"
 # What describes such a checkpoint, and the folder of its parameters.
 PREPARED_NAME = "prepared.json"
 PREPARED_FOLDER = "parameters"
@@ -51,13 +52,13 @@ class Parameter:
     Attributes:
       name: Its path in the model, with dots.
       shape: Its dimensions.
-      sha256: Of its bytes.
+      crc32: Of its bytes in C order, 8 hexadecimal digits.
       tensors: HuggingFace's names and shapes of what lies in it, in the order of the rows.
     """
 
     name: str
     shape: tuple[int, ...]
-    sha256: str
+    crc32: str
     tensors: Mapping[str, tuple[int, ...]]
 
 
@@ -95,7 +96,7 @@ class Description:
         parameters = {
             parameter.name: {
                 "shape": list(parameter.shape),
-                "sha256": parameter.sha256,
+                "crc32": parameter.crc32,
                 "tensors": {name: list(shape) for name, shape in parameter.tensors.items()},
             }
             for parameter in self.parameters
@@ -172,15 +173,21 @@ def describe(folder: str) -> Description:
     return read(folder)
 
 
-def check_hashes(folder: str, description: Description, found: Mapping[str, str]) -> None:
-    """Compares the SHA-256 of parameters, by name, with those that were saved.
+def checksum(pieces: Iterable[Bytes]) -> str:
+    """Returns the CRC-32 of a parameter's bytes in C order, given in pieces, as prepared.json spells it."""
+    value = 0
+    for piece in pieces:
+        value = crc32(piece, value)
+    return f"{value:08x}"
+
+
+def check_sums(folder: str, description: Description, found: Mapping[str, str]) -> None:
+    """Compares the checksums of parameters, by name, with those that were saved.
 
     Raises:
       BrokenContainerError: Code "prepared-hash": they have other bytes, all named.
     """
-    differing = [
-        parameter.name for parameter in description.parameters if found.get(parameter.name) != parameter.sha256
-    ]
+    differing = [parameter.name for parameter in description.parameters if found.get(parameter.name) != parameter.crc32]
     if differing:
         raise BrokenContainerError(
             f"{len(differing)} of {len(found)} parameters are not what was saved: {', '.join(differing[:20])}",
@@ -325,4 +332,4 @@ def _parameters(content: Mapping[str, Any]) -> Iterator[Parameter]:
         alike = all(part[1:] == shape[1:] for part in tensors.values())
         if not is_plain_name(name) or (rows, *shape[1:]) != shape or not math.prod(shape) or not alike:
             raise ValueError(f"parameter {name!r}")
-        yield Parameter(name, shape, str(fields["sha256"]), tensors)
+        yield Parameter(name, shape, str(fields["crc32"]), tensors)

@@ -2,7 +2,7 @@
 
 Not part of the test suite: `XLA_FLAGS=--xla_force_host_platform_device_count=4 python tests/bench/checkpoint_bench.py
 FOLDER [--rounds 5] [--sample qwen2_0.5b] [--mesh model=4]` prints a JSON object and exits 1 where ours takes more than
-1.1 times Orbax's time (medians). Ours is all that save does with arrays that are loaded: writing, SHA-256 of each
+1.1 times Orbax's time (medians). Ours is all that save does with arrays that are loaded: writing, CRC-32 of each
 parameter, side files, flushing, naming; the source is hashed while it is loaded. Orbax writes in the same format.
 """
 

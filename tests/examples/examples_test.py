@@ -51,7 +51,9 @@ class ExamplesTest(absltest.TestCase):
     def test_finetune(self):
         text = pathlib.Path(self.folder, "text.txt")
         text.write_text("The quick brown fox jumps over the lazy dog. " * 8)
-        done = run_example("finetune.py", TINY, text, "-o", "tuned.apr", "--steps", 12, folder=self.folder)
+        done = run_example(
+            "finetune.py", TINY, text, "-o", "tuned.apr", "--steps", 12, "--learning-rate", 1e-3, folder=self.folder
+        )
         self.assertEqual(done.returncode, 0, done.stderr)
         losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step ")]
         self.assertLen(losses, 12)

@@ -159,9 +159,9 @@ case("GGUF: a tensor in two parts", twice, "tensor-in-two-shards")
 
 # --- prepared checkpoints
 
-PARAMETER = {"shape": [2], "sha256": "0" * 64, "tensors": {"model.norm.weight": [2]}}
+PARAMETER = {"shape": [2], "crc32": "0" * 8, "tensors": {"model.norm.weight": [2]}}
 DESCRIBED = {
-    "format": "apr_jax.prepared/1",
+    "format": "apr_jax.prepared/2",
     "dtype": "float32",
     "fused": False,
     "devices": 1,

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 import threading
+import zlib
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -169,6 +170,13 @@ class BrokenTest(Case):
         error = self.refused(BrokenContainerError, "prepared-hash", lambda: prepared.check(str(self.folder), "cpu"))
         self.assertEqual((error.tensor, error.exit_code), (DOWN, 4))
 
+    def test_sums_are_those_of_zlib(self):
+        self.save(dtype="bfloat16")
+        parameters = json.loads((self.folder / "prepared.json").read_text())["parameters"]
+        for name, fields in parameters.items():
+            content = next((self.folder / "parameters" / name).glob("0*")).read_bytes()
+            self.assertEqual(fields["crc32"], f"{zlib.crc32(content):08x}")
+
     def test_what_is_missing_or_cut_off_is_named(self):
         self.save()
         file = self.folder / "parameters" / DOWN / "0.0"
@@ -193,15 +201,15 @@ class BrokenTest(Case):
 
     def test_other_versions_are_refused(self):
         self.save()
-        self.edit("prepared.json", format="apr_jax.prepared/2")
+        self.edit("prepared.json", format="apr_jax.prepared/3")
         self.refused(RefusedError, "prepared-format")
 
     @parameterized.parameters(
         ({"dtype": "int8"},),
         ({"fused": 1},),
-        ({"parameters": {"a/../b": {"shape": [2], "sha256": "", "tensors": {"a": [2]}}}},),
-        ({"parameters": {"a": {"shape": [2], "sha256": "", "tensors": {"a": [1]}}}},),
-        ({"parameters": {name: {"shape": [2], "sha256": "", "tensors": {"a": [2]}} for name in "ab"}},),
+        ({"parameters": {"a/../b": {"shape": [2], "crc32": "", "tensors": {"a": [2]}}}},),
+        ({"parameters": {"a": {"shape": [2], "crc32": "", "tensors": {"a": [1]}}}},),
+        ({"parameters": {name: {"shape": [2], "crc32": "", "tensors": {"a": [2]}} for name in "ab"}},),
         ({"parameters": None},),
         ({"format": 1},),
     )

@@ -36,9 +36,10 @@ class FinetuneTest(absltest.TestCase):
         super().setUpClass()
         cls.folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         (cls.folder / "text.txt").write_text(TEXT)
+        # With its own learning rate, which is `RATE`.
         command = [EXAMPLE, SAMPLE, "text.txt", "-o", "tuned.apr", "--steps", STEPS, "--length", LENGTH]
         done = subprocess.run(
-            [sys.executable, *map(str, command), "--learning-rate", str(RATE)],
+            [sys.executable, *map(str, command)],
             cwd=cls.folder,
             env={**os.environ, "PYTHONPATH": str(paths.ROOT), "JAX_PLATFORMS": "cpu"},
             capture_output=True,
