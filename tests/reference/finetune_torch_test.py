@@ -26,7 +26,8 @@ import torch
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
 STEPS, LENGTH, RATE, BOUND = 200, 64, 3e-4, 1e-4
-TEXT = (paths.ROOT / "README.md").read_text()[:6000]
+# A text that does not change, on one line: after 200 steps the model knows some of its words.
+TEXT = " ".join((paths.ROOT / "LICENSE").read_text().split())[:6000]
 EXAMPLE = paths.ROOT / "examples" / "finetune.py"
 
 
@@ -85,7 +86,7 @@ class FinetuneTest(absltest.TestCase):
         if not (binary := os.environ.get("APR_BIN")):
             self.skipTest("APR_BIN does not name the genuine apr")
         done = subprocess.run(
-            [binary, "run", "tuned.apr", "--prompt", "The ", "--max-tokens", "6", "--temperature", "0"],
+            [binary, "run", "tuned.apr", "--prompt", "subject to the terms and conditions of this Licens", "--max-tokens", "6", "--temperature", "0"],
             cwd=self.folder,
             capture_output=True,
             text=True,
