@@ -22,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tools keep compiled programs in the user's cache; those of tests are nobody's. Workers of xdist inherit it.
     if not hasattr(config, "workerinput"):
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="apr_jax_tests_")
+    # absl's folders have the names of tests: those of another process, or of another run, are not to be cleared away.
+    os.environ["TEST_TMPDIR"] = tempfile.mkdtemp(prefix="apr_jax_tests_")
 
 
 def pytest_collection_finish() -> None:
@@ -37,3 +39,4 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+    shutil.rmtree(os.environ["TEST_TMPDIR"], ignore_errors=True)

@@ -18,6 +18,8 @@ from apr_jax.trace import stages
 from apr_jax.trace.inputs import Inputs
 
 _MAX_BYTES = 1 << 30
+# Lines of floats that are made into an array: one has the logits of a vocabulary.
+_BUDGET = strict_json.Budget(48 << 20, 20)
 _TOKENS = ("tokens", "prompt_tokens", "input_ids", "token_ids")
 
 
@@ -36,7 +38,7 @@ def read(path: pathlib.Path, config: Qwen2Config) -> Found:
 
 def _line(line: bytes, number: int, path: pathlib.Path, config: Qwen2Config) -> tuple[list[int], np.ndarray]:
     content = strict_json.loads(
-        line, what=f"line {number}", max_bytes=bounded.MAX_TEXT, per_byte=14, file=os.fspath(path)
+        line, what=f"line {number}", max_bytes=bounded.MAX_TEXT, budget=_BUDGET, file=os.fspath(path)
     )
     content = content if isinstance(content, dict) else {}
     tokens = next((content[name] for name in _TOKENS if isinstance(content.get(name), list)), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -63,7 +64,13 @@ def _labels(content: Mapping[str, Any], path: pathlib.Path) -> np.ndarray | None
     except (TypeError, ValueError, OverflowError):
         labels = None
     if labels is None or labels.ndim != 2:
-        raise BrokenContainerError("labels are not a list of lists of numbers", code="dump-map", file=path)
+        raise BrokenContainerError(
+            "labels are not a list of lists of numbers",
+            code="dump-map",
+            file=path,
+            found=json.dumps(content["labels"])[:60],
+            expected="a list of as many labels as tokens for each row",
+        )
     return labels
 
 

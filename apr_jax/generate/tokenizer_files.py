@@ -471,7 +471,7 @@ def _object(files: Mapping[str, bytes], name: str, path: str) -> dict[str, Any]:
         return {}
     try:
         value = strict_json.loads(
-            files[name], what=name, max_bytes=_MAX_BYTES, per_byte=strict_json.TOKENIZER, wide=True, file=path
+            files[name], what=name, max_bytes=_MAX_BYTES, budget=strict_json.TOKENIZER, wide=True, file=path
         )
     except AprJaxError as error:
         error.hint = error.hint or apr_tokenizer.WITHOUT_TOKENIZER

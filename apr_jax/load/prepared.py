@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import re
@@ -44,6 +45,9 @@ from apr_jax.trace import golden
 
 # The number of a system's error in TensorStore's messages.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+# Of rows that are put together from the parts of several devices: they stay in a processor's cache.
+_BLOCK_BYTES = 1 << 18
 
 PREPARED = FolderKind(
     "prepared checkpoint",
@@ -232,21 +236,26 @@ def _checksums(parameters: Mapping[str, jax.Array]) -> dict[str, str]:
     """Returns the checksum of each parameter, as `prepared_format.checksum`."""
 
     def of(array: jax.Array) -> str:
-        return prepared_format.checksum([_values(array).reshape(-1).view("u1").data])
+        return prepared_format.checksum(_in_c_order(array))
 
     with Workers(min(8, os.cpu_count() or 1)) as workers:
         return dict(zip(parameters, workers.map(of, parameters.values()), strict=True))
 
 
-def _values(array: jax.Array) -> np.ndarray:
-    """Returns an array's values; those of parts on several devices are put together and not kept, as JAX would."""
-    if len(array.devices()) == 1:
-        return np.asarray(array)
-    values = np.empty(array.shape, array.dtype)
+def _in_c_order(array: jax.Array) -> Iterator[memoryview]:
+    """Yields an array's bytes in C order; what several devices have parts of is put together few rows at a time."""
+    # First row -> the parts that begin there, from the first column on.
+    bands: dict[int, list[tuple[int, np.ndarray]]] = {}
     for shard in array.addressable_shards:
         if not shard.replica_id:
-            values[shard.index] = np.asarray(shard.data)
-    return values
+            first_row, *columns = (cut.start or 0 for cut in shard.index)
+            bands.setdefault(first_row, []).append((columns[0] if columns else 0, np.asarray(shard.data)))
+    for _, band in sorted(bands.items()):
+        parts = [part for _, part in sorted(band, key=operator.itemgetter(0))]
+        rows = len(parts[0]) if len(parts) == 1 else max(1, _BLOCK_BYTES // sum(part[0].nbytes for part in parts))
+        for begin in range(0, len(parts[0]), rows):
+            block = [part[begin : begin + rows] for part in parts]
+            yield (block[0] if len(block) == 1 else np.concatenate(block, 1)).reshape(-1).view("u1").data
 
 
 def _described(

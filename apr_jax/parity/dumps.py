@@ -345,7 +345,7 @@ def _gradient(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np
             file=stage.file,
             tensor=key,
             found=f"{array.dtype} {list(array.shape)}",
-            expected=list(shape),
+            expected=f"floats {list(shape)}",
         )
     return array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32)
 

@@ -35,7 +35,7 @@ def parse(content: bytes) -> dict[str, Any]:
     if problem is not None:
         raise ValueError(problem)
     try:
-        value = strict_json.loads(content, what="", max_bytes=_MAX_BYTES, per_byte=strict_json.TOKENIZER, wide=True)
+        value = strict_json.loads(content, what="", max_bytes=_MAX_BYTES, budget=strict_json.TOKENIZER, wide=True)
     except AprJaxError as error:
         raise ValueError(_words(error, content)) from None
     if not isinstance(value, dict):

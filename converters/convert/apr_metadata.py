@@ -238,7 +238,7 @@ def _configured(files: Mapping[str, bytes], known: Mapping[str, int]) -> dict[st
 
 def _parse(files: Mapping[str, bytes], name: str) -> Any:
     return strict_json.loads(
-        files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, per_byte=strict_json.TOKENIZER, wide=True, file=name
+        files[name], what=name, max_bytes=_MAX_SIDE_FILE_BYTES, budget=strict_json.TOKENIZER, wide=True, file=name
     )
 
 
@@ -311,7 +311,7 @@ def foreign_from_safetensors(source_metadata: Mapping[str, str]) -> dict[str, An
     if text is None:
         return None
     parsed = strict_json.loads(
-        text.encode(), what=FOREIGN_METADATA, max_bytes=_MAX_SIDE_FILE_BYTES, per_byte=strict_json.METADATA, wide=True
+        text.encode(), what=FOREIGN_METADATA, max_bytes=_MAX_SIDE_FILE_BYTES, budget=strict_json.METADATA, wide=True
     )
     if not isinstance(parsed, dict):
         raise BrokenContainerError(f"{FOREIGN_METADATA} is not an object", code="metadata-type")

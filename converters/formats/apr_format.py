@@ -226,7 +226,7 @@ def parse_prologue(
         view[header.metadata_offset : metadata_end],
         what="the metadata",
         max_bytes=MAX_METADATA_BYTES,
-        per_byte=strict_json.METADATA,
+        budget=strict_json.METADATA,
         wide=True,
         file=file,
         offset=header.metadata_offset,
@@ -303,7 +303,7 @@ def serialise_prologue(
             expected=f"1..{MAX_METADATA_BYTES}",
             hint="`convert --to safetensors` has no such bound: side files stay beside the tensors",
         )
-    strict_json.check_limits(text, what="the metadata", per_byte=strict_json.METADATA)
+    strict_json.check_limits(text, what="the metadata", budget=strict_json.METADATA)
     index = b"".join(map(_entry_bytes, entries))
     index_offset = HEADER_BYTES + pad(len(text))
     data_offset = index_offset + pad(len(index))

@@ -165,9 +165,10 @@ def describe(folder: str) -> Description:
         raise MissingFileError("no such folder", code="file-missing", file=folder)
     if not exists(os.path.join(folder, PREPARED_NAME)):
         raise UsageError(
-            f"this is not a prepared checkpoint: it holds no {PREPARED_NAME}",
+            "this is not a prepared checkpoint",
             code="not-prepared",
             file=folder,
+            expected=f"a folder with {PREPARED_NAME}",
             hint="`checkpoint save` writes one",
         )
     return read(folder)

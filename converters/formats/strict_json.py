@@ -20,7 +20,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from apr_jax.converters.errors import BrokenContainerError, RefusedError
 from apr_jax.converters.storage.crc import Bytes
@@ -30,16 +30,11 @@ _MAX_NUMBER_CHARACTERS = 100
 _MAX_DEPTH = 64
 # What CPython takes for each beside its letters, in bytes: an object or array, a key with its place in a table and what
 # the scanner keeps of it meanwhile, the same where the key has been there before, a string, a number or literal, and
-# what a float adds that remembers its spelling; it takes time as well, as much as if it had 160 bytes.
-_CONTAINER, _KEY, _KEY_AGAIN, _STRING, _SCALAR, _FLOAT = 96, 136, 90, 64, 32, 160
-# What a string takes beyond that if it is not of ASCII alone.
-_NOT_ASCII = 24
+# what a float adds that remembers its spelling; it takes time as well, as much as if it had 224 bytes.
+_CONTAINER, _KEY, _KEY_AGAIN, _STRING, _SCALAR, _FLOAT = 96, 136, 90, 64, 32, 224
+# What a string takes beyond that if it is not of ASCII alone, and, in time, if it is among some with escapes.
+_NOT_ASCII, _ESCAPED = 24, 64
 _SHORT = 64
-_BUDGET_BYTES = 48 << 20
-TOKENIZER = 6.0
-"""`per_byte` for tokenizers, whose merges are pairs of short texts: one of 260,000 tokens has 33 MB."""
-METADATA = 2.0
-"""`per_byte` for metadata of `.apr`, which hold a vocabulary beside the files of a tokenizer."""
 _PIECE_BYTES = 1 << 18
 # The C scanner recurses; below this many levels it is far from the interpreter's own limit.
 _SAFE_DEPTH = 200
@@ -62,6 +57,25 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _new_float = float.__new__
 _encode_string = json.JSONEncoder(ensure_ascii=False).encode
 _encode_plain = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class Budget(NamedTuple):
+    """What a text and its values may take in memory, in bytes: a base, and so many for each byte of the text."""
+
+    base: int
+    per_byte: float
+
+    def of(self, text: Bytes) -> int:
+        """Returns the budget of one text in bytes."""
+        return self.base + int(self.per_byte * len(text))
+
+
+PLAIN = Budget(32 << 20, 1.0)
+"""What it lets through is read within 100 ms and 20 ms for each MB, by a slow processor too (tests/hostile/JSON.md)."""
+TOKENIZER = Budget(48 << 20, 6.0)
+"""Merges are pairs of short texts: a tokenizer of 260,000 tokens has 33 MB."""
+METADATA = Budget(48 << 20, 2.0)
+"""Those of `.apr` hold a vocabulary beside the files of a tokenizer."""
 
 
 class SpeltFloat(float):
@@ -101,7 +115,7 @@ def loads(
     what: str,
     max_bytes: int,
     max_depth: int = _MAX_DEPTH,
-    per_byte: float = 1.0,
+    budget: Budget = PLAIN,
     wide: bool = False,
     file: str | None = None,
     offset: int = 0,
@@ -113,7 +127,7 @@ def loads(
       what: What the text is, for error messages ("the metadata").
       max_bytes: Longest text accepted.
       max_depth: Deepest nesting accepted; `[]` has depth 1.
-      per_byte: What the decoded text and its values may take in memory for each byte of it, beyond 48 MB.
+      budget: What the decoded text and its values may take in memory.
       wide: Whether letters cost no more than the bytes that they have here: for what holds whole tokenizers, which may
         have any letter. Python takes four bytes for each letter of a text that has one beyond U+FFFF.
       file: The file it comes from, for error messages.
@@ -132,7 +146,7 @@ def loads(
     if bytes(data[:3]) == b"\xef\xbb\xbf":
         raise reader.error("begins with a byte-order mark", "json-utf8")
     letters = _WideLetters() if wide else _Letters()
-    census = _Census(reader, _BUDGET_BYTES + int(per_byte * len(data)), max_depth, letters)
+    census = _Census(reader, budget.of(data), max_depth, letters)
     too_deep = census.take(data)
     try:
         text = str(data, "utf-8")
@@ -148,20 +162,19 @@ def loads(
     return value
 
 
-def check_limits(data: Bytes, *, what: str, per_byte: float) -> None:
+def check_limits(data: Bytes, *, what: str, budget: Budget) -> None:
     """Checks text that is about to be written against the limits that `loads` has for it when it comes back.
 
     Args:
       data: What `dumps` returned.
-      what, per_byte: As `loads`, which will be told that the letters are wide.
+      what, budget: As `loads`, which will be told that the letters are wide.
 
     Raises:
       RefusedError: Codes "json-depth", "json-count".
     """
     reader = _Reader(what, None, 0)
     try:
-        budget = _BUDGET_BYTES + int(per_byte * len(data))
-        if _Census(reader, budget, _MAX_DEPTH, _WideLetters()).take(data):
+        if _Census(reader, budget.of(data), _MAX_DEPTH, _WideLetters()).take(data):
             raise reader.error("is nested too deeply", "json-depth", expected=f"at most {_MAX_DEPTH} levels")
     except BrokenContainerError as error:
         raise RefusedError(
@@ -424,7 +437,7 @@ class _Letters:
         else:
             wide = [text for text in texts if b"\\u" in text or not text.isascii()]
         joined = b"".join(wide)
-        self._values += _NOT_ASCII * len(wide) + _decoded_count(joined)
+        self._values += (_ESCAPED if b"\\u" in joined else _NOT_ASCII) * len(wide) + _decoded_count(joined)
         marks = [mark for mark in (*_BEYOND_FFFF, *_ESCAPED_BEYOND_FFFF) if mark in joined]
         if marks and len(joined) > _SHORT * len(wide):
             joined = b"".join([text for text in wide if any(mark in text for mark in marks)])

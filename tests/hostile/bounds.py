@@ -62,8 +62,8 @@ MODULES = (
     "apr_jax.parity.dumps",
 )
 NO_READERS = frozenset(
-    """serialise_prologue serialise_header dumps check_limits f32 _spelling _pieces path_of write by_name parse_legacy
-    _said DType.codec refuse_traced parse_positions""".split()
+    """serialise_prologue serialise_header dumps check_limits f32 _f32_digits _spelling _pieces path_of write by_name
+    parse_legacy _said DType.codec refuse_traced parse_positions""".split()
 )
 """Functions whose checks no content of a file can meet: writers, and arguments of commands and functions."""
 SECONDS, MEMORY_BYTES = 60, 1 << 30

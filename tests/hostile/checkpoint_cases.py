@@ -9,11 +9,14 @@ import json
 import pathlib
 import shutil
 import struct
+import tempfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from apr_jax.converters.checkpoint.adapters import with_adapter
 from apr_jax.converters.checkpoint.openers import open_checkpoint
+from apr_jax.converters.convert import restoring
 from apr_jax.converters.convert.plan import make_plan
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.tokenizer import Tokenizer
@@ -159,7 +162,7 @@ case("GGUF: a tensor in two parts", twice, "tensor-in-two-shards")
 
 # --- prepared checkpoints
 
-PARAMETER = {"shape": [2], "crc32": "0" * 8, "tensors": {"model.norm.weight": [2]}}
+PARAMETER = {"shape": [2], "crc32": f"{zlib.crc32(bytes(8)):08x}", "tensors": {"model.norm.weight": [2]}}
 DESCRIBED = {
     "format": "apr_jax.prepared/2",
     "dtype": "float32",
@@ -205,7 +208,17 @@ def parameter(**changed: Any) -> Make:
     return prepared(parameters={"model.norm.weight": {**PARAMETER, **changed}})
 
 
+def restored(path: pathlib.Path) -> None:
+    """Restores a prepared checkpoint to a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        restoring.restore(str(path), f"{folder}/x.safetensors")
+
+
 accepted("prepared: as it should be", prepared())
+accepted("prepared: restored", prepared(), restored)
+case("prepared: other values than were saved", prepared(values=b"\0\0\0\0\0\0\0\1"), "prepared-hash", opens=restored)
+case("prepared: restored from nothing", lambda folder: folder / "no", "file-missing", opens=restored)
+case("prepared: restored from an empty folder", lambda folder: folder, "not-prepared", opens=restored)
 for content in (b"", b"{", b"[]", b"5", b"{}", b'{"format":5}'):
     case(
         f"prepared: {content.decode() or 'empty'}",

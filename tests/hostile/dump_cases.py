@@ -97,6 +97,11 @@ case("APRT: no tokens", stage(aprt(), _NO_FILE), "token-ids-missing")
 # --- raw values and maps
 
 
+def backward(path: pathlib.Path) -> None:
+    """Reads a dump for its gradients."""
+    dumps.read(path, config(), backward=True)
+
+
 def mapped(entry: Any, files: dict[str, bytes] | None = None, **more: Any) -> Make:
     """A folder with a dump.json of one stage."""
     return folder_of({"dump.json": {"stages": {"stage.0.attn_norm": entry}, **more}, **(files or {})})
@@ -113,6 +118,33 @@ FLAT = {"a.bin": WHOLE.tobytes()}
 accepted("map: raw values", mapped({"file": "a.bin"}, FLAT))
 accepted("map: an array", mapped({"file": "a.npy"}, {"a.npy": npy(WHOLE)}))
 accepted("map: numbers", mapped({"min": -1, "max": 2.5}))
+NORM = "grad.model.norm.weight"
+
+
+def gradient(array: Any, **more: Any) -> Make:
+    """A folder with a dump.json of one gradient."""
+    return folder_of({"dump.json": {"stages": {NORM: {"file": "g.npy"}}, **more}, "g.npy": npy(array)})
+
+
+accepted("map: a gradient", gradient(np.zeros(WIDTH, np.float32), labels=[[-100, *TOKENS[1:]]]), backward)
+case("map: a gradient alone, forward", gradient(np.zeros(WIDTH, np.float32)), "nothing-compared")
+case("map: a stage alone, backward", mapped({"file": "a.bin"}, FLAT), "nothing-compared", opens=backward)
+case("map: a gradient of other axes", gradient(np.zeros((WIDTH, 1), np.float32)), "dump-shape", opens=backward)
+case("map: a gradient of integers", gradient(np.zeros(WIDTH, np.int32)), "dump-dtype", opens=backward)
+case(
+    "map: a gradient larger than its parameter", gradient(np.zeros(2 * WIDTH, np.float32)), "dump-shape", opens=backward
+)
+for labels, code in (
+    (5, "dump-map"),
+    (TOKENS, "dump-map"),
+    ([["a"]], "dump-map"),
+    ([[1], [2, 3]], "dump-map"),
+    ([[2**64] * len(TOKENS)], "dump-map"),
+    ([TOKENS[1:]], "dump-labels"),
+    ([[*TOKENS[1:], -100]], "dump-labels"),
+):
+    made = gradient(np.zeros(WIDTH, np.float32), labels=labels)
+    case(f"map: labels {labels}", made, code, opens=backward)
 for text in (
     b"",
     b"{",
@@ -388,6 +420,13 @@ case(
     tensors(input_ids=np.zeros((1, 2, 3), np.int32), logits=WHOLE),
     "input-ids",
     opens=golden_file,
+)
+integers = {NORM: np.zeros(WIDTH, np.int32)}
+case(
+    "golden: a gradient of integers",
+    tensors(input_ids=np.array([TOKENS], np.int32), **integers),
+    "dump-shape",
+    opens=backward,
 )
 case("golden: a shape that does not fit", tensors(input_ids=np.array([TOKENS], np.int32), logits=WHOLE), "dump-size")
 case(

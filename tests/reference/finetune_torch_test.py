@@ -86,7 +86,17 @@ class FinetuneTest(absltest.TestCase):
         if not (binary := os.environ.get("APR_BIN")):
             self.skipTest("APR_BIN does not name the genuine apr")
         done = subprocess.run(
-            [binary, "run", "tuned.apr", "--prompt", "subject to the terms and conditions of this Licens", "--max-tokens", "6", "--temperature", "0"],
+            [
+                binary,
+                "run",
+                "tuned.apr",
+                "--prompt",
+                "subject to the terms and conditions of this Licens",
+                "--max-tokens",
+                "6",
+                "--temperature",
+                "0",
+            ],
             cwd=self.folder,
             capture_output=True,
             text=True,

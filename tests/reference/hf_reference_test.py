@@ -200,7 +200,10 @@ class HfReferenceTest(parameterized.TestCase):
 
 class WithoutTorchTest(absltest.TestCase):
     def test_missing_packages_are_named_with_the_command_that_installs_them(self) -> None:
-        with mock.patch.dict(sys.modules, {"torch": None}), self.assertRaisesRegex(UsageError, r"pip install '\S+\[reference\]'"):
+        with (
+            mock.patch.dict(sys.modules, {"torch": None}),
+            self.assertRaisesRegex(UsageError, r"pip install '\S+\[reference\]'"),
+        ):
             hf_reference.run(CHECKPOINTS / "mqa_f16", [[1]])
 
 
