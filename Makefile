@@ -10,7 +10,7 @@ GOLDEN := tests/data/golden/gqa_tied_bf16.hf_float32.safetensors
 OUT := demo-output
 TOKENIZERS ?= real-tokenizers
 
-.PHONY: test-mesh mesh-plan bench-mesh demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-scale bench-checkpoint bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
+.PHONY: test-mesh mesh-plan bench-mesh demo test test-slow test-docs docs lint rooms test-reference real-tokenizers test-cuda bench bench-report bench-convert bench-load bench-verify bench-scale bench-checkpoint bench-parity damage-battery parity-battery four-fold parity-budgets test-every-cpu soak mutation fault-list field-cases hostile-cases fault-injection kill-test coverage real-weights bounds fuzz mutations parity-page site-page upstream-checks parity-long coarse-battery unknown-battery optimizer-battery backward-battery bench-loss clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -222,10 +222,16 @@ field-cases: $(VENV)/reference-installed
 
 # The pages of parity and show in headless Chromium ($CHROMIUM or on the path): console, requests, axe-core (npm), keyboard;
 # the screenshots in docs/.
-parity-page: $(VENV)/installed
+parity-page: build/axe/package/axe.min.js
+	$(BIN)/python tests/browser/pages.py $< --screenshots docs
+
+# Every page of the site, on a phone and at a desk, dark and light: what axe finds, what the console says.
+site-page: docs build/axe/package/axe.min.js
+	$(BIN)/python tests/browser/site.py build/axe/package/axe.min.js
+
+build/axe/package/axe.min.js: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet playwright pillow
-	@mkdir -p build/axe && cd build/axe && npm pack --silent axe-core >/dev/null && tar xzf axe-core-*.tgz package/axe.min.js
-	$(BIN)/python tests/browser/pages.py build/axe/package/axe.min.js --screenshots docs
+	@mkdir -p build/axe && cd build/axe && npm pack --silent axe-core >/dev/null && tar xzmf axe-core-*.tgz package/axe.min.js
 
 # Upstream's checks S1 to S27, each measured beside its bound: tests/UPSTREAM_CHECKS.md.
 upstream-checks: $(VENV)/installed
