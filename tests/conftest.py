@@ -5,9 +5,12 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Generator
 
 import pytest
 from absl import flags
+
+from apr_jax.converters.errors import UsageError
 
 # NumPy's threads beside JAX's on two cores make the NumPy engine of the batteries several times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -34,6 +37,18 @@ def pytest_collection_finish() -> None:
 
         compilation_cache.enable()
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Makes a test that is refused float16 a skipped one: XLA has none on processors without F16C."""
+    report = yield
+    error = None if call.excinfo is None else call.excinfo.value
+    if isinstance(error, UsageError) and error.code == "float16":
+        report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {error}")
+    return report
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -291,7 +291,7 @@ def _low_rank(args: argparse.Namespace, dump: Dump) -> dict[str, LowRank]:
     """What the adapter adds to each weight; refuses a dump of an adapter's gradients that does not fit it."""
     from apr_jax.converters.checkpoint.adapters import low_rank_parts
 
-    given = {key: value.shape for key, value in dump.gradients.items() if ".lora_" in key}
+    given = {key: dump.gradients[key].shape for key in dump.gradients if ".lora_" in key}
     if given and len(args.adapter) != 1:
         raise UsageError(
             "the dump holds gradients of an adapter",

@@ -18,7 +18,7 @@ from apr_jax.converters.checkpoint.openers import open_checkpoint
 from apr_jax.converters.checkpoint.qwen2 import Qwen2Config
 from apr_jax.converters.convert.apr_metadata import SOURCE_METADATA
 from apr_jax.converters.errors import UsageError, counted, pip_install
-from apr_jax.load.parameters import load_parameters
+from apr_jax.load.parameters import computes_float16, load_parameters
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.origin import Origin
 from apr_jax.model.parameters import dtype_name
@@ -67,11 +67,19 @@ def load_model(
 
     Raises:
       RefusedError: Missing, unexpected or mis-shaped tensors, all named; or an unsupported configuration.
-      UsageError: Unknown dtype, no such device, a sharding or a mesh that does not fit, or `fused` on a mesh.
+      UsageError: Unknown dtype, or float16 on a processor that has none; no such device, a sharding or a mesh that does
+        not fit, or `fused` on a mesh.
     """
     name = dtype_name(dtype)
     mesh = device if isinstance(device, Mesh) and device.size > 1 else None
     target = find_device(device)
+    if name == "float16" and target.platform == "cpu" and not computes_float16():
+        raise UsageError(
+            "this processor does not compute in float16: XLA needs one with F16C for it",
+            code="float16",
+            expected="float32, bfloat16 or float64",
+            hint="float32 holds float16's weights exactly",
+        )
     opened = contextlib.nullcontext(source) if isinstance(source, Checkpoint) else open_checkpoint(source)
     with opened as given:
         given.ignored |= frozenset(ignore_config)

@@ -5,6 +5,7 @@ than the arrays need.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -114,10 +115,22 @@ def _spread(tensors: Mapping[str, Tensor], dtype: str, layout: Layout) -> dict[s
     return {name: of(name) for name in tensors}
 
 
+@functools.cache
+def computes_float16() -> bool:
+    """Whether XLA computes with float16 on this machine's CPU: on x86 it needs F16C and has nothing in its place."""
+    try:
+        with jax.default_device(jax.devices("cpu")[0]), jax.ensure_compile_time_eval():
+            return bool(jax.jit(lambda x: x.astype(jax.numpy.float16))(jax.numpy.ones(3))[0] == 1)
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
 def _stored(tensors: Sequence[Tensor]) -> str | None:
-    """Returns the 16-bit dtype in which all these matrices are stored; None where there is none."""
+    """Returns the 16-bit dtype in which all these matrices are stored and can be used; None where there is none."""
     found = {str(tensor.dtype.numpy) for tensor in tensors if len(tensor.shape) == 2 and not tensor.dtype.is_block}
-    return found.pop() if len(found) == 1 and found <= {"bfloat16", "float16"} else None
+    if found == {"bfloat16"} or (found == {"float16"} and computes_float16()):
+        return found.pop()
+    return None
 
 
 def _load(

@@ -19,7 +19,7 @@ import math
 import os
 import pathlib
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -308,7 +308,7 @@ def _fitted(
         batch, positions = found.finish(batch)
     columns = None if positions is None else find_columns(positions, batch)
     values = {key: _load(key, stage, config, batch, columns) for key, stage in found.stages.items()}
-    gradients = {key: _gradient(key, stage, config, batch) for key, stage in found.gradients.items() if backward}
+    gradients = _Gradients(found.gradients if backward else {}, config, batch)
     labels = None if found.labels is None else _checked_labels(found.labels, batch, path)
     return Dump(
         batch,
@@ -323,6 +323,29 @@ def _fitted(
         labels=labels,
         unread=0 if backward else len(found.gradients),
     )
+
+
+class _Gradients(Mapping[str, np.ndarray]):
+    """Gradients of a dump: those of stages in memory, those of parameters read anew each time, as large as a model."""
+
+    def __init__(self, found: Mapping[str, Stage], config: Qwen2Config, inputs: Inputs):
+        self._found, self._config, self._inputs = found, config, inputs
+        self._held: dict[str, np.ndarray] = {}
+        # All are read once, so that what is not as it should be is told before anything is computed.
+        for key in found:
+            value = self[key]
+            if not Key(key).of_parameter:
+                self._held[key] = value
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        held = self._held.get(key)
+        return _gradient(key, self._found[key], self._config, self._inputs) if held is None else held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def _gradient(key: str, stage: Stage, config: Qwen2Config, inputs: Inputs) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
+from apr_jax.load.load_model import load_model
 from apr_jax.trace import aprt, golden, inputs, stages
 from apr_jax.trace.inputs import seeded
 from tests import oracle, paths, tool
@@ -111,6 +112,7 @@ class ParityCommandTest(ParityTestCase):
 
     def test_field_a_right_float16_engine(self):
         """FIELD parity: a right engine's dump of float16 values, declared and not -> rounding, as float16, rc 0"""
+        load_model(SAMPLE, "float16", "cpu")
         ids = seeded(288, 1, 80).input_ids
         write_aprt(self.folder / "half", forward(*oracle.load(SAMPLE), ids, dtype="float16"), ids)
         for declared in ([], ["--right-dtype", "float16"]):

@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.generate import sampling
 from apr_jax.generate.config import GenerationConfig
 from apr_jax.generate.sampling import Method, Numbers, row_keys
+from apr_jax.load.parameters import computes_float16
 from apr_jax.model.parameters import DTYPES
 
 DRAWS, VOCABULARY = 10_000, 300
@@ -161,6 +162,8 @@ class MethodTest(parameterized.TestCase):
 
     @parameterized.parameters(*DTYPES)
     def test_the_likeliest_token_is_the_first_of_equals_in_every_dtype_of_a_model(self, dtype):
+        if dtype == "float16" and not computes_float16():
+            self.skipTest("XLA computes no float16 on this processor")
         method = Method(False, 0, False)
         numbers = Numbers.of(GenerationConfig(), method)
         with jax.enable_x64(dtype == "float64"):

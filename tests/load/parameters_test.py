@@ -16,7 +16,8 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from apr_jax.converters.checkpoint.openers import open_checkpoint
-from apr_jax.converters.errors import RefusedError
+from apr_jax.converters.errors import RefusedError, UsageError
+from apr_jax.load import load_model as load_model_
 from apr_jax.load import parameters, upload
 from apr_jax.load.load_model import load_model
 from apr_jax.load.parameters import load_parameters, read_as
@@ -28,6 +29,22 @@ SAMPLE = paths.checkpoint("mha_untied_f32_sharded")
 def leaves(model):
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.parameters):
         yield ".".join(str(part.key) for part in path), np.asarray(leaf)
+
+
+class Float16Test(absltest.TestCase):
+    def test_a_processor_without_it_says_so_and_keeps_no_matrix_in_it(self):
+        """XLA calls functions that it does not bring where there is no F16C; made so by another name for its error."""
+        source = paths.checkpoint("mqa_f16")
+        with mock.patch.object(jax, "jit", side_effect=jax.errors.JaxRuntimeError("Symbols not found")):
+            self.assertFalse(parameters.computes_float16.__wrapped__())
+        no = lambda: False  # noqa: E731
+        with (
+            mock.patch.object(load_model_, "computes_float16", no),
+            mock.patch.object(parameters, "computes_float16", no),
+        ):
+            with self.assertRaisesRegex(UsageError, "F16C"):
+                load_model(source, "float16", "cpu")
+            self.assertEqual(set(load_model(source, "float32", "cpu", as_stored=True).storage), {"float32"})
 
 
 class LoadingTest(parameterized.TestCase):

@@ -6,6 +6,7 @@ torch's autograd in tests/reference.
 
 import pathlib
 import sys
+import weakref
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from apr_jax.parity.backward import nodes
+from apr_jax.parity.backward import diagnose, localise, nodes, scaling
+from apr_jax.parity.backward.localise import judge
 from apr_jax.parity.backward.loss import Loss
 from apr_jax.parity.backward.replay import Backward
 from apr_jax.parity.faults.table import BACKWARD
@@ -121,6 +123,37 @@ class NamedTest(parameterized.TestCase):
         bench = self.benches[stages]
         (finding,) = bench.diagnose(bench.dump([planted])).findings
         self.assertTrue(matches(bench, planted, finding), finding.sentence)
+
+    def test_values_of_judged_gradients_are_not_held(self):
+        """At 0.5B those of all parameters would take 8 GB, and one embedding's in float64 takes one."""
+        bench, held, most = self.benches[False], set(), 0
+
+        def judged(*arguments):
+            nonlocal most
+            one = judge(*arguments)
+            weakref.finalize(one, held.discard, id(one))
+            held.add(id(one))
+            most = max(most, len(held))
+            self.assertNotIn("theirs", vars(one))
+            return one
+
+        with mock.patch.object(scaling, "judge", judged), mock.patch.object(diagnose, "judge", judged):
+            self.assertEqual(bench.diagnose(bench.dump(())).findings, ())
+        self.assertEqual(most, 1)
+
+    def test_sizes_of_rows_are_those_of_the_whole_whatever_blocks_they_are_taken_in(self):
+        generator = np.random.default_rng(0)
+        for shape in ((7,), (7, 5), (2, 7, 5)):
+            values, less = generator.standard_normal((2, *shape))
+            counted = generator.random(shape) < 0.8
+            off = (values - less) * counted
+            expected = np.abs(off) if len(shape) == 1 else np.linalg.norm(off, axis=-1)
+            for elements in (1, 10, 1 << 20):
+                with mock.patch.object(localise, "_BLOCK_ELEMENTS", elements):
+                    found = localise._norms(counted, values.astype(np.float32), minus=less)
+                np.testing.assert_allclose(found, expected, atol=1e-6)
+        values[0, 0, 0] = np.nan
+        self.assertTrue(np.isfinite(localise._norms(np.ones(shape, bool), values, minus=less, finite=True)).all())
 
     def test_three_at_once_are_three_findings(self):
         planted = (

@@ -116,6 +116,22 @@ class DumpsTest(parameterized.TestCase):
         self.assertEqual((dump.dtype, dump.weights_sha256), ("float32", "ab"))
         self.refused(UsageError, "input-ids", path, seeded(288, 2, 9, seed=1))
 
+    def test_gradients_of_parameters_are_read_when_they_are_wanted_and_not_kept(self):
+        shapes = self.config.tensor_shapes()
+        name, stage = "grad.model.norm.weight", "grad.stage.0.attn_norm"
+        arrays = {
+            name: np.arange(shapes["model.norm.weight"][0], dtype=np.float32),
+            stage: np.ones((*self.inputs.input_ids.shape, 64), np.float32),
+        }
+        path = self.folder / "gradients.safetensors"
+        safetensors.numpy.save_file(arrays | {"input_ids": self.inputs.input_ids}, path)
+        gradients = dumps.read(path, self.config, backward=True).gradients
+        self.assertCountEqual(gradients, arrays)
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(gradients[key], array)
+        self.assertIs(gradients[stage], gradients[stage])
+        self.assertIsNot(gradients[name], gradients[name])
+
     def test_a_golden_file_of_another_model_is_refused(self):
         for name, tensor in (("odd_sizes", "hidden.0"), ("mha_untied_f32_sharded", "stage.embedding")):
             self.assertIn(f"'{tensor}'", self.refused(RefusedError, "dump-size", paths.golden(name)))

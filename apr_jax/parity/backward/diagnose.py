@@ -77,11 +77,11 @@ def diagnose_backward(
     back = Backward(
         forward.under(_in_layers(before)),
         Loss.of(forward.inputs, counted),
-        dict(gradients),
+        gradients,
         adapter,
         _by_stage(forward, before),
     )
-    pass_ = _Pass(Bench.of(back, dtype, rounded), dict(gradients), progress)
+    pass_ = _Pass(Bench.of(back, dtype, rounded), gradients, progress)
     pass_.unfollowed = _unfollowed(back, before)
     pass_.run()
     findings = [*pass_.of_all, *gather(pass_.explained, forward.config.num_layers)]
@@ -179,7 +179,7 @@ def reads(key: Key, back: Backward) -> tuple[Key, ...]:
 class _Pass:
     """One way through the gradients, from the loss down."""
 
-    def __init__(self, bench: Bench, gradients: dict[str, np.ndarray], progress: Callable[[str], None]):
+    def __init__(self, bench: Bench, gradients: Mapping[str, np.ndarray], progress: Callable[[str], None]):
         self.bench, self.gradients, self.progress = bench, gradients, progress
         self.sites: list[GradientSite] = []
         self.explained: list[Explanation] = []
@@ -195,7 +195,7 @@ class _Pass:
         common = scaling.common_factor(self.bench, order, self.gradients)
         if common is not None:
             self.of_all.append(common.finding)
-            self.gradients |= {key: self.gradients[key] / common.factor for key in order if key.of_parameter}
+            self.gradients = scaling.Divided(self.gradients, common.factor)
             self.bench = self.bench.over(self.gradients)
         for index, key in enumerate(order):
             self.progress(f"gradient {index + 1} of {len(order)}: {key}")

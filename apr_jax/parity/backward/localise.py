@@ -8,6 +8,7 @@ that error and one rounding of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,6 +20,7 @@ from apr_jax.parity.localise import EPSILON, ROW_FACTOR, Site, row_norms, worst_
 from apr_jax.trace.positions import token_mask
 from apr_jax.trace.stages import Key
 
+_BLOCK_ELEMENTS = 1 << 20
 FACTOR = 6.0
 """How many times the larger of our own error and one rounding a right program's gradient may be off."""
 
@@ -59,27 +61,31 @@ class Judged:
 
     Attributes:
       site: The verdict.
-      theirs: Their values, float64 in the shape of the right ones.
+      given: Their values in the shape of the right ones.
       right: The right ones, from their own inputs.
       counted: Which of them count.
       dtype: What the other side computes in.
     """
 
     site: GradientSite
-    theirs: np.ndarray
+    given: np.ndarray
     right: np.ndarray
     counted: np.ndarray
     dtype: str
+
+    @functools.cached_property
+    def theirs(self) -> np.ndarray:
+        """Their values in float64. Of a right gradient nobody asks for them, and an embedding's take a gigabyte."""
+        return np.asarray(self.given, np.float64)
 
     def error(self, values: np.ndarray) -> tuple[float, float, float]:
         """Returns |theirs - values| over what counts, what it may be, and the largest share of a row in its budget.
 
         Values that are larger than the right ones are rounded more.
         """
-        mask = _rows(self.counted)
         with np.errstate(all="ignore"):
-            rows = row_norms(_rows(self.theirs - values), mask)
-            size = float(np.linalg.norm(row_norms(_rows(values), mask)))
+            rows = _norms(self.counted, self.theirs, minus=values)
+            size = float(np.linalg.norm(_norms(self.counted, values)))
         more = max(1.0, size / self.site.norm) if self.site.norm else 1.0
         rounding = FACTOR * EPSILON[self.dtype] * size
         budgets = np.maximum(more * self.site.row_budgets, 0.0 if self.site.norm else ROW_FACTOR * rounding)
@@ -120,8 +126,7 @@ class Bench:
     def over(self, gradients: Mapping[str, np.ndarray]) -> Bench:
         """Returns the two for other gradients of theirs."""
         exact, narrow = (
-            dataclasses.replace(back, theirs=dict(gradients), kept={}, composed={})
-            for back in (self.exact, self.narrow)
+            dataclasses.replace(back, theirs=gradients, kept={}, composed={}) for back in (self.exact, self.narrow)
         )
         return Bench(exact, narrow)
 
@@ -137,18 +142,18 @@ class Bench:
 def judge(bench: Bench, key: Key, theirs: np.ndarray) -> Judged:
     """Judges one gradient of the other side."""
     back, dtype = bench.exact, bench.dtype
-    right, own = back.compute(key), bench.narrow.compute(key).astype(np.float64)
-    theirs = np.asarray(theirs, np.float64).reshape(right.shape)
+    right, own = back.compute(key), bench.narrow.compute(key)
+    theirs = np.asarray(theirs).reshape(right.shape)
     counted = _counted(back, key, right)
-    finite = bool(np.isfinite(theirs[counted]).all())
-    mask = _rows(counted)
+    finite = bool((np.isfinite(theirs) | ~counted).all())
     with np.errstate(all="ignore"):
-        error = row_norms(_rows(theirs - right), mask)
-        size, own_error = row_norms(_rows(right), mask), row_norms(_rows(np.nan_to_num(own - right)), mask)
+        error, size = _norms(counted, theirs, minus=right), _norms(counted, right)
+        own_error = _norms(counted, own, minus=right, finite=True)
+        del own
         if key.of_parameter and nodes.kind_of(key, back.config) != nodes.LOW_RANK:
             own_error = np.maximum(own_error, _typical(bench, key))
         elif not key.of_parameter and (added := sizes(back, key)) is not None:
-            own_error = np.maximum(own_error, row_norms(added, mask) * EPSILON[dtype] / np.sqrt(3))
+            own_error = np.maximum(own_error, row_norms(added, _rows(counted)) * EPSILON[dtype] / np.sqrt(3))
     rounding = size * EPSILON[dtype] / np.sqrt(3)
     total = float(np.linalg.norm(own_error))
     typical = total / max(1, int(np.count_nonzero(size))) ** 0.5
@@ -189,13 +194,36 @@ def _typical(bench: Bench, key: Key) -> np.ndarray:
                 partial = np.cumsum(gradient.reshape(-1, gradient.shape[-1]), axis=0)
                 part = square.sum(axis=(0, 1)) + np.square(epsilon * partial).sum(axis=0)
             else:
-                part = add_rows(square, rows, bench.exact.config.vocab_size).sum(axis=-1)
+                of_rows = square.sum(axis=-1, keepdims=True)
+                part = add_rows(of_rows, rows, bench.exact.config.vocab_size)[:, 0]
         else:
             # Over what a row of the weight is multiplied with: |x|^2 of each position.
             read, read_off = (np.square(each).sum(axis=-1) for each in (x, x_off - x))
             part = np.einsum("BTo,BT->o", square, read) + np.einsum("BTo,BT->o", np.square(gradient), read_off)
         total = total + part
     return np.asarray(np.sqrt(total))
+
+
+def _norms(
+    counted: np.ndarray, values: np.ndarray, minus: np.ndarray | None = None, finite: bool = False
+) -> np.ndarray:
+    """L2 over the last axis of values, or of what they are beyond others, in float64; of vectors their sizes.
+
+    Some rows at a time: an embedding's gradient in float64 takes a gigabyte, and so does each step of a formula.
+    `finite` leaves out what is not a number.
+    """
+    shape = _rows(values).shape
+    mask, whole = (_rows(each).reshape(-1, shape[-1]) for each in (counted, values))
+    less = None if minus is None else _rows(minus).reshape(-1, shape[-1])
+    norms = np.empty(len(whole))
+    step = max(1, _BLOCK_ELEMENTS // max(1, shape[-1]))
+    for begin in range(0, len(norms), step):
+        rows = slice(begin, begin + step)
+        block = np.asarray(whole[rows], np.float64)
+        if less is not None:
+            block = block - less[rows]
+        norms[rows] = row_norms(np.nan_to_num(block) if finite else block, mask[rows])
+    return norms.reshape(shape[:-1])
 
 
 def _rows(values: np.ndarray) -> np.ndarray:
@@ -206,7 +234,7 @@ def _rows(values: np.ndarray) -> np.ndarray:
 def _counted(back: Backward, key: Key, right: np.ndarray) -> np.ndarray:
     """Which values count: tokens', and those at padding that have to be 0; of shares the keys that a query sees."""
     if key.of_parameter:
-        return np.ones(right.shape, bool)
+        return np.broadcast_to(np.True_, right.shape)
     inputs = back.forward.inputs
     tokens = token_mask(inputs)
     if not key.per_pair:

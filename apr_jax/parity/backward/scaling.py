@@ -10,7 +10,7 @@ import numpy as np
 
 from apr_jax.converters.checkpoint.qwen2 import EMBEDDING
 from apr_jax.parity.backward import nodes
-from apr_jax.parity.backward.localise import Bench, Judged, judge
+from apr_jax.parity.backward.localise import Bench, GradientSite, Judged, judge
 from apr_jax.parity.backward.search import Question, factor_of
 from apr_jax.parity.faults.losses import LOSS_COUNT, LOSS_SUM, SCALED, round_factor
 from apr_jax.parity.faults.parameter_gradients import (
@@ -63,10 +63,10 @@ def common_factor(bench: Bench, order: Sequence[Key], gradients: Mapping[str, np
     """Returns what all gradients of parameters are multiplied by, if they are, and if that shows in no stage's."""
     if not any(key.of_parameter for key in order):
         return None
-    judged = [judge(bench, key, gradients[key]) for key in order if key.of_parameter]
+    judged = [_Measured.of(judge(bench, key, gradients[key])) for key in order if key.of_parameter]
     if not any(each.site.wrong for each in judged):
         return None
-    factors = [factor if each.site.wrong else 1.0 for each in judged if (factor := _multiple(each)) is not None]
+    factors = [each.multiple if each.site.wrong else 1.0 for each in judged if each.multiple is not None]
     if len(factors) < _FEWEST:
         return None
     middle = float(np.median(factors))
@@ -75,31 +75,66 @@ def common_factor(bench: Bench, order: Sequence[Key], gradients: Mapping[str, np
         return None
     if _is_adapters_scale(bench, judged, middle):
         return None
-    exact = _precisely([each for each in judged if abs((_multiple(each) or 0.0) / middle - 1) < _SAME])
+    exact = _precisely([each for each in judged if abs((each.multiple or 0.0) / middle - 1) < _SAME])
     return Common(exact, _finding_of(bench, order, gradients, judged, round_factor(exact)))
 
 
-def _is_adapters_scale(bench: Bench, judged: Sequence[Judged], factor: float) -> bool:
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What is kept of a judged gradient: of all of them the values would not fit into memory.
+
+    Attributes:
+      site: The verdict.
+      multiple: What the right one is multiplied by, None where that is not told.
+      power: The square of the right one's L2.
+      along: Theirs along the right one.
+    """
+
+    site: GradientSite
+    multiple: float | None
+    power: float
+    along: float
+
+    @classmethod
+    def of(cls, judged: Judged) -> _Measured:
+        """Measures a gradient."""
+        if not judged.site.wrong:
+            return cls(judged.site, 1.0 if judged.site.norm else None, judged.site.norm**2, judged.site.norm**2)
+        power, along = (float(np.vdot(judged.right, values)) for values in (judged.right, judged.theirs))
+        return cls(judged.site, factor_of(judged), power, along)
+
+
+class Divided(Mapping[str, np.ndarray]):
+    """Gradients, those of parameters divided by a factor."""
+
+    def __init__(self, gradients: Mapping[str, np.ndarray], factor: float):
+        self._gradients, self._factor = gradients, factor
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        value = self._gradients[key]
+        return value / self._factor if Key(key).of_parameter else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._gradients)
+
+    def __len__(self) -> int:
+        return len(self._gradients)
+
+
+def _is_adapters_scale(bench: Bench, judged: Sequence[_Measured], factor: float) -> bool:
     """Whether all gradients are those of adapters' matrices, and lack their scale."""
     scales = {part.scale for part in bench.exact.adapter.values()}
     alone = all(each.site.kind == nodes.LOW_RANK for each in judged)
     return alone and len(scales) == 1 and abs(factor * scales.pop() - 1) < _SAME
 
 
-def _precisely(judged: Sequence[Judged]) -> float:
+def _precisely(judged: Sequence[_Measured]) -> float:
     """The factor of some gradients by all of their values."""
-    power = sum(float(np.vdot(each.right, each.right)) for each in judged)
-    return sum(float(np.vdot(each.right, each.theirs)) for each in judged) / power
-
-
-def _multiple(judged: Judged) -> float | None:
-    if not judged.site.wrong:
-        return 1.0 if judged.site.norm else None
-    return factor_of(judged)
+    return sum(each.along for each in judged) / sum(each.power for each in judged)
 
 
 def _finding_of(
-    bench: Bench, order: Sequence[Key], gradients: Mapping[str, np.ndarray], judged: Sequence[Judged], factor: float
+    bench: Bench, order: Sequence[Key], gradients: Mapping[str, np.ndarray], judged: Sequence[_Measured], factor: float
 ) -> Finding:
     possible = list(_possible(bench, order, gradients, factor)) or [SCALED.made(factor=factor)]
     best, others = possible[0], tuple(dict.fromkeys(m.name for m in possible[1:] if m.fault is not possible[0].fault))
