@@ -190,8 +190,7 @@ def _run(args: argparse.Namespace) -> int:
         check_target(args.html, force=args.force, sources=sources)
     dump = _right(args, config)
     dump.inputs.check_vocabulary(config.vocab_size)
-    shown = dump.values or {key: value for key, value in dump.gradients.items() if value.any()}
-    dtype = args.right_dtype or dump.dtype or (infer_dtype(shown) if shown else "float32")
+    dtype = args.right_dtype or dump.dtype or infer_dtype(dump.values or dump.gradients)
     if dtype not in DTYPES:
         raise UsageError(
             "a dump of this dtype cannot be judged",

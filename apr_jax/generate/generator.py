@@ -120,6 +120,7 @@ def load_generator(
 ) -> Generator:
     """Loads a model with its tokenizer and its generation_config.json, and with the operations that run it fastest.
 
+    On a CPU, in float32, matrices stay as they are stored, to run and not to be trained (`load_model(as_stored=True)`).
     For other operations: `Generator(load_model(...), Tokenizer.of(checkpoint), GenerationConfig.of(checkpoint))`.
 
     Args:

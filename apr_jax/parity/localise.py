@@ -147,24 +147,37 @@ class Localisation:
 def infer_dtype(values: Mapping[str, np.ndarray]) -> str:
     """Returns the coarsest dtype that holds all of the values: what the other side seems to compute in.
 
-    `qkv_matmul` does not count: a 16-bit engine may well keep that sum in float32 until the bias is added.
+    `qkv_matmul` does not count: a 16-bit engine may well keep that sum in float32 until the bias is added. Nor do
+    zeros; where there is nothing else it is float32. One array is looked at after the other: gradients are as large as
+    the model.
     """
-    values = {key: array for key, array in values.items() if Key(key).stage != "qkv_matmul"}
-    if any(array.dtype == np.float64 and (array != array.astype(np.float32)).any() for array in values.values()):
-        return "float64"
-    singles = [np.ascontiguousarray(array, np.float32) for array in values.values()]
-    if all(not (single.view(np.uint32) & 0xFFFF).any() for single in singles):
-        return "bfloat16"
-    return "float16" if all(_holds(np.float16, single) for single in singles) else "float32"
+    narrow, seen = list(_NARROW), False
+    for key in values:
+        if Key(key).stage == "qkv_matmul" or not (array := values[key]).any():
+            continue
+        if array.dtype == np.float64 and (array != array.astype(np.float32)).any():
+            return "float64"
+        single, seen = np.ascontiguousarray(array, np.float32), True
+        narrow = [dtype for dtype in narrow if _NARROW[dtype](single)]
+    return narrow[0] if seen and narrow else "float32"
 
 
-def _holds(dtype: type, values: np.ndarray) -> bool:
-    """Whether a dtype holds all of the values: a few are asked first."""
+def _in_bfloat16(values: np.ndarray) -> bool:
+    """Whether bfloat16 holds all of the float32 values."""
+    return not (values.view(np.uint32) & 0xFFFF).any()
+
+
+def _in_float16(values: np.ndarray) -> bool:
+    """Whether float16 holds all of the float32 values: a few are asked first."""
     for some in (values.ravel()[:4096], values):
         with np.errstate(over="ignore", invalid="ignore"):
-            if not np.array_equal(some, some.astype(dtype).astype(some.dtype), equal_nan=True):
+            if not np.array_equal(some, some.astype(np.float16).astype(np.float32), equal_nan=True):
                 return False
     return True
+
+
+_NARROW = {"bfloat16": _in_bfloat16, "float16": _in_float16}
+"""The coarsest first."""
 
 
 def localise(

@@ -23,6 +23,12 @@ class DtypeTest(absltest.TestCase):
         short, long = np.ones((1, 2, 4), np.float32), np.full((1, 2, 4), 1 + 2**-20, np.float32)
         for values, dtype in (((short, short), "bfloat16"), ((short, long), "float32"), ((long, short), "float32")):
             self.assertEqual(infer_dtype(dict(zip(("stage.embedding", "logits"), values, strict=True))), dtype)
+        half = np.full((1, 2, 4), 1 + 2**-10, np.float32)
+        self.assertEqual(infer_dtype({"stage.embedding": short, "logits": half}), "float16")
+        self.assertEqual(infer_dtype({"stage.embedding": half, "logits": np.full((1, 2), 1 + 2**-30)}), "float64")
+        # Zeros are in every dtype.
+        self.assertEqual(infer_dtype({"stage.embedding": 0 * short, "logits": half}), "float16")
+        self.assertEqual(infer_dtype({"stage.embedding": 0 * short}), "float32")
         # An engine in bfloat16 may keep that sum in float32.
         self.assertEqual(infer_dtype({"stage.embedding": short, "stage.0.qkv_matmul": long}), "bfloat16")
 
