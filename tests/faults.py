@@ -64,6 +64,12 @@ def interleaved_values(ops: Ops, weights: Array, v: Array) -> Array:
     return OPS.attention_values(ops, weights, _interleaved(v, weights.shape[1]))
 
 
+OPERATIONS = {
+    "rope": adjacent_pairs,
+    "attention_softmax": not_causal,
+    "attention_scores": interleaved_scores,
+}
+"""Operation of a table -> what is wrong in its place."""
 ADJACENT_PAIRS = dataclasses.replace(OPS, rope=adjacent_pairs)
 NOT_CAUSAL = dataclasses.replace(OPS, attention_softmax=not_causal)
 INTERLEAVED = dataclasses.replace(OPS, attention_scores=interleaved_scores, attention_values=interleaved_values)

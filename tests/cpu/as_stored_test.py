@@ -140,11 +140,7 @@ class EveryCheckpointTest(parameterized.TestCase):
     def test_float32_logits_are_within_the_bar_of_huggingfaces(self, name):
         self.assertLessEqual(golden_error(name, CPU_OPS), tolerances.FLOAT32)
 
-    @parameterized.parameters(
-        ("rope", faults.adjacent_pairs),
-        ("attention_softmax", faults.not_causal),
-        ("attention_scores", faults.interleaved_scores),
-    )
+    @parameterized.parameters(*faults.OPERATIONS.items())
     def test_a_fault_planted_in_the_table_leaves_the_bar(self, operation, fault):
         faulty = dataclasses.replace(CPU_OPS, **{operation: fault})
         self.assertGreater(golden_error(SAMPLE, faulty), tolerances.FLOAT32)

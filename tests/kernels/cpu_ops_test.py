@@ -78,11 +78,7 @@ class CpuOpsTest(parameterized.TestCase):
             parts.append(np.asarray(logits))
         self.assertLessEqual(relative_l2(np.concatenate(parts, 1), np.asarray(model.logits(inputs))), 1e-5)
 
-    @parameterized.parameters(
-        ("rope", faults.adjacent_pairs),
-        ("attention_softmax", faults.not_causal),
-        ("attention_scores", faults.interleaved_scores),
-    )
+    @parameterized.parameters(*faults.OPERATIONS.items())
     def test_a_fault_planted_in_the_table_leaves_the_bar(self, operation, fault):
         faulty = dataclasses.replace(CPU_OPS, **{operation: fault})
         self.assertGreater(golden_error("gqa_tied_bf16", faulty), tolerances.FLOAT32)

@@ -8,7 +8,9 @@ import pathlib
 import shutil
 import sys
 import threading
+import types
 import zlib
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -176,6 +178,23 @@ class BrokenTest(Case):
         for name, fields in parameters.items():
             content = next((self.folder / "parameters" / name).glob("0*")).read_bytes()
             self.assertEqual(fields["crc32"], f"{zlib.crc32(content):08x}")
+
+    def test_parts_of_several_devices_are_put_in_c_order_whatever_order_they_come_in(self):
+        whole = np.arange(24, dtype=np.int32).reshape(4, 6)
+        cuts = [(slice(row, row + 2), slice(column, column + 3)) for row in (0, 2) for column in (0, 3)]
+        for shape, at in (
+            (cuts, whole),
+            ([(slice(n, n + 2),) for n in (0, 2)], whole[:4, 0]),
+            ([(slice(None),)], whole[0]),
+        ):
+            shards = [
+                types.SimpleNamespace(replica_id=0, index=cut, data=np.ascontiguousarray(at[cut])) for cut in shape
+            ]
+            shards += [types.SimpleNamespace(replica_id=1, index=cut, data=None) for cut in shape]
+            for block in (1, 16, 1 << 18):
+                with mock.patch.object(prepared, "_BLOCK_BYTES", block):
+                    array = types.SimpleNamespace(addressable_shards=shards[::-1])
+                    self.assertEqual(b"".join(prepared._in_c_order(array)), at.tobytes())
 
     def test_what_is_missing_or_cut_off_is_named(self):
         self.save()
