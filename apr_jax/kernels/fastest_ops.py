@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from apr_jax.cpu import products
 from apr_jax.cuda import decode_layers, kernels, nvrtc
 from apr_jax.cuda.custom_call import SPLIT_HALVES, head_supported
 from apr_jax.kernels.cpu_ops import CPU_OPS
-from apr_jax.load.load_model import find_device, load_model
+from apr_jax.load.load_model import Placement, find_device, load_model
 from apr_jax.model.language_model import LanguageModel
 from apr_jax.model.parameters import dtype_name
 from apr_jax.model.qwen2 import (
@@ -46,8 +46,6 @@ from apr_jax.model.qwen2 import (
 )
 from apr_jax.model.sharding import Layout
 
-Placement: TypeAlias = str | jax.Device | Mesh | None
-"""Where a model goes, as `load_model` takes it: a device or a mesh."""
 COMPUTE_CAPABILITY = 9.0
 """Of the devices that the kernels are written for: bulk copies, 227 KiB of shared memory a block."""
 
