@@ -57,6 +57,10 @@ class CoarseBatteryTest(absltest.TestCase):
         on_up = Case("single", bench.name, "layer outputs", (Planted("activation-on-up"),))
         self.assertTrue(_judged(bench, on_up, [swapped])["exact"], swapped.sentence)
 
+    def test_all_four_mistakes_are_planted_where_all_are_mistakes(self):
+        made = {case.bench for case in coarse_battery.cases() if case.kind == "four-fold"}
+        self.assertEqual(made, {*coarse_battery.BENCHES} - {"three layers, MQA"})
+
 
 if __name__ == "__main__":
     absltest.main()

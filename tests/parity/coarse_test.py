@@ -45,6 +45,10 @@ class CoarseTest(parameterized.TestCase):
         (finding,) = self.found(of_logits, Planted("k-bias-missing", (0,)))
         self.assertEqual((finding.fault, finding.layers), ("k-bias-missing", (0,)), finding.sentence)
 
+    def test_a_norm_that_reads_no_stream_is_found_though_what_the_layer_before_adds_is_in_no_dump(self):
+        (finding,) = self.found(of_layers, Planted("norm-before-residual", (1,)))
+        self.assertEqual((finding.fault, finding.layers), ("norm-before-residual", (1,)), finding.sentence)
+
     @parameterized.parameters(of_layers, of_logits)
     def test_a_right_engine_has_no_finding(self, shown):
         self.assertEqual(self.found(shown), ())
