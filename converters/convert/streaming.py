@@ -11,6 +11,7 @@ would ask for. Blocks of at most 16 MiB and not whole tensors, since the embeddi
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import os
 import threading
@@ -251,7 +252,7 @@ def _in_threads(worker: _Worker, blocks: int) -> None:
     at_once(worker.work, min(_MAX_THREADS, len(os.sched_getaffinity(0)), blocks))
 
 
-class _Worker:
+class _Worker(abc.ABC):
     """Takes blocks from a queue, in as many threads as call `work`."""
 
     def __init__(self, blocks: Sequence[Block], output: OutputFile, progress: Progress):
@@ -269,9 +270,9 @@ class _Worker:
                 break
             self.handle(block, buffer, workers)
 
+    @abc.abstractmethod
     def handle(self, block: Block, buffer: memoryview, workers: Workers) -> None:
         """Does what is to be done with a block, or less where `workers` are stopped."""
-        raise NotImplementedError
 
 
 class _Keeper(_Worker):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from apr_jax.converters.convert.plan import CastRule, make_plan
 from apr_jax.converters.convert.run import Outcome, run
 from apr_jax.converters.errors import AprJaxError, BrokenContainerError, StorageError, UsageError
 from apr_jax.converters.storage import output, temporaries
+from apr_jax.converters.storage.workers import Workers
 from tests import file_faults, paths, power_cut, tool
 
 SAMPLE = paths.checkpoint("gqa_tied_bf16")
@@ -208,6 +211,80 @@ class ResumeTest(ResumeTestCase):
             self.assertGreater(self.convert("m.apr").kept_bytes, 0)
         self.assertEqual(self.tree("m.apr"), whole)
 
+    def test_an_error_of_one_thread_stops_another_within_a_block_which_does_not_count(self):
+        whole = self.whole("m.apr")
+        begun, lock, threads, all_workers = threading.Event(), threading.Lock(), list[int](), list[Workers]()
+        work, write = streaming._Mover.work, output.OutputFile.write_at
+
+        def work_noted(mover, workers):
+            all_workers.append(workers)
+            work(mover, workers)
+
+        def write_at(file, data, offset):
+            if not all_workers:
+                return write(file, data, offset)  # what stands before the tensors
+            with lock:
+                threads.append(threading.get_ident())
+                first = threading.get_ident() == threads[0]
+            if first:
+                self.assertTrue(begun.wait(60))
+                raise StorageError("cannot write the output", code="no-space")
+            write(file, data, offset)
+            begun.set()
+            deadline = time.monotonic() + 60
+            while not all_workers[0].stopped and time.monotonic() < deadline:
+                time.sleep(1e-3)
+            return None
+
+        with (
+            mock.patch.object(streaming, "_MAX_THREADS", 2),
+            mock.patch.object(os, "sched_getaffinity", return_value={0, 1}),
+            mock.patch.object(streaming._Mover, "work", work_noted),
+            mock.patch.object(output.OutputFile, "write_at", write_at),
+            self.assertRaises(StorageError),
+        ):
+            self.convert("m.apr")
+        self.assertLen(threads, 2, "a chunk of each")
+        self.assertLen(self.journal().read_text().splitlines(), 1, "nothing but what it is the journal of")
+        self.assertEqual(self.convert("m.apr").kept_bytes, 0)
+        self.assertEqual(self.tree("m.apr"), whole)
+
+    def test_what_an_earlier_run_left_is_cut_off_while_it_is_read(self):
+        self.stopped("m.apr", 60)
+        temporary = self.temporary()
+
+        def shrinks(call, real, args, options):
+            if call.path == str(temporary):
+                os.truncate(temporary, 5000)
+            return real(*args, **options)
+
+        fault = file_faults.Fault("shrinks", frozenset({"preadv"}), shrinks, lasting=True)
+        with file_faults.planted(self.folder, fault, 0), self.assertRaises(StorageError) as caught:
+            self.convert("m.apr")
+        self.assertIn("the file has become shorter", str(caught.exception))
+
+    def test_a_journal_that_cannot_be_removed_is_named_and_the_output_is_whole(self):
+        whole = self.whole("m.apr")
+        fails = file_faults.fails(errno.EIO, frozenset({"unlink"}))
+        with file_faults.planted(self.folder, fails, 0) as hit:
+            self.convert("m.apr")
+        self.assertIn(temporaries.JOURNAL, hit[0].path)
+        self.assertEqual(self.said[-1], f"'{hit[0].path}' could not be removed: input/output error")
+        self.assertEqual((self.tree("m.apr"), len(self.left())), (whole, 1))
+        self.convert("m.apr", force=True)
+        self.assertEqual(self.left(), [])
+
+    @parameterized.parameters(0, 1)
+    def test_what_cannot_be_taken_over_is_left_to_the_next_run(self, which):
+        whole = self.whole("m.apr")
+        self.stopped("m.apr", 60)
+        fails = file_faults.fails(errno.EIO, frozenset({"rename"}))
+        with file_faults.planted(self.folder, fails, which), self.assertRaises(StorageError):
+            self.convert("m.apr")
+        self.assertLen(self.left(), 2)
+        self.assertGreater(self.convert("m.apr").kept_bytes, 10 * BLOCK)
+        self.assertEqual((self.tree("m.apr"), self.left()), (whole, []))
+
 
 class RefusedTest(ResumeTestCase):
     def setUp(self):
@@ -267,6 +344,18 @@ class RefusedTest(ResumeTestCase):
             self.assertEqual(self.convert("m.apr").kept_bytes, 0, name)
             (self.folder / "m.apr").unlink()
             (self.folder / "other").unlink()
+            self.stopped("m.apr", 50)
+
+    def test_links_are_not_followed(self):
+        for name in ("temporary", "journal"):
+            path = getattr(self, name)()
+            content = path.read_bytes()
+            path.rename(self.folder / "elsewhere")
+            path.symlink_to(self.folder / "elsewhere")
+            self.assertEqual(self.convert("m.apr").kept_bytes, 0, name)
+            self.assertEqual((self.folder / "elsewhere").read_bytes(), content)
+            for left in ("m.apr", *self.left()):
+                (self.folder / left).unlink()
             self.stopped("m.apr", 50)
 
     @absltest.skipIf(os.geteuid() != 0, "only root gives files away")
