@@ -268,15 +268,12 @@ def _described(
 
 @contextlib.contextmanager
 def _being_written(parameters: Parameters, folder: str) -> Iterator[None]:
-    """Lets Orbax write the tree while the block runs: of each parameter one chunk, or one from each device with a part.
-
-    Not compressed, so that a file is the array itself, or a part of it.
-    """
-    import orbax.checkpoint
-
-    writer = orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=False)
+    """Lets Orbax write the tree while the block runs: of each parameter one chunk, or one of each part of a mesh's."""
+    writer = _writer()
     # Where one device has them all, as arrays of the host's: the checkpoint names no device that others may not have.
-    arrays = jax.tree.map(lambda array: array if len(array.devices()) > 1 else np.asarray(array), parameters)
+    arrays = jax.tree.map(
+        lambda array: array if len(array.devices()) > 1 else np.asarray(array).view(_Unchanging), parameters
+    )
     # Orbax writes in threads that an interrupt does not reach: they have to be done before anything can be removed.
     with _quiet(), Workers(1) as waited_for:
         try:
@@ -289,6 +286,26 @@ def _being_written(parameters: Parameters, folder: str) -> Iterator[None]:
             if code := _OS_ERROR.search(str(error)):
                 raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
             raise
+
+
+def _writer() -> Any:
+    """Returns Orbax's writer. It does not compress, so that a file is the array itself, or a part of it."""
+    import orbax.checkpoint as ocp
+
+    # Devices that hold the same would each be made to cut off a share of it: more files, and a copy of everything.
+    whole = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, whole)
+    )
+    plain = {"use_ocdbt": False, "use_zarr3": False, "use_compression": False}
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **plain))
+
+
+class _Unchanging(np.ndarray):
+    """Values that nobody changes: Orbax, which copies arrays of the host's before it writes them, need not."""
+
+    def __deepcopy__(self, memo: object) -> _Unchanging:
+        return self
 
 
 @contextlib.contextmanager

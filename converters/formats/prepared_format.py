@@ -3,8 +3,8 @@
     DIR/prepared.json                        what is in it and where it came from
     DIR/parameters/                          an Orbax checkpoint, as `orbax.checkpoint.PyTreeCheckpointer` restores it
     DIR/parameters/NAME/.zarray              of one parameter: shape and type (Zarr 2)
-    DIR/parameters/NAME/0.0                  its values, not compressed: one chunk, or 0.0, 1.0, 0.1 and so on, one from
-                                             each device that held a part of it
+    DIR/parameters/NAME/0.0                  its values, not compressed: one chunk, or 0.0, 1.0, 0.1 and so on, one for
+                                             each part that devices held
     DIR/config.json, tokenizer files, ...    verbatim
 
 An uncompressed chunk is the array itself, or a part of it, so that it is read as fast as any tensor, without Orbax.

@@ -49,8 +49,8 @@ from apr_jax.converters.storage.temporaries import (
 )
 from apr_jax.converters.storage.workers import Workers
 
-# A disk flushes what several files wait for in one go.
-_FLUSHED_AT_ONCE = 8
+# A disk flushes what several files or folders wait for in one go.
+_FLUSHED_AT_ONCE = 32
 # Flags of renameat2.
 _NOREPLACE, _EXCHANGE = 1, 2
 
@@ -153,10 +153,7 @@ class OutputFolder:
         with as_storage_error(self.path):
             yield self._temporary
             walked = os.walk(self._temporary, onerror=_raise)
-            paths = [os.path.join(place, name) for place, _, names in walked for name in names]
-            with Workers(_FLUSHED_AT_ONCE) as workers:
-                for _ in workers.map(lambda path: _sync(path, os.O_RDONLY), paths):
-                    pass
+            _at_once(_sync_file, [os.path.join(place, name) for place, _, names in walked for name in names])
 
     def check_complete(self) -> None:
         """Raises UsageError, code "resume-foreign", if what an earlier run left holds files that no run has written."""
@@ -268,8 +265,7 @@ def atomic_folder(
         output.check_complete()
         with as_storage_error(path):
             # Files were flushed one by one; the names in the folders, at any depth, are not part of them.
-            for place, _, _ in os.walk(temporary.path, onerror=_raise):
-                _sync_folder(place)
+            _at_once(_sync_folder, [place for place, _, _ in os.walk(temporary.path, onerror=_raise)])
         _put_in_place(temporary, path, kind, force, notice)
 
 
@@ -738,6 +734,16 @@ def _renameat2(source: str, target: str, flags: int) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(number, os.strerror(number), target)
+
+
+def _at_once(flush: Callable[[str], None], paths: list[str]) -> None:
+    with Workers(min(_FLUSHED_AT_ONCE, len(paths))) as workers:
+        for _ in workers.map(flush, paths):
+            pass
+
+
+def _sync_file(path: str) -> None:
+    _sync(path, os.O_RDONLY)
 
 
 def _sync_folder(folder: str) -> None:

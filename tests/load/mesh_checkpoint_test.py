@@ -121,6 +121,11 @@ class MeshTest(parameterized.TestCase):
             down = self.saved.parent / f"gqa_tied_bf16-{number}" / "parameters" / "model.layers.1.mlp.down_proj.weight"
             self.assertEqual(sorted(file.name for file in down.iterdir()), [".zarray", "0.0", "0.1", "0.2", "0.3"])
 
+    def test_what_every_device_holds_is_one_file(self):
+        for number in range(2):
+            norm = self.saved.parent / f"gqa_tied_bf16-{number}" / "parameters" / "model.norm.weight"
+            self.assertEqual(sorted(file.name for file in norm.iterdir()), [".zarray", "0"])
+
     def test_a_program_that_has_only_orbax_restores_it(self):
         text = ran(paths.ROOT / "examples" / "restore_with_orbax.py", self.saved, devices=2)
         found = {line.split()[-1]: line.split()[0] for line in text.splitlines()}
@@ -253,7 +258,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 fsync = os.fsync
 def slow(fd):
-    time.sleep(8e-3)
+    time.sleep(50e-3)
     fsync(fd)
 os.fsync = slow
 from apr_jax.load import prepared

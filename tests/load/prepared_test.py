@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 import threading
+import tracemalloc
 import types
 import zlib
 from unittest import mock
@@ -91,6 +92,19 @@ class RestoreTest(Case):
         expected["model"] = dict(expected["model"])
         expected["model"]["layers"] = {str(layer): of for layer, of in expected["model"]["layers"].items()}
         self.assert_same_bits(found, expected)
+
+    def test_what_one_device_has_is_not_copied_before_it_is_written(self):
+        values = jax.numpy.arange(4 << 20, dtype="float32").reshape(2048, 2048)
+        # NumPy tells tracemalloc what it takes.
+        tracemalloc.start()
+        try:
+            with prepared._being_written({"values": values}, str(self.folder)):
+                pass
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        self.assertEqual((self.folder / "values" / "0.0").read_bytes(), np.asarray(values).tobytes())
+        self.assertLess(peak, values.nbytes // 2)
 
     def test_configuration_side_files_and_provenance_come_along(self):
         description = self.save(dtype="bfloat16", fused=True)

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3]))
@@ -405,6 +406,19 @@ class PowerCutTest(OutputTestCase):
         if force:
             named = [flush for flush in flushed if flush.names.get("d") == path.stat().st_ino]
             self.assertIn(old, named[0].names.values(), "the old folder was removed before the new name was flushed")
+
+    def test_folders_do_not_wait_for_each_other_to_be_flushed(self):
+        real, met = os.fsync, threading.Barrier(2, timeout=20)
+
+        def fsync(fd):
+            # The folder of the output is flushed alone, in the end.
+            if stat.S_ISDIR(os.fstat(fd).st_mode) and not os.path.samestat(os.fstat(fd), os.stat(self.folder)):
+                met.wait()
+            real(fd)
+
+        with mock.patch.object(os, "fsync", fsync):
+            write_folder(self.folder / "d", {f"layer-{number}/x.bin": b"x" for number in range(3)})
+        self.assertEqual(self.names(), ["d"])
 
     def test_a_disk_that_refuses_to_flush_is_an_error_and_leaves_nothing(self):
         for number in (errno.EIO, errno.ENOSPC):
