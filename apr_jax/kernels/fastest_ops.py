@@ -1,7 +1,7 @@
 """Which operations run a model fastest on which device; a model takes them as a table, `qwen2.Ops`.
 
 On CUDA, bfloat16 with fused leaves: cuDNN's flash attention for prompts, and CUDA kernels (`apr_jax.cuda`) for residual
-with norm and for SwiGLU there, for the attention of decode steps, and, batch 1, for all layers of a token at once.
+with norm and for SwiGLU there, for the attention of decode steps, and, to batch 8, for all layers of a token at once.
 Measured on one H200: tests/bench/decode_profile.md. CPUs take `cpu_ops.CPU_OPS`; everything else (float32, float64,
 other devices and shapes) takes `OPS`.
 """
@@ -153,7 +153,7 @@ def cuda_layers(
     one_token = x.shape[1] == 1 and step.slot is not None and not isinstance(step.slot, int)
     held = [cache for cache in caches if cache is not None]
     windowed = any(window_bites(layer.self_attn.window, step) for layer in layers)
-    if one_token and x.shape[0] == 1 and not windowed and decode_layers.supports(config, multiprocessors):
+    if one_token and not windowed and decode_layers.supports(config, multiprocessors, x.shape[0]):
         return decode_layers.decode(x, layers, step, held, multiprocessors, rotation)
     table = dataclasses.replace(
         ops,

@@ -6,6 +6,7 @@ The bar is that of any bfloat16 pass: twice the error that the plain operations 
 import functools
 import pathlib
 import sys
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -15,6 +16,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from apr_jax.cuda import decode_layers, kernels
+from apr_jax.cuda.custom_call import SPLIT_HALVES
 from apr_jax.generate.programs import Programs
 from apr_jax.kernels import fastest_ops
 from apr_jax.load.load_model import load_model
@@ -27,6 +29,17 @@ from tests import paths
 # Of the committed checkpoints, those with a head size of 8, 16 or 32.
 NAMES = ("gqa_tied_bf16", "head_dim_given", "mixed_dtypes", "mqa_f16")
 ADJACENT_PAIRS = "x[d] * cos[d / 2] + (d % 2 ? x[d - 1] : -x[d + 1]) * sin[d / 2]"
+# Mistakes in the kernel that takes tokens of several rows through all layers: what is replaced in its text, by what.
+MISTAKES = {
+    "no_bias": ("* scale_of(b, token) + bias", "* scale_of(b, token)"),
+    "eps": ("squares / D + EPS", "squares / D + 100 * EPS"),
+    "norm_of_the_other_half": ("(board + BOARD_MIDDLE), layer.post_norm", "(board + BOARD_MIDDLE), layer.input_norm"),
+    "token_not_cached": ("if (vector && owner", "if (vector == 1 && owner"),
+    "padding_seen": ("seen[i] = position >= 0 && position <= token.position", "seen[i] = true"),
+    "cache_of_another_row": ("= (size_t)row * b.s.slots", "= (size_t)(row / 2) * b.s.slots"),
+    "position_of_another_row": ("b.s.cos[row],      b.s.sin[row]", "b.s.cos[0], b.s.sin[0]"),
+    "scale_of_another_row": ("const float scale = scale_of(b, token)", "const float scale = scale_of(b, 0)"),
+}
 # Two bfloat16 roundings of random values: 2.3e-3; one: 1.7e-3.
 ROUNDED_TWICE = 4e-3
 
@@ -43,7 +56,7 @@ def case(name, batch, prompt, steps):
     ids = seeded(exact.config.vocab_size, batch, prompt + steps).input_ids
     mask = np.ones_like(ids)
     for row in range(batch):
-        mask[row, prompt - 7 * row : prompt] = 0
+        mask[row, prompt - min(7, (prompt - 1) // batch) * row : prompt] = 0
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     expected = [np.asarray(exact.logits(Inputs.of(ids[row : row + 1, mask[row] == 1])))[0] for row in range(batch)]
     return ids, mask, positions, np.concatenate(expected)
@@ -80,7 +93,7 @@ class VariantsTest(parameterized.TestCase):
         self.assertIs(table, fastest_ops.cuda_ops(model.device.core_count))
         return table
 
-    @parameterized.product(name=NAMES, batch=(1, 3))
+    @parameterized.product(name=NAMES, batch=(1, 3, 8, 9))
     def test_decode_steps_hold_the_bar_against_float64(self, name, batch):
         shape = (name, batch, 30, 10)
         self.assert_within_bar(lambda model: prompt_then_steps(model, *shape), name, case(*shape)[3])
@@ -141,11 +154,31 @@ class VariantsTest(parameterized.TestCase):
 
         self.assert_within_bar(run, name, expected)
 
-    def test_one_head_split_over_blocks_holds_the_bar(self):
-        shape = ("gqa_tied_bf16", 1, 700, 5)
+    @parameterized.parameters(1, 3)
+    def test_one_head_split_over_blocks_holds_the_bar(self, batch):
+        shape = ("gqa_tied_bf16", batch, 700, 5)
         self.assert_within_bar(lambda model: prompt_then_steps(model, *shape)[-5:], shape[0], case(*shape)[3][-5:])
 
-    @parameterized.product(name=NAMES, batch=(1, 3))
+    @parameterized.product(mistake=tuple(MISTAKES), batch=(3, 8))
+    def test_a_mistake_in_the_kernel_of_several_rows_leaves_the_bar(self, mistake, batch):
+        right, wrong = MISTAKES[mistake]
+        name, source = "gqa_tied_bf16", decode_layers.source
+
+        def planted(files, names):
+            self.assertIn(right, text := source(files, names))
+            return text.replace(right, wrong)
+
+        model = loaded(name, "bfloat16", "cuda")
+        expected = case(name, batch, 30, 10)[3]
+        own = relative_l2(prompt_then_steps(model.with_ops(OPS), name, batch, 30, 10), expected)
+        # A table of its own, so that its programs are: the comment changes nothing.
+        table = fastest_ops.cuda_ops(model.device.core_count, f"{SPLIT_HALVES} /* {mistake} */")
+        with mock.patch.object(decode_layers, "source", planted):
+            error = relative_l2(prompt_then_steps(model.with_ops(table), name, batch, 30, 10), expected)
+        print(f"{mistake}, batch {batch}: {error:.2e}, plain {own:.2e}")
+        self.assertGreater(error, tolerances.bfloat16(own))
+
+    @parameterized.product(name=NAMES, batch=(1, 3, 8, 9))
     def test_adjacent_pair_rope_in_the_kernels_leaves_the_bar(self, name, batch):
         model = loaded(name, "bfloat16", "cuda")
         expected = case(name, batch, 30, 10)[3]
@@ -154,13 +187,14 @@ class VariantsTest(parameterized.TestCase):
         error = relative_l2(prompt_then_steps(model.with_ops(planted), name, batch, 30, 10), expected)
         self.assertGreater(error, tolerances.bfloat16(own))
 
-    def test_decode_repeats_bit_for_bit(self):
+    @parameterized.parameters(1, 2, 8)
+    def test_decode_repeats_bit_for_bit(self, batch):
         model = loaded("gqa_tied_bf16", "bfloat16", "cuda")
         model = model.with_ops(self.table(model))
-        self.assertTrue(decode_layers.supports(model.config, model.device.core_count))
-        first = prompt_then_steps(model, "gqa_tied_bf16", 1, 30, 10)
+        self.assertTrue(decode_layers.supports(model.config, model.device.core_count, batch))
+        first = prompt_then_steps(model, "gqa_tied_bf16", batch, 30, 10)
         for _ in range(5):
-            np.testing.assert_array_equal(prompt_then_steps(model, "gqa_tied_bf16", 1, 30, 10), first)
+            np.testing.assert_array_equal(prompt_then_steps(model, "gqa_tied_bf16", batch, 30, 10), first)
 
     @parameterized.parameters((1, 48), (300, 896), (97, 1536), (33, 3584), (5, 8192))
     def test_residual_with_norm_equals_the_separate_operations_but_for_a_rounding(self, count, width):

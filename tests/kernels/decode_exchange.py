@@ -1,11 +1,11 @@
-"""The order of the exchange between the blocks of `apr_jax/cuda/decode.cu`, and of its ring: models to try all of.
+"""The order of the exchange between the blocks of `apr_jax/cuda/decode*.cu`, and of their ring: models to try all of.
 
     python tests/kernels/decode_exchange.py        prints what was tried
 
 A model is some agents, each with a list of steps; a state is how far each has come. `explore` visits every state that
 any interleaving reaches, and refuses one in which nobody can go on, a word is written that somebody has still to read,
-or a warp takes out of the ring what it did not wait for. The steps below are those of the kernel, in its order: whoever
-changes one changes the other.
+or a warp takes out of the ring what it did not wait for. The steps below are those of the kernels, in their order:
+whoever changes one changes the other. In decode_rows.cu no word is written twice, so that it can only deadlock.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ class Shape:
     Attributes:
       blocks: Of the grid.
       warps: Of a block; each polls for the words of every `warps`-th block alone, its columns.
-      heads: Query heads; head h's q is block h's word of q, k, v. All heads share k and v, the words behind them.
+      heads: Query heads, of each row; head h's q is block h's word of q, k, v. All heads share k and v, the words
+        behind them. More heads than blocks are attended to one behind the other.
       splits: Blocks that attend for a head.
       layers: Of the model.
+      rows: Whether it is decode_rows.cu, where each layer has words of its own.
     """
 
     blocks: int
@@ -62,6 +64,7 @@ class Shape:
     heads: int
     splits: int
     layers: int
+    rows: bool = False
 
 
 def exchange(shape: Shape, block: int, warp: int) -> list[Step]:
@@ -73,8 +76,8 @@ def exchange(shape: Shape, block: int, warp: int) -> list[Step]:
         before = tag - 1 if tag > 1 else shape.layers + 1
         steps += [Poll(f"end {other}", before) for other in columns]
         steps += [Sync(), *([Publish(f"qkv {block}", tag)] if first else []), Sync()]
-        if block < shape.heads * shape.splits:
-            steps += _attention(shape, block, warp, tag)
+        for part in range(block, shape.heads * shape.splits, shape.blocks):
+            steps += _attention(shape, part, warp, tag)
         steps += [Poll(f"attended {head}", tag) for head in range(warp, shape.heads, shape.warps)]
         for vector, following in (("middle", "ffn"), ("ffn", "end")):
             steps += [Sync(), *([Publish(f"{vector} {block}", tag)] if first else []), Sync()]
@@ -82,20 +85,25 @@ def exchange(shape: Shape, block: int, warp: int) -> list[Step]:
             last = following == "end" and tag == shape.layers
             if following == "end":
                 steps += [Sync(), *([Publish(f"end {block}", tag)] if first and not last else []), Sync()]
-    return steps
+    return [_own_word(step) for step in steps] if shape.rows else steps
 
 
-def _attention(shape: Shape, block: int, warp: int, tag: int) -> list[Step]:
-    head, split = divmod(block, shape.splits)
-    fresh = {head, *range(shape.heads, shape.blocks)}  # q of the head, and k and v
+def _own_word(step: Step) -> Step:
+    """A step about a word that is the layer's own."""
+    return step if isinstance(step, Sync) else dataclasses.replace(step, word=f"{step.word} of {step.tag}")
+
+
+def _attention(shape: Shape, part: int, warp: int, tag: int) -> list[Step]:
+    head, split = divmod(part, shape.splits)
+    fresh = {head % shape.blocks, *range(shape.heads, shape.blocks)}  # q of the head, and k and v
     steps: list[Step] = [Poll(f"qkv {word}", tag) for word in sorted(fresh) if word % shape.warps == warp]
     steps += [Sync(), Sync(), Sync()]  # `rotate_fresh`, and behind the parts of the warps
     first = warp == 0
     if shape.splits > 1:
-        steps += [Publish(f"part {block}", tag)] if first else []
+        steps += [Publish(f"part {part}", tag)] if first else []
         if split:
             return steps
-        others = range(block, block + shape.splits)
+        others = range(part, part + shape.splits)
         steps += [Sync(), *(Poll(f"part {other}", tag) for other in others if other % shape.warps == warp), Sync()]
     return [*steps, *([Publish(f"attended {head}", tag)] if first else [])]
 
@@ -231,6 +239,9 @@ SHAPES = (
     Shape(blocks=4, warps=1, heads=2, splits=1, layers=3),
     Shape(blocks=4, warps=1, heads=2, splits=2, layers=3),
     Shape(blocks=3, warps=2, heads=1, splits=2, layers=2),
+    Shape(blocks=3, warps=1, heads=5, splits=1, layers=3, rows=True),
+    Shape(blocks=3, warps=2, heads=4, splits=1, layers=2, rows=True),
+    Shape(blocks=4, warps=1, heads=2, splits=2, layers=3, rows=True),
 )
 RINGS = (Ring(2, 2, (1, 1, 2, 1) * 2), Ring(3, 2, (1, 1, 2, 3) * 2), Ring(3, 3, (1, 1, 2, 1) * 2))
 

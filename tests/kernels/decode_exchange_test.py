@@ -1,4 +1,4 @@
-"""All interleavings of the whole-token kernel's exchange and ring, in small; mistakes in their order are found."""
+"""All interleavings of the whole-token kernels' exchange and ring, in small; mistakes in their order are found."""
 
 import math
 import pathlib
@@ -67,16 +67,38 @@ class DecodeExchangeTest(parameterized.TestCase):
         with self.assertRaisesRegex(Broken, "nobody can go on: 2 stages"):
             Ring(2, 2, (1, 1, 2, 3)).explore()
 
-    def test_the_shape_that_the_kernel_is_for_has_a_ring_for_every_product_and_rows_for_every_block(self):
+    def test_a_row_that_is_not_attended_to_is_a_deadlock(self):
+        # decode_rows.cu: a block leaves out the second of its pairs of a row and a head.
+        shape = Shape(blocks=3, warps=1, heads=4, splits=1, layers=2, rows=True)
+        silent = [[step for step in steps if step != Publish("attended 3 of 2", 2)] for steps in launch(shape)]
+        silent.append([Publish("attended 3 of 2", 0)])  # nobody's, so that the word has a writer
+        with self.assertRaisesRegex(Broken, "nobody can go on"):
+            explore(silent, 1)
+
+    @parameterized.parameters(1, 8)
+    def test_the_shape_that_the_kernel_is_for_has_a_ring_for_every_product_and_rows_for_every_block(self, tokens):
         config, multiprocessors = HALF_BILLION, 132
-        self.assertTrue(decode_layers.supports(config, multiprocessors))
-        stage, stages, _ = decode_layers._shared_memory(config, multiprocessors)
+        self.assertTrue(decode_layers.supports(config, multiprocessors, tokens))
+        stage, stages, _ = decode_layers._shared_memory(config, multiprocessors, tokens)
         blocks = decode_layers.grid(config, multiprocessors)
         rows = math.ceil(config.hidden_size / blocks)
         self.assertLessEqual(math.ceil(rows / (stage // (2 * config.intermediate_size + 64))), stages)
         # What the model asks of a launch: a word of every block in every vector.
         widths = (config.hidden_size, config.intermediate_size, decode_layers._qkv_width(config))
         self.assertLessEqual(blocks, min(widths))
+
+    def test_the_models_steps_are_those_of_the_kernel_of_rows(self):
+        text = (pathlib.Path(decode_layers.__file__).parent / "decode_rows.cu").read_text(encoding="utf-8")
+        body = text[text.index("__device__ void attention_half") : text.index("__device__ void compute")]
+        order = ["product<D, 1, 2>", "publish(board + BOARD_QKV", "sync_compute()", "attend_to_all(", "product<Q_WIDTH"]
+        order += ["add_to_residual(b, (bf16*)(board + BOARD_MIDDLE)", "sync_compute()", "product<D, FFN_TILES"]
+        order += ["publish(words", "sync_compute()", "product<F", "add_to_residual(b, y", "sync_compute()"]
+        at = 0
+        for piece in order:
+            at = body.index(piece, at) + len(piece)
+        self.assertEqual(body.count("sync_compute()"), 4)
+        one, rows = (decode_exchange.exchange(Shape(1, 1, 1, 1, 1, rows), 0, 0) for rows in (False, True))
+        self.assertEqual([type(step) for step in one], [type(step) for step in rows])
 
     def test_the_models_steps_are_the_kernels(self):
         text = (pathlib.Path(decode_layers.__file__).parent / "decode.cu").read_text(encoding="utf-8")

@@ -89,15 +89,20 @@ class ChoiceTest(parameterized.TestCase):
         self.assertIs(fastest_ops.ops_for(TINY, "float32", jax.devices("cpu")[0], fused=True), CPU_OPS)
 
     @parameterized.parameters(
-        (HALF_BILLION, 132, True),
-        (HALF_BILLION, 114, False),
-        (ONE_AND_A_HALF, 132, False),
-        (SEVEN, 132, False),
-        (TINY, 132, True),
-        (dataclasses.replace(TINY, head_dim=4), 132, False),
+        (HALF_BILLION, 132, 1, True),
+        (HALF_BILLION, 132, 8, True),
+        (HALF_BILLION, 132, 9, False),
+        (HALF_BILLION, 114, 1, False),
+        (ONE_AND_A_HALF, 132, 1, False),
+        (ONE_AND_A_HALF, 132, 2, False),
+        (SEVEN, 132, 1, False),
+        (SEVEN, 132, 8, False),
+        (TINY, 132, 1, True),
+        (TINY, 132, 3, True),
+        (dataclasses.replace(TINY, head_dim=4), 132, 1, False),
     )
-    def test_the_whole_token_kernel_takes_what_fits_its_registers(self, config, multiprocessors, fits):
-        self.assertEqual(decode_layers.supports(config, multiprocessors), fits)
+    def test_the_whole_token_kernels_take_what_fits_their_registers(self, config, multiprocessors, rows, fits):
+        self.assertEqual(decode_layers.supports(config, multiprocessors, rows), fits)
 
 
 class ProgramTest(parameterized.TestCase):
@@ -107,8 +112,14 @@ class ProgramTest(parameterized.TestCase):
         self.assertEqual(aliases, [1 + 2 * HALF_BILLION.num_layers])
         self.assertIn("#define GRID 132\n", sources[0])
 
+    @parameterized.parameters(2, 8)
+    def test_a_token_of_up_to_eight_rows_is_one_kernel_too(self, rows):
+        names, sources, aliases = kernels_of(HALF_BILLION, rows, 1, 256)
+        self.assertEqual((names, aliases), (["decode_rows"], [1 + 2 * HALF_BILLION.num_layers]))
+        self.assertIn(f"#define ROWS {rows}\n", sources[0])
+
     def test_a_token_of_more_rows_has_one_attention_kernel_a_layer(self):
-        names, _, aliases = kernels_of(TINY, 3, 1, 64)
+        names, _, aliases = kernels_of(TINY, 9, 1, 64)
         self.assertEqual((names, aliases), (["attention"] * 2, [2, 2]))
 
     def test_a_token_of_a_large_model_multiplies_long_rows_in_a_kernel(self):
@@ -138,7 +149,8 @@ class ProgramTest(parameterized.TestCase):
         config = dataclasses.replace(TINY, sliding_window=48, window_layers=(1,))
         self.assertEqual(kernels_of(config, 1, 1, 48)[0], ["decode"])
         self.assertEqual(kernels_of(config, 1, 1, 64)[0], ["attention"])
-        self.assertEqual(kernels_of(config, 3, 1, 48)[0], ["attention"] * 2)
+        self.assertEqual(kernels_of(config, 3, 1, 48)[0], ["decode_rows"])
+        self.assertEqual(kernels_of(config, 9, 1, 48)[0], ["attention"] * 2)
         self.assertEqual(kernels_of(config, 3, 1, 64)[0], ["attention"])
 
     def test_flash_attention_takes_no_layer_with_a_window(self):
@@ -160,7 +172,7 @@ class ProgramTest(parameterized.TestCase):
         names, _, _ = kernels_of(TINY, 1, 1, 64, layer_ops={1: OPS})
         self.assertEqual(names, [])
 
-    @parameterized.parameters((1, 1), (3, 2))
+    @parameterized.parameters((1, 1), (3, 1), (9, 2))
     def test_another_rotation_reaches_the_kernels(self, batch, calls):
         _, sources, _ = kernels_of(TINY, batch, 1, 64, fastest_ops.cuda_ops(132, ADJACENT_PAIRS))
         self.assertLen(sources, calls)
@@ -182,7 +194,9 @@ class ProgramTest(parameterized.TestCase):
         for config, batch, length, slots in [
             (TINY, 1, 1, 64),
             (HALF_BILLION, 1, 1, 256),
+            (HALF_BILLION, 8, 1, 256),
             (TINY, 3, 1, 64),
+            (TINY, 9, 1, 64),
             (TINY, 3, 96, 0),
         ]:
             for source in set(kernels_of(config, batch, length, slots)[1]):
