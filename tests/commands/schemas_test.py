@@ -134,7 +134,7 @@ _INTRODUCTION = """\
 # What `--json` prints
 
 Every command takes `--json` and then prints one JSON value on stdout; warnings and progress go to stderr. The package
-holds a JSON Schema (2020-12) for each command:
+holds a JSON Schema (2020-12) for each command; the package `jsonschema` checks by it:
 
 <!-- prepared: model.apr -->
 ```python
