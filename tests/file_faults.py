@@ -21,7 +21,9 @@ from unittest import mock
 
 from apr_jax.converters.storage import output
 
-_BY_DESCRIPTOR = frozenset(("fstat", "fstatvfs", "fchmod", "fchown", "ftruncate", "fsync", "pwrite", "preadv", "close"))
+_BY_DESCRIPTOR = frozenset(
+    ("fstat", "fstatvfs", "fchmod", "fchown", "ftruncate", "fsync", "pwrite", "pread", "preadv", "close")
+)
 _BY_PATH = frozenset(("open", "stat", "lstat", "statvfs", "listdir", "scandir", "mkdir", "rename", "unlink", "rmdir"))
 NAMES = _BY_DESCRIPTOR | _BY_PATH | {"renameat2"}
 # Calls that need room on the disk.

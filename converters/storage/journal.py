@@ -30,13 +30,21 @@ class Journal:
     """
 
     def __init__(self, fd: int, path: str):
-        """Takes the descriptor over, which holds the lock; what is there already is read."""
+        """Takes the descriptor over, which holds the lock, and closes it on an error; reads what is there already.
+
+        Raises:
+          StorageError: That cannot be read.
+        """
         self.path = path
         self._fd = fd
         self._lock = threading.Lock()
-        with as_storage_error(path):
-            self._size = os.fstat(fd).st_size
-            text = os.pread(fd, self._size, 0)
+        try:
+            with as_storage_error(path):
+                self._size = os.fstat(fd).st_size
+                text = os.pread(fd, self._size, 0)
+        except BaseException:
+            close_quietly(fd)
+            raise
         lines = [_parsed(line) for line in text.split(b"\n")]
         self._first = lines[0]
         self.notes = [note for note in lines[1:] if note is not None]

@@ -514,7 +514,13 @@ def _make(temporary: _Temporary, folder: bool, resumable: Identity | None) -> No
         temporary.made = os.fstat(temporary.fd)
         if resumable is not None:
             place = temporary_name(temporary.final, JOURNAL, token_of(temporary.path))
-            temporary.journal = Journal(create_locked(place, folder=False), place)
+            journal_fd = create_locked(place, folder=False)
+            try:
+                temporary.journal = Journal(journal_fd, place)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(place)
+                raise
             temporary.journal.begin(resumable)
     with contextlib.suppress(FileNotFoundError):
         _take_over(os.stat(temporary.final), temporary.fd)
@@ -570,7 +576,19 @@ def _opened(final: str, path: str, journal_path: str, folder: bool) -> _Temporar
     if fd is None:
         close_quietly(journal_fd)
         return None
-    return _Temporary(final, path, fd, os.fstat(fd), journal=Journal(journal_fd, journal_path))
+    try:
+        journal = Journal(journal_fd, journal_path)
+    except BaseException:
+        # Its lock would keep this process from going on with it later.
+        close_quietly(fd)
+        raise
+    try:
+        with as_storage_error(path):
+            return _Temporary(final, path, fd, os.fstat(fd), journal=journal)
+    except BaseException:
+        close_quietly(fd)
+        journal.close()
+        raise
 
 
 def _take(left: _Temporary) -> None:

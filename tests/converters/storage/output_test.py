@@ -21,7 +21,7 @@ from absl.testing import absltest, parameterized
 from apr_jax.converters.checkpoint.file_names import CHECKPOINT
 from apr_jax.converters.errors import AprJaxError, MissingFileError, StorageError, UsageError
 from apr_jax.converters.storage import output
-from tests import flushes
+from tests import file_faults, flushes
 from tests.paths import ROOT
 
 
@@ -308,6 +308,30 @@ class LeftoversTest(OutputTestCase):
             write_folder(self.folder / "a", {"config.json": b"new"}, notice=said.append)
         self.assertEqual((self.folder / "a" / "config.json").read_bytes(), b"old")
         self.assertIn("put", said[0])
+
+
+class ResumableTest(OutputTestCase):
+    def test_a_journal_that_cannot_be_looked_at_at_its_beginning_is_not_left(self):
+        fails = file_faults.fails(errno.EIO, frozenset({"pread"}))
+        with file_faults.planted(self.folder, fails, 0) as hit, self.raises("write-failed", StorageError):
+            write(self.folder / "a", b"new", resumable={"source": "b"})
+        self.assertIn("journal", hit[0].path)
+        self.assertEqual(self.names(), [])
+
+    @parameterized.parameters(("pread", 0), ("fstat", 2), ("fstat", 3))
+    def test_what_was_left_and_cannot_be_looked_at_is_an_error_and_stays_for_the_next_run(self, call, at):
+        made_of = {"source": "b"}
+        path = os.fspath(self.folder / "a")
+        with self.assertRaises(KeyboardInterrupt), output.atomic_file(path, 3, resumable=made_of):
+            raise KeyboardInterrupt
+        before, said = self.names(), []
+        fails = file_faults.fails(errno.EIO, frozenset({call}))
+        with file_faults.planted(self.folder, fails, at), self.raises("write-failed", StorageError):
+            write(self.folder / "a", b"new", resumable=made_of)
+        self.assertEqual(self.names(), before)
+        write(self.folder / "a", b"new", resumable=made_of, notice=said.append)
+        self.assertIn("goes on from", said[0])
+        self.assertEqual(self.names(), ["a"])
 
 
 class AtomicFolderTest(OutputTestCase):
